@@ -1,0 +1,100 @@
+"""The learner turns scored trajectories into new weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import ObjectRef
+
+from actors.pool import Pool
+from actors.settings import Role
+from actors.work import Chunk
+from actors.worker import Worker
+from pipelines.settings import ModelSettings
+from pipelines.trajectory import Trajectory
+from policies.settings import SamplingSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step of learning did. The weights travel beside it, as an object of their own."""
+
+    version: int
+    checksum: str
+    changed_tensors: int
+    statistics: dict[str, Any]
+
+
+class LearnerActor(Worker):
+    """The actor: a UNet in training and its optimiser."""
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        sampling: SamplingSettings,
+        training: TrainingSettings,
+        seed: int,
+        device: str,
+        threads: int,
+        micro_batch: int | None,
+    ) -> None:
+        super().__init__(threads)
+        from pipelines.learning import DiffusionLearner
+
+        self.learner = DiffusionLearner(model, sampling, training, seed, device, micro_batch)
+
+    def micro_batch(self) -> int:
+        """Transitions a network call, as found or given: part of the run's manifest."""
+        return self.learner.micro_batch
+
+    def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, dict[str, np.ndarray]]:
+        """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
+        statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
+        return self._update(changed, dataclasses.asdict(statistics))
+
+    def current(self) -> tuple[Update, dict[str, np.ndarray]]:
+        """The weights as they are."""
+        return self._update(0, {})
+
+    def state(self) -> Any:
+        """A :class:`pipelines.learning.LearnerState`."""
+        return self.learner.state()
+
+    def restore(self, state: Any) -> None:
+        """Go on from a state."""
+        self.learner.restore(state)
+
+    def save(self, directory: str) -> None:
+        """Write the diffusers directory of the current weights, LoRA merged."""
+        self.learner.save(directory)
+
+    def _update(self, changed: int, statistics: dict[str, Any]) -> tuple[Update, dict[str, np.ndarray]]:
+        from pipelines.trainable import checksum
+
+        weights = self.learner.weights()
+        return Update(self.learner.weights_version, checksum(weights), changed, statistics), weights
+
+
+class Learner(Pool):
+    """The learner's handle: one member today, whatever grows behind it tomorrow."""
+
+    def __init__(
+        self,
+        role: Role,
+        model: ModelSettings,
+        sampling: SamplingSettings,
+        training: TrainingSettings,
+        seed: int,
+        micro_batch: int | None,
+    ) -> None:
+        super().__init__(role, LearnerActor, model, sampling, training, seed, role.device, role.threads, micro_batch)
+
+    def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[ObjectRef, ObjectRef]:
+        """References of the :class:`Update` and of the new weights."""
+        return tuple(self.submit("learn", advantage, seed, *(chunk.trajectory for chunk in chunks), returns=2))
+
+    def current(self) -> tuple[ObjectRef, ObjectRef]:
+        """References of an :class:`Update` that changed nothing and of the present weights."""
+        return tuple(self.submit("current", returns=2))

@@ -1,0 +1,84 @@
+"""Actors of one role, and waiting for them: every wait has a bound, and says what it waits for."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from actors.settings import Role
+
+POLL_SECONDS = 0.25
+
+
+class ActorFailure(RuntimeError):  # noqa: N818
+    """Work that an actor could not do: the role, the first cause, and what to do."""
+
+
+class Pool:
+    """The members of one role. Any member may do any piece of work; the least busy gets it."""
+
+    def __init__(self, role: Role, worker: type, *arguments: Any) -> None:
+        self.role = role
+        remote: Any = ray.remote(worker).options(num_cpus=role.cpus, num_gpus=role.gpus)
+        self.members: list[ActorHandle] = [remote.remote(*arguments) for _ in range(role.count)]
+        self._pending: list[list[ObjectRef]] = [[] for _ in self.members]
+
+    def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
+        """Give one call to the least busy member. Returns its reference, or a list of ``returns`` references."""
+        self._forget_finished()
+        index = min(range(len(self.members)), key=lambda member: len(self._pending[member]))
+        references = getattr(self.members[index], method).options(num_returns=returns).remote(*arguments)
+        self._pending[index].append(references if returns == 1 else references[0])
+        return references
+
+    def everyone(self, method: str, *arguments: Any) -> list[ObjectRef]:
+        """The same call to every member."""
+        return [getattr(member, method).remote(*arguments) for member in self.members]
+
+    def activity(self) -> dict[str, str]:
+        """What each member does now."""
+        self._forget_finished()
+        names = [self.role.name if self.role.count == 1 else f"{self.role.name} {i}" for i in range(self.role.count)]
+        return {
+            name: f"working, {len(pending)} to do" if pending else "idle"
+            for name, pending in zip(names, self._pending, strict=True)
+        }
+
+    def _forget_finished(self) -> None:
+        for index, pending in enumerate(self._pending):
+            if pending:
+                self._pending[index] = ray.wait(pending, num_returns=len(pending), timeout=0)[1]
+
+
+def wait_for(
+    references: Sequence[ObjectRef], what: str, timeout: float, meanwhile: Callable[[], None] = lambda: None
+) -> list[Any]:
+    """The values of ``references``, in order. ``meanwhile`` is called a few times a second.
+
+    Raises TimeoutError naming ``what`` after ``timeout`` seconds without any of them finishing, and ActorFailure with
+    the first cause as soon as one fails.
+    """
+    pending, deadline = list(references), time.monotonic() + timeout
+    while pending:
+        finished, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
+        for reference in finished:
+            _raise_failure(reference, what)
+        if finished:
+            deadline = time.monotonic() + timeout
+        elif time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: nothing finished within {timeout:g} s (actors.timeout_seconds)")
+        meanwhile()
+    return ray.get(list(references), timeout=timeout)
+
+
+def _raise_failure(reference: ObjectRef, what: str) -> None:
+    try:
+        ray.get(reference, timeout=60)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
+    except ray.exceptions.RayActorError as error:
+        raise ActorFailure(f"{what}: the actor died: {error}") from error

@@ -1,0 +1,77 @@
+"""Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ray import ObjectRef
+
+from actors.pool import Pool
+from actors.settings import Role
+from actors.work import Chunk
+from actors.worker import Worker
+from pipelines.settings import ModelSettings
+from pipelines.trajectory import Trajectory
+from policies.settings import SamplingSettings
+
+
+class StaleWeightsError(RuntimeError):
+    """A sampler was asked for another version of the weights than it holds."""
+
+
+@dataclass(frozen=True)
+class Acknowledgement:
+    """A sampler's receipt for new weights."""
+
+    version: int
+    checksum: str
+    changed_tensors: int
+
+
+class Sampler(Worker):
+    """The actor: a diffusion pipeline and the version of its weights."""
+
+    def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str, threads: int) -> None:
+        super().__init__(threads)
+        from pipelines.diffusion import DiffusionPolicy
+
+        self.policy = DiffusionPolicy(model, sampling, device)
+        self.version = 0
+
+    def set_weights(self, version: int, weights: Mapping[str, np.ndarray]) -> Acknowledgement:
+        """Take new weights. The checksum is computed here, from what arrived."""
+        from pipelines.trainable import checksum, load_weights
+
+        changed = load_weights(self.policy.unet, weights)
+        self.version = version
+        return Acknowledgement(version, checksum(weights), changed)
+
+    def rollout(self, version: int, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
+        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``version``."""
+        if version != self.version:
+            raise StaleWeightsError(f"asked for weights version {version}, this sampler holds {self.version}")
+        return self.policy.rollout(prompts, seeds, version)
+
+
+class Samplers(Pool):
+    """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""
+
+    def __init__(self, role: Role, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
+        super().__init__(role, Sampler, model, sampling, role.device, role.threads)
+        self.images_per_call = images_per_call
+        self.version = 0
+
+    def rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Chunk]:
+        """One image for each (prompt, seed), in order, as chunks still being drawn."""
+        chunks = []
+        for start in range(0, len(prompts), self.images_per_call):
+            part = slice(start, start + self.images_per_call)
+            chunk_prompts, chunk_seeds = list(prompts[part]), list(seeds[part])
+            images, trajectory = self.submit("rollout", self.version, chunk_prompts, chunk_seeds, returns=2)
+            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory))
+        return chunks
+
+    def publish(self, version: int, weights: ObjectRef) -> list[ObjectRef]:
+        """Send new weights to every sampler. Work submitted from now on asks for this version."""
+        self.version = version
+        return self.everyone("set_weights", version, weights)

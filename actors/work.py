@@ -1,0 +1,18 @@
+"""One unit of work on its way through the actors: object references, never the data."""
+
+from dataclasses import dataclass
+
+from ray import ObjectRef
+
+
+@dataclass
+class Chunk:
+    """Some images of a step. Each stage adds the reference of what it will have made."""
+
+    prompts: list[str]
+    seeds: list[int]
+    images: ObjectRef
+    trajectory: ObjectRef
+    captions: ObjectRef | None = None
+    scores: ObjectRef | None = None
+    verdicts: ObjectRef | None = None

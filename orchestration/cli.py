@@ -1,0 +1,151 @@
+"""The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from orchestration.config import ConfigError, DdpoConfig, load_config
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="ouroboros",
+    help="Reinforcement learning of diffusion models on Ray, tracked in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
+Root = Annotated[Path, typer.Option(help="where the runs are")]
+
+
+@app.command()
+def ddpo(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")] = False,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")] = None,
+) -> None:
+    """Train a diffusion model with a reward (DDPO)."""
+    from orchestration.preflight import describe, preflight
+
+    extra = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
+    settings = load_config(DdpoConfig, config, [*(overrides or []), *extra])
+    if dry_run:
+        plan = preflight(settings)
+        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        print(describe(settings, plan))
+        return
+    from orchestration.ddpo import run_ddpo
+
+    print(run_ddpo(settings))
+
+
+@app.command()
+def resume(run: RunDirectory) -> None:
+    """Go on with an interrupted run, from its last commit and in the same MLflow run."""
+    from orchestration.ddpo import resume_ddpo
+
+    print(resume_ddpo(run))
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a diffusers directory")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
+    output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
+) -> None:
+    """Draw images with what a run has learned."""
+    from orchestration.generate import generate as draw
+
+    pairs = [(text, seed + offset) for text in prompt for offset in range(count)]
+    for path in draw(source, [p for p, _ in pairs], [s for _, s in pairs], output):
+        print(path)
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Option(help="directory to build the default models in")] = Path("models/digits"),
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Rebuild the default models from scratch (about half an hour of CPU time)."""
+    from pipelines.recipe.pretrain import pretrain as build
+
+    build(output, seed)
+
+
+@runs_app.command("list")
+def list_command(root: Root = Path("runs")) -> None:
+    """One line a run."""
+    from orchestration.runs import list_runs, render_list
+
+    Console().print(render_list(list_runs(root)))
+
+
+@runs_app.command()
+def show(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
+    """Everything about one run."""
+    from orchestration.runs import render_show
+
+    Console().print(render_show(run, root))
+
+
+@runs_app.command()
+def compare(names: Annotated[list[str], typer.Argument(metavar="RUN...")], root: Root = Path("runs")) -> None:
+    """Runs side by side: what differs in their configuration, and what came out."""
+    from orchestration.runs import render_compare
+
+    Console().print(render_compare(names, root))
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code, SIGTERM ends a run as Ctrl-C does."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        sys.exit(_report(error))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _report(error: Exception) -> int:
+    """Print an error as people need it and return the exit code."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, ConfigError):
+        print(f"ouroboros: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if os.environ.get("OUROBOROS_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"ouroboros: {type(error).__name__}: {error}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    main()

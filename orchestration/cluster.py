@@ -1,0 +1,51 @@
+"""The Ray a run lives on: the one it was started in, the one ``RAY_ADDRESS`` names, or its own on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from orchestration.preflight import available_cpus
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# A Ray of one's own serves this process alone: every listener on loopback, and no token file in the home directory.
+_PRIVATE = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def external_address() -> str | None:
+    """The address of a cluster to join, if the environment names one (Ray sets it inside jobs)."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+@contextlib.contextmanager
+def connected(gpus: int) -> Iterator[None]:
+    """Be connected to Ray. A Ray started here is ended here; one that was there before is left as it was."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if external_address() is None:
+        os.environ.update(_PRIVATE)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if external_address():
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=available_cpus(),
+            num_gpus=gpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,147 @@
+"""A run's configuration: typed, read from YAML, overridden by dotted keys, every key known. Light to import."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from actors.settings import ActorSettings
+from orchestration.tracking import TrackingSettings
+from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
+from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: what is wrong, where, and what to do. One line."""
+
+
+class EvaluationSettings(Settings):
+    """The held-out measure: images of fixed prompts and seeds that are never learned from."""
+
+    evaluator: str | None = Field(
+        "models/digits/evaluator", description="directory of an evaluator; null: only the reward is measured"
+    )
+    images: int = Field(1080, ge=1, description="images before and after the run")
+    every: int = Field(10, ge=0, description="steps between interim evaluations; 0 for none")
+    interim_images: int = Field(180, ge=1)
+    grid_images: int = Field(12, ge=1, description="of these, shown on grids")
+
+
+class CheckpointSettings(Settings):
+    """Commits of the whole run state."""
+
+    every: int = Field(5, ge=1, description="steps between commits")
+    keep: int = Field(2, ge=1)
+
+
+class DdpoConfig(Settings):
+    """One DDPO run."""
+
+    name: str = Field("ddpo", pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0)
+    output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>-seed<seed>")
+    prompts: str = Field("configs/prompts/digits.txt", description="a text file, one prompt a line")
+    model: ModelSettings = ModelSettings()
+    captioner: CaptionerSettings = CaptionerSettings()
+    reward: RewardSettings = RewardSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    training: TrainingSettings = TrainingSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    actors: ActorSettings = ActorSettings()
+
+
+Config = TypeVar("Config", bound=BaseModel)
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def load_config(schema: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` (YAML; None: all defaults), apply ``key.sub=value`` overrides, validate. Raises ConfigError."""
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values")
+    for override in overrides:
+        _override(content, override)
+    return validate(schema, content)
+
+
+def validate(schema: type[Config], content: dict[str, Any]) -> Config:
+    """The typed configuration of plain ``content``. Raises ConfigError naming the key."""
+    try:
+        return schema.model_validate(_tuples(content))
+    except ValidationError as error:
+        raise ConfigError(_explain(schema, error)) from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not key=value, such as training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    block = content
+    for parent in parents:
+        if block.get(parent) is None:
+            block[parent] = {}
+        block = block[parent]
+        if not isinstance(block, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, it has no keys below it")
+    block[last] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _tuples(content: Any) -> Any:
+    """Plain YAML for strict models: lists become tuples, 1e-4 a number."""
+    if isinstance(content, dict):
+        return {key: _tuples(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return tuple(_tuples(value) for value in content)
+    return _number(content)
+
+
+def _explain(schema: type[BaseModel], error: ValidationError) -> str:
+    """The first problem as one line, with the nearest known key if one was not known."""
+    first = error.errors()[0]
+    location = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = list(known_keys(schema))
+        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = difflib.get_close_matches(location, known, n=1, cutoff=0.6)
+        near = near or [leaf[name] for name in difflib.get_close_matches(location.rsplit(".", 1)[-1], leaf, n=1)]
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+        return f"unknown key {location!r}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
+    return f"{location}: {message}{shown}" if location else message
+
+
+def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a schema with its field."""
+    keys: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys |= known_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = field
+    return keys

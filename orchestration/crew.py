@@ -1,0 +1,145 @@
+"""All actors of a DDPO run, owned by one driver, and what it asks of them together."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from ray import ObjectRef
+
+from actors.captioner import Captioners
+from actors.evaluator import Evaluators
+from actors.learner import Learner, Update
+from actors.pool import Pool, wait_for
+from actors.reward import Rewards
+from actors.sampler import Acknowledgement, Samplers
+from actors.work import Chunk
+from orchestration.cluster import connected
+from orchestration.config import DdpoConfig
+from orchestration.evaluation import Evaluation
+from orchestration.preflight import Plan
+from pipelines.locations import resolve_model
+from policies.streams import derive_seed
+
+Activity = Callable[[dict[str, str]], None]
+
+
+class PublishError(RuntimeError):
+    """Samplers did not receive what the learner sent, or received nothing new."""
+
+
+class Crew:
+    """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
+
+    def __init__(
+        self, config: DdpoConfig, plan: Plan, micro_batch: int | None, show: Activity = lambda _: None
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self._micro_batch = micro_batch
+        self._show = show
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        config, roles = self.config, {role.name: role for role in self.plan.roles}
+        self._stack.enter_context(connected(gpus=-(-int(100 * sum(r.gpus * r.count for r in self.plan.roles)) // 100)))
+        model = config.model.model_copy(update={"path": resolve_model(config.model.path)})
+        self.learner = Learner(
+            roles["learner"],
+            model,
+            config.sampling,
+            config.training,
+            derive_seed(config.seed, "initialisation"),
+            self._micro_batch or config.training.micro_batch,
+        )
+        self.samplers = Samplers(roles["sampler"], model, config.sampling, config.actors.images_per_call)
+        self.rewards = Rewards(roles["reward"], config.reward)
+        self.captioners = Captioners(roles["captioner"], config.captioner) if "captioner" in roles else None
+        self.evaluators = (
+            Evaluators(roles["evaluator"], config.evaluation.evaluator)
+            if "evaluator" in roles and config.evaluation.evaluator
+            else None
+        )
+        self.pools: list[Pool] = [
+            pool
+            for pool in (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
+            if pool is not None
+        ]
+        self._stack.callback(self._end_actors)
+        self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
+
+    def _end_actors(self) -> None:
+        import ray
+
+        for pool in self.pools:
+            for member in pool.members:
+                ray.kill(member)
+
+    def wait(self, references: Sequence[ObjectRef], what: str) -> list[Any]:
+        """The values of ``references``, while the display shows what each actor does. Bounded; see ``wait_for``."""
+        return wait_for(references, what, self.config.actors.timeout_seconds, self._show_activity)
+
+    def _show_activity(self) -> None:
+        self._show({name: state for pool in self.pools for name, state in pool.activity().items()})
+
+    def score(self, chunks: Sequence[Chunk]) -> None:
+        """Send chunks that are still being drawn on to the captioners and rewards: references only, nothing waits."""
+        if self.captioners is not None:
+            self.captioners.caption(chunks)
+        self.rewards.score(chunks)
+
+    def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
+        """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
+        receipts: list[Acknowledgement] = self.wait(self.samplers.publish(update.version, weights), "sending weights")
+        for number, receipt in enumerate(receipts):
+            if receipt.checksum != update.checksum:
+                raise PublishError(
+                    f"sampler {number} received other weights than version {update.version}: checksums differ"
+                )
+            if expect_change and not receipt.changed_tensors:
+                raise PublishError(f"weights version {update.version} changed no tensor of sampler {number}")
+
+    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
+        """Draw, caption, score and judge one image for each fixed (prompt, seed)."""
+        chunks = self.samplers.rollout(prompts, seeds)
+        return self.measure(chunks, prompts)
+
+    def measure(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> Evaluation:
+        """Caption, score and judge chunks, drawn or being drawn."""
+        self.score(chunks)
+        if self.evaluators is not None:
+            self.evaluators.judge(chunks)
+
+        def values(attribute: str) -> list[Any]:
+            references = [getattr(chunk, attribute) for chunk in chunks]
+            return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
+
+        return Evaluation.collect(prompts, values("images"), values("captions"), values("scores"), values("verdicts"))
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all actors so far."""
+        return sum(self.wait([s for pool in self.pools for s in pool.everyone("cpu_seconds")], "CPU times"))
+
+    def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
+        """Images from elsewhere, as chunks ready to be measured."""
+        import ray
+
+        size = self.config.actors.images_per_call
+        return [
+            Chunk(list(prompts[i : i + size]), [], ray.put(images[i : i + size]), ray.put(None))
+            for i in range(0, len(prompts), size)
+        ]

@@ -1,0 +1,109 @@
+"""The DDPO loop: sample → caption → reward → learn → publish, round and round (Black et al., 2305.13301).
+
+Everything between actors is an object reference; chunks are captioned and scored while the next ones are drawn. The
+driver owns every actor, and a step's state is committed as a whole or not at all.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from orchestration.calibration import calibrate
+from orchestration.config import DdpoConfig
+from orchestration.crew import Crew
+from orchestration.evaluation import Evaluation, fixed_work
+from orchestration.metrics import step_metrics
+from orchestration.preflight import Plan, preflight
+from orchestration.report import Report, fitting_images
+from orchestration.run import Run
+from pipelines.learning import LearnerState
+from policies.advantages import PromptStatistics, advantages
+from policies.streams import PromptSchedule, derive_seed
+
+
+def run_ddpo(config: DdpoConfig) -> Path:
+    """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
+    plan = preflight(config)
+    return _loop(Run.create(config), plan)
+
+
+def resume_ddpo(directory: Path) -> Path:
+    """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
+    run = Run.resume(directory)
+    return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})))
+
+
+def _loop(run: Run, plan: Plan) -> Path:
+    config, training = run.config, run.config.training
+    prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
+    history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
+    held_out_prompts, held_out_seeds = fixed_work(plan.prompts, config.evaluation.images)
+
+    with run, Crew(config, plan, run.micro_batch, run.display.activity) as crew:
+        report = Report(run, held_out_prompts)
+
+        def evaluate(images: int) -> Evaluation:
+            with run.stage("evaluate"):
+                return crew.evaluate(held_out_prompts[:images], held_out_seeds[:images])
+
+        def cpu_seconds() -> float:
+            return crew.cpu_seconds() + time.process_time()
+
+        if run.checkpoint is None:
+            micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
+            run.describe(plan.prompts, micro_batch=micro_batch, roles=[vars(role) for role in plan.roles])
+            before = evaluate(config.evaluation.images)
+            report.before(before, calibrate(crew, *fitting_images(config, before)))
+        else:
+            saved = LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"])
+            crew.wait(crew.learner.everyone("restore", saved), "restoring the learner")
+            history.restore(run.checkpoint.state["prompt_statistics"])
+            learned, weights = crew.learner.current()
+            update = crew.wait([learned], "the restored weights")[0]
+            crew.publish(update, weights)
+            run.display.say(f"resumed after step {run.step}")
+
+        held_out: Evaluation | None = None
+        for step in run.remaining_steps():
+            step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
+            seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
+
+            with run.stage("sample"):
+                chunks = crew.samplers.rollout(step_prompts, seeds)
+                crew.score(chunks)
+                images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
+            with run.stage("reward"):
+                rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
+                scores = np.concatenate(rewards)
+                advantage = advantages(scores, step_prompts, config.advantage, history)
+            with run.stage("learn"):
+                learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
+                update = crew.wait([learned], f"step {step + 1}: learning")[0]
+            with run.stage("publish"):
+                crew.publish(update, weights)
+
+            metrics = step_metrics(scores, advantage, update, images, step_prompts)
+            done = step + 1
+            if done == training.steps:
+                held_out = evaluate(config.evaluation.images)
+            else:
+                due = config.evaluation.every and done % config.evaluation.every == 0
+                held_out = evaluate(config.evaluation.interim_images) if due else None
+            run.record(step, metrics | (held_out.metrics() if held_out else {}))
+
+            if run.commit_due():
+                with run.stage("commit"):
+                    state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
+                    run.commit(
+                        state.tensors,
+                        {"weights_version": state.weights_version, "prompt_statistics": history.state()},
+                        cpu_seconds(),
+                    )
+            if held_out:
+                report.progress(done, held_out)
+
+        after = held_out or evaluate(config.evaluation.images)
+        pipeline = run.directory / "pipeline"
+        crew.wait(crew.learner.everyone("save", str(pipeline)), "saving the pipeline")
+        return report.finish(after, update.checksum, cpu_seconds())

@@ -1,0 +1,221 @@
+"""What a person watches: a live panel on a terminal, one plain line a step anywhere else.
+
+Nothing here can stop a run: a metric that is missing or not a number is left out, and the terminal's cursor comes
+back however the block is left.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_REFRESHES_PER_SECOND = 4
+_WIDEST = 100  # columns; a wider terminal gains nothing
+_CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
+
+
+class Display:
+    """Live table on a terminal; plain lines otherwise.
+
+    ``total_steps`` is the last step's number, ``first_step`` the number of steps that were done before this process
+    (a resume); the time left is estimated from the steps of this process only.
+    """
+
+    def __init__(self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
+        self.title = title
+        self.total_steps = total_steps
+        self.done = self.first_step = first_step
+        self.console = console or Console(highlight=False)
+        self._activities: dict[str, str] = {}
+        self._latest: dict[str, float] = {}
+        self._rewards: list[float] = []
+        self._accuracies: list[float] = []
+        self._started = self._last_step_at = time.monotonic()
+        self._spinner = Spinner("dots", style="cyan")
+        self._drawable = (
+            self.console.is_terminal
+            and not self.console.is_dumb_terminal
+            and self.console.encoding.lower().startswith("utf")
+        )
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._last_step_at = time.monotonic()
+        if self._drawable:
+            self._live = Live(
+                self, console=self.console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop"
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._activities = {}
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line that stays; above the panel on a terminal."""
+        encoding = self.console.encoding
+        self.console.print(Text(text.encode(encoding, "replace").decode(encoding)), soft_wrap=self._live is None)
+
+    def activity(self, states: Mapping[str, str]) -> None:
+        """What each role does now, in place of what it did."""
+        self._activities = dict(states)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A finished step, counted from 1."""
+        self.done = step
+        self._last_step_at = time.monotonic()
+        numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
+        self._latest.update(numbers)
+        if "reward/mean" in numbers:
+            self._rewards.append(numbers["reward/mean"])
+        if "evaluator/full" in numbers:
+            self._accuracies.append(numbers["evaluator/full"])
+        if self._live is None:
+            self.say(self._line(numbers))
+
+    def seconds_left(self) -> float | None:
+        """Estimated from this process's steps; None before the first."""
+        steps = self.done - self.first_step
+        if steps <= 0:
+            return None
+        seconds_per_step = (self._last_step_at - self._started) / steps
+        since_last = time.monotonic() - self._last_step_at
+        return max(0.0, seconds_per_step * (self.total_steps - self.done) - min(since_last, seconds_per_step))
+
+    def _line(self, numbers: Mapping[str, float]) -> str:
+        """The plain line of a step."""
+        width = len(str(self.total_steps))
+        parts = [f"step {self.done:>{width}}/{self.total_steps}"]
+        if "reward/mean" in numbers:
+            spread = f" ±{numbers['reward/std']:.3f}" if "reward/std" in numbers else ""
+            parts.append(f"reward {numbers['reward/mean']:.3f}{spread}")
+        if "evaluator/full" in numbers:
+            parts.append(f"held-out {numbers['evaluator/full']:.3f}")
+        if "images_per_second" in numbers:
+            parts.append(f"{numbers['images_per_second']:.1f} images/s")
+        left = self.seconds_left()
+        if left is not None:
+            parts.append(f"left {duration(left)}")
+        return "  ".join(parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, _WIDEST)
+        inner = width - 6
+        parts: list[RenderableType] = [self._progress(inner)]
+        numbers = self._numbers(inner)
+        if numbers.row_count:
+            parts += ["", numbers]
+        if self._activities:
+            parts += ["", self._roles(max(0, options.size.height - 12))]
+        yield Panel(
+            Group(*parts),
+            title=f"[bold]{escape(self.title)}[/]",
+            title_align="left",
+            border_style="cyan" if self.done < self.total_steps else "green",
+            padding=(1, 2),
+            width=width,
+        )
+
+    def _progress(self, width: int) -> RenderableType:
+        """Step, bar, elapsed and time left, on one line."""
+        elapsed = duration(time.monotonic() - self._started)
+        left = self.seconds_left()
+        count = Text.assemble(("step ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
+        clock = Text.assemble((elapsed, "dim"))
+        if left is not None and self.done < self.total_steps:
+            clock.append(" · ", "dim").append(f"{duration(left)} left")
+        bar = ProgressBar(
+            total=max(1, self.total_steps),
+            completed=self.done,
+            width=max(4, width - len(count) - max(len(clock), _CLOCK_WIDTH) - 4),
+            complete_style="cyan",
+            finished_style="green",
+        )
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH)
+        line.add_row(count, bar, clock)
+        return line
+
+    def _numbers(self, width: int) -> Table:
+        """What the last steps gave."""
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True)
+        spark = max(8, width - 36)
+        latest = self._latest
+        if self._rewards:
+            spread = f" ±{latest['reward/std']:.3f}" if "reward/std" in latest else ""
+            value = Text.assemble((f"{self._rewards[-1]:.3f}", "bold green"), (spread, "dim"))
+            grid.add_row("reward", value, Text(sparkline(self._rewards, spark), "green"))
+        if self._accuracies:
+            value = Text.assemble((f"{self._accuracies[-1]:.3f}", "bold blue"))
+            if len(self._accuracies) > 1:
+                value.append(f" {self._accuracies[-1] - self._accuracies[0]:+.3f}", "dim")
+            grid.add_row("held-out accuracy", value, Text(sparkline(self._accuracies, spark), "blue"))
+        if "images_per_second" in latest:
+            grid.add_row("images/s", f"{latest['images_per_second']:.1f}", "")
+        if "policy/clip_fraction" in latest:
+            grid.add_row("clipped", f"{latest['policy/clip_fraction']:.1%}", "")
+        return grid
+
+    def _roles(self, most: int) -> Table:
+        """A line a role; what does not fit the terminal's height is counted."""
+        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        roles = list(self._activities.items())
+        shown = roles if len(roles) <= most else roles[: max(0, most - 1)]
+        for role, state in shown:
+            idle = state in {"waiting", "idle", "ready", ""}
+            grid.add_row(Text("·", "dim") if idle else self._spinner, role, Text(state, "dim" if idle else ""))
+        if len(shown) < len(roles):
+            grid.add_row("", f"and {len(roles) - len(shown)} more", "")
+        return grid
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """``values`` as at most ``width`` block characters, the mean of neighbours where there are more values."""
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    edges = [round(index * len(values) / count) for index in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return _BLOCKS[0] * count
+    return "".join(_BLOCKS[round((mean - low) / (high - low) * (len(_BLOCKS) - 1))] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: ``45s``, ``4m10s``, ``2h05m``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,95 @@
+"""The held-out measure: images of fixed prompts and seeds, and what captioner, reward and evaluator say of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from policies.streams import derive_seed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Some images and all that was said of them.
+
+    ``images`` (n, height, width, 3) uint8; ``scores`` (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
+    and for "full" whether the image shows what its prompt asks for (n,) bool, or None without an evaluator;
+    ``agreement``: share of images in which captioner and evaluator name the same in every slot.
+    """
+
+    prompts: list[str]
+    images: np.ndarray
+    scores: np.ndarray
+    captions: list[str] | None
+    fulfilled: dict[str, np.ndarray] | None
+    agreement: float | None
+
+    @classmethod
+    def collect(
+        cls,
+        prompts: Sequence[str],
+        images: Sequence[np.ndarray],
+        captions: Sequence[list[str]],
+        scores: Sequence[np.ndarray],
+        verdicts: Sequence[Any],
+    ) -> Self:
+        """Join what the chunks gave."""
+        said = [caption for part in captions for caption in part] or None
+        fulfilled = agreement = None
+        if verdicts:
+            fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
+            seen = {slot: [word for v in verdicts for word in v[1][slot]] for slot in verdicts[0][1]}
+            agreement = _agreement(said, seen) if said else None
+        return cls(list(prompts), np.concatenate(images), np.concatenate(scores), said, fulfilled, agreement)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of images that show everything their prompt asks for."""
+        return None if self.fulfilled is None else float(self.fulfilled["full"].mean())
+
+    def metrics(self) -> dict[str, float]:
+        """For charts: evaluation/reward and /diversity, evaluator/<slot>, /full and /agreement."""
+        values = {
+            "evaluation/reward": float(self.scores.mean()),
+            "evaluation/diversity": diversity(self.images, self.prompts),
+        }
+        if self.fulfilled is not None:
+            values |= {f"evaluator/{slot}": float(hits.mean()) for slot, hits in self.fulfilled.items()}
+        if self.agreement is not None:
+            values["evaluator/agreement"] = self.agreement
+        return values
+
+
+def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int]]:
+    """Prompts and seeds of the held-out measure: the same for every run, in an order that mixes the prompts.
+
+    The first n of them are the held-out measure of n images.
+    """
+    order = np.random.default_rng(derive_seed(0, "evaluation order")).permutation(len(prompts))
+    chosen = [prompts[order[index % len(prompts)]] for index in range(images)]
+    return chosen, [derive_seed(0, "evaluation", index) for index in range(images)]
+
+
+def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
+    """Mean distance of two images of one prompt: root mean square over pixels, in units of the full range. 0 if
+    collapsed.
+
+    Large images are thinned to at most 32 pixels a side, which a mean over pixels hardly notices.
+    """
+    stride = max(1, images.shape[1] // 32)
+    flat = images[:, ::stride, ::stride].reshape(len(images), -1).astype(np.float32) / 255
+    names, distances = np.asarray(prompts), []
+    for prompt in dict.fromkeys(prompts):
+        group = flat[names == prompt]
+        if len(group) > 1:
+            first, second = np.triu_indices(len(group), k=1)
+            distances.append(np.sqrt(((group[first] - group[second]) ** 2).mean(axis=1)).mean())
+    return float(np.mean(distances)) if distances else 0.0
+
+
+def _agreement(captions: Sequence[str], seen: dict[str, list[str]]) -> float:
+    from pipelines.digits import parse
+
+    parsed = [parse(caption) for caption in captions]
+    return float(np.mean([all(p[slot] == seen[slot][i] for slot in seen) for i, p in enumerate(parsed)]))

@@ -1,0 +1,36 @@
+"""What one step's numbers are called. The names are MLflow's and the journal's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.learner import Update
+from orchestration.evaluation import diversity
+
+
+def step_metrics(
+    scores: np.ndarray, advantage: np.ndarray, update: Update, images: np.ndarray, prompts: Sequence[str]
+) -> dict[str, float]:
+    """Metrics of one step from its rewards (images,), advantages (images,), update and images."""
+    statistics = update.statistics
+    first_update = statistics["first_update_error"]
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std()),
+        "reward/min": float(scores.min()),
+        "reward/max": float(scores.max()),
+        "advantage/mean": float(advantage.mean()),
+        "advantage/std": float(advantage.std()),
+        "advantage/absolute_max": float(np.abs(advantage).max()),
+        "policy/loss": statistics["loss"],
+        "policy/approximate_kl": statistics["approximate_kl"],
+        "policy/ratio_mean": statistics["ratio_mean"],
+        "policy/ratio_max": statistics["ratio_max"],
+        "policy/clip_fraction": statistics["clip_fraction"],
+        "policy/gradient_norm": statistics["gradient_norm"],
+        "images/diversity": diversity(images, prompts),
+        "weights/version": float(update.version),
+        "weights/changed_tensors": float(update.changed_tensors),
+        "weights/checksum": float(int(update.checksum[:12], 16)),
+        **{f"first_update_error/timestep_{step:02d}": error for step, error in first_update.items()},
+    }

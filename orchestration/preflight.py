@@ -1,0 +1,178 @@
+"""Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.settings import Role, plan_roles
+from orchestration.config import ConfigError, DdpoConfig
+from pipelines.locations import check_model, find
+from pipelines.settings import BUILT_IN_REWARDS
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_MEMORY = 0.6e9  # measured: an actor that has imported torch, diffusers and transformers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be started: its prompts and its actors."""
+
+    prompts: list[str]
+    roles: list[Role]
+
+
+def preflight(config: DdpoConfig, cpus: int | None = None, gpus: int | None = None) -> Plan:
+    """Check ``config`` against files and machine (or a cluster of ``cpus`` and ``gpus``). Raises ConfigError."""
+    try:
+        prompts = read_prompts(config.prompts)
+        check_model(config.model.path, "model_index.json", "model.path")
+        if config.captioner.path:
+            check_model(config.captioner.path, "config.json", "captioner.path")
+        elif config.reward.needs_captions:
+            raise ValueError(f"reward.function {config.reward.function} compares captions, but captioner.path is null")
+        if config.reward.encoder:
+            check_model(config.reward.encoder, "modules.json", "reward.encoder")
+        if config.evaluation.evaluator:
+            _check_evaluator(config.evaluation.evaluator, prompts)
+        if config.reward.function not in BUILT_IN_REWARDS:
+            from pipelines.rewards import import_reward
+
+            import_reward(config.reward.function)
+        _check_sizes(config, prompts)
+        _check_output(config)
+        roles = plan_roles(
+            config.actors,
+            cpus if cpus is not None else available_cpus(),
+            gpus if gpus is not None else available_gpus(config.actors.device),
+            captioner=config.captioner.path is not None,
+            evaluator=config.evaluation.evaluator is not None,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Plan(prompts, roles)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, one a line; blank lines and lines that start with # are left out."""
+    found = find(path)
+    if found is None or not found.is_file():
+        raise ValueError(f"prompts: there is no file {path!r}")
+    try:
+        lines = [line.strip() for line in found.read_text().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path!r} is not a text file") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"prompts: {path!r} holds no prompt")
+    repeated = len(prompts) - len(set(prompts))
+    if repeated:
+        raise ValueError(f"prompts: {path!r} repeats {repeated} of its prompts; each may stand once")
+    return prompts
+
+
+def _check_evaluator(path: str, prompts: list[str]) -> None:
+    from pipelines.digits import SLOTS, parse
+
+    check_model(path, "config.json", "evaluation.evaluator")
+    for prompt in prompts:
+        if not all(parse(prompt)[slot] for slot in SLOTS):
+            raise ValueError(
+                f"evaluation.evaluator judges {', '.join(SLOTS)}, but the prompt {prompt!r} does not name them all: "
+                "set evaluation.evaluator=null"
+            )
+
+
+def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
+    training, evaluation = config.training, config.evaluation
+    if training.prompts_per_step > len(prompts):
+        raise ValueError(
+            f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step, "
+            f"{config.prompts} holds {len(prompts)}"
+        )
+    if config.advantage.baseline == "group" and training.images_per_prompt < 2:
+        raise ValueError(
+            "advantage.baseline group compares images of one prompt: set training.images_per_prompt to 2 or more"
+        )
+    if config.advantage.history_minimum > config.advantage.history_size:
+        raise ValueError("advantage.history_minimum is larger than advantage.history_size")
+    if evaluation.interim_images > evaluation.images:
+        raise ValueError("evaluation.interim_images is larger than evaluation.images")
+
+
+def _check_output(config: DdpoConfig) -> None:
+    if config.output_dir is None:
+        return
+    directory = Path(config.output_dir).expanduser()
+    if (directory / "manifest.json").exists():
+        raise ValueError(f"output_dir {directory} holds a run already: continue it with 'ouroboros resume {directory}'")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"output_dir {directory} is not an empty directory")
+    parent = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir {directory} cannot be created: {parent} is not writable")
+
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def available_gpus(device: str) -> int:
+    """CUDA devices here. torch is only asked if there is a driver."""
+    if device == "cpu" or shutil.which("nvidia-smi") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def describe(config: DdpoConfig, plan: Plan) -> str:
+    """What a dry run prints: arithmetic, actors and an estimate of memory."""
+    training, sampling = config.training, config.sampling
+    share = max(1, round(training.timestep_fraction * sampling.steps))
+    transitions = training.images_per_update * share
+    per_step = training.images_per_step * sampling.steps
+    guided = " (twice for guidance)" if sampling.guidance_scale > 1 else ""
+    lines = [
+        "batch arithmetic",
+        f"  {training.prompts_per_step} prompts × {training.images_per_prompt} images = "
+        f"{training.images_per_step} images a step, {training.steps * training.images_per_step:,} in all",
+        f"  {training.updates_per_step * training.inner_epochs} updates a step, each of {training.images_per_update} "
+        f"images × {share} of {sampling.steps} timesteps = {transitions} transitions",
+        f"  {per_step:,} network evaluations to sample a step, "
+        f"{training.images_per_step * share * training.inner_epochs:,} with gradient to learn{guided}",
+        f"  {-(-training.images_per_step // config.actors.images_per_call)} pieces of work of up to "
+        f"{config.actors.images_per_call} images for {config.actors.samplers} samplers",
+        "actors",
+    ]
+    lines += [
+        f"  {role.count} × {role.name}: {role.cpus:g} CPU, {role.gpus:g} GPU, {role.threads} threads, on {role.device}"
+        for role in plan.roles
+    ]
+    return "\n".join([*lines, "memory (estimate)", *_memory(config, plan.roles)])
+
+
+def _memory(config: DdpoConfig, roles: list[Role]) -> list[str]:
+    directory = find(config.model.path)
+    if directory is None:
+        return ["  unknown until the model has been fetched from the hub"]
+    size = {
+        part: sum(file.stat().st_size for file in (directory / part).glob("*.safetensors"))
+        for part in ("unet", "vae", "text_encoder")
+    }
+    weights = sum(size.values()) * BYTES[config.model.dtype] / 4
+    trained = size["unet"] * BYTES[config.model.dtype] / 4 * (1 if not config.model.lora_rank else 0.02)
+    lines = []
+    for role in roles:
+        extra = {"sampler": weights, "learner": weights + 4 * trained}.get(role.name, 0.0)
+        lines.append(
+            f"  {role.count} × {role.name}: {(PROCESS_MEMORY + extra) / 1e9:.2f} GB, {extra / 1e6:.0f} MB of it weights"
+        )
+    total = sum(
+        role.count * (PROCESS_MEMORY + {"sampler": weights, "learner": weights + 4 * trained}.get(role.name, 0.0))
+        for role in roles
+    )
+    return [*lines, f"  together {total / 1e9:.1f} GB, activations apart"]

@@ -1,0 +1,130 @@
+"""What a run leaves to look at: grids of fixed prompts and seeds, curves, before → after, and summary.json."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestration.config import DdpoConfig
+from orchestration.evaluation import Evaluation
+from orchestration.run import Run
+from pipelines.checkpoint import write_json
+from policies.streams import derive_seed
+
+_GRID_COLUMNS = 6
+
+
+class Report:
+    """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
+
+    def __init__(self, run: Run, prompts: list[str]) -> None:
+        self.run = run
+        self.prompts = prompts[: run.config.evaluation.grid_images]
+        self.directory = run.directory / "evaluations"
+
+    def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:
+        """The base model's measure, and whether the reward can tell images apart."""
+        say = self.run.display.say
+        values = evaluation.metrics() | calibration
+        told = json.loads(self._path(0, "json").read_text()) if self._path(0, "json").exists() else {}
+        timestamp = told.get("timestamp_ms", int(time.time() * 1000))
+        self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
+        self.run.tracker.metrics(0, values, timestamp)
+        say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
+        if calibration["calibration/true"] <= calibration["calibration/shuffled"]:
+            say("warning: this reward does not prefer images that fit their prompts; it cannot teach them")
+        accuracy = "" if evaluation.accuracy is None else f", evaluator accuracy {evaluation.accuracy:.3f}"
+        say(f"before: reward {evaluation.scores.mean():.3f}{accuracy} over {len(evaluation.images)} held-out images")
+
+    def progress(self, step: int, evaluation: Evaluation) -> None:
+        """An interim measure."""
+        self._keep(step, evaluation, evaluation.metrics())
+
+    def finish(self, after: Evaluation, weights_sha256: str, cpu_seconds: float) -> Path:
+        """Figures, artifacts and the summary. Returns the path of summary.json."""
+        from pipelines.figures import before_after, curves
+
+        run, figures = self.run, self.run.directory / "figures"
+        figures.mkdir(exist_ok=True)
+        before, first = json.loads(self._path(0, "json").read_text()), np.load(self._path(0, "npz"))
+        shown = len(self.prompts)
+        captions = after.captions[:shown] if after.captions else None
+        before_after(
+            figures / "before_after.png",
+            first["images"],
+            after.images[:shown],
+            self.prompts,
+            before["captions"],
+            captions,
+        )
+        start = {"step": 0, "reward/mean": before["evaluation/reward"]}
+        start |= {key: value for key, value in before.items() if key.startswith("evaluator/")}
+        curves(figures / "curves.png", [start, *run.history])
+        values = after.metrics()
+        path = run.summarise(
+            {
+                "reward_before": before["evaluation/reward"],
+                "reward_after": values["evaluation/reward"],
+                "evaluator_accuracy_before": before.get("evaluator/full"),
+                "evaluator_accuracy_after": values.get("evaluator/full"),
+                "agreement_before": before.get("evaluator/agreement"),
+                "agreement_after": values.get("evaluator/agreement"),
+                "diversity_before": before["evaluation/diversity"],
+                "diversity_after": values["evaluation/diversity"],
+                "evaluation_images": len(after.images),
+                "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
+                "weights_sha256": weights_sha256,
+                "pipeline": str(run.directory / "pipeline"),
+            },
+            cpu_seconds,
+        )
+        for artifact, under in (
+            (figures, "figures"),
+            (run.directory / "pipeline", "pipeline"),
+            (run.store.path(run.step), f"checkpoints/{run.store.path(run.step).name}"),
+            (path, ""),
+        ):
+            run.tracker.artifact(artifact, under)
+        self._say_result(before, values, figures)
+        return path
+
+    def _say_result(self, before: dict[str, Any], after: dict[str, float], figures: Path) -> None:
+        say = self.run.display.say
+        rows = [("reward", "evaluation/reward"), ("evaluator accuracy", "evaluator/full")]
+        rows += [(f"  {slot}", f"evaluator/{slot}") for slot in ("digit", "ink", "ground")]
+        rows += [("captioner–evaluator agreement", "evaluator/agreement"), ("diversity", "evaluation/diversity")]
+        say("")
+        for label, key in rows:
+            if key in after:
+                say(f"{label:<32} {before[key]:.3f} → {after[key]:.3f}  ({after[key] - before[key]:+.3f})")
+        say("")
+        say(f"pictures   {figures / 'before_after.png'}")
+        say(f"curves     {figures / 'curves.png'}")
+        say(f"pipeline   {self.run.directory / 'pipeline'}")
+        say(f"dashboard  {self.run.tracker.open_command()}")
+
+    def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
+        from pipelines.figures import image_grid
+
+        self.directory.mkdir(exist_ok=True)
+        shown = len(self.prompts)
+        images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
+        np.savez(self._path(step, "npz"), images=images)
+        write_json(self._path(step, "json"), {**values, "prompts": self.prompts[: len(images)], "captions": captions})
+        self.run.tracker.image("held_out", image_grid(images, _GRID_COLUMNS), step)
+
+    def _path(self, step: int, kind: str) -> Path:
+        return self.directory / f"step-{step:06d}.{kind}"
+
+
+def fitting_images(config: DdpoConfig, before: Evaluation) -> tuple[list[str], np.ndarray]:
+    """For calibration: prompts, and images that fit them. Real digits if there is an evaluator, else the base's own."""
+    prompts = list(dict.fromkeys(before.prompts))
+    if config.evaluation.evaluator is None:
+        first = [before.prompts.index(prompt) for prompt in prompts]
+        return prompts, before.images[first]
+    from pipelines.digits import real_images
+
+    return prompts, real_images(prompts, np.random.default_rng(derive_seed(0, "real images")))

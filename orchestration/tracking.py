@@ -1,0 +1,313 @@
+"""One run in MLflow: opened once, continued after a resume, closed with the name of how it ended.
+
+Everything goes through the client by run id, so that several runs in one process do not meet. Every call is
+bounded: a server that is away or hangs gives a :class:`TrackingError` within about a minute, never a silent
+loss. A repeated call adds nothing: MLflow drops metric points it already holds, a second image of a step is
+skipped, other artifacts are overwritten by name.
+"""
+
+import getpass
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from policies.settings import Settings
+
+T = TypeVar("T")
+
+_HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
+_MONITOR_SECONDS = 5  # between two system metrics
+_GOODBYE_SECONDS = 3  # the longest wait for their thread to end
+_VALUE_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 5000, 250  # MLflow's limits
+_BATCH, _METRIC_BATCH = 100, 1000
+
+
+class TrackingError(RuntimeError):
+    """MLflow could not be reached, or refused what it was given."""
+
+
+class TrackingSettings(Settings):
+    """Where a run is recorded."""
+
+    uri: str | None = Field(
+        default=None,
+        description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory",
+    )
+    experiment: str = Field(default="ddpo", min_length=1)
+    system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_kind(cls, uri: str | None) -> str | None:
+        if uri is not None and not re.match(r"https?://[^/]|sqlite:///.", uri):
+            raise ValueError(
+                f"{uri!r} is neither a server (http://host:port) nor a database (sqlite:///path/mlflow.db)"
+            )
+        return uri
+
+
+class Tracker:
+    """One MLflow run, the same one before and after a resume.
+
+    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store. Raises
+    TrackingError if the store cannot be reached, or does not know the run.
+    """
+
+    def __init__(self, directory: Path, settings: TrackingSettings, run_name: str, run_id: str | None = None) -> None:
+        self._database: Path | None = None
+        if settings.uri and settings.uri.startswith("http"):
+            self.uri = settings.uri.rstrip("/")
+        else:
+            self._database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
+            self.uri = f"sqlite:///{self._database}"
+        self.shown_uri = _without_credentials(self.uri)
+        self._finished = False
+        self._monitor: Any = None
+        if self._database is None:
+            _check_server(self.uri)
+        else:
+            self._database.parent.mkdir(parents=True, exist_ok=True)
+        _configure_mlflow()
+        from mlflow import MlflowClient
+
+        with self._named("opening the store"):
+            self._client = MlflowClient(tracking_uri=self.uri)
+            if run_id is None:
+                tags = {"mlflow.user": _user(), "mlflow.source.type": "LOCAL"}
+                run = self._client.create_run(self._experiment(settings.experiment), run_name=run_name, tags=tags)
+            else:
+                run = self._client.get_run(run_id)
+                self._client.update_run(run_id, status="RUNNING")
+            self.run_id: str = run.info.run_id
+            self._experiment_id: str = run.info.experiment_id
+            self._images = self._logged_images() if run_id else set()
+        if settings.system_metrics:
+            self._start_monitor(resumed=run_id is not None)
+
+    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str]) -> None:
+        """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
+
+        MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
+        machine) is recorded as the tag ``changed/<name>``.
+        """
+        from mlflow.entities import Param, RunTag
+
+        wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in flatten(parameters).items()}
+        with self._named("describing the run"):
+            run = self._client.get_run(self.run_id)
+            held = run.data.params
+            changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
+            new = [Param(k, v) for k, v in wanted.items() if k not in held]
+            every_tag = [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in {**tags, **changed}.items()]
+            for params in _batches(new, _BATCH):
+                self._client.log_batch(self.run_id, params=params)
+            for some_tags in _batches(every_tag, _BATCH):
+                self._client.log_batch(self.run_id, tags=some_tags)
+            if prompts:
+                self._log_prompts(prompts)
+
+    def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
+        """Record a step's numbers. The very same call again adds no point."""
+        from mlflow.entities import Metric
+
+        points = [Metric(_key(name), float(value), timestamp_ms, step) for name, value in values.items()]
+        with self._named(f"metrics of step {step}"):
+            for some in _batches(points, _METRIC_BATCH):
+                self._client.log_batch(self.run_id, metrics=some)
+
+    def image(self, key: str, image: np.ndarray, step: int) -> None:
+        """Put ``image`` (height, width, 3) uint8 on the dashboard's step slider, unless the step has one."""
+        key = _key(key)
+        if (key, step) in self._images:
+            return
+        with self._named(f"image {key} of step {step}"):
+            self._client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
+        self._images.add((key, step))
+
+    def artifact(self, path: Path, under: str = "") -> None:
+        """Store a file or a directory as ``under/<its name>``, in place of what was there."""
+        with self._named(f"artifact {path.name}"):
+            self._client.log_artifact(self.run_id, str(path), under or None)
+
+    def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+        """Close the run and stop its system metrics, within 10 s even if the server is away.
+
+        The first call counts, later ones do nothing.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        try:
+            if self._database is None:
+                _check_server(self.uri)
+        finally:
+            self._stop_monitor()
+        with self._named(f"closing the run as {status}"):
+            self._client.set_terminated(self.run_id, status=status)
+
+    def open_command(self) -> str:
+        """What opens the dashboard: the run's page on a server, or the command that serves this store."""
+        if self._database is None:
+            return f"{self.shown_uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        return f"{_program()} ui --backend-store-uri {shlex.quote(self.uri)} --host 127.0.0.1 --port 5000"
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Turn any failure of the store into a TrackingError that says what failed, where, and why."""
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400]
+            raise TrackingError(f"MLflow at {self.shown_uri}: {what} failed: {reason}") from error
+
+    def _experiment(self, name: str) -> str:
+        """The experiment's id; a new one on SQLite keeps its artifacts beside the database."""
+        from mlflow.exceptions import MlflowException
+
+        existing = self._client.get_experiment_by_name(name)
+        if existing is None:
+            place = (self._database.parent / "artifacts").as_uri() if self._database else None
+            try:
+                return self._client.create_experiment(name, artifact_location=place)
+            except MlflowException:
+                existing = self._client.get_experiment_by_name(name)  # another run made it in the meantime
+                if existing is None:
+                    raise
+        if existing.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"MLflow at {self.shown_uri}: experiment {name!r} was deleted; "
+                "restore it or set tracking.experiment to another"
+            )
+        return existing.experiment_id
+
+    def _logged_images(self) -> set[tuple[str, int]]:
+        """(key, step) of the stored images. The ``compressed`` file is written last: it vouches for both."""
+        found = set()
+        for file in self._client.list_artifacts(self.run_id, "images"):
+            match = re.match(r"images/(.+?)[+%]step[+%](\d+)[+%].*compressed", file.path)
+            if match:
+                found.add((re.sub("[~#]", "/", match[1]), int(match[2])))
+        return found
+
+    def _log_prompts(self, prompts: Sequence[str]) -> None:
+        import pandas
+        from mlflow.data.pandas_dataset import from_pandas
+        from mlflow.entities import DatasetInput, InputTag
+
+        dataset = from_pandas(pandas.DataFrame({"prompt": list(prompts)}), name="prompts")
+        tag = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), tags=[tag])])
+
+    def _start_monitor(self, resumed: bool) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        with self._named("starting system metrics"):
+            self._monitor = SystemMetricsMonitor(
+                self.run_id, sampling_interval=_MONITOR_SECONDS, resume_logging=resumed, tracking_uri=self.uri
+            )
+            self._monitor.start()
+
+    def _stop_monitor(self) -> None:
+        if self._monitor is None:
+            return
+        # Its thread (a daemon) may be waiting for a server that is away, so the wait for it has a bound.
+        stopping = threading.Thread(target=self._monitor.finish, daemon=True)
+        stopping.start()
+        stopping.join(_GOODBYE_SECONDS)
+        self._monitor = None
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _configure_mlflow() -> None:
+    """Before MLflow is imported: no telemetry, no chatter on the terminal, a call takes a minute at most."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import mlflow  # noqa: F401  (it sets the levels of these loggers when it is imported)
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    # Retries are told by the error in the end.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def _check_server(uri: str) -> None:
+    """Raise TrackingError unless a server answers at ``uri``; what it answers, the next calls will judge."""
+    server = _without_credentials(uri)  # its health needs none, and urllib does not read them
+    try:
+        with urllib.request.urlopen(f"{server}/health", timeout=_HEALTH_SECONDS):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return
+        reason = f"it answers HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))
+    raise TrackingError(
+        f"MLflow at {server} cannot be reached: {reason}. "
+        "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
+    )
+
+
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri if parts.username is None else uri.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+
+
+def _key(name: str) -> str:
+    """``name`` in the characters MLflow allows."""
+    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)[:_KEY_LENGTH]
+
+
+def _text(value: Any, limit: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return "unknown"
+
+
+def _program() -> str:
+    """The ``mlflow`` of this environment, as short as the shell will still find it."""
+    own = Path(sys.executable).parent / "mlflow"
+    if not own.exists() or shutil.which("mlflow") == str(own):
+        return "mlflow"
+    with_folder = os.path.relpath(own)
+    return shlex.quote(str(own) if with_folder.startswith("..") else with_folder)

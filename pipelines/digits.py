@@ -1,0 +1,131 @@
+"""The digit world: real handwritten digits, tinted in an ink on a ground, and the captions that name them.
+
+What this module promises:
+
+* every image shows one of scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten
+  Digits", CC BY 4.0), upsampled from 8 x 8 to 16 x 16 pixels; only colour and size are made up;
+* a caption and its three slots (digit, ink, ground) determine each other: ``parse(caption(*slots)) ==
+  slots``;
+* the three splits share no handwritten digit, are stratified by digit, and are the same on every machine:
+  ``train`` (1,000 images: autoencoder, diffusion model, captioner), ``evaluator`` (500: the independent
+  judge) and ``test`` (297: nothing is ever trained on them).
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+SLOTS = ("digit", "ink", "ground")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+INKS = {
+    "red": (225, 30, 35),
+    "green": (20, 165, 60),
+    "blue": (35, 70, 235),
+    "yellow": (245, 215, 25),
+    "purple": (145, 40, 190),
+    "orange": (250, 125, 10),
+}
+GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (120, 120, 120)}
+CHOICES: dict[str, tuple[str, ...]] = {"digit": DIGITS, "ink": tuple(INKS), "ground": tuple(GROUNDS)}
+
+IMAGE_SIZE = 16
+SPLIT_SIZES = {"train": 1000, "evaluator": 500, "test": 297}
+_SPLIT_SEED = 1797
+
+Split = Literal["train", "evaluator", "test"]
+
+
+class Digits(NamedTuple):
+    """Untinted digits: ``strokes`` (n, 16, 16) float32, 0 for ground and 1 for ink; ``labels`` (n,) int64 in
+    0..9."""
+
+    strokes: np.ndarray
+    labels: np.ndarray
+
+
+def caption(digit: str, ink: str, ground: str) -> str:
+    """The caption of three slot words, such as "an orange two on a gray background".
+
+    Raises:
+        ValueError: if a word is not one of its slot's ``CHOICES``.
+    """
+    for slot, word in zip(SLOTS, (digit, ink, ground), strict=True):
+        if word not in CHOICES[slot]:
+            raise ValueError(f"{slot} {word!r} is unknown; choose one of {', '.join(CHOICES[slot])}")
+    article = "an" if ink[0] in "aeiou" else "a"
+    return f"{article} {ink} {digit} on a {ground} background"
+
+
+def parse(text: str) -> dict[str, str | None]:
+    """The first word of ``text`` that fits each slot, in any case; None where no word does."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return {slot: next((word for word in words if word in CHOICES[slot]), None) for slot in SLOTS}
+
+
+def all_prompts() -> list[str]:
+    """All 180 captions, ordered by digit, then ink, then ground."""
+    return [caption(digit, ink, ground) for digit in DIGITS for ink in INKS for ground in GROUNDS]
+
+
+def tint(strokes: np.ndarray, inks: Sequence[str], grounds: Sequence[str]) -> np.ndarray:
+    """Colours each digit: ``strokes`` (n, height, width) in [0, 1] and n words each -> uint8 (n, height,
+    width, 3)."""
+    ink = np.array([INKS[word] for word in inks], dtype=np.float32)[:, None, None, :]
+    ground = np.array([GROUNDS[word] for word in grounds], dtype=np.float32)[:, None, None, :]
+    coverage = np.asarray(strokes, dtype=np.float32)[..., None]
+    return np.rint(ground + (ink - ground) * coverage).astype(np.uint8)
+
+
+def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """Tints every digit in an ink and a ground drawn uniformly: uint8 images (n, 16, 16, 3) and their
+    captions."""
+    inks = rng.choice(CHOICES["ink"], size=len(digits.labels)).tolist()
+    grounds = rng.choice(CHOICES["ground"], size=len(digits.labels)).tolist()
+    words = [DIGITS[label] for label in digits.labels]
+    captions = [caption(*slots) for slots in zip(words, inks, grounds, strict=True)]
+    return tint(digits.strokes, inks, grounds), captions
+
+
+def load_split(split: Split) -> Digits:
+    """The digits of one split, in a fixed order.
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_SIZES)}")
+    strokes, labels = _all_digits()
+    chosen = split_indices()[split]
+    return Digits(strokes[chosen], labels[chosen])
+
+
+@lru_cache(maxsize=1)
+def split_indices() -> dict[str, np.ndarray]:
+    """For each split, the positions of its images in scikit-learn's order, shuffled once and for all."""
+    from sklearn.model_selection import train_test_split
+
+    labels = _all_digits().labels
+    train, rest = train_test_split(
+        np.arange(len(labels)), train_size=SPLIT_SIZES["train"], stratify=labels, random_state=_SPLIT_SEED
+    )
+    evaluator, test = train_test_split(
+        rest, train_size=SPLIT_SIZES["evaluator"], stratify=labels[rest], random_state=_SPLIT_SEED
+    )
+    return {"train": train, "evaluator": evaluator, "test": test}
+
+
+@lru_cache(maxsize=1)
+def _all_digits() -> Digits:
+    from scipy.ndimage import zoom
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    coarse = digits.images / 16.0
+    factor = IMAGE_SIZE / coarse.shape[-1]
+    smooth = zoom(coarse, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True)
+    # Cubic upsampling blurs strokes; a steeper ramp brings back solid ink without jagged edges.
+    strokes = np.clip((smooth - 0.2) / 0.6, 0.0, 1.0).astype(np.float32)
+    return Digits(strokes, digits.target.astype(np.int64))

@@ -1,0 +1,2 @@
+"""How the default models are made, from scikit-learn's digits alone: one short file a model, ``pretrain``
+joins them."""

@@ -1,0 +1,237 @@
+"""Trains tokenizer, text encoder and UNet of the default ``StableDiffusionPipeline`` on autoencoder latents.
+
+The text encoder learns together with the UNet. Training predicts v (Salimans and Ho, 2022, arXiv 2202.00512)
+on a cosine schedule whose last step is pure noise (Lin et al., 2023, arXiv 2305.08891), so ten "trailing"
+steps start from what training has seen. What is kept at every checkpoint is an exponential moving average of
+the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipelines.digits import all_prompts
+from pipelines.recipe.autoencoder import LATENT_CHANNELS
+from pipelines.recipe.batches import DigitBatches, prompt_indices
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+STEPS = 5000
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 100
+EMA_DECAY = 0.995
+CAPTION_DROPOUT = 0.1
+CHECKPOINT_EVERY = 125
+LATENT_SIZE = 4
+TEXT_WIDTH = 64
+TEXT_LENGTH = 16
+
+
+class TextToLatents(nn.Module):
+    """The two parts that are trained, under one roof so that they are optimised, averaged and saved as
+    one."""
+
+    def __init__(self, text_encoder: "CLIPTextModel", unet: "UNet2DConditionModel") -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """The predicted v: latents (n, 8, 4, 4), timesteps (n,), tokens (n, 16) -> (n, 8, 4, 4)."""
+        return self.unet(latents, timesteps, self.text_encoder(tokens).last_hidden_state).sample
+
+
+class Checkpoint(NamedTuple):
+    """Averaged weights after ``step`` optimiser steps."""
+
+    step: int
+    model: TextToLatents
+
+
+def build_tokenizer() -> "CLIPTokenizer":
+    """A CLIP tokenizer whose byte-pair merges were learnt on the 180 captions."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    learner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    learner.decoder = decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(
+        all_prompts(),
+        trainers.BpeTrainer(
+            vocab_size=4096,
+            initial_alphabet=letters,
+            # A byte may end a word too; without these a word unseen in the captions would be lost to the
+            # unknown token.
+            special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def build_model(tokenizer: "CLIPTokenizer") -> TextToLatents:
+    """An untrained text encoder (64 wide, 2 layers) and UNet (1.2 M parameters)."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,  # diffusers takes this as the number of heads
+        norm_num_groups=8,
+    )
+    return TextToLatents(text_encoder, unet)
+
+
+def build_scheduler() -> "DDIMScheduler":
+    """The noise schedule. Its last step is deterministic (``set_alpha_to_one``): the stochastic ones before
+    it all keep a standard deviation that a policy gradient can work with."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+    )
+
+
+def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
+    """Token ids (n, 16), padded as the pipeline pads them."""
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def train_diffusion(
+    autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", seed: int, progress: Callable[[str], None]
+) -> Iterator[Checkpoint]:
+    """Trains for ``STEPS`` steps on the ``train`` split and yields a checkpoint every ``CHECKPOINT_EVERY``.
+
+    A yielded model goes on changing once the next checkpoint is asked for: save or measure it first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    batches = DigitBatches("train")
+    tokens = tokenize(tokenizer, [*all_prompts(), ""])
+    scheduler = build_scheduler()
+    model = build_model(tokenizer).train()
+    average = deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    running_loss = 1.0
+    for step in range(1, STEPS + 1):
+        images, slots = batches.draw(BATCH_SIZE, generator)
+        with torch.no_grad():
+            latents = autoencoder.encode(images).latent_dist.sample(generator=generator)
+        dropped = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
+        prompts = torch.where(dropped, len(tokens) - 1, prompt_indices(slots))
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+        loss = functional.mse_loss(model(noisy, timesteps, tokens[prompts]), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        _update_average(average, model, decay=min(EMA_DECAY, step / (step + 10)))
+        running_loss += 0.01 * (loss.item() - running_loss)
+        if step % CHECKPOINT_EVERY == 0:
+            progress(f"diffusion: step {step}/{STEPS}, loss {running_loss:.4f}")
+            yield Checkpoint(step, average)
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+
+
+def assemble_pipeline(
+    autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", model: TextToLatents
+) -> "StableDiffusionPipeline":
+    """The stock pipeline, ready to be saved."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.inference_mode()
+def draw_images(
+    pipeline: "StableDiffusionPipeline",
+    prompts: list[str],
+    seed: int,
+    guidance_scale: float = 1.0,
+    steps: int = 10,
+    eta: float = 1.0,
+    batch_size: int = 90,
+) -> np.ndarray:
+    """Samples by diffusers' own ``DDIMScheduler.step``: uint8 images (n, 16, 16, 3). Scale 1 is unguided."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(steps)
+    unprompted = pipeline.text_encoder(tokenize(pipeline.tokenizer, [""])).last_hidden_state
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = tokenize(pipeline.tokenizer, prompts[start : start + batch_size])
+        text = pipeline.text_encoder(tokens).last_hidden_state
+        latents = torch.randn(len(tokens), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
+        for timestep in scheduler.timesteps:
+            v = pipeline.unet(latents, timestep, text).sample
+            if guidance_scale != 1.0:
+                v_unprompted = pipeline.unet(latents, timestep, unprompted.expand_as(text)).sample
+                v = v_unprompted + guidance_scale * (v - v_unprompted)
+            latents = scheduler.step(v, timestep, latents, eta=eta, generator=generator).prev_sample
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images.append(pixels.permute(0, 2, 3, 1).numpy())
+    return np.concatenate(images)

@@ -1,0 +1,36 @@
+"""What a sampler hands to the learner: everything that was scored, stored exactly as it was scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The denoising of some images.
+
+    ``latents`` (batch, steps + 1, channels, height, width) float32, from pure noise to the final latents;
+    ``log_probs`` (batch, steps) float64 in nats, NaN where a step is deterministic; ``weights_version``: of the
+    weights that drew them.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    latents: np.ndarray
+    log_probs: np.ndarray
+    weights_version: int
+
+    @staticmethod
+    def concatenate(parts: Sequence["Trajectory"]) -> "Trajectory":
+        """One trajectory of all images, in order. Raises ValueError if they were drawn by different weights."""
+        versions = {part.weights_version for part in parts}
+        if len(versions) != 1:
+            raise ValueError(f"trajectories of different weights were mixed: versions {sorted(versions)}")
+        return Trajectory(
+            [prompt for part in parts for prompt in part.prompts],
+            [seed for part in parts for seed in part.seeds],
+            np.concatenate([part.latents for part in parts]),
+            np.concatenate([part.log_probs for part in parts]),
+            versions.pop(),
+        )

@@ -1,0 +1,1 @@
+"""The science: pure torch and numpy. Imports neither Ray, MLflow nor the other packages."""

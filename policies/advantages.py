@@ -1,0 +1,67 @@
+"""Rewards into advantages: normalised over all images of a step, wherever they were drawn, prompt by prompt."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from policies.settings import AdvantageSettings
+
+_EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
+
+
+class PromptStatistics:
+    """The last rewards of every prompt (Black et al. 2023, section 5.1 and their per-prompt tracker)."""
+
+    def __init__(self, size: int, minimum: int) -> None:
+        self.size = size
+        self.minimum = minimum
+        self._rewards: dict[str, deque[float]] = {}
+
+    def update(self, prompts: Sequence[str], rewards: np.ndarray) -> None:
+        """Remember ``rewards`` (images,) as they are: floats are never rounded to the type of an earlier reward."""
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            self._rewards.setdefault(prompt, deque(maxlen=self.size)).append(float(reward))
+
+    def mean_and_std(self, prompt: str) -> tuple[float, float] | None:
+        """Mean and standard deviation of a prompt's rewards, or None while too few are known."""
+        rewards = self._rewards.get(prompt, ())
+        if len(rewards) < self.minimum:
+            return None
+        return float(np.mean(rewards)), float(np.std(rewards))
+
+    def state(self) -> dict[str, list[float]]:
+        """Everything a resumed run needs."""
+        return {prompt: list(rewards) for prompt, rewards in self._rewards.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """The inverse of :meth:`state`."""
+        self._rewards = {prompt: deque(rewards, maxlen=self.size) for prompt, rewards in state.items()}
+
+
+def advantages(
+    rewards: np.ndarray, prompts: Sequence[str], settings: AdvantageSettings, history: PromptStatistics
+) -> np.ndarray:
+    """Advantages (images,) float64 of one step's ``rewards`` (images,), clipped to ±``settings.clip``.
+
+    ``history`` is updated with these rewards first, as in the reference implementation of the paper.
+    Raises ValueError on a reward that is not finite.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(rewards).all():
+        bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        raise ValueError(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad]}: check the reward function")
+    history.update(prompts, rewards)
+    everything = float(rewards.mean()), float(rewards.std())
+    prompt_array = np.asarray(prompts)
+    result = np.empty_like(rewards)
+    for prompt in dict.fromkeys(prompts):
+        members = prompt_array == prompt
+        if settings.baseline == "group":
+            mean, std = float(rewards[members].mean()), float(rewards[members].std())
+        elif settings.baseline == "history":
+            mean, std = history.mean_and_std(prompt) or everything
+        else:
+            mean, std = everything
+        result[members] = (rewards[members] - mean) / (std + _EPSILON)
+    return np.clip(result, -settings.clip, settings.clip)

@@ -1,0 +1,85 @@
+"""Settings of the DDPO algorithm. Importable without torch."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """A settings block: frozen, and every key known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SamplingSettings(Settings):
+    """The denoising process, the same in sampling and in training (guidance included)."""
+
+    steps: int = Field(10, ge=1, le=1000, description="denoising steps T")
+    eta: float = Field(1.0, gt=0, le=1, description="DDIM's η: 1 is ancestral sampling; 0 has no log-probability")
+    guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance; 1 is none (half the work)")
+
+
+class AdvantageSettings(Settings):
+    """How rewards become advantages."""
+
+    baseline: Literal["group", "history", "batch"] = Field(
+        "group",
+        description="normalise by the prompt's images of this step, by its history over steps, or by all images",
+    )
+    history_size: int = Field(32, ge=2, description="rewards remembered for each prompt (history)")
+    history_minimum: int = Field(16, ge=2, description="below this many, the whole step's statistics are used")
+    clip: float = Field(10.0, gt=0, description="advantages are clipped to ± this")
+
+
+class TrainingSettings(Settings):
+    """The DDPO update: Black et al. 2023, equations 5 (score function) and 6 (importance sampling)."""
+
+    steps: int = Field(80, ge=1, description="sample → reward → learn rounds")
+    images_per_step: int = Field(256, ge=1)
+    images_per_prompt: int = Field(8, ge=1)
+    updates_per_step: int = Field(4, ge=1, description="optimiser updates a step and inner epoch")
+    inner_epochs: int = Field(1, ge=1, description="passes over the same images")
+    timestep_fraction: float = Field(
+        1.0, gt=0, le=1, description="random share of each image's timesteps to learn from"
+    )
+    objective: Literal["importance_sampling", "score_function"] = "importance_sampling"
+    clip_range: float = Field(1e-4, gt=0, description="PPO's ε; its meaning depends on log_density")
+    log_density: Literal["mean", "sum"] = Field(
+        "mean", description="reduction of the log-density over channels and pixels; published clip ranges mean 'mean'"
+    )
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    ratio_tolerance: float = Field(
+        1e-4, gt=0, description="largest |Δ log p| allowed on a step's first update; beyond it the run stops"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="transitions in one network call; null: found by the program"
+    )
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.images_per_step // self.images_per_prompt
+
+    @property
+    def images_per_update(self) -> int:
+        return self.images_per_step // self.updates_per_step
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "TrainingSettings":
+        if self.images_per_step % self.images_per_prompt:
+            raise ValueError(
+                f"images_per_step ({self.images_per_step}) must be a multiple of "
+                f"images_per_prompt ({self.images_per_prompt})"
+            )
+        if self.images_per_step % self.updates_per_step:
+            raise ValueError(
+                f"images_per_step ({self.images_per_step}) must be a multiple of "
+                f"updates_per_step ({self.updates_per_step})"
+            )
+        if self.objective == "score_function" and self.updates_per_step * self.inner_epochs > 1:
+            raise ValueError(
+                "objective score_function is on-policy: set updates_per_step and inner_epochs to 1, "
+                "or use objective importance_sampling"
+            )
+        return self

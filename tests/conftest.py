@@ -1,0 +1,42 @@
+"""What every test starts from: no network, one thread, fixed seeds, and tiny models built once."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import build_tiny_captioner, build_tiny_pipeline
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion pipeline of 16 px that predicts ε; every step is stochastic."""
+    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion pipeline of 16 px that predicts v; its last step is deterministic."""
+    return build_tiny_pipeline(tmp_path_factory.mktemp("v_pipeline"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BLIP captioner of 16 px."""
+    return build_tiny_captioner(tmp_path_factory.mktemp("captioner"))

@@ -1,0 +1,88 @@
+"""Rewards become advantages prompt by prompt, over all images of a step."""
+
+import numpy as np
+import pytest
+
+from policies.advantages import PromptStatistics, advantages
+from policies.settings import AdvantageSettings
+
+PROMPTS = ["cat", "dog", "cat", "dog", "cat", "dog"]
+REWARDS = np.array([1.0, 10.0, 2.0, 20.0, 6.0, 60.0])
+
+
+def compute(rewards: np.ndarray, prompts: list[str], history: PromptStatistics | None = None, **keys: object) -> np.ndarray:
+    settings = AdvantageSettings(**keys)  # type: ignore[arg-type]
+    return advantages(rewards, prompts, settings, history or PromptStatistics(settings.history_size, settings.history_minimum))
+
+
+def test_group_baseline_normalises_each_prompt_by_itself() -> None:
+    result = compute(REWARDS, PROMPTS)
+    cat = (np.array([1.0, 2.0, 6.0]) - 3) / np.sqrt(14 / 3)
+    np.testing.assert_allclose(result[0::2], cat, atol=1e-5)
+    np.testing.assert_allclose(result[1::2], cat, atol=1e-5)  # a scale of rewards has no effect
+    assert result.dtype == np.float64
+
+
+def test_order_of_images_does_not_matter() -> None:
+    """Images arrive in whatever order samplers finish."""
+    order = np.random.default_rng(0).permutation(len(REWARDS))
+    shuffled = compute(REWARDS[order], [PROMPTS[i] for i in order])
+    np.testing.assert_allclose(shuffled, compute(REWARDS, PROMPTS)[order], rtol=1e-12)
+
+
+def test_batch_baseline_normalises_over_all_images() -> None:
+    result = compute(REWARDS, PROMPTS, baseline="batch")
+    np.testing.assert_allclose(result, (REWARDS - 16.5) / np.sqrt(np.mean((REWARDS - 16.5) ** 2)), atol=1e-5)
+
+
+def test_equal_rewards_give_no_advantage() -> None:
+    np.testing.assert_allclose(compute(np.full(6, 0.7), PROMPTS), 0, atol=1e-6)
+
+
+def test_advantages_are_clipped() -> None:
+    rewards = np.array([0.0] * 99 + [1.0])
+    unclipped = compute(rewards, ["cat"] * 100, clip=100.0)
+    assert unclipped.max() > 9
+    clipped = compute(rewards, ["cat"] * 100, clip=2.0)
+    assert clipped.max() == 2
+    np.testing.assert_array_equal(clipped[:99], unclipped[:99])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
+    history = PromptStatistics(32, 16)
+    rewards = REWARDS.copy()
+    rewards[3] = bad
+    with pytest.raises(ValueError, match=r"image 3 \('dog'\)"):
+        compute(rewards, PROMPTS, history)
+    assert history.state() == {}
+
+
+def test_history_baseline_falls_back_to_the_step_until_enough_is_known() -> None:
+    history = PromptStatistics(size=8, minimum=4)
+    keys = {"baseline": "history", "history_size": 8, "history_minimum": 4}
+    first = compute(REWARDS, PROMPTS, history, **keys)
+    np.testing.assert_allclose(first, compute(REWARDS, PROMPTS, baseline="batch"))
+    second = compute(np.array([4.0]), ["cat"], history, **keys)
+    remembered = np.array([1.0, 2.0, 6.0, 4.0])
+    np.testing.assert_allclose(second, [(4 - remembered.mean()) / remembered.std()], atol=1e-5)
+
+
+def test_history_forgets_the_oldest_and_keeps_fractions() -> None:
+    history = PromptStatistics(size=3, minimum=2)
+    history.update(["cat"], np.array([1]))  # an integer first must not make later rewards integers
+    history.update(["cat"] * 3, np.array([0.25, 0.5, 0.75]))
+    assert history.state() == {"cat": [0.25, 0.5, 0.75]}
+    assert history.mean_and_std("cat") == pytest.approx((0.5, np.sqrt(1 / 24)))
+    assert history.mean_and_std("dog") is None
+
+
+def test_history_goes_on_after_a_restore() -> None:
+    history = PromptStatistics(size=4, minimum=2)
+    history.update(PROMPTS, REWARDS)
+    resumed = PromptStatistics(size=4, minimum=2)
+    resumed.restore(history.state())
+    for statistics in (history, resumed):
+        statistics.update(["cat", "cat", "bird"], np.array([7.0, 8.0, 9.0]))
+    assert resumed.state() == history.state()
+    assert resumed.state()["cat"] == [2.0, 6.0, 7.0, 8.0]

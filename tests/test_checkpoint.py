@@ -1,0 +1,132 @@
+"""A commit is everything or nothing, and damage is noticed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import checkpoint
+from pipelines.checkpoint import CheckpointStore, DamagedCheckpoint, write_json
+
+TENSORS = {
+    "weight": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
+    "transposed": np.arange(6, dtype=np.float64).reshape(2, 3).T,
+    "counts": np.array([1, 2**40]),
+    "optimizer/step": np.array(7.0, dtype=np.float32),  # no dimension
+}
+STATE = {"prompt": "ein Käse", "history": {"cat": [0.1, 1e-300]}, "mlflow_run_id": None, "images": 2**53}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+
+def test_round_trip(store: CheckpointStore) -> None:
+    assert store.commit(3, TENSORS, STATE) == store.path(3)
+    loaded = store.load()
+    assert loaded.step == 3
+    assert loaded.state == STATE
+    assert loaded.tensors.keys() == TENSORS.keys()
+    for name, array in TENSORS.items():
+        assert loaded.tensors[name].dtype == array.dtype
+        assert loaded.tensors[name].shape == array.shape
+        np.testing.assert_array_equal(loaded.tensors[name], array)
+
+
+def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
+    for step in (1, 2, 9, 10):
+        store.commit(step, TENSORS, {"step": step})
+    assert store.steps() == [9, 10]
+    assert [store.load(step).state["step"] for step in (9, 10)] == [9, 10]
+    assert store.load().step == 10
+    with pytest.raises(FileNotFoundError, match=r"no commit of step 2 \(there are: \[9, 10\]\)"):
+        store.load(2)
+
+
+def test_a_new_store_is_empty(store: CheckpointStore) -> None:
+    assert store.steps() == []
+    with pytest.raises(FileNotFoundError, match="no commit"):
+        store.load()
+
+
+@pytest.mark.parametrize("dies_at", ["tensors.safetensors", "state.json", "manifest.json", "rename"])
+def test_death_in_the_middle_leaves_the_previous_commit(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    store.commit(1, TENSORS, STATE)
+    write, replace = checkpoint._write_durably, checkpoint.os.replace
+
+    def dying_write(path: Path, content: bytes) -> None:
+        if path.name == dies_at:
+            path.write_bytes(content[: len(content) // 2])
+            raise KeyboardInterrupt
+        write(path, content)
+
+    def dying_replace(source: Path, target: Path) -> None:
+        if dies_at == "rename":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_durably", dying_write)
+        patch.setattr(checkpoint.os, "replace", dying_replace)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit(2, TENSORS, {})
+    assert store.steps() == [1]
+    assert store.load().state == STATE
+    store.commit(2, TENSORS, {"after": "restart"})  # what the dead writer left is no obstacle
+    assert store.load().state == {"after": "restart"}
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damage_is_noticed_and_named(store: CheckpointStore, name: str, damage: str) -> None:
+    path = store.commit(1, TENSORS, STATE) / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[-2] ^= 1
+        path.write_bytes(content if damage == "altered" else content[:-1])
+    with pytest.raises(DamagedCheckpoint, match=name):
+        store.load()
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"schema": 999, "step": 1, "sha256": {}}'])
+def test_a_damaged_manifest_is_noticed(store: CheckpointStore, content: str) -> None:
+    directory = store.commit(1, TENSORS, STATE)
+    (directory / "manifest.json").write_text(content)
+    with pytest.raises(DamagedCheckpoint, match="step-000001"):
+        store.load()
+
+
+def test_a_commit_moved_to_another_step_is_noticed(store: CheckpointStore) -> None:
+    shutil.copytree(store.commit(1, TENSORS, STATE), store.path(2))
+    with pytest.raises(DamagedCheckpoint, match="step-000002"):
+        store.load()
+
+
+def test_reading_executes_nothing(store: CheckpointStore) -> None:
+    names = {path.suffix for path in store.commit(1, TENSORS, STATE).iterdir()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"reward": 0.5})
+
+    def dying(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:3])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_durably", dying)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"reward": 0.75})
+    assert json.loads(path.read_text()) == {"reward": 0.5}
+    write_json(path, {"reward": 0.75})
+    assert json.loads(path.read_text()) == {"reward": 0.75}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

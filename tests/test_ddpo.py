@@ -1,0 +1,251 @@
+"""The DDPO update on policies small enough to check by hand: no diffusion model takes part."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from policies.ddpo import LogProb, PolicyLearner, RatioError, SilentUpdateError, importance_sampling_loss
+from policies.settings import TrainingSettings
+
+IMAGES, STEPS, SIGMA = 64, 6, 0.5
+
+
+def settings(objective: str = "importance_sampling", **keys: Any) -> TrainingSettings:
+    """One update on everything, without weight decay, gradient clipping or ratio clipping, unless told otherwise."""
+    defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "weight_decay": 0.0, "max_gradient_norm": 1e9}
+    return TrainingSettings(objective=objective, **{**defaults, "clip_range": 0.9, **keys})  # type: ignore[arg-type]
+
+
+class LinearPolicy:
+    """Two parameters: the action of denoising step s is N(intercept + slope · s, σ²)."""
+
+    def __init__(self, intercept: float = 0.3, slope: float = -0.2) -> None:
+        self.intercept = nn.Parameter(torch.tensor(intercept, dtype=torch.float64))
+        self.slope = nn.Parameter(torch.tensor(slope, dtype=torch.float64))
+        self.parameters = [self.intercept, self.slope]
+        self.actions = torch.empty(0)
+
+    def draw(self) -> Tensor:
+        """Store actions (images, steps) and return their log-probabilities."""
+        with torch.no_grad():
+            mean = self.intercept + self.slope * torch.arange(STEPS)
+            self.actions = mean + SIGMA * torch.randn(IMAGES, STEPS, dtype=torch.float64)
+            return self.log_prob(*self.everything()).view(IMAGES, STEPS)
+
+    def log_prob(self, images: Tensor, steps: Tensor) -> Tensor:
+        z = (self.actions[images, steps] - self.intercept - self.slope * steps) / SIGMA
+        return -0.5 * z**2 - math.log(SIGMA) - 0.5 * math.log(2 * math.pi)
+
+    @staticmethod
+    def everything() -> tuple[Tensor, Tensor]:
+        return torch.arange(IMAGES).repeat_interleave(STEPS), torch.arange(STEPS).repeat(IMAGES)
+
+
+def learn(
+    policy: LinearPolicy,
+    old: Tensor,
+    advantage: Tensor,
+    training: TrainingSettings,
+    log_prob: LogProb | None = None,
+    micro_batch: int = 64,
+    steps: Tensor | None = None,
+    seed: int = 0,
+) -> PolicyLearner:
+    learner = PolicyLearner(policy.parameters, training, micro_batch)
+    steps = torch.arange(STEPS) if steps is None else steps
+    learner.learn(log_prob or policy.log_prob, old, advantage, steps, torch.Generator().manual_seed(seed))
+    return learner
+
+
+@pytest.mark.parametrize("objective", ["importance_sampling", "score_function"])
+def test_gradient_is_that_of_the_summed_log_probability(objective: str) -> None:
+    """At ratio 1 both objectives have the gradient −E[A Σ_t ∇ log p], up to the number of steps averaged over."""
+    policy = LinearPolicy()
+    old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+    per_image = policy.log_prob(*policy.everything()).view(IMAGES, STEPS).sum(dim=1)
+    expected = torch.autograd.grad(-(advantage * per_image).mean() / STEPS, policy.parameters)
+    learn(policy, old, advantage, settings(objective))
+    for parameter, gradient in zip(policy.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+        assert gradient.abs() > 1e-3
+
+
+def test_importance_weights_enter_the_gradient_once_the_policy_has_moved() -> None:
+    policy = LinearPolicy()
+    old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+    policy.intercept.data += 0.02
+    new = policy.log_prob(*policy.everything()).view(IMAGES, STEPS)
+    weight = (new.detach() - old).exp() * advantage[:, None]
+    assert weight.div(advantage[:, None]).sub(1).abs().max() > 0.05
+    expected = torch.autograd.grad(-(weight * new).mean(), policy.parameters)
+    learn(policy, old, advantage, settings(ratio_tolerance=1.0))
+    for parameter, gradient in zip(policy.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected"),
+    [
+        (2.0, 1.3, 0.0),  # good and already likelier by more than the clip: no further
+        (2.0, 0.7, -2.0 * 0.7),  # good but less likely: pulled back at full strength
+        (-2.0, 0.7, 0.0),  # bad and already less likely by more than the clip: no further
+        (-2.0, 1.3, 2.0 * 1.3),  # bad but likelier: pushed down at full strength
+        (2.0, 1.05, -2.0 * 1.05),  # within the clip nothing is held back
+        (-2.0, 0.95, 2.0 * 0.95),
+    ],
+)
+def test_clipping_is_one_sided(advantage: float, ratio: float, expected: float) -> None:
+    log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    old, weight = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    importance_sampling_loss(log_prob, old, weight, clip_range=0.1).sum().backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_tight_clip_holds_the_policy_near_the_one_that_drew() -> None:
+    divergence, clipped = {}, {}
+    for clip_range in (1e-3, 0.9):
+        torch.manual_seed(0)
+        policy = LinearPolicy()
+        old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+        training = settings(clip_range=clip_range, inner_epochs=30, learning_rate=1e-3)
+        learner = PolicyLearner(policy.parameters, training, 1024)
+        statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+        divergence[clip_range], clipped[clip_range] = statistics.approximate_kl, statistics.clip_fraction
+    assert 0 < divergence[1e-3] < divergence[0.9] / 10
+    assert clipped[1e-3] > 0.2
+    assert clipped[0.9] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("objective", "updates"), [("importance_sampling", 4), ("importance_sampling", 1), ("score_function", 1)]
+)
+def test_mean_moves_to_the_optimum(objective: str, updates: int) -> None:
+    """One dimension, x ~ N(θ, 1), reward −(x − 3)². From θ = 0 to 3 within 0.1, averaged over the last 40 of 120 steps."""
+    mean = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    training = settings(objective, images_per_step=256, updates_per_step=updates, learning_rate=0.1 / updates, clip_range=0.2)
+    learner, generator = PolicyLearner([mean], training, micro_batch=256), torch.Generator().manual_seed(0)
+    visited = []
+    for _ in range(120):
+        actions = mean.detach() + torch.randn(256, 1, generator=generator, dtype=torch.float64)
+
+        def log_prob(images: Tensor, steps: Tensor, actions: Tensor = actions) -> Tensor:
+            return -0.5 * (actions[images, steps] - mean) ** 2
+
+        reward = -((actions[:, 0] - 3) ** 2)
+        with torch.no_grad():
+            old = log_prob(torch.arange(256), torch.zeros(256, dtype=torch.int64))[:, None]
+        learner.learn(log_prob, old, (reward - reward.mean()) / reward.std(), torch.zeros(1, dtype=torch.int64), generator)
+        visited.append(mean.item())
+    assert sum(visited[-40:]) / 40 == pytest.approx(3.0, abs=0.1)
+    assert max(visited) < 3.3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7])
+@pytest.mark.parametrize("objective", ["importance_sampling", "score_function"])
+def test_micro_batches_do_not_change_the_update(objective: str, micro_batch: int) -> None:
+    """The same gradients and weights to 1e-6, also where the last micro-batch is a part of one."""
+    outcomes = []
+    for size in (micro_batch, 64):
+        torch.manual_seed(0)
+        policy = LinearPolicy()
+        old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+        updates = 1 if objective == "score_function" else 4
+        training = settings(objective, timestep_fraction=0.5, learning_rate=1e-2, updates_per_step=updates)
+        learn(policy, old, advantage, training, micro_batch=size)
+        outcomes.append(torch.stack([value for p in policy.parameters for value in (p.detach(), p.grad)]))  # type: ignore[misc]
+    torch.testing.assert_close(*outcomes, rtol=0, atol=1e-6)
+    assert (outcomes[0][0] - 0.3).abs() > 1e-4
+
+
+@pytest.mark.parametrize("offset", [1e-3, -1e-3, math.nan])
+def test_a_policy_that_does_not_reproduce_its_images_is_refused(offset: float) -> None:
+    policy = LinearPolicy()
+    old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+    old[17, 4] += offset
+    with pytest.raises(RatioError, match="denoising step 4"):
+        learn(policy, old, advantage, settings())
+    assert policy.intercept.item() == 0.3
+    assert policy.slope.item() == -0.2
+
+
+def test_only_the_first_update_must_reproduce_the_images() -> None:
+    policy = LinearPolicy()
+    old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+    learner = PolicyLearner(policy.parameters, settings(updates_per_step=4, learning_rate=0.1), 64)
+    statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+    assert statistics.first_update_error == {step: pytest.approx(0, abs=1e-12) for step in range(STEPS)}
+    assert statistics.ratio_max > 1.01
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.5, 3), (0.25, 2), (0.01, 1), (1.0, 6)])
+def test_every_image_learns_from_its_own_share_of_steps(fraction: float, expected: int) -> None:
+    """Each image gets exactly its share of stochastic steps, without repetition, and no step is forgotten."""
+    policy, seen = LinearPolicy(), Counter[tuple[int, int]]()
+    stochastic = torch.tensor([0, 1, 2, 3, 5, 7])
+
+    def log_prob(images: Tensor, steps: Tensor) -> Tensor:
+        seen.update(zip(images.tolist(), steps.tolist(), strict=True))
+        return policy.intercept * torch.zeros(len(images))
+
+    learn(policy, torch.zeros(IMAGES, 8), torch.randn(IMAGES), settings(timestep_fraction=fraction), log_prob, 7, stochastic)
+    assert set(seen.values()) == {1}
+    assert Counter(image for image, _ in seen) == dict.fromkeys(range(IMAGES), expected)
+    assert {step for _, step in seen} == set(stochastic.tolist())
+
+
+def test_updates_share_the_images_and_epochs_repeat_them() -> None:
+    policy, calls = LinearPolicy(), []
+
+    def log_prob(images: Tensor, steps: Tensor) -> Tensor:
+        calls.append(sorted(set(images.tolist())))
+        return policy.intercept * torch.zeros(len(images))
+
+    training = settings(updates_per_step=4, inner_epochs=2)
+    learn(policy, torch.zeros(IMAGES, STEPS), torch.randn(IMAGES), training, log_prob, micro_batch=10_000)
+    assert [len(images) for images in calls] == [IMAGES // 4] * 8
+    for epoch in (calls[:4], calls[4:]):
+        assert sorted(image for images in epoch for image in images) == list(range(IMAGES))
+    assert calls[:4] != calls[4:]
+
+
+def test_the_generator_decides_everything_random() -> None:
+    outcomes = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        policy = LinearPolicy()
+        old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+        torch.manual_seed(len(outcomes))  # the global generator must have no say
+        learn(policy, old, advantage, settings(updates_per_step=4, timestep_fraction=0.5), seed=seed)
+        outcomes.append([parameter.item() for parameter in policy.parameters])
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] != outcomes[2]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    policy = LinearPolicy()
+
+    def log_prob(images: Tensor, steps: Tensor) -> Tensor:
+        return torch.sqrt(policy.intercept * torch.zeros(len(images)))  # finite, but its derivative is 0 · ∞
+
+    with pytest.raises(SilentUpdateError, match="gradient's norm is nan"):
+        learn(policy, torch.zeros(IMAGES, STEPS), torch.ones(IMAGES), settings(), log_prob)
+    assert policy.intercept.item() == 0.3
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    policy = LinearPolicy()
+    old, advantage = policy.draw(), 100 * torch.randn(IMAGES, dtype=torch.float64)
+    learner = PolicyLearner(policy.parameters, settings(max_gradient_norm=0.01), 64)
+    statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+    assert statistics.gradient_norm > 1  # the norm before clipping is what is reported
+    assert math.hypot(*(float(p.grad) for p in policy.parameters)) == pytest.approx(0.01, rel=1e-3)  # type: ignore[arg-type]
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        PolicyLearner([], settings(), 64)

@@ -1,0 +1,140 @@
+"""The shipped default models: they load in stock classes, read and draw digits, and stay small."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.digits import SLOTS, all_prompts, load_split, render
+from pipelines.evaluator import Evaluator, load_evaluator
+from pipelines.recipe.card import model_card
+
+MODELS = Path(__file__).parent.parent / "models" / "digits"
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return load_evaluator(MODELS / "evaluator")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "pipeline", use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def unseen_digits() -> tuple[np.ndarray, list[str]]:
+    return render(load_split("test"), np.random.default_rng(11))
+
+
+def draw(pipeline: Any, prompts: list[str], seed: int) -> np.ndarray:
+    result = pipeline(
+        prompts,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        eta=1.0,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    )
+    return np.rint(result.images * 255).astype(np.uint8)
+
+
+def test_evaluator_reads_test_digits(
+    evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]
+) -> None:
+    verdict = evaluator.judge(*unseen_digits)
+    assert verdict["digit"].mean() > 0.97
+    assert verdict["ink"].mean() > 0.99
+    assert verdict["ground"].mean() > 0.99
+    assert np.array_equal(verdict["full"], verdict["digit"] & verdict["ink"] & verdict["ground"])
+
+
+def test_evaluator_rejects_a_wrong_prompt(
+    evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]
+) -> None:
+    images, _ = unseen_digits
+    assert evaluator.judge(images, ["a red seven on a black background"] * len(images))["full"].mean() < 0.05
+
+
+def test_a_slot_the_prompt_leaves_open_is_met_by_any_image(evaluator: Evaluator) -> None:
+    images = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    verdict = evaluator.judge(images, ["something on a black background", "something on a white background"])
+    assert verdict["digit"].all()
+    assert verdict["ink"].all()
+    assert verdict["full"].tolist() == [True, False]
+
+
+def test_evaluator_refuses_what_it_cannot_judge(evaluator: Evaluator) -> None:
+    image = np.zeros((1, 16, 16, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"\(1, 32, 32, 3\)"):
+        evaluator.slots(np.zeros((1, 32, 32, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        evaluator.slots(image.astype(np.float32))
+    with pytest.raises(ValueError, match="names no digit, ink or ground"):
+        evaluator.judge(image, ["a cat riding a bike"])
+    with pytest.raises(ValueError, match="1 images cannot be judged by 2 prompts"):
+        evaluator.judge(image, ["a red seven on a black background"] * 2)
+
+
+def test_no_evaluator_in_a_directory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no evaluator"):
+        load_evaluator(tmp_path)
+
+
+def test_captioner_writes_exact_captions_of_test_digits(unseen_digits: tuple[np.ndarray, list[str]]) -> None:
+    from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
+
+    images, captions = unseen_digits
+    model = BlipForConditionalGeneration.from_pretrained(MODELS / "captioner", use_safetensors=True).eval()
+    processor = BlipProcessor.from_pretrained(
+        MODELS / "captioner", image_processor=BlipImageProcessorPil.from_pretrained(MODELS / "captioner")
+    )
+    inputs = processor(images=list(images), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    written = processor.batch_decode(tokens, skip_special_tokens=True)
+    assert np.mean([text == truth for text, truth in zip(written, captions, strict=True)]) > 0.93
+
+
+def test_stock_pipeline_draws_the_same_image_for_the_same_seed(pipeline: Any) -> None:
+    prompts = ["a red seven on a black background", "an orange two on a white background"]
+    images = draw(pipeline, prompts, seed=5)
+    assert images.shape == (2, 16, 16, 3)
+    assert np.array_equal(images, draw(pipeline, prompts, seed=5))
+    assert not np.array_equal(images, draw(pipeline, prompts, seed=6))
+
+
+def test_base_gets_colours_right_and_leaves_room_for_the_digit(pipeline: Any, evaluator: Evaluator) -> None:
+    prompts = all_prompts() * 2
+    verdict = evaluator.judge(draw(pipeline, prompts, seed=0), prompts)
+    assert verdict["ink"].mean() > 0.9
+    assert verdict["ground"].mean() > 0.9
+    assert 0.45 < verdict["full"].mean() < 0.67
+
+
+def test_tokenizer_keeps_captions_whole(pipeline: Any) -> None:
+    tokenizer = pipeline.tokenizer
+    tokens = tokenizer(all_prompts()).input_ids
+    assert max(map(len, tokens)) <= tokenizer.model_max_length
+    assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == all_prompts()
+
+
+def test_models_are_small_and_safe(pipeline: Any) -> None:
+    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
+    assert pipeline.safety_checker is None
+
+
+def test_card_is_what_the_measurements_say() -> None:
+    measurements = json.loads((MODELS / "measurements.json").read_text())
+    assert (MODELS / "README.md").read_text() == model_card(measurements)
+    chosen = measurements["pipeline"]["chosen"]["guidance_1"]
+    assert 0.50 <= chosen["full"] <= 0.62
+    assert all(0 <= chosen[slot] <= 1 for slot in SLOTS)

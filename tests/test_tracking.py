@@ -1,0 +1,321 @@
+"""Tracking: one MLflow run before and after a resume, nothing twice or lost in silence, no endless wait."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from orchestration.tracking import Tracker, TrackingError, TrackingSettings, flatten
+
+QUIET = TrackingSettings(system_metrics=False)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to create."""
+    directory = tmp_path_factory.mktemp("store")
+    Tracker(directory, TrackingSettings(experiment="template", system_metrics=False), "template").finish("FINISHED")
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def directory(tmp_path: Path, empty_store: Path) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def client_of(tracker: Tracker) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracker.uri)
+
+
+def points_of(tracker: Tracker, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client_of(tracker).get_metric_history(tracker.run_id, name)]
+
+
+def test_a_run_is_described(directory: Path) -> None:
+    tracker = Tracker(directory, QUIET, "first")
+    many = {f"key{number}": number for number in range(150)}
+    tracker.describe(
+        {
+            "model": {"path": "x", "rank": None},
+            "many": many,
+            "long": "é" * 7000,
+            "targets": ("a", "b"),
+            "odd<key>": True,
+        },
+        {"git_commit": "abc", "long": "y" * 9000},
+        ["a red seven", "a blue two"],
+    )
+    run = client_of(tracker).get_run(tracker.run_id)
+    assert run.info.run_name == "first"
+    assert run.data.params["model.path"] == "x"
+    assert run.data.params["model.rank"] == "null"
+    assert run.data.params["targets"] == '["a", "b"]'
+    assert run.data.params["odd_key_"] == "true"
+    assert run.data.params["many.key149"] == "149"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("…")
+    assert run.data.tags["git_commit"] == "abc"
+    (entry,) = run.inputs.dataset_inputs
+    assert entry.dataset.name == "prompts"
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+    assert '"num_rows": 2' in entry.dataset.profile
+
+
+def test_artifacts_lie_beside_the_database(directory: Path) -> None:
+    tracker = Tracker(directory, QUIET, "first")
+    (directory / "model").mkdir()
+    (directory / "model" / "weights.bin").write_text("weights")
+    (directory / "curves.png").write_text("picture")
+    tracker.artifact(directory / "model", "final")
+    tracker.artifact(directory / "curves.png")
+    stored = {
+        path.relative_to(directory / "artifacts" / tracker.run_id / "artifacts").as_posix()
+        for path in (directory / "artifacts").rglob("*")
+        if path.is_file()
+    }
+    assert stored == {"final/model/weights.bin", "curves.png"}
+
+
+def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    first = Tracker(directory, QUIET, "first")
+    first.describe({"threads": 1, "steps": 5}, {}, ["p"])
+    first.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
+    first.metrics(2, {"reward/mean": 0.6}, 2000)
+    first.image("samples/fixed", picture, 2)
+    first.finish("KILLED")
+    assert client_of(first).get_run(first.run_id).info.status == "KILLED"
+
+    second = Tracker(directory, QUIET, "ignored", run_id=first.run_id)
+    assert second.run_id == first.run_id
+    assert client_of(second).get_run(second.run_id).info.status == "RUNNING"
+    second.describe({"threads": 2, "steps": 5}, {}, ["p"])
+    second.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
+    second.metrics(2, {"reward/mean": 0.6}, 2000)
+    second.metrics(3, {"reward/mean": 0.7}, 3000)
+    for step in (2, 2, 3):
+        second.image("samples/fixed", picture, step)
+    second.finish("FINISHED")
+
+    assert points_of(second, "reward/mean") == [(1, 0.5), (2, 0.6), (3, 0.7)]
+    assert len(points_of(second, "ratio")) == 1
+    run = client_of(second).get_run(second.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["threads"] == "1"
+    assert run.data.tags["changed/threads"] == "2"
+    assert "changed/steps" not in run.data.tags
+    assert len(run.inputs.dataset_inputs) == 1
+    images = [
+        file.path for file in client_of(second).list_artifacts(second.run_id, "images") if file.path.endswith("png")
+    ]
+    assert sorted(path.split("timestamp")[0] for path in images) == [
+        "images/samples~fixed+step+2+",
+        "images/samples~fixed+step+3+",
+    ]
+
+
+def test_only_the_first_finish_counts(directory: Path) -> None:
+    tracker = Tracker(directory, QUIET, "first")
+    tracker.finish("KILLED")
+    tracker.finish("FINISHED")
+    assert client_of(tracker).get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_two_runs_in_one_process_do_not_meet(directory: Path) -> None:
+    one, two = Tracker(directory, QUIET, "one"), Tracker(directory, QUIET, "two")
+    one.metrics(1, {"reward": 1.0}, 1)
+    two.metrics(1, {"reward": 2.0}, 1)
+    one.finish("FINISHED")
+    two.finish("FAILED")
+    assert one.run_id != two.run_id
+    assert (points_of(one, "reward"), points_of(two, "reward")) == ([(1, 1.0)], [(1, 2.0)])
+    assert client_of(two).get_run(two.run_id).info.status == "FAILED"
+
+
+def test_system_metrics_are_recorded_and_stop(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    tracker = Tracker(directory, TrackingSettings(), "first")
+    deadline = time.monotonic() + 20
+    while not points_of(tracker, "system/cpu_utilization_percentage") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tracker.finish("FINISHED")
+    assert points_of(tracker, "system/cpu_utilization_percentage")
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+
+
+def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    program = (
+        "from pathlib import Path; from orchestration.tracking import *; import sys;"
+        f"tracker = Tracker(Path({str(run)!r}), TrackingSettings(), 'name');"
+        "tracker.describe({'a': 1}, {}, ['p']); tracker.metrics(1, {'m': 1.0}, 1); tracker.finish('FINISHED')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(elsewhere.iterdir()) == []
+    assert "mlflow.db" in {path.name for path in run.iterdir()}
+
+
+def test_the_command_that_opens_the_store(directory: Path) -> None:
+    command = Tracker(directory, QUIET, "first").open_command()
+    assert command.endswith(
+        f"mlflow ui --backend-store-uri sqlite:///{directory}/mlflow.db --host 127.0.0.1 --port 5000"
+    )
+
+
+def test_an_unknown_run_is_an_error_with_a_name(directory: Path) -> None:
+    with pytest.raises(TrackingError, match=r"opening the store failed: .*0123abc"):
+        Tracker(directory, QUIET, "first", run_id="0123abc")
+
+
+def test_a_refused_call_is_an_error_with_a_name(directory: Path) -> None:
+    tracker = Tracker(directory, QUIET, "first")
+    with pytest.raises(TrackingError, match=r"artifact missing\.png failed: .*missing\.png"):
+        tracker.artifact(directory / "missing.png")
+
+
+def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 cannot be reached: .*refused"):
+        Tracker(tmp_path, TrackingSettings(uri="http://someone:secret@127.0.0.1:9"), "first")
+    assert time.monotonic() - started < 15
+
+
+def test_a_server_that_does_not_answer_is_told_in_time(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="cannot be reached: timed out"):
+            Tracker(tmp_path, TrackingSettings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), "first")
+        assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///runs", "http://", "sqlite:///", "localhost:5000"])
+def test_a_uri_of_no_known_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ValidationError, match="neither a server"):
+        TrackingSettings(uri=uri)
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": {}}) == {"a.b.c": 1, "a.d": [1, 2], "e": {}}
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_store: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real MLflow server on a free port of this machine."""
+    shutil.copy(empty_store, tmp_path / "server.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
+        *(
+            "--backend-store-uri",
+            f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination",
+            str(tmp_path / "stored"),
+        ),
+    ]
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_healthy(uri, process, tmp_path / "server.log")
+        yield uri, process
+    finally:
+        _end(process)
+
+
+def _wait_until_healthy(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the server with its workers: it leads a process group of its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, 9)
+    process.wait(timeout=20)
+
+
+def test_a_run_on_a_server(server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    uri, process = server
+    settings = TrackingSettings(uri=uri, experiment="served")
+    first = Tracker(tmp_path / "run", settings, "first")
+    first.describe({"seed": 1}, {"kind": "test"}, ["a red seven"])
+    first.metrics(1, {"reward/mean": 0.1 + 0.2}, 1000)
+    first.image("fixed", np.full((8, 8, 3), 200, np.uint8), 1)
+    first.artifact(Path(__file__), "source")
+    first.finish("KILLED")
+    assert client_of(first).get_run(first.run_id).info.status == "KILLED"
+
+    second = Tracker(tmp_path / "run", settings, "first", run_id=first.run_id)
+    second.metrics(1, {"reward/mean": 0.1 + 0.2}, 1000)
+    second.metrics(2, {"reward/mean": 0.4}, 2000)
+    second.image("fixed", np.full((8, 8, 3), 200, np.uint8), 1)
+    assert second.run_id == first.run_id
+    assert points_of(second, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4)]
+    assert len(client_of(second).list_artifacts(second.run_id, "images")) == 2  # the picture and its small copy
+    assert [file.path for file in client_of(second).list_artifacts(second.run_id, "source")] == [
+        "source/test_tracking.py"
+    ]
+    assert second.open_command().startswith(f"{uri}/#/experiments/")
+
+    _end(process)
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=f"MLflow at {uri}: metrics of step 3 failed"):
+        second.metrics(3, {"reward/mean": 0.5}, 3000)
+    assert time.monotonic() - started < 60
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=f"MLflow at {uri} cannot be reached"):
+        second.finish("KILLED")
+    assert time.monotonic() - started < 9
