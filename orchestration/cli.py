@@ -112,12 +112,13 @@ def compare(names: Annotated[list[str], typer.Argument(metavar="RUN...")], root:
 
 
 def main() -> None:
-    """Entry point: errors become one line and an exit code, SIGTERM ends a run as Ctrl-C does."""
+    """Entry point: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
@@ -126,14 +127,15 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop once: closing takes seconds, and a second Ctrl-C must not leave it half done."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _report(error: Exception) -> int:
     """Print an error as people need it and return the exit code."""
-    import click
-
-    if isinstance(error, click.ClickException):
+    if isinstance(error, typer.TyperException):
         error.show()
         return error.exit_code
     if isinstance(error, ConfigError):

@@ -84,6 +84,8 @@ def validate(schema: type[Config], content: dict[str, Any]) -> Config:
         return schema.model_validate(_tuples(content))
     except ValidationError as error:
         raise ConfigError(_explain(schema, error)) from error
+    except RecursionError as error:
+        raise ConfigError("the configuration refers to itself (a YAML alias inside its own anchor)") from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -24,6 +24,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
+_CLOCK_FITS = 50  # a narrower panel shows the time left without the time passed
 
 
 class Display:
@@ -138,20 +139,21 @@ class Display:
         elapsed = duration(time.monotonic() - self._started)
         left = self.seconds_left()
         count = Text.assemble(("step ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
-        clock = Text.assemble((elapsed, "dim"))
+        clock = Text(elapsed, "dim")
         if left is not None and self.done < self.total_steps:
-            clock.append(" · ", "dim").append(f"{duration(left)} left")
+            clock = Text.assemble((f"{elapsed} · ", "dim") if width >= _CLOCK_FITS else "", f"{duration(left)} left")
+        clock_width = max(len(clock), _CLOCK_WIDTH if width >= _CLOCK_FITS else 0)
         bar = ProgressBar(
             total=max(1, self.total_steps),
             completed=self.done,
-            width=max(4, width - len(count) - max(len(clock), _CLOCK_WIDTH) - 4),
+            width=max(4, width - len(count) - clock_width - 4),
             complete_style="cyan",
             finished_style="green",
         )
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_column(no_wrap=True)
         line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH)
+        line.add_column(no_wrap=True, justify="right", min_width=clock_width)
         line.add_row(count, bar, clock)
         return line
 

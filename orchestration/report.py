@@ -33,7 +33,8 @@ class Report:
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, values, timestamp)
         say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
-        if calibration["calibration/true"] <= calibration["calibration/shuffled"]:
+        compares = self.run.config.reward.needs_captions
+        if compares and calibration["calibration/true"] <= calibration["calibration/shuffled"]:
             say("warning: this reward does not prefer images that fit their prompts; it cannot teach them")
         accuracy = "" if evaluation.accuracy is None else f", evaluator accuracy {evaluation.accuracy:.3f}"
         say(f"before: reward {evaluation.scores.mean():.3f}{accuracy} over {len(evaluation.images)} held-out images")

@@ -28,7 +28,7 @@ from orchestration.tracking import Tracker
 from pipelines.checkpoint import Checkpoint, CheckpointStore, write_json
 from pipelines.locations import CHECKOUT
 
-Status = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
+Ending = Literal["FINISHED", "KILLED", "FAILED"]
 _PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
@@ -113,12 +113,16 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        status: Status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        status: Ending = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         if error is not None and status == "FAILED":
             self.manifest["error"] = f"{type(error).__name__}: {error}"
         try:
             self._status(status)
-            self.tracker.finish(status)  # type: ignore[arg-type]
+            self.tracker.finish(status)
+            if status != "FINISHED":
+                committed = self.manifest["committed_step"]
+                self.display.say(f"{status.lower()}; last committed step: {committed}")
+                self.display.say(f"go on with: ouroboros resume {self.directory}")
         finally:
             self.display.__exit__(None, None, None)
 
@@ -215,7 +219,7 @@ class Run:
         values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}
         self.tracker.metrics(line["step"], values, line["timestamp_ms"])
 
-    def _status(self, status: Status) -> None:
+    def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest["status"] = status
         write_json(self.directory / "manifest.json", self.manifest)
 

@@ -44,7 +44,7 @@ class RunInfo:
 
 
 def read_run(directory: Path) -> RunInfo:
-    """A run directory. A run without a summary is read from its steps so far, its time from their stamps."""
+    """A run directory; without a summary, results are those of the steps so far."""
     manifest, summary = _json(directory / "manifest.json"), _json(directory / "summary.json")
     steps = _steps(directory / "metrics.jsonl")
     rewards = _values(steps, "reward/mean")
@@ -79,13 +79,12 @@ def list_runs(root: Path) -> list[RunInfo]:
         directories = [entry for entry in root.iterdir() if (entry / "manifest.json").is_file()]
     except OSError:
         return []
-    return sorted(
-        (read_run(entry) for entry in directories), key=lambda run: (run.created or "", run.name), reverse=True
-    )
+    runs = [read_run(entry) for entry in directories]
+    return sorted(runs, key=lambda run: (run.created or "", run.name), reverse=True)
 
 
 def find_run(run: str, root: Path) -> RunInfo:
-    """The run of a directory, or of a name under ``root``. Raises ValueError with the nearest names if there is none."""
+    """The run of a directory, or of a name under ``root``. Raises ValueError with the nearest names if unknown."""
     for directory in (Path(run), root / run):
         if (directory / "manifest.json").is_file():
             return read_run(directory)
@@ -116,8 +115,9 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     return table
 
 
-def show(run: RunInfo) -> RenderableType:
-    """One run: what it is, what came out, and its configuration."""
+def render_show(name: str, root: Path) -> RenderableType:
+    """One run: what it is, what came out, and its configuration. Raises ValueError if there is none."""
+    run = find_run(name, root)
     facts = _pairs()
     rows: list[tuple[str, RenderableType | None]] = [
         ("status", _status(run.status)),
@@ -151,8 +151,12 @@ def show(run: RunInfo) -> RenderableType:
     return Group(*parts)
 
 
-def compare(runs: Sequence[RunInfo]) -> RenderableType:
-    """Runs side by side: their results, then the configuration keys in which they differ."""
+def render_compare(names: Sequence[str], root: Path) -> RenderableType:
+    """Runs side by side: their results, then the configuration keys in which they differ.
+
+    Raises ValueError if one of them does not exist.
+    """
+    runs = [find_run(name, root) for name in names]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", style="dim", overflow="fold")
     for run in runs:

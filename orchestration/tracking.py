@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 _MONITOR_SECONDS = 5  # between two system metrics
-_GOODBYE_SECONDS = 3  # the longest wait for their thread to end
+_GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server, and for the system metrics to stop
 _VALUE_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 5000, 250  # MLflow's limits
 _BATCH, _METRIC_BATCH = 100, 1000
 
@@ -154,7 +154,7 @@ class Tracker:
         self._finished = True
         try:
             if self._database is None:
-                _check_server(self.uri)
+                _check_server(self.uri, _GOODBYE_SECONDS)
         finally:
             self._stop_monitor()
         with self._named(f"closing the run as {status}"):
@@ -259,11 +259,11 @@ def _configure_mlflow() -> None:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
-def _check_server(uri: str) -> None:
+def _check_server(uri: str, seconds: float = _HEALTH_SECONDS) -> None:
     """Raise TrackingError unless a server answers at ``uri``; what it answers, the next calls will judge."""
     server = _without_credentials(uri)  # its health needs none, and urllib does not read them
     try:
-        with urllib.request.urlopen(f"{server}/health", timeout=_HEALTH_SECONDS):
+        with urllib.request.urlopen(f"{server}/health", timeout=seconds):
             return
     except urllib.error.HTTPError as error:
         if error.code < 500:

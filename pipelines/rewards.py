@@ -47,11 +47,13 @@ def import_reward(path: str) -> RewardFunction:
             "nor an import path 'module:function'"
         )
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ValueError(f"reward.function {path!r}: module {module_name!r} cannot be imported ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"reward.function {path!r}: module {module_name!r} has no {function_name!r}") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # an imported module may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward.function {path!r}: module {module_name!r} cannot be imported ({reason})") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise ValueError(f"reward.function {path!r}: module {module_name!r} has no {function_name!r}")
     if not callable(function):
         raise ValueError(f"reward.function {path!r}: {function_name!r} cannot be called")
     return function

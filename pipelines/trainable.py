@@ -52,16 +52,16 @@ def prepare(unet: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def exported_weights(unet: nn.Module) -> Weights:
     """The trained weights under the plain UNet's names, LoRA merged (W + BA): samplers run at full speed."""
+    if not hasattr(unet, "peft_config"):
+        return {name: to_numpy(parameter) for name, parameter in unet.named_parameters() if parameter.requires_grad}
     from peft.tuners.lora import LoraLayer
 
-    merged: dict[str, Tensor] = {}
+    merged: Weights = {}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
-            merged[f"{name}.weight"] = layer.weight + module.get_delta_weight("default")
-    if not merged:
-        merged = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    return {name: to_numpy(tensor) for name, tensor in merged.items()}
+            merged[f"{name}.weight"] = to_numpy(layer.weight + module.get_delta_weight("default"))
+    return merged
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""The tests: plain functions, run with ``python -m pytest``."""

@@ -1,3 +1,4 @@
 """A module whose author made a mistake: it fails while it is imported."""
 
-CENTRE = {}["no such key"]
+SETTINGS: dict[str, float] = {}
+SCALE = SETTINGS["scale"]

@@ -1,13 +1,20 @@
-"""Genuine diffusers and transformers models with random weights, small enough to build in a test and saved as users save theirs."""
+"""Genuine diffusers and transformers models with random weights, small enough to be built in a test."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 WORDS = (
     *("a", "an", "on", "background", "red", "green", "blue", "orange", "black", "white", "gray"),
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 )
-PROMPTS = ("a red seven on a black background", "an orange two on a gray background", "a blue nine on a white background")
+PROMPTS = (
+    "a red seven on a black background",
+    "an orange two on a gray background",
+    "a blue nine on a white background",
+)
 
 _TEXT_WIDTH = 16
 _TEXT_LENGTH = 12
@@ -21,8 +28,8 @@ def build_tiny_pipeline(
 ) -> Path:
     """Save a ``StableDiffusionPipeline`` whose latents are half as wide as its images. Returns ``directory``.
 
-    With ``epsilon`` the scheduler is Stable Diffusion's, every step of which is stochastic; with ``v_prediction`` it is the
-    default models', whose last step lands on the image and has no density.
+    With ``epsilon`` the scheduler is Stable Diffusion's, every step of which is stochastic; with ``v_prediction`` it is
+    the default models', whose last step lands on the image and has no density.
     """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -137,7 +144,7 @@ def build_tiny_captioner(directory: Path, image_size: int = 16, seed: int = 0) -
     return directory
 
 
-def _clip_tokenizer():  # noqa: ANN202
+def _clip_tokenizer() -> "CLIPTokenizer":
     """A CLIP tokenizer that knows ``WORDS`` as wholes and spells everything else."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer

@@ -10,9 +10,12 @@ PROMPTS = ["cat", "dog", "cat", "dog", "cat", "dog"]
 REWARDS = np.array([1.0, 10.0, 2.0, 20.0, 6.0, 60.0])
 
 
-def compute(rewards: np.ndarray, prompts: list[str], history: PromptStatistics | None = None, **keys: object) -> np.ndarray:
+def compute(
+    rewards: np.ndarray, prompts: list[str], history: PromptStatistics | None = None, **keys: object
+) -> np.ndarray:
     settings = AdvantageSettings(**keys)  # type: ignore[arg-type]
-    return advantages(rewards, prompts, settings, history or PromptStatistics(settings.history_size, settings.history_minimum))
+    history = history or PromptStatistics(settings.history_size, settings.history_minimum)
+    return advantages(rewards, prompts, settings, history)
 
 
 def test_group_baseline_normalises_each_prompt_by_itself() -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipelines import checkpoint
 from pipelines.checkpoint import CheckpointStore, DamagedCheckpoint, write_json
 
-TENSORS = {
+TENSORS: dict[str, np.ndarray] = {
     "weight": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
     "transposed": np.arange(6, dtype=np.float64).reshape(2, 3).T,
     "counts": np.array([1, 2**40]),

@@ -46,9 +46,7 @@ def draw(pipeline: Any, prompts: list[str], seed: int) -> np.ndarray:
     return np.rint(result.images * 255).astype(np.uint8)
 
 
-def test_evaluator_reads_test_digits(
-    evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]
-) -> None:
+def test_evaluator_reads_test_digits(evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]) -> None:
     verdict = evaluator.judge(*unseen_digits)
     assert verdict["digit"].mean() > 0.97
     assert verdict["ink"].mean() > 0.99
@@ -56,9 +54,7 @@ def test_evaluator_reads_test_digits(
     assert np.array_equal(verdict["full"], verdict["digit"] & verdict["ink"] & verdict["ground"])
 
 
-def test_evaluator_rejects_a_wrong_prompt(
-    evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]
-) -> None:
+def test_evaluator_rejects_a_wrong_prompt(evaluator: Evaluator, unseen_digits: tuple[np.ndarray, list[str]]) -> None:
     images, _ = unseen_digits
     assert evaluator.judge(images, ["a red seven on a black background"] * len(images))["full"].mean() < 0.05
 

@@ -1,7 +1,6 @@
 """The denoising step against the DDIM paper's formulas, written here a second time, and against diffusers."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +41,8 @@ def paper_moments(
     end = 1.0 if scheduler.config.set_alpha_to_one else alphas[0]
     before = end if path[step + 1] is None else alphas[path[step + 1]]
     signal, noise = np.sqrt(now), np.sqrt(1 - now)
-    row = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-noise, signal)}[scheduler.config.prediction_type]
+    rows = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-noise, signal)}
+    row = rows[scheduler.config.prediction_type]
     known = np.stack([x_t.ravel(), output.ravel()]).astype(np.float64)
     x_0, epsilon = np.linalg.solve(np.array([(signal, noise), row]), known).reshape(2, *x_t.shape)
     sigma = eta * np.sqrt((1 - before) / (1 - now)) * np.sqrt(1 - now / before)
@@ -86,7 +86,7 @@ def test_a_step_that_lands_on_the_image_has_no_density(spacing: str) -> None:
 
 
 def test_last_step_keeps_a_density_where_alpha_stays_below_one() -> None:
-    # Trailing steps end at timestep 99, far above ᾱ_0; Stable Diffusion's leading ones end at timestep 1, just above it.
+    # The last step starts from timestep 99 if steps are trailing, and from 1 in Stable Diffusion; both end at ᾱ_0.
     trailing = make_scheduler("epsilon", "trailing", False)
     stable_diffusion = DDIMScheduler.from_config(make_scheduler("epsilon", "leading", False).config, steps_offset=1)
     for scheduler in (trailing, stable_diffusion):
@@ -125,13 +125,15 @@ def test_steps_may_differ_within_a_batch() -> None:
     x_t, output, x_next = torch.randn(3, *SHAPE)
     steps = torch.tensor([0, 3, 8, 3])
     together = schedule.log_prob(x_t, x_next, output, steps)
-    alone = [schedule.log_prob(x_t[i : i + 1], x_next[i : i + 1], output[i : i + 1], steps[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=0)
+    members = zip(x_t.split(1), x_next.split(1), output.split(1), steps.split(1), strict=True)
+    alone = torch.cat([schedule.log_prob(*member) for member in members])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_gradient_with_respect_to_the_network(prediction_type: Any) -> None:
-    schedule = denoising_schedule(make_scheduler(prediction_type, "trailing", True), SamplingSettings(steps=STEPS, eta=0.5))
+def test_gradient_with_respect_to_the_network(prediction_type: str) -> None:
+    scheduler = make_scheduler(prediction_type, "trailing", True)
+    schedule = denoising_schedule(scheduler, SamplingSettings(steps=STEPS, eta=0.5))
     x_t, output, x_next = torch.randn(3, 2, 1, 2, 2, dtype=torch.float64)
     output.requires_grad_(True)
     steps = torch.tensor([0, 8])

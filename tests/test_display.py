@@ -72,7 +72,7 @@ def test_the_panel_fits_its_terminal(width: int) -> None:
     lines = panel.splitlines()
     assert len({len(line) for line in lines}) == 1, panel
     assert len(lines[0]) == min(width, 100)
-    assert len(lines) == 17
+    assert len(lines) == 15
     assert "59/80" in panel
 
 

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from orchestration.runs import compare, differing_keys, find_run, list_runs, read_run, render_list, show
+from orchestration.runs import (
+    differing_keys,
+    find_run,
+    list_runs,
+    read_run,
+    render_compare,
+    render_list,
+    render_show,
+)
 
 SUMMARY = {
     "reward_before": 0.81,
@@ -113,8 +121,8 @@ def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> No
     text = text_of(render_list(runs))
     assert row_of(text, "cut") == ["cut", "unreadable", "–", "–", "–", "–"]
     for run in runs:
-        assert run.directory.name in text_of(show(run))
-    assert "unreadable" in text_of(compare(runs), width=300)
+        assert run.directory.name in text_of(render_show(run.directory.name, tmp_path))
+    assert "unreadable" in text_of(render_compare([run.directory.name for run in runs], tmp_path), width=300)
 
 
 def test_no_runs(tmp_path: Path) -> None:
@@ -139,7 +147,8 @@ def test_an_unknown_run_gets_the_nearest_names(tmp_path: Path) -> None:
 
 
 def test_show(tmp_path: Path) -> None:
-    text = text_of(show(read_run(make_run(tmp_path, "calm-heron", SUMMARY))))
+    make_run(tmp_path, "calm-heron", SUMMARY)
+    text = text_of(render_show("calm-heron", tmp_path))
     for expected in (
         "0.810 → 0.930",
         "0.550 → 0.750",
@@ -162,7 +171,7 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
     }
     two = read_run(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
     assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "reward.encoder": [None, "x"]}
-    text = text_of(compare([one, two]))
+    text = text_of(render_compare(["one", "two"], tmp_path))
     assert row_of(text, "training.learning_rate") == ["training.learning_rate", "0.0001", "0.0003"]
     assert row_of(text, "reward.encoder") == ["reward.encoder", "–", "x"]
     assert row_of(text, "reward") == ["reward", "0.810", "→", "0.930", "0.810", "→", "0.700"]
@@ -170,5 +179,6 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
 
 
 def test_compare_of_equal_configurations_says_so(tmp_path: Path) -> None:
-    runs = [read_run(make_run(tmp_path, name, SUMMARY)) for name in ("one", "two")]
-    assert "the configurations are the same" in text_of(compare(runs))
+    directories = [make_run(tmp_path, name, SUMMARY) for name in ("one", "two")]
+    text = text_of(render_compare([str(directory) for directory in directories], tmp_path / "elsewhere"))
+    assert "the configurations are the same" in text

@@ -16,82 +16,134 @@ def write_card(output_dir: Path, measurements: dict[str, Any]) -> None:
 
 def model_card(measurements: dict[str, Any]) -> str:
     """The card's Markdown."""
+    return "\n".join(
+        [
+            _introduction(measurements),
+            _data(),
+            _test_accuracy(measurements),
+            _checkpoint_choice(measurements),
+            _LIMITS,
+        ]
+    )
+
+
+def _introduction(measurements: dict[str, Any]) -> str:
     evaluator, captioner, autoencoder, pipeline = (measurements[name] for name in _PARTS)
-    chosen, last = pipeline["chosen"], pipeline["last"]
     parameters = pipeline["parameters"] | {"vae": autoencoder["parameters"]}
-    pipeline_seconds = pipeline["cpu_seconds"] + autoencoder["cpu_seconds"]
-    built = sum(measurements[name]["cpu_seconds"] for name in _PARTS)
+    parts = ", ".join(f"`{name}` {_count(number)}" for name, number in parameters.items())
+    seconds = {name: measurements[name]["cpu_seconds"] for name in _PARTS}
+    table = _table(
+        ("Directory", "Class", "Parameters", "MB", "CPU seconds to build"),
+        (
+            "`pipeline/`",
+            "`StableDiffusionPipeline`: 16 × 16 px, 4 × 4 × 8 latents, v-prediction, DDIM",
+            f"{_count(sum(parameters.values()))} ({parts})",
+            pipeline["megabytes"],
+            seconds["pipeline"] + seconds["autoencoder"],
+        ),
+        (
+            "`captioner/`",
+            "`BlipForConditionalGeneration`",
+            _count(captioner["parameters"]),
+            captioner["megabytes"],
+            seconds["captioner"],
+        ),
+        (
+            "`evaluator/`",
+            "`pipelines.evaluator`: a convolutional network, the independent judge",
+            _count(evaluator["parameters"]),
+            evaluator["megabytes"],
+            seconds["evaluator"],
+        ),
+    )
     return f"""# The default models: tinted handwritten digits
 
-Three tiny models, trained from scratch by `ouroboros pretrain`, which also measures them and writes this card. They load
-without network or GPU, and are of the same classes as Stable Diffusion 1 and BLIP, so every part of Ouroboros treats them alike.
+Three tiny models, trained from scratch by `ouroboros pretrain`, which also measures them and writes this card.
+They load without network or GPU. Pipeline and captioner are of the same classes as Stable Diffusion 1 and BLIP, so
+every part of Ouroboros treats them alike.
 
-| Directory | What it is | Parameters | MB | CPU seconds to build |
-|---|---|---|---|---|
-| `pipeline/` | `StableDiffusionPipeline`: 16 × 16 px, 4 × 4 × 8 latents, v-prediction, DDIM | {_count(sum(parameters.values()))} \
-(UNet {_count(parameters["unet"])}, text encoder {_count(parameters["text_encoder"])}, \
-autoencoder {_count(parameters["vae"])}) | {pipeline["megabytes"]} | {pipeline_seconds} |
-| `captioner/` | `BlipForConditionalGeneration` | {_count(captioner["parameters"])} | {captioner["megabytes"]} \
-| {captioner["cpu_seconds"]} |
-| `evaluator/` | the independent judge, a convolutional network | {_count(evaluator["parameters"])} \
-| {evaluator["megabytes"]} | {evaluator["cpu_seconds"]} |
+{table}
 
-Built with seed {measurements["seed"]} and torch {pipeline["torch"]} in {built} CPU seconds.
-
-## Data
-
-scikit-learn's 1,797 handwritten digits (UCI Machine Learning Repository, *Optical Recognition of Handwritten Digits*, E. Alpaydin
-and C. Kaynak, CC BY 4.0), upsampled to 16 × 16 px, in one of 6 inks on one of 3 grounds: {len(all_prompts())} captions such as
-"a red seven on a black background". The digit images are split once, stratified by digit: {SPLIT_SIZES["train"]} train
-autoencoder, diffusion model and captioner; {SPLIT_SIZES["evaluator"]} others train the evaluator; on the remaining
-{SPLIT_SIZES["test"]} nothing is trained.
-
-## Accuracy on test digits
-
-Every test digit in four random tints. `full` means all three slots at once; for the captioner, the exact caption by greedy
-decoding; for the autoencoder, the evaluator's reading of its reconstructions
-({autoencoder["test"]["psnr_db"]} dB peak signal-to-noise ratio).
-
-| Model | digit | ink | ground | full |
-|---|---|---|---|---|
-| evaluator | {_row(evaluator["test"])} |
-| captioner | {_row(captioner["test"])} |
-| autoencoder | | | | {autoencoder["test"]["full"]:.3f} |
-
-## The diffusion model: which checkpoint, and why not the best
-
-Reinforcement learning needs room to show what it does. So the shipped checkpoint is the one whose full-caption accuracy, drawn
-without guidance in 10 DDIM steps at η = 1 and read by the evaluator, is nearest {measurements["target_accuracy"]:.2f}: **step
-{chosen["step"]}**. Colours are right by then; what is often wrong is the digit. Supervised training alone goes on to improve it:
-
-| Model | digit | ink | ground | full |
-|---|---|---|---|---|
-| shipped, step {chosen["step"]}, unguided | {_row(chosen["guidance_1"])} |
-| shipped, guidance 2 | {_row(chosen["guidance_2"])} |
-| more supervised training, step {last["step"]}, unguided | {_row(last["guidance_1"])} |
-| more supervised training, guidance 2 | {_row(last["guidance_2"])} |
-
-({pipeline["fine_images"]} images a row, every caption equally often. The standard error of a share near one half is
-{(0.25 / pipeline["fine_images"]) ** 0.5:.3f}.)
-
-Every checkpoint, unguided, on {pipeline["curve_images"]} images (standard error up to
-{(0.25 / pipeline["curve_images"]) ** 0.5:.3f}):
-
-| Step | digit | ink | ground | full |
-|---|---|---|---|---|
-{chr(10).join(f"| {point['step']} | {_row(point)} |" for point in pipeline["curve"])}
-
-## Limits
-
-The models know these {len(all_prompts())} captions and nothing else. The captioner and the diffusion model saw the same digit
-images; the evaluator did not, which is why results are to be reported by the evaluator. The evaluator always names some digit:
-it has no class for an image that shows none.
+Seed {measurements["seed"]}, torch {pipeline["torch"]}, {sum(seconds.values())} CPU seconds in all.
 """
 
 
-def _row(accuracy: dict[str, float]) -> str:
-    return " | ".join(f"{accuracy[column]:.3f}" for column in _COLUMNS)
+def _data() -> str:
+    return f"""## Data
+
+scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI
+Machine Learning Repository, CC BY 4.0), upsampled to 16 × 16 px, in one of 6 inks on one of 3 grounds:
+{len(all_prompts())} captions such as "a red seven on a black background". The digit images are split once,
+stratified by digit: {SPLIT_SIZES["train"]} train autoencoder, diffusion model and captioner,
+{SPLIT_SIZES["evaluator"]} others train the evaluator, and on the remaining {SPLIT_SIZES["test"]} nothing is trained.
+"""
+
+
+def _test_accuracy(measurements: dict[str, Any]) -> str:
+    reconstruction = measurements["autoencoder"]["test"]
+    table = _table(
+        ("Model", *_COLUMNS),
+        ("evaluator", *_accuracies(measurements["evaluator"]["test"])),
+        ("captioner", *_accuracies(measurements["captioner"]["test"])),
+        ("evaluator, on the autoencoder's reconstructions", *_accuracies(reconstruction)),
+    )
+    return f"""## Accuracy on test digits
+
+Every test digit in four random tints. `full` means all three slots at once; for the captioner, the exact caption,
+decoded greedily. The reconstructions have a peak signal-to-noise ratio of {reconstruction["psnr_db"]} dB.
+
+{table}
+"""
+
+
+def _checkpoint_choice(measurements: dict[str, Any]) -> str:
+    pipeline = measurements["pipeline"]
+    chosen, last = pipeline["chosen"], pipeline["last"]
+    choice = _table(
+        ("Diffusion model", *_COLUMNS),
+        (f"shipped (step {chosen['step']}), unguided", *_accuracies(chosen["guidance_1"])),
+        (f"shipped (step {chosen['step']}), guidance 2", *_accuracies(chosen["guidance_2"])),
+        (f"trained on (step {last['step']}), unguided", *_accuracies(last["guidance_1"])),
+        (f"trained on (step {last['step']}), guidance 2", *_accuracies(last["guidance_2"])),
+    )
+    curve = _table(("Step", *_COLUMNS), *((point["step"], *_accuracies(point)) for point in pipeline["curve"]))
+    return f"""## Which checkpoint is shipped, and why not the best
+
+Reinforcement learning needs room to show what it does. So the shipped checkpoint is the one whose full-caption
+accuracy is nearest {measurements["target_accuracy"]:.2f}, drawn without guidance in 10 DDIM steps at η = 1
+and read by the evaluator: **step {chosen["step"]}**. What supervised training reaches when it simply goes on, to
+step {last["step"]}:
+
+{choice}
+
+Each row: {pipeline["fine_images"]} images, every caption equally often; standard error at most
+{_standard_error(pipeline["fine_images"])}. Every checkpoint, unguided, on {pipeline["curve_images"]} images
+(standard error at most {_standard_error(pipeline["curve_images"])}):
+
+{curve}
+"""
+
+
+_LIMITS = f"""## Limits
+
+The models know these {len(all_prompts())} captions and nothing else. Captioner and diffusion model saw the same
+digit images; the evaluator did not, which is why results are to be reported by the evaluator. The evaluator always
+names some digit: it has no class for an image that shows none.
+"""
+
+
+def _table(header: tuple[object, ...], *rows: tuple[object, ...]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _accuracies(accuracy: dict[str, float]) -> list[str]:
+    return [f"{accuracy[column]:.3f}" for column in _COLUMNS]
 
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.2f} M"
+
+
+def _standard_error(images: int) -> str:
+    return f"{(0.25 / images) ** 0.5:.3f}"

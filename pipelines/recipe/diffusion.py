@@ -133,7 +133,7 @@ def build_scheduler() -> "DDIMScheduler":
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,  # unused with trailing steps; any other value makes diffusers warn
     )
 
 

@@ -213,8 +213,7 @@ def _measure_autoencoder(autoencoder: Any, evaluator: Any) -> dict[str, float]:
         decoded = autoencoder.decode(autoencoder.encode(inputs).latent_dist.mean).sample.clamp(-1, 1)
     pixels = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     error = (decoded - inputs).square().mean().item()
-    full = evaluator.judge(pixels, captions)["full"].mean()
-    return {"psnr_db": round(10 * float(np.log10(4 / error)), 2), "full": round(float(full), 4)}
+    return {"psnr_db": round(10 * float(np.log10(4 / error)), 2), **_accuracy(evaluator.judge(pixels, captions))}
 
 
 def _parameters(module: Any) -> int:

@@ -1,0 +1,180 @@
+"""Configuration: what is read, what is refused, and that a refusal is one line, exit code 2, and no Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration import cli
+from orchestration.config import ConfigError, DdpoConfig, known_keys, load_config
+from orchestration.preflight import describe, preflight
+from pipelines.locations import CHECKOUT
+
+DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
+
+
+def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of ``ouroboros`` with ``arguments``, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["ouroboros", *arguments])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    try:
+        cli.main()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    return 0
+
+
+WRONG = {
+    "unknown key": (["trainin.steps=3"], "did you mean 'training.steps'"),
+    "unknown nested key": (["training.learning_rat=1e-4"], "did you mean 'training.learning_rate'"),
+    "override without value": (["training.steps"], "is not key=value"),
+    "override below a value": (["seed.steps=3"], "seed"),
+    "override that is not YAML": (["name=[a"], "not YAML"),
+    "text for a number": (["training.steps=many"], "training.steps"),
+    "fraction for a count": (["training.steps=2.5"], "training.steps"),
+    "negative count": (["training.steps=-1"], "training.steps"),
+    "zero learning rate": (["training.learning_rate=0"], "training.learning_rate"),
+    "negative seed": (["seed=-1"], "seed"),
+    "no noise": (["sampling.eta=0"], "sampling.eta"),
+    "too much noise": (["sampling.eta=1.5"], "sampling.eta"),
+    "guidance below one": (["sampling.guidance_scale=0.5"], "sampling.guidance_scale"),
+    "unknown objective": (["training.objective=ppo"], "training.objective"),
+    "unknown dtype": (["model.dtype=int8"], "model.dtype"),
+    "name with a slash": (["name=a/b"], "name"),
+    "group does not divide": (["training.images_per_prompt=7"], "must be a multiple of images_per_prompt"),
+    "updates do not divide": (["training.updates_per_step=3"], "must be a multiple of updates_per_step"),
+    "score function off policy": (["training.objective=score_function"], "on-policy"),
+    "more prompts than there are": (
+        ["training.images_per_step=1024", "training.images_per_prompt=4"],
+        "256 prompts a step",
+    ),
+    "a group of one": (["training.images_per_prompt=1", "training.images_per_step=128"], "images of one prompt"),
+    "interim larger than all": (["evaluation.interim_images=2000"], "interim_images"),
+    "history shorter than its minimum": (["advantage.history_minimum=64"], "history_minimum"),
+    "missing prompts": (["prompts=no/such/file.txt"], "no file"),
+    "prompts that are a directory": (["prompts=configs"], "no file"),
+    "missing model": (["model.path=no_such_model"], "no directory"),
+    "model directory without a model": (["model.path=configs"], "model_index.json"),
+    "missing captioner": (["captioner.path=nowhere"], "no directory"),
+    "captions asked of nobody": (["captioner.path=null"], "captioner.path is null"),
+    "missing evaluator": (["evaluation.evaluator=nowhere"], "no directory"),
+    "missing encoder": (["reward.encoder=nowhere"], "no directory"),
+    "reward that is no path": (["reward.function=niceness"], "import path"),
+    "reward in a missing module": (["reward.function=no_such_module:f"], "cannot be imported"),
+    "reward that a module lacks": (["reward.function=math:niceness"], "has no 'niceness'"),
+    "reward that cannot be called": (["reward.function=math:pi"], "cannot be called"),
+    "GPU where there is none": (["actors.device=cuda"], "no GPU was found"),
+    "too many threads": (["actors.placement=spread", "actors.sampler_threads=64"], "CPUs"),
+    "too many samplers": (["actors.placement=spread", "actors.samplers=99"], "CPUs"),
+    "absurdly many samplers": (["actors.samplers=5000"], "cannot share"),
+    "tracking to nowhere": (["tracking.uri=ftp://server"], "tracking.uri"),
+    "output in a file": (["output_dir=pyproject.toml"], "not an empty directory"),
+    "output in a used directory": (["output_dir=configs"], "not an empty directory"),
+    "LoRA of negative rank": (["model.lora_rank=-4"], "model.lora_rank"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    overrides, expected = WRONG[case]
+    monkeypatch.chdir(CHECKOUT)
+    before = set(Path("runs").glob("*"))
+    assert command(["ddpo", "--config", str(DIGITS), *overrides], monkeypatch) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1, message
+    assert not ray.is_initialized()
+    assert set(Path("runs").glob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("training: [1, 2", "not YAML"), ("- 1\n- 2", "holds a list"), ("training: 3", "training"), ("name: &x [*x]", "refers to itself")],
+)
+def test_bad_files_are_refused(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(DdpoConfig, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(DdpoConfig, tmp_path / "other.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/pwned']")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(DdpoConfig, path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_unknown_prompts_for_the_evaluator_are_named(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a wolf riding a bike\n")
+    config = load_config(DdpoConfig, DIGITS, [f"prompts={prompts}", "training.images_per_step=8"])
+    with pytest.raises(ConfigError, match="wolf"):
+        preflight(config)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", "holds no prompt"), ("a\na\n", "repeats 1")])
+def test_prompt_files_are_checked(text: str, expected: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        preflight(load_config(DdpoConfig, DIGITS, [f"prompts={prompts}"]))
+
+
+def test_overrides_reach_their_keys_and_round_trip(tmp_path: Path) -> None:
+    config = load_config(DdpoConfig, DIGITS, ["training.learning_rate=3e-5", "model.lora_targets=[to_q]", "seed=7"])
+    assert config.training.learning_rate == 3e-5
+    assert config.model.lora_targets == ("to_q",)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(DdpoConfig, path) == config
+
+
+def test_every_ready_made_config_is_valid_and_small() -> None:
+    assert len(known_keys(DdpoConfig)) < 60
+    for path in sorted((CHECKOUT / "configs/ddpo").glob("*.yaml")):
+        assert load_config(DdpoConfig, path).training.steps > 0
+
+
+def test_dry_run_prints_the_arithmetic_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    monkeypatch.chdir(CHECKOUT)
+    arguments = ["ddpo", "--config", str(DIGITS), "--dry-run", "training.images_per_step=96", "actors.samplers=3"]
+    assert command(arguments, monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "12 prompts × 8 images = 96 images a step" in printed
+    assert "3 × sampler" in printed
+    assert "GB" in printed
+    assert not ray.is_initialized()
+
+
+def test_memory_estimate_counts_every_actor() -> None:
+    config = load_config(DdpoConfig, DIGITS)
+    few, many = (
+        describe(c, preflight(c, cpus=64, gpus=0))
+        for c in (config, config.model_copy(update={"actors": config.actors.model_copy(update={"samplers": 20})}))
+    )
+    total = [float(text.rsplit("together ", 1)[1].split(" GB")[0]) for text in (few, many)]
+    assert total[1] > total[0] + 18 * 0.5
+
+
+def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from orchestration import cli; sys.argv = ['ouroboros', 'ddpo', 'training.steps=0']\n"
+        "try: cli.main()\n"
+        "except SystemExit as leave: print(leave.code, sorted({'ray', 'torch', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    assert done.stdout.strip() == "2 []"

@@ -1,0 +1,160 @@
+"""The pictures: pixels stay what they were, and missing numbers leave a panel out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import figures
+from pipelines.figures import before_after, curves, image_grid
+
+PROMPTS = ["a red seven on a black background", "a blue two on a white background", "a green one on a blue background"]
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def contains(page: np.ndarray, part: np.ndarray) -> bool:
+    """Whether ``part`` stands somewhere in ``page``, pixel by pixel."""
+    height, width, _ = part.shape
+    corners = np.argwhere((page[: -height + 1, : -width + 1] == part[0, 0]).all(-1))
+    return any(np.array_equal(page[y : y + height, x : x + width], part) for y, x in corners)
+
+
+def has_colour(page: np.ndarray, colour: str) -> bool:
+    wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+    return bool((page == wanted).all(-1).any())
+
+
+def test_a_grid_keeps_every_pixel(images: np.ndarray) -> None:
+    grid = image_grid(images, columns=2, zoom=6)
+    gutter = 2
+    cell = 16 * 6 + gutter
+    assert grid.shape == (2 * cell + gutter, 2 * cell + gutter, 3)
+    assert grid.dtype == np.uint8
+    for index, (row, column) in enumerate([(0, 0), (0, 1), (1, 0)]):
+        top, left = row * cell + gutter, column * cell + gutter
+        np.testing.assert_array_equal(grid[top : top + 96 : 6, left : left + 96 : 6], images[index])
+        np.testing.assert_array_equal(grid[top + 5 : top + 96 : 6, left + 5 : left + 96 : 6], images[index])
+    assert len(np.unique(grid[cell + gutter :, cell + gutter :])) == 1
+
+
+@pytest.mark.parametrize(("size", "zoom"), [(8, 12), (16, 6), (64, 2), (512, 1)])
+def test_a_grid_enlarges_small_images_by_itself(size: int, zoom: int) -> None:
+    grid = image_grid(np.zeros((1, size, size, 3), np.uint8), columns=4)
+    assert grid.shape[0] == size * zoom + 2 * max(1, zoom // 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)]
+)
+def test_what_is_no_image_is_refused(wrong: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        image_grid(wrong, 2)
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        before_after(tmp_path / "pairs.png", wrong, wrong, PROMPTS[: len(wrong)])
+
+
+def test_pairs_show_every_pixel_of_small_images(images: np.ndarray, tmp_path: Path) -> None:
+    before_after(tmp_path / "pairs.png", images, images[::-1].copy(), PROMPTS)
+    page = picture(tmp_path / "pairs.png")
+    for image in images:
+        assert contains(page, image.repeat(13, 0).repeat(13, 1))
+    assert not has_colour(page, figures._RIGHT)
+    assert not has_colour(page, figures._WRONG)
+
+
+def test_captions_are_green_where_right_and_red_where_wrong(tmp_path: Path) -> None:
+    grey = np.full((3, 16, 16, 3), 128, np.uint8)
+    before_after(tmp_path / "right.png", grey, grey, PROMPTS, PROMPTS, PROMPTS)
+    before_after(tmp_path / "wrong.png", grey, grey, PROMPTS, PROMPTS[::-1], None)
+    before_after(tmp_path / "none.png", grey, grey, PROMPTS, ["x"] * 3, ["y"] * 3)
+    colours = {
+        name: tuple(
+            has_colour(picture(tmp_path / f"{name}.png"), colour) for colour in (figures._RIGHT, figures._WRONG)
+        )
+        for name in ("right", "wrong", "none")
+    }
+    assert colours == {"right": (True, False), "wrong": (True, True), "none": (False, True)}
+
+
+def test_large_images_are_reduced(tmp_path: Path) -> None:
+    large = np.zeros((2, 512, 512, 3), np.uint8)
+    large[..., 0] = 200
+    before_after(tmp_path / "pairs.png", large, large, ["costs $5 and $6", "x" * 500])
+    page = picture(tmp_path / "pairs.png")
+    assert contains(page, np.broadcast_to(np.array([200, 0, 0], np.uint8), (208, 208, 3)))
+    assert page.shape[0] < 512
+    assert page.shape[1] < 1100
+
+
+def test_unequal_numbers_are_refused(images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"equally many, got \[2, 3\]"):
+        before_after(tmp_path / "pairs.png", images, images, PROMPTS[:2])
+    with pytest.raises(ValueError, match=r"equally many, got \[1, 3\]"):
+        before_after(tmp_path / "pairs.png", images, images, PROMPTS, None, ["only one"])
+
+
+def test_equal_pictures_are_equal_files(images: np.ndarray, tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        before_after(tmp_path / "new" / name, images, images, PROMPTS, PROMPTS, PROMPTS)
+    assert (tmp_path / "new" / "one.png").read_bytes() == (tmp_path / "new" / "two.png").read_bytes()
+
+
+def history(steps: int) -> list[dict[str, float]]:
+    entries = []
+    for step in range(1, steps + 1):
+        entry = {
+            "step": step,
+            "reward/mean": step / 100,
+            "reward/std": 0.1,
+            "policy/approximate_kl": 1e-5,
+            "policy/clip_fraction": 0.2,
+            "policy/gradient_norm": 2.0**step,
+            "seconds/sample": 1.0,
+            "seconds/learn": 2.0,
+        }
+        if step % 5 == 0:
+            entry |= {"evaluator/full": 0.5, "evaluator/digit": 0.6, "seconds/evaluate": 1.0}
+        entries.append(entry)
+    return entries
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_curves_have_a_panel_for_each_thing_measured(steps: int, tmp_path: Path) -> None:
+    curves(tmp_path / "curves.png", [{"step": 0, "reward/mean": 0.0}, *history(steps)])
+    page = picture(tmp_path / "curves.png")
+    assert page.shape == (928, 2064, 3)
+    assert has_colour(page, figures._LINES["red"])
+    assert has_colour(page, figures._LINES["green"]) == (steps >= 5)
+
+
+def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:
+    curves(tmp_path / "reward.png", [{"step": step, "reward/mean": 0.5} for step in range(3)])
+    curves(
+        tmp_path / "two.png", [{"step": 1, "reward/mean": 0.5, "reward/std": float("nan"), "policy/clip_fraction": 0}]
+    )
+    curves(tmp_path / "empty.png", [])
+    curves(tmp_path / "nan.png", [{"step": 1, "reward/mean": float("nan")}])
+    widths = {path.stem: picture(path).shape[1] for path in tmp_path.glob("*.png")}
+    assert widths == {"reward": 688, "two": 1376, "empty": 688, "nan": 688}
+
+
+def test_no_global_state_of_matplotlib_is_used(images: np.ndarray, tmp_path: Path) -> None:
+    from matplotlib import _pylab_helpers
+
+    before_after(tmp_path / "pairs.png", images, images, PROMPTS)
+    curves(tmp_path / "curves.png", history(3))
+    assert _pylab_helpers.Gcf.get_all_fig_managers() == []
+
+
+def test_the_running_mean_is_exact() -> None:
+    values = np.array([1.0, 2.0, 6.0, 3.0])
+    np.testing.assert_allclose(figures._running_mean(values, 1), [1.5, 3.0, 11 / 3, 4.5])

@@ -1,0 +1,298 @@
+"""The whole loop on a real Ray and a real MLflow store, with genuine tiny models.
+
+What it computes does not depend on who computes it, on being interrupted, or on a neighbour.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from orchestration.config import DdpoConfig, load_config
+from pipelines.locations import CHECKOUT
+from tests.models import build_tiny_captioner, build_tiny_pipeline
+
+STEPS = 4
+PROMPTS = ("a red seven", "a blue two", "a green one", "a red two", "a blue seven", "a green two")
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of seconds: tiny random models, a reward that needs no language."""
+    directory = tmp_path_factory.mktemp("loop")
+    (directory / "prompts.txt").write_text("\n".join(PROMPTS))
+    return [
+        "name=tiny",
+        f"prompts={directory / 'prompts.txt'}",
+        f"model.path={build_tiny_pipeline(directory / 'pipeline')}",
+        f"captioner.path={build_tiny_captioner(directory / 'captioner')}",
+        "reward.function=tests.rewards:redness",
+        "evaluation.evaluator=null",
+        "evaluation.images=12",
+        "evaluation.interim_images=6",
+        "evaluation.every=2",
+        "sampling.steps=4",
+        f"training.steps={STEPS}",
+        "training.images_per_step=24",
+        "training.images_per_prompt=6",
+        "training.updates_per_step=2",
+        "training.timestep_fraction=0.5",
+        "training.learning_rate=1e-3",
+        "checkpoint.every=1",
+        "actors.images_per_call=5",
+        "actors.learner_threads=1",
+        "tracking.system_metrics=false",
+    ]
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
+    import ray
+
+    from orchestration.cluster import connected
+
+    with connected(gpus=0):
+        assert ray.is_initialized()
+        yield
+
+
+def configure(overrides: list[str], *more: str) -> DdpoConfig:
+    return load_config(DdpoConfig, None, [*overrides, *more])
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str], ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an undisturbed run with two samplers."""
+    from orchestration.ddpo import run_ddpo
+
+    directory = tmp_path_factory.mktemp("runs") / "two"
+    path = run_ddpo(configure(overrides, f"output_dir={directory}", "actors.samplers=2"))
+    assert path == directory / "summary.json"
+    return directory
+
+
+@pytest.mark.parametrize("samplers", [1, 3])
+def test_weights_are_the_same_whatever_the_number_of_samplers(
+    samplers: int, overrides: list[str], finished: Path, tmp_path: Path
+) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    run_ddpo(configure(overrides, f"output_dir={tmp_path / 'run'}", f"actors.samplers={samplers}"))
+    assert summary(tmp_path / "run")["weights_sha256"] == summary(finished)["weights_sha256"]
+    first, second = (
+        np.load(directory / "evaluations" / f"step-{STEPS:06d}.npz")["images"]
+        for directory in (finished, tmp_path / "run")
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_another_seed_gives_other_weights(overrides: list[str], finished: Path, tmp_path: Path) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    run_ddpo(configure(overrides, f"output_dir={tmp_path / 'run'}", "seed=1", "training.steps=1"))
+    assert summary(tmp_path / "run")["weights_sha256"] != summary(finished)["weights_sha256"]
+
+
+def test_the_summary_holds_what_machines_read(finished: Path) -> None:
+    content = summary(finished)
+    assert content["images"] == STEPS * 24
+    assert content["steps"] == STEPS
+    assert content["evaluator_accuracy_before"] is None
+    assert content["evaluator_accuracy_after"] is None
+    assert content["reward_before"] != content["reward_after"]
+    assert 0 < sum(content["seconds_by_stage"].values()) < content["wall_seconds"]
+    assert content["cpu_seconds"] > 0
+    assert len(content["weights_sha256"]) == 64
+    assert json.loads((finished / "manifest.json").read_text())["mlflow_run_id"] == content["mlflow_run_id"]
+
+
+def test_the_journal_has_every_step_once(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        errors = [value for key, value in line.items() if key.startswith("first_update_error/")]
+        assert errors
+        assert max(errors) < 1e-5
+        assert line["weights/changed_tensors"] > 0
+    assert len({line["weights/checksum"] for line in lines}) == STEPS
+
+
+def test_mlflow_holds_the_run(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    run_id = summary(finished)["mlflow_run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.learning_rate"] == "0.001"
+    assert run.data.params["resolved.micro_batch"]
+    assert run.data.tags["git_commit"]
+    assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["prompts"]
+    history = client.get_metric_history(run_id, "reward/mean")
+    assert [point.step for point in history] == list(range(1, STEPS + 1))
+    journal = [json.loads(line)["reward/mean"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [point.value for point in history] == journal
+    for name in ("calibration/true", "calibration/shuffled", "calibration/noise"):
+        assert [point.step for point in client.get_metric_history(run_id, name)] == [0]
+    paths = {artifact.path for artifact in client.list_artifacts(run_id)}
+    assert {"figures", "pipeline", "checkpoints", "summary.json", "images"} <= paths
+    steps = {int(artifact.path.split("step%")[1].split("%")[0]) for artifact in client.list_artifacts(run_id, "images")}
+    assert steps == {0, 2, 4}
+
+
+def test_a_stock_pipeline_draws_what_the_run_showed(finished: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from orchestration.evaluation import fixed_work
+
+    pipeline = StableDiffusionPipeline.from_pretrained(finished / "pipeline", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = fixed_work(PROMPTS, 12)
+    shown = np.load(finished / "evaluations" / f"step-{STEPS:06d}.npz")["images"]
+    drawn = pipeline(
+        prompts,
+        num_inference_steps=4,
+        eta=1.0,
+        guidance_scale=1.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images
+    difference = np.abs(np.round(drawn * 255).astype(int) - shown.astype(int))
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.99
+
+
+def test_generate_draws_from_a_run_and_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    from orchestration.evaluation import fixed_work
+    from orchestration.generate import generate
+
+    prompts, seeds = fixed_work(PROMPTS, 2)
+    shown = np.load(finished / "evaluations" / f"step-{STEPS:06d}.npz")["images"][:2]
+    for source in (finished, finished / "checkpoints" / f"step-{STEPS:06d}"):
+        paths = generate(source, prompts, seeds, tmp_path / source.name)
+        drawn = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+        assert np.abs(drawn - shown).max() <= 1
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_reason(
+    overrides: list[str], ray_session: None, tmp_path: Path
+) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    directory = tmp_path / "run"
+    config = configure(overrides, f"output_dir={directory}", "reward.function=tests.rewards:not_a_number")
+    with pytest.raises(RuntimeError, match=r"RewardError: the reward of image 0 .* is nan"):
+        run_ddpo(config)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["status"] == "FAILED"
+    assert "nan" in manifest["error"]
+
+
+def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: None, tmp_path: Path) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    config = load_config(
+        DdpoConfig,
+        None,
+        [
+            f"output_dir={tmp_path / 'run'}",
+            f"prompts={tmp_path / 'prompts.txt'}",
+            f"model.path={build_tiny_pipeline(tmp_path / 'pipeline', image_size=64)}",
+            f"captioner.path={build_tiny_captioner(tmp_path / 'captioner', image_size=64)}",
+            "model.lora_rank=4",
+            "sampling.guidance_scale=3.0",
+            "sampling.steps=3",
+            "training.objective=score_function",
+            "training.updates_per_step=1",
+            "training.images_per_step=8",
+            "training.images_per_prompt=4",
+            "training.steps=2",
+            "evaluation.evaluator=null",
+            "evaluation.images=6",
+            "evaluation.interim_images=6",
+            "actors.samplers=1",
+            "tracking.system_metrics=false",
+        ],
+    )
+    run_ddpo(config)
+    assert summary(tmp_path / "run")["steps"] == 2
+    assert np.load(tmp_path / "run" / "evaluations" / "step-000002.npz")["images"].shape == (6, 64, 64, 3)
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """``ouroboros`` in a process group of its own, as a shell would start it."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestration.cli", *arguments],
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+        cwd=CHECKOUT,
+    )
+
+
+def wait_until(condition: Any, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    neighbour_directory, directory = tmp_path / "neighbour", tmp_path / "interrupted"
+    log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"
+    neighbour = start(["ddpo", *overrides, f"output_dir={neighbour_directory}"], neighbour_log)
+    process = start(["ddpo", *overrides, f"output_dir={directory}"], log)
+    try:
+        wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 240, "the second step")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in child.name() for child in family)
+        os.killpg(process.pid, signal.SIGINT)
+        interrupted = time.monotonic()
+        assert process.wait(timeout=30) == 130, log.read_text()
+        assert time.monotonic() - interrupted < 10
+        wait_until(lambda: not [c for c in family if c.is_running()], 5, f"the end of {family}")
+        assert neighbour.wait(timeout=240) == 0, neighbour_log.read_text()
+    finally:
+        for each in (process, neighbour):
+            if each.poll() is None:
+                os.killpg(each.pid, signal.SIGKILL)
+
+    manifest = json.loads((directory / "manifest.json").read_text())
+    committed = manifest["committed_step"]
+    assert manifest["status"] == "KILLED"
+    assert 1 <= committed < STEPS
+    assert f"last committed step: {committed}" in log.read_text()
+    client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+    assert client.get_run(manifest["mlflow_run_id"]).info.status == "KILLED"
+
+    again = tmp_path / "again.txt"
+    assert start(["resume", str(directory)], again).wait(timeout=240) == 0, again.read_text()
+    assert client.get_run(manifest["mlflow_run_id"]).info.status == "FINISHED"
+    points = client.get_metric_history(manifest["mlflow_run_id"], "reward/mean")
+    assert [point.step for point in points] == list(range(1, STEPS + 1))
+    expected = summary(finished)["weights_sha256"]
+    assert summary(directory)["weights_sha256"] == expected
+    assert summary(neighbour_directory)["weights_sha256"] == expected
+    assert summary(directory)["mlflow_run_id"] == manifest["mlflow_run_id"]
