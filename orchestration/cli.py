@@ -135,9 +135,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _report(error: Exception) -> int:
     """Print an error as people need it and return the exit code."""
-    if isinstance(error, typer.TyperException):
-        error.show()
-        return error.exit_code
+    show = getattr(error, "show", None)  # what the command line library says of wrong arguments
+    if show is not None:
+        show()
+        return BAD_INPUT
     if isinstance(error, ConfigError):
         print(f"ouroboros: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -63,7 +63,8 @@ class DiffusionPolicy:
 
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self.pipeline = load_pipeline(model.path, getattr(torch, model.dtype)).to(self.device)
+        self.dtype: torch.dtype = getattr(torch, model.dtype)  # diffusers' own property walks every module at every call
+        self.pipeline = load_pipeline(model.path, self.dtype).to(self.device)
         self.sampling = sampling
         self.schedule = denoising_schedule(self.pipeline.scheduler, sampling).to(self.device)
         self._embeddings: dict[str, Tensor] = {}
@@ -87,7 +88,7 @@ class DiffusionPolicy:
 
         The unconditional half (the empty prompt) rides in the same call, in sampling and in training alike.
         """
-        inputs = latents.to(self.unet.dtype)
+        inputs = latents.to(self.dtype)
         if self.sampling.guidance_scale == 1:
             return self.unet(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
         empty = self.embed([""]).expand_as(embeddings)
@@ -109,10 +110,11 @@ class DiffusionPolicy:
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        scheduler.set_timesteps(self.sampling.steps)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
         def noise() -> Tensor:
-            drawn = torch.stack([torch.randn(shape, generator=generator, dtype=unet.dtype) for generator in generators])
+            drawn = torch.stack([torch.randn(shape, generator=generator, dtype=self.dtype) for generator in generators])
             return drawn.to(self.device)
 
         embeddings = self.embed(prompts)

@@ -95,7 +95,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("training: [1, 2", "not YAML"), ("- 1\n- 2", "holds a list"), ("training: 3", "training"), ("name: &x [*x]", "refers to itself")],
+    [
+        ("training: [1, 2", "not YAML"),
+        ("- 1\n- 2", "holds a list"),
+        ("training: 3", "training"),
+        ("name: &x [*x]", "refers to itself"),
+    ],
 )
 def test_bad_files_are_refused(text: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"

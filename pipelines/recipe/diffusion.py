@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.digits import all_prompts
+from pipelines.digits import DIGITS, all_prompts
 from pipelines.recipe.autoencoder import LATENT_CHANNELS
 from pipelines.recipe.batches import DigitBatches, prompt_indices
 
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-STEPS = 5000
+STEPS = 3500
+LOOSENING_STEPS = 400
+WRONG_DIGITS = 0.45
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 EMA_DECAY = 0.995
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 125
+LOOSENING_CHECKPOINT_EVERY = 100
 LATENT_SIZE = 4
 TEXT_WIDTH = 64
 TEXT_LENGTH = 16
@@ -145,24 +148,63 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
 def train_diffusion(
     autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", seed: int, progress: Callable[[str], None]
 ) -> Iterator[Checkpoint]:
-    """Trains for ``STEPS`` steps on the ``train`` split and yields a checkpoint every ``CHECKPOINT_EVERY``.
+    """Trains from scratch for ``STEPS`` steps on true captions; yields a checkpoint every ``CHECKPOINT_EVERY``.
 
     A yielded model goes on changing once the next checkpoint is asked for: save or measure it first.
     """
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    trainer = _train(model, autoencoder, tokenizer, seed, STEPS)
+    for step, average, loss in trainer:
+        if step % CHECKPOINT_EVERY == 0:
+            progress(f"diffusion: step {step}/{STEPS}, loss {loss:.4f}")
+            yield Checkpoint(step, average)
+
+
+def loosen_digits(
+    model: TextToLatents,
+    autoencoder: "AutoencoderKL",
+    tokenizer: "CLIPTokenizer",
+    seed: int,
+    progress: Callable[[str], None],
+) -> Iterator[Checkpoint]:
+    """Goes on from a trained ``model`` with captions that name a random digit in ``WRONG_DIGITS`` of all examples.
+
+    The model keeps drawing clean digits but comes to trust the digit word less, as it would after web captions. Yields
+    as :func:`train_diffusion` does, with steps counted from ``STEPS``.
+    """
+    trainer = _train(deepcopy(model), autoencoder, tokenizer, seed + 1, LOOSENING_STEPS, wrong_digits=WRONG_DIGITS)
+    for step, average, loss in trainer:
+        if step % LOOSENING_CHECKPOINT_EVERY == 0:
+            progress(f"diffusion: loosening step {step}/{LOOSENING_STEPS}, loss {loss:.4f}")
+            yield Checkpoint(STEPS + step, average)
+
+
+def _train(
+    model: TextToLatents,
+    autoencoder: "AutoencoderKL",
+    tokenizer: "CLIPTokenizer",
+    seed: int,
+    steps: int,
+    wrong_digits: float = 0.0,
+) -> Iterator[tuple[int, TextToLatents, float]]:
+    """Trains ``model`` on the ``train`` split; after each step its number, the averaged model and the recent loss."""
+    generator = torch.Generator().manual_seed(seed)
     batches = DigitBatches("train")
     tokens = tokenize(tokenizer, [*all_prompts(), ""])
     scheduler = build_scheduler()
-    model = build_model(tokenizer).train()
     average = deepcopy(model).eval().requires_grad_(False)
+    model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     running_loss = 1.0
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         images, slots = batches.draw(BATCH_SIZE, generator)
         with torch.no_grad():
             latents = autoencoder.encode(images).latent_dist.sample(generator=generator)
+        if wrong_digits:
+            replaced = torch.rand(BATCH_SIZE, generator=generator) < wrong_digits
+            slots[replaced, 0] = torch.randint(len(DIGITS), (int(replaced.sum()),), generator=generator)
         dropped = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
         prompts = torch.where(dropped, len(tokens) - 1, prompt_indices(slots))
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH_SIZE,), generator=generator)
@@ -177,9 +219,7 @@ def train_diffusion(
         warmup.step()
         _update_average(average, model, decay=min(EMA_DECAY, step / (step + 10)))
         running_loss += 0.01 * (loss.item() - running_loss)
-        if step % CHECKPOINT_EVERY == 0:
-            progress(f"diffusion: step {step}/{STEPS}, loss {running_loss:.4f}")
-            yield Checkpoint(step, average)
+        yield step, average, running_loss
 
 
 @torch.no_grad()
