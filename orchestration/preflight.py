@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from actors.settings import Role, plan_roles
 from orchestration.config import ConfigError, DdpoConfig
 from pipelines.locations import check_model, find
-from pipelines.settings import BUILT_IN_REWARDS
+from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS_MEMORY = 0.6e9  # measured: an actor that has imported torch, diffusers and transformers
@@ -29,6 +30,7 @@ def preflight(config: DdpoConfig, cpus: int | None = None, gpus: int | None = No
         check_model(config.model.path, "model_index.json", "model.path")
         if config.captioner.path:
             check_model(config.captioner.path, "config.json", "captioner.path")
+            _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
             raise ValueError(f"reward.function {config.reward.function} compares captions, but captioner.path is null")
         if config.reward.encoder:
@@ -83,6 +85,19 @@ def _check_evaluator(path: str, prompts: list[str]) -> None:
                 f"evaluation.evaluator judges {', '.join(SLOTS)}, but the prompt {prompt!r} does not name them all: "
                 "set evaluation.evaluator=null"
             )
+
+
+def _check_caption_length(captioner: CaptionerSettings) -> None:
+    directory = find(captioner.path or "")
+    if directory is None:
+        return
+    text = json.loads((directory / "config.json").read_text()).get("text_config", {})
+    positions = text.get("max_position_embeddings", 512)
+    if captioner.max_new_tokens > positions:
+        raise ValueError(
+            f"captioner.max_new_tokens ({captioner.max_new_tokens}) is more than the {positions} positions "
+            f"of {captioner.path}"
+        )
 
 
 def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:

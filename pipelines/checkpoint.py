@@ -69,6 +69,7 @@ class CheckpointStore:
         files[_MANIFEST] = json.dumps(manifest, indent=1).encode()
         for name, content in files.items():
             _write_durably(aside / name, content)
+        _flush_directory(aside)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
         _flush_directory(self.directory)

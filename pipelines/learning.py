@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from pipelines.trajectory import Trajectory
 from policies.ddpo import PolicyLearner, SilentUpdateError, UpdateStatistics
 from policies.settings import SamplingSettings, TrainingSettings
 
-CPU_MICRO_BATCH = 64
-"""On a CPU larger calls leave the cache and gain nothing; see benchmarks/micro_batch.py."""
+LARGEST_MICRO_BATCH = 512
+"""Beyond this a call gains little even on a small network: see benchmarks/micro_batch.py."""
 
 
 @dataclass(frozen=True)
@@ -128,24 +129,35 @@ class DiffusionLearner:
         self.merged_pipeline().save_pretrained(directory, safe_serialization=True)
 
     def _find_micro_batch(self) -> int:
-        """Transitions a call: fixed on a CPU; on a GPU the largest power of two that fits into 80 % of free memory."""
-        transitions = self.training.images_per_update * self.policy.sampling.steps
-        if self.policy.device.type != "cuda":
-            return min(CPU_MICRO_BATCH, transitions)
-        one, two = self._peak_memory(1), self._peak_memory(2)
-        free, _ = torch.cuda.mem_get_info(self.policy.device)
-        fitting = int((0.8 * free - one) / max(two - one, 1)) + 1
-        return min(2 ** max(0, fitting.bit_length() - 1), transitions)
+        """Transitions a network call: as many as fit into memory, at most an update's or ``LARGEST_MICRO_BATCH``.
 
-    def _peak_memory(self, batch: int) -> int:
-        """Bytes a forward and backward pass over ``batch`` transitions adds."""
+        Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
+        """
+        share = max(1, round(self.training.timestep_fraction * self.policy.sampling.steps))
+        transitions = self.training.images_per_update * share
+        if self.policy.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.policy.device).total_memory // 2
+        else:
+            memory = psutil.virtual_memory().total // 8
+        fitting = max(1, memory // self._activation_bytes())
+        calls = -(-transitions // min(fitting, LARGEST_MICRO_BATCH))
+        return -(-transitions // calls)  # calls of equal size
+
+    def _activation_bytes(self) -> int:
+        """Bytes one transition keeps for the backward pass, counted in a real forward pass."""
         config, device = self.policy.pipeline.unet.config, self.policy.device
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        latents = torch.zeros(batch, config.in_channels, config.sample_size, config.sample_size, device=device)
-        times = self.policy.schedule.timesteps[:1].expand(batch)
-        self.policy.predict(latents, times, self.policy.embed([""] * batch)).float().sum().backward()
-        peak = torch.cuda.max_memory_allocated(device) - before
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        return peak
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        weights = {parameter.data_ptr() for parameter in self.policy.unet.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = self.policy.predict(
+                torch.zeros(shape, device=device), self.policy.schedule.timesteps[:1], self.policy.embed([""])
+            )
+        del output
+        return sum(kept.values())

@@ -59,6 +59,7 @@ WRONG = {
     "model directory without a model": (["model.path=configs"], "model_index.json"),
     "missing captioner": (["captioner.path=nowhere"], "no directory"),
     "captions asked of nobody": (["captioner.path=null"], "captioner.path is null"),
+    "captions longer than the captioner": (["captioner.max_new_tokens=4000"], "positions"),
     "missing evaluator": (["evaluation.evaluator=nowhere"], "no directory"),
     "missing encoder": (["reward.encoder=nowhere"], "no directory"),
     "reward that is no path": (["reward.function=niceness"], "import path"),

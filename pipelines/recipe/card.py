@@ -114,7 +114,8 @@ step {supervised["step"]}, and then a little longer on captions of which {pipeli
 digit word replaced by a random one, as captions from the web are often wrong. It keeps drawing clean digits in the
 right colours, but heeds the digit word less. Shipped is the checkpoint of this second phase whose full-caption
 accuracy is nearest {target:.2f}, drawn without guidance in 10 DDIM steps at η = 1 and read by the
-evaluator: **step {chosen["step"]}**. (In the first phase, step {first["step"]} comes nearest, but its digits look less finished.)
+evaluator: **step {chosen["step"]}**. (In the first phase, step {first["step"]} comes nearest, but its digits look less
+finished.)
 Supervised training on true captions alone reaches what the last two rows say:
 
 {choice}
