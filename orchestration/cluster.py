@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Iterator
-
-from orchestration.preflight import available_cpus
+from dataclasses import dataclass
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -20,6 +21,38 @@ _PRIVATE = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0
 def external_address() -> str | None:
     """The address of a cluster to join, if the environment names one (Ray sets it inside jobs)."""
     return os.environ.get("RAY_ADDRESS")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What actors can be given."""
+
+    cpus: int
+    gpus: int
+
+
+def find_machine(device: str) -> Machine:
+    """The cluster that would be joined, or this machine. Starts nothing; torch is asked only if there is a driver."""
+    if external_address() or _ray_runs():
+        with connected(gpus=0):
+            import ray
+
+            resources = ray.cluster_resources()
+        return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+    if device == "cpu" or shutil.which("nvidia-smi") is None:
+        return Machine(available_cpus(), 0)
+    import torch
+
+    return Machine(available_cpus(), torch.cuda.device_count())
+
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.settings import Role, plan_roles
+from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig
 from pipelines.locations import check_model, find
 from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
@@ -23,8 +23,8 @@ class Plan:
     roles: list[Role]
 
 
-def preflight(config: DdpoConfig, cpus: int | None = None, gpus: int | None = None) -> Plan:
-    """Check ``config`` against files and machine (or a cluster of ``cpus`` and ``gpus``). Raises ConfigError."""
+def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
+    """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     try:
         prompts = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
@@ -43,10 +43,11 @@ def preflight(config: DdpoConfig, cpus: int | None = None, gpus: int | None = No
             import_reward(config.reward.function)
         _check_sizes(config, prompts)
         _check_output(config)
+        machine = machine or find_machine(config.actors.device)
         roles = plan_roles(
             config.actors,
-            cpus if cpus is not None else available_cpus(),
-            gpus if gpus is not None else available_gpus(config.actors.device),
+            machine.cpus,
+            machine.gpus,
             captioner=config.captioner.path is not None,
             evaluator=config.evaluation.evaluator is not None,
         )
@@ -128,20 +129,6 @@ def _check_output(config: DdpoConfig) -> None:
     parent = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir {directory} cannot be created: {parent} is not writable")
-
-
-def available_cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def available_gpus(device: str) -> int:
-    """CUDA devices here. torch is only asked if there is a driver."""
-    if device == "cpu" or shutil.which("nvidia-smi") is None:
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def describe(config: DdpoConfig, plan: Plan) -> str:

@@ -63,7 +63,8 @@ class DiffusionPolicy:
 
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self.dtype: torch.dtype = getattr(torch, model.dtype)  # diffusers' own property walks every module at every call
+        # Kept here because diffusers' own property walks every module at every call.
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.pipeline = load_pipeline(model.path, self.dtype).to(self.device)
         self.sampling = sampling
         self.schedule = denoising_schedule(self.pipeline.scheduler, sampling).to(self.device)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from orchestration import cli
+from orchestration.cluster import Machine
 from orchestration.config import ConfigError, DdpoConfig, known_keys, load_config
 from orchestration.preflight import describe, preflight
 from pipelines.locations import CHECKOUT
@@ -169,7 +170,7 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
 def test_memory_estimate_counts_every_actor() -> None:
     config = load_config(DdpoConfig, DIGITS)
     few, many = (
-        describe(c, preflight(c, cpus=64, gpus=0))
+        describe(c, preflight(c, Machine(cpus=64, gpus=0)))
         for c in (config, config.model_copy(update={"actors": config.actors.model_copy(update={"samplers": 20})}))
     )
     total = [float(text.rsplit("together ", 1)[1].split(" GB")[0]) for text in (few, many)]

@@ -18,6 +18,8 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusion, "LOOSENING_CHECKPOINT_EVERY", 1)
     prompts = pretrain.all_prompts()[:2]
     monkeypatch.setattr(pretrain, "all_prompts", lambda: prompts)
+    images, captions = pretrain._test_set()
+    monkeypatch.setattr(pretrain, "_test_set", lambda: (images[:8], captions[:8]))
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -40,6 +42,9 @@ def test_pretrain_builds_resumes_and_repeats_itself(tmp_path: Path) -> None:
         "measurements.json",
         "README.md",
     }
+
+    texts = [path.read_text() for path in first.rglob("*") if path.suffix in {".json", ".md"}]
+    assert not any(str(tmp_path) in text for text in texts)
 
     def fail_at_the_pipeline(line: str) -> None:
         if line.startswith("diffusion"):

@@ -33,7 +33,7 @@ def train_evaluator(seed: int, progress: Callable[[str], None]) -> Evaluator:
             for i, slot in enumerate(SLOTS)
         }
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        (losses["digit"] + losses["ink"] + losses["ground"]).backward()
         optimizer.step()
         schedule.step()
         if step % 400 == 0:

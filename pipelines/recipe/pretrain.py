@@ -128,6 +128,7 @@ def _build_pipeline(directory: Path, output_dir: Path, seed: int, progress: Prog
 
     evaluator = load_evaluator(output_dir / "evaluator")
     autoencoder = AutoencoderKL.from_pretrained(output_dir / _DIRECTORIES["autoencoder"]).eval()
+    autoencoder.register_to_config(_name_or_path="")  # or the builder's own path would be shipped
     tokenizer = diffusion.build_tokenizer()
 
     def measure(model: Any, images_per_prompt: int, guidance_scale: float = 1.0) -> dict[str, float]:
@@ -135,9 +136,9 @@ def _build_pipeline(directory: Path, output_dir: Path, seed: int, progress: Prog
         prompts = all_prompts() * images_per_prompt
         return _accuracy(evaluator.judge(diffusion.draw_images(pipeline, prompts, seed, guidance_scale), prompts))
 
-    def follow(checkpoints: Iterable[Any], images_per_prompt: int) -> Iterator[tuple[dict[str, float], Any]]:
+    def follow(checkpoints: Iterable[Any], images_per_prompt: int) -> Iterator[tuple[Measurements, Any]]:
         for step, model in checkpoints:
-            point = {"step": step, **measure(model, images_per_prompt)}
+            point: Measurements = {"step": step, **measure(model, images_per_prompt)}
             progress(f"diffusion: unguided accuracy {point}")
             yield point, deepcopy(model)
 
