@@ -13,7 +13,7 @@ from rich.console import Console
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED = 2, 1
 
 app = typer.Typer(
     name="ouroboros",
@@ -117,11 +117,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        app(standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+        sys.exit(app(standalone_mode=False) or 0)  # an interrupted command returns 130
     except Exception as error:
         sys.exit(_report(error))
 

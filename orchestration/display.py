@@ -5,6 +5,7 @@ back however the block is left.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -44,6 +45,7 @@ class Display:
         self._rewards: list[float] = []
         self._accuracies: list[float] = []
         self._started = self._last_step_at = time.monotonic()
+        self._step_times: list[float] = []
         self._spinner = Spinner("dots", style="cyan")
         self._drawable = (
             self.console.is_terminal
@@ -80,8 +82,9 @@ class Display:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A finished step, counted from 1."""
-        self.done = step
-        self._last_step_at = time.monotonic()
+        now = time.monotonic()
+        self._step_times.append(now - self._last_step_at)
+        self.done, self._last_step_at = step, now
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self._latest.update(numbers)
         if "reward/mean" in numbers:
@@ -92,11 +95,11 @@ class Display:
             self.say(self._line(numbers))
 
     def seconds_left(self) -> float | None:
-        """Estimated from this process's steps; None before the first."""
-        steps = self.done - self.first_step
-        if steps <= 0:
+        """Estimated from the median of the latest steps; None before the second, as the first bears the start-up."""
+        latest = self._step_times[1:][-20:]
+        if not latest:
             return None
-        seconds_per_step = (self._last_step_at - self._started) / steps
+        seconds_per_step = statistics.median(latest)
         since_last = time.monotonic() - self._last_step_at
         return max(0.0, seconds_per_step * (self.total_steps - self.done) - min(since_last, seconds_per_step))
 

@@ -142,9 +142,8 @@ class Run:
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
-        for step in range(self.step, self.config.training.steps):
-            self._step_seconds.clear()
-            yield step
+        self._step_seconds.clear()
+        yield from range(self.step, self.config.training.steps)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -160,13 +159,14 @@ class Run:
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a finished step. They become durable with the next commit."""
         seconds = {f"seconds/{name}": value for name, value in self._step_seconds.items()}
-        total = sum(seconds.values())
+        training = sum(self._step_seconds[name] for name in ("sample", "reward", "learn", "publish"))
+        self._step_seconds.clear()
         line = {
             "step": step + 1,
             "timestamp_ms": int(time.time() * 1000),
             **metrics,
             **seconds,
-            "images_per_second": self.config.training.images_per_step / total,
+            "images_per_second": self.config.training.images_per_step / training,
         }
         self._pending.append(line)
         self.step = step + 1

@@ -36,9 +36,7 @@ class EvaluatorNetwork(nn.Module):
             nn.Linear(2 * channels * (image_size // 4) ** 2, 4 * channels),
             nn.ReLU(),
         )
-        self.heads = nn.ModuleDict(
-            {slot: nn.Linear(4 * channels, len(names)) for slot, names in classes.items()}
-        )
+        self.heads = nn.ModuleDict({slot: nn.Linear(4 * channels, len(names)) for slot, names in classes.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.features(images)
@@ -94,9 +92,7 @@ class Evaluator:
         wanted = [parse(prompt) for prompt in prompts]
         for prompt, slots in zip(prompts, wanted, strict=True):
             if not any(slots.values()):
-                raise ValueError(
-                    f"prompt {prompt!r} names no digit, ink or ground, so no image can be judged by it"
-                )
+                raise ValueError(f"prompt {prompt!r} names no digit, ink or ground, so no image can be judged by it")
         seen = self.slots(images)
         verdict = {
             slot: np.array(

@@ -38,7 +38,7 @@ def test_a_line_a_step_when_not_a_terminal() -> None:
         display.step(12, {"reward/mean": 0.5})
     first, second, third = written.getvalue().splitlines()
     assert first == "weights [version 3] published"
-    assert second == "step  1/80  reward 0.871 ±0.090  held-out 0.580  31.2 images/s  left 0s"
+    assert second == "step  1/80  reward 0.871 ±0.090  held-out 0.580  31.2 images/s"
     assert third == "step 12/80  reward 0.500  left 0s"
 
 
@@ -48,15 +48,17 @@ def test_time_left_counts_the_steps_of_this_process_only(monkeypatch: pytest.Mon
     console, _ = console_of(terminal=False)
     with Display("ddpo", 30, first_step=20, console=console) as display:
         assert display.seconds_left() is None
-        now[0] += 20
+        now[0] += 500  # the start-up, and nothing to learn from
         display.step(21, {})
-        now[0] += 40
-        display.step(22, {})
-        assert display.seconds_left() == pytest.approx(8 * 30)
+        assert display.seconds_left() is None
+        for step, seconds in ((22, 30), (23, 90), (24, 30)):
+            now[0] += seconds
+            display.step(step, {})
+        assert display.seconds_left() == pytest.approx(6 * 30)
         now[0] += 10
-        assert display.seconds_left() == pytest.approx(8 * 30 - 10)
+        assert display.seconds_left() == pytest.approx(6 * 30 - 10)
         now[0] += 1000
-        assert display.seconds_left() == pytest.approx(7 * 30)
+        assert display.seconds_left() == pytest.approx(5 * 30)
         display.step(30, {})
         assert display.seconds_left() == 0
 
