@@ -11,6 +11,15 @@ from ray.actor import ActorHandle
 from actors.settings import Role
 
 POLL_SECONDS = 0.25
+_ACTIVITIES = {
+    "ready": "loading",
+    "set_weights": "taking weights",
+    "rollout": "drawing",
+    "caption": "captioning",
+    "score": "scoring",
+    "judge": "judging",
+    "learn": "learning",
+}
 
 
 class ActorFailure(RuntimeError):  # noqa: N818
@@ -24,33 +33,42 @@ class Pool:
         self.role = role
         remote: Any = ray.remote(worker).options(num_cpus=role.cpus, num_gpus=role.gpus)
         self.members: list[ActorHandle] = [remote.remote(*arguments) for _ in range(role.count)]
-        self._pending: list[list[ObjectRef]] = [[] for _ in self.members]
+        self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]
 
     def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Give one call to the least busy member. Returns its reference, or a list of ``returns`` references."""
         self._forget_finished()
         index = min(range(len(self.members)), key=lambda member: len(self._pending[member]))
         references = getattr(self.members[index], method).options(num_returns=returns).remote(*arguments)
-        self._pending[index].append(references if returns == 1 else references[0])
+        self._pending[index][references if returns == 1 else references[0]] = method
         return references
 
     def everyone(self, method: str, *arguments: Any) -> list[ObjectRef]:
         """The same call to every member."""
-        return [getattr(member, method).remote(*arguments) for member in self.members]
+        references = [getattr(member, method).remote(*arguments) for member in self.members]
+        for pending, reference in zip(self._pending, references, strict=True):
+            pending[reference] = method
+        return references
 
     def activity(self) -> dict[str, str]:
         """What each member does now."""
         self._forget_finished()
         names = [self.role.name if self.role.count == 1 else f"{self.role.name} {i}" for i in range(self.role.count)]
-        return {
-            name: f"working, {len(pending)} to do" if pending else "idle"
-            for name, pending in zip(names, self._pending, strict=True)
-        }
+        return {name: _describe(list(pending.values())) for name, pending in zip(names, self._pending, strict=True)}
 
     def _forget_finished(self) -> None:
-        for index, pending in enumerate(self._pending):
+        for pending in self._pending:
             if pending:
-                self._pending[index] = ray.wait(pending, num_returns=len(pending), timeout=0)[1]
+                for reference in ray.wait(list(pending), num_returns=len(pending), timeout=0)[0]:
+                    del pending[reference]
+
+
+def _describe(methods: list[str]) -> str:
+    """The call at the head of a queue, and how many wait behind it."""
+    if not methods:
+        return "idle"
+    behind = f", {len(methods) - 1} more" if len(methods) > 1 else ""
+    return _ACTIVITIES.get(methods[0], methods[0]) + behind
 
 
 def wait_for(

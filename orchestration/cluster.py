@@ -8,6 +8,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
+# threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
+# busy ones: see benchmarks/learner_threads.py.
+_ACTORS = {"GOMP_SPINCOUNT": "1000"}
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -58,7 +62,7 @@ def _ray_runs() -> bool:
 @contextlib.contextmanager
 def connected(gpus: int) -> Iterator[None]:
     """Be connected to Ray. A Ray started here is ended here; one that was there before is left as it was."""
-    for name, value in _QUIET.items():
+    for name, value in (_QUIET | _ACTORS).items():
         os.environ.setdefault(name, value)
     if external_address() is None:
         os.environ.update(_PRIVATE)

@@ -50,10 +50,10 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """For charts: evaluation/reward and /diversity, evaluator/<slot>, /full and /agreement."""
-        values = {
-            "evaluation/reward": float(self.scores.mean()),
-            "evaluation/diversity": diversity(self.images, self.prompts),
-        }
+        values = {"evaluation/reward": float(self.scores.mean())}
+        spread = diversity(self.images, self.prompts)
+        if spread is not None:
+            values["evaluation/diversity"] = spread
         if self.fulfilled is not None:
             values |= {f"evaluator/{slot}": float(hits.mean()) for slot, hits in self.fulfilled.items()}
         if self.agreement is not None:
@@ -71,9 +71,10 @@ def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int
     return chosen, [derive_seed(0, "evaluation", index) for index in range(images)]
 
 
-def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
-    """Mean distance of two images of one prompt: root mean square over pixels, in units of the full range. 0 if
-    collapsed.
+def diversity(images: np.ndarray, prompts: Sequence[str]) -> float | None:
+    """Mean distance of two images of one prompt: root mean square over pixels, in units of the full range.
+
+    0 if the images of a prompt have collapsed into one; None if no prompt has two.
 
     Large images are thinned to at most 32 pixels a side, which a mean over pixels hardly notices.
     """
@@ -85,7 +86,7 @@ def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
         if len(group) > 1:
             first, second = np.triu_indices(len(group), k=1)
             distances.append(np.sqrt(((group[first] - group[second]) ** 2).mean(axis=1)).mean())
-    return float(np.mean(distances)) if distances else 0.0
+    return float(np.mean(distances)) if distances else None
 
 
 def _agreement(captions: Sequence[str], seen: dict[str, list[str]]) -> float:

@@ -14,6 +14,7 @@ def step_metrics(
     """Metrics of one step from its rewards (images,), advantages (images,), update and images."""
     statistics = update.statistics
     first_update = statistics["first_update_error"]
+    spread = diversity(images, prompts)
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std()),
@@ -28,7 +29,7 @@ def step_metrics(
         "policy/ratio_max": statistics["ratio_max"],
         "policy/clip_fraction": statistics["clip_fraction"],
         "policy/gradient_norm": statistics["gradient_norm"],
-        "images/diversity": diversity(images, prompts),
+        **({} if spread is None else {"images/diversity": spread}),
         "weights/version": float(update.version),
         "weights/changed_tensors": float(update.changed_tensors),
         "weights/checksum": float(int(update.checksum[:12], 16)),

@@ -1,0 +1,77 @@
+"""How the learner's forward and backward pass fares with one and two threads, on idle and on busy cores, by spin count.
+
+    python -m benchmarks.learner_threads [--rounds 2]
+
+Each case is a process of its own, as OpenMP reads its environment once; busy means that one more process computes on
+every second core. Cases alternate; the median wall time of a call on 320 transitions is printed.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+
+from orchestration.cluster import available_cpus
+from orchestration.run import git_commit
+
+WORK = """
+import statistics, sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+from pipelines.diffusion import DiffusionPolicy
+from pipelines.settings import ModelSettings
+from policies.settings import SamplingSettings
+policy = DiffusionPolicy(ModelSettings(), SamplingSettings())
+policy.unet.requires_grad_(True)
+config = policy.unet.config
+latents = torch.randn(320, config.in_channels, config.sample_size, config.sample_size)
+steps, embeddings = torch.full((320,), 500), policy.embed([""]).expand(320, -1, -1)
+def call():
+    started = time.monotonic()
+    policy.predict(latents, steps, embeddings).sum().backward()
+    return time.monotonic() - started
+call()
+print(statistics.median(call() for _ in range(6)))
+"""
+CASES = {"1 thread": (1, None), "2 threads": (2, None), "2 threads, spin 1000": (2, "1000")}
+
+
+def seconds(threads: int, spin: str | None) -> float:
+    """Median wall time of a call, in a fresh process."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if spin:
+        environment["GOMP_SPINCOUNT"] = spin
+    command = [sys.executable, "-c", WORK, str(threads)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    rounds = parser.parse_args().rounds
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for state in ("idle", "busy"):
+            hogs = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                for _ in range(max(1, available_cpus() // 2) if state == "busy" else 0)
+            ]
+            try:
+                for name, (threads, spin) in CASES.items():
+                    times[state, name].append(seconds(threads, spin))
+            finally:
+                for hog in hogs:
+                    hog.kill()
+                    hog.wait()
+    print(
+        f"commit {git_commit()}, {available_cpus()} cores, {rounds} rounds; median seconds of a call on 320 transitions"
+    )
+    for name in CASES:
+        idle, busy = (statistics.median(times[state, name]) for state in ("idle", "busy"))
+        print(f"{name:<22} idle {idle:.3f}   busy {busy:.3f}")
+
+
+if __name__ == "__main__":
+    main()
