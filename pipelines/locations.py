@@ -29,7 +29,7 @@ def check_model(path: str, marker: str, what: str) -> None:
         if not (found / marker).is_file():
             raise ValueError(f"{what}: {found} has no {marker}; point it at a directory that save_pretrained wrote")
         return
-    if not _HUB_NAME.match(path):
+    if not _HUB_NAME.match(path) or find(path.split("/")[0]) is not None:  # models/digts is a slip, not a hub name
         raise ValueError(f"{what}: there is no directory {path!r}")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _is_cached(path):
         raise ValueError(
