@@ -38,12 +38,11 @@ class LearnerActor(Worker):
         seed: int,
         device: str,
         threads: int,
-        micro_batch: int | None,
     ) -> None:
         super().__init__(threads)
         from pipelines.learning import DiffusionLearner
 
-        self.learner = DiffusionLearner(model, sampling, training, seed, device, micro_batch)
+        self.learner = DiffusionLearner(model, sampling, training, seed, device)
 
     def micro_batch(self) -> int:
         """Transitions a network call, as found or given: part of the run's manifest."""
@@ -87,9 +86,8 @@ class Learner(Pool):
         sampling: SamplingSettings,
         training: TrainingSettings,
         seed: int,
-        micro_batch: int | None,
     ) -> None:
-        super().__init__(role, LearnerActor, model, sampling, training, seed, role.device, role.threads, micro_batch)
+        super().__init__(role, LearnerActor, model, sampling, training, seed, role.device, role.threads)
 
     def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[ObjectRef, ObjectRef]:
         """References of the :class:`Update` and of the new weights."""

@@ -32,12 +32,9 @@ class PublishError(RuntimeError):
 class Crew:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
-    def __init__(
-        self, config: DdpoConfig, plan: Plan, micro_batch: int | None, show: Activity = lambda _: None
-    ) -> None:
+    def __init__(self, config: DdpoConfig, plan: Plan, show: Activity = lambda _: None) -> None:
         self.config = config
         self.plan = plan
-        self._micro_batch = micro_batch
         self._show = show
         self._stack = ExitStack()
 
@@ -64,7 +61,6 @@ class Crew:
             config.sampling,
             config.training,
             derive_seed(config.seed, "initialisation"),
-            self._micro_batch or config.training.micro_batch,
         )
         self.samplers = Samplers(roles["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(roles["reward"], config.reward)

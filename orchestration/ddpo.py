@@ -40,7 +40,7 @@ def _loop(run: Run, plan: Plan) -> Path:
     history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
     held_out_prompts, held_out_seeds = fixed_work(plan.prompts, config.evaluation.images)
 
-    with run, Crew(config, plan, run.micro_batch, run.display.activity) as crew:
+    with run, Crew(config, plan, run.display.activity) as crew:
         report = Report(run, held_out_prompts)
 
         def evaluate(images: int) -> Evaluation:
@@ -52,7 +52,7 @@ def _loop(run: Run, plan: Plan) -> Path:
 
         if run.checkpoint is None:
             micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
-            run.describe(plan.prompts, micro_batch=micro_batch, roles=[vars(role) for role in plan.roles])
+            run.describe(plan.prompts, plan.roles, micro_batch)
             before = evaluate(config.evaluation.images)
             report.before(before, calibrate(crew, *fitting_images(config, before)))
         else:

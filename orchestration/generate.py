@@ -59,6 +59,6 @@ def _from_commit(run: Path, config: DdpoConfig, step: int | None) -> Any:
     from pipelines.learning import DiffusionLearner, LearnerState
 
     commit = CheckpointStore(run / "checkpoints").load(step)
-    learner = DiffusionLearner(config.model, config.sampling, config.training, seed=0, micro_batch=1)
+    learner = DiffusionLearner(config.model, config.sampling, config.training, seed=0)
     learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
     return learner.merged_pipeline()

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import psutil
 
+from actors.settings import Role
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.tracking import Tracker
@@ -81,7 +82,7 @@ class Run:
         manifest = read_manifest(directory)
         if manifest["status"] == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
-        config = validate(DdpoConfig, manifest["config"])
+        config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
         store = CheckpointStore(directory / "checkpoints")
         return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
 
@@ -89,11 +90,6 @@ class Run:
     def journal(self) -> Path:
         """metrics.jsonl: one finished step a line."""
         return self.directory / "metrics.jsonl"
-
-    @property
-    def micro_batch(self) -> int | None:
-        """The micro-batch this run was started with: it decides floating-point order, so a resume replays it."""
-        return self.manifest["resolved"].get("micro_batch")
 
     def __enter__(self) -> Self:
         self.display.__enter__()
@@ -126,9 +122,11 @@ class Run:
         finally:
             self.display.__exit__(None, None, None)
 
-    def describe(self, prompts: list[str], **resolved: Any) -> None:
+    def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
         """Record what was resolved at the start, and tell MLflow what this run is."""
-        self.manifest["resolved"] |= resolved
+        threads = next(role.threads for role in roles if role.name == "learner")
+        actors = {role.name: vars(role) for role in roles}
+        self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
         self._status("RUNNING")
         config = self.config
         tags = {
@@ -232,6 +230,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{directory} is not a run directory: no readable manifest.json; see 'ouroboros runs list'"
         ) from error
+
+
+def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
+    """``config`` with what the program chose at the start: it decides floating-point order, so a resume replays it."""
+    if not resolved:
+        return config
+    training = config.training.model_copy(update={"micro_batch": resolved["micro_batch"]})
+    actors = config.actors.model_copy(update={"learner_threads": resolved["learner_threads"]})
+    return config.model_copy(update={"training": training, "actors": actors})
 
 
 def git_commit() -> str:

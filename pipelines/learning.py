@@ -37,14 +37,13 @@ class DiffusionLearner:
         training: TrainingSettings,
         seed: int,
         device: str = "cpu",
-        micro_batch: int | None = None,
     ) -> None:
         torch.manual_seed(seed)  # LoRA's initial weights
         self.model = model
         self.training = training
         self.policy = DiffusionPolicy(model, sampling, device)
         self.parameters = prepare(self.policy.unet, model)
-        self.micro_batch = micro_batch or self._find_micro_batch()
+        self.micro_batch = training.micro_batch or self._find_micro_batch()
         self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch)
         self.weights_version = 0
 

@@ -19,7 +19,13 @@ from tests.models import PROMPTS
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 TRAINING = TrainingSettings(
-    images_per_step=6, images_per_prompt=2, updates_per_step=2, learning_rate=1e-3, weight_decay=0.0, clip_range=0.1
+    micro_batch=8,
+    images_per_step=6,
+    images_per_prompt=2,
+    updates_per_step=2,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    clip_range=0.1,
 )
 BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
 SEEDS = list(range(6))
@@ -39,7 +45,7 @@ def sampler(model: ModelSettings) -> DiffusionPolicy:
 
 
 def make_learner(model: ModelSettings, seed: int = 0) -> DiffusionLearner:
-    return DiffusionLearner(model, SAMPLING, TRAINING, seed, micro_batch=8)
+    return DiffusionLearner(model, SAMPLING, TRAINING, seed)
 
 
 def draw(sampler: DiffusionPolicy, version: int = 0) -> Trajectory:
@@ -226,6 +232,28 @@ def test_sum_density_is_learned_from_as_well(tiny_v_pipeline: Path) -> None:
     """The sampler stores the mean over pixels; a learner that wants the sum scales it and finds ratio 1 too."""
     model = ModelSettings(path=str(tiny_v_pipeline))
     training = TRAINING.model_copy(update={"log_density": "sum", "updates_per_step": 1, "ratio_tolerance": 1e-2})
-    learner = DiffusionLearner(model, SAMPLING, training, seed=0, micro_batch=8)
+    learner = DiffusionLearner(model, SAMPLING, training, seed=0)
     statistics, _ = learner.learn(draw(DiffusionPolicy(model, SAMPLING)), ADVANTAGE, seed=0)
     assert max(statistics.first_update_error.values()) < 256 * 1e-5
+
+
+def test_micro_batches_are_found_of_equal_size(tiny_pipeline: Path) -> None:
+    """700 transitions do not fit into one call: two of 350, not 512 and 188."""
+    training = TrainingSettings(
+        images_per_step=140, images_per_prompt=7, updates_per_step=1, timestep_fraction=0.5, micro_batch=None
+    )
+    model = ModelSettings(path=str(tiny_pipeline))
+    assert DiffusionLearner(model, SamplingSettings(steps=10), training, seed=0).micro_batch == 350
+    few = training.model_copy(update={"images_per_step": 7})
+    assert DiffusionLearner(model, SamplingSettings(steps=10), few, seed=0).micro_batch == 35
+
+
+def test_micro_batches_shrink_with_the_memory_of_the_machine(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, training = ModelSettings(path=str(tiny_pipeline)), TrainingSettings(updates_per_step=1)
+    wide = DiffusionLearner(model, SAMPLING, training, seed=0)
+    kept = wide._activation_bytes()
+    memory = type("Memory", (), {"total": 8 * 10 * kept})
+    monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
+    assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch

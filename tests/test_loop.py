@@ -284,6 +284,11 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
     client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
     assert client.get_run(manifest["mlflow_run_id"]).info.status == "KILLED"
 
+    # What was resolved at the start is replayed, whatever the machine would give now.
+    resolved = json.loads((finished / "manifest.json").read_text())["resolved"]
+    assert manifest["resolved"] == resolved
+    assert resolved["learner_threads"] == 1
+
     again = tmp_path / "again.txt"
     assert start(["resume", str(directory)], again).wait(timeout=240) == 0, again.read_text()
     assert client.get_run(manifest["mlflow_run_id"]).info.status == "FINISHED"

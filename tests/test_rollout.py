@@ -123,10 +123,10 @@ def test_clipping_of_the_scheduler_is_switched_off(tiny_pipeline: Path, tmp_path
 def first_update_errors(model: ModelSettings, guidance_scale: float, micro_batch: int) -> dict[int, float]:
     """The largest |ratio − 1| over 8 images for every stochastic step, before anything was learned."""
     sampling = SamplingSettings(steps=10, guidance_scale=guidance_scale)
-    training = TrainingSettings(images_per_step=8, images_per_prompt=1, updates_per_step=1)
+    training = TrainingSettings(images_per_step=8, images_per_prompt=1, updates_per_step=1, micro_batch=micro_batch)
     policy = DiffusionPolicy(model, sampling)
     _, trajectory = policy.rollout(BATCH, SEEDS)
-    learner = DiffusionLearner(model, sampling, training, seed=0, micro_batch=micro_batch)
+    learner = DiffusionLearner(model, sampling, training, seed=0)
     statistics, _ = learner.learn(trajectory, np.linspace(-1, 1, 8), seed=0)
     assert sorted(statistics.first_update_error) == policy.schedule.stochastic_steps.tolist()
     return {step: float(np.expm1(error)) for step, error in statistics.first_update_error.items()}
