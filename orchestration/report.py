@@ -81,13 +81,10 @@ class Report:
             },
             cpu_seconds,
         )
-        for artifact, under in (
-            (figures, "figures"),
-            (run.directory / "pipeline", "pipeline"),
-            (run.store.path(run.step), f"checkpoints/{run.store.path(run.step).name}"),
-            (path, ""),
-        ):
-            run.tracker.artifact(artifact, under)
+        run.tracker.artifact(figures)
+        run.tracker.artifact(run.directory / "pipeline")
+        run.tracker.artifact(run.store.path(run.step), "checkpoints")
+        run.tracker.artifact(path)
         self._say_result(before, values, figures)
         return path
 

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from orchestration.config import ConfigError
 from orchestration.display import duration
 from orchestration.tracking import flatten
 
@@ -84,14 +85,14 @@ def list_runs(root: Path) -> list[RunInfo]:
 
 
 def find_run(run: str, root: Path) -> RunInfo:
-    """The run of a directory, or of a name under ``root``. Raises ValueError with the nearest names if unknown."""
+    """The run of a directory, or of a name under ``root``. Raises ConfigError with the nearest names if unknown."""
     for directory in (Path(run), root / run):
         if (directory / "manifest.json").is_file():
             return read_run(directory)
     names = [entry.directory.name for entry in list_runs(root)]
     near = difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"
-    raise ValueError(f"no run {run!r}, neither a run directory nor a name under {root}: {hint}")
+    raise ConfigError(f"no run {run!r}, neither a run directory nor a name under {root}: {hint}")
 
 
 def render_list(runs: Sequence[RunInfo]) -> RenderableType:
@@ -116,7 +117,7 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
 
 
 def render_show(name: str, root: Path) -> RenderableType:
-    """One run: what it is, what came out, and its configuration. Raises ValueError if there is none."""
+    """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
     facts = _pairs()
     rows: list[tuple[str, RenderableType | None]] = [
@@ -154,7 +155,7 @@ def render_show(name: str, root: Path) -> RenderableType:
 def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     """Runs side by side: their results, then the configuration keys in which they differ.
 
-    Raises ValueError if one of them does not exist.
+    Raises ConfigError if one of them does not exist.
     """
     runs = [find_run(name, root) for name in names]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
