@@ -7,6 +7,7 @@ MLflow drops points it knows, so each is there once.
 """
 
 import contextlib
+import fcntl
 import json
 import platform
 import subprocess
@@ -17,7 +18,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 import numpy as np
 import psutil
@@ -40,6 +41,7 @@ class Run:
         self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], checkpoint: Checkpoint | None
     ) -> None:
         self.directory = directory
+        self._lock = _lock(directory)
         self.config = config
         self.manifest = manifest
         self.checkpoint = checkpoint
@@ -103,6 +105,7 @@ class Run:
                 self._deliver(line)
         except BaseException:
             self.display.__exit__(None, None, None)
+            self._abandon()
             raise
         return self
 
@@ -121,6 +124,15 @@ class Run:
                 self.display.say(f"go on with: ouroboros resume {self.directory}")
         finally:
             self.display.__exit__(None, None, None)
+            self._lock.close()
+
+    def _abandon(self) -> None:
+        """Leave no trace of a run that could not begin, so that the same command may be given again."""
+        self._lock.close()
+        if not (self.directory / "manifest.json").exists():
+            (self.directory / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # whatever else is in there is not this run's
+                self.directory.rmdir()
 
     def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
         """Record what was resolved at the start, and tell MLflow what this run is."""
@@ -248,6 +260,17 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _lock(directory: Path) -> TextIO:
+    """Hold ``directory`` for this process; the system lets go of it however the process ends. Raises ConfigError."""
+    file = (directory / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{directory} is being run by another process: wait for it or stop it") from error
+    return file
 
 
 def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:

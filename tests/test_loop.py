@@ -201,6 +201,17 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     assert "nan" in manifest["error"]
 
 
+def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: list[str], tmp_path: Path) -> None:
+    from orchestration.ddpo import run_ddpo
+    from orchestration.tracking import TrackingError
+
+    directory = tmp_path / "run"
+    config = configure(overrides, f"output_dir={directory}", "tracking.uri=http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 cannot be reached"):
+        run_ddpo(config)
+    assert not directory.exists()
+
+
 def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: None, tmp_path: Path) -> None:
     from orchestration.ddpo import run_ddpo
 
@@ -263,6 +274,9 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
     process = start(["ddpo", *overrides, f"output_dir={directory}"], log)
     try:
         wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 240, "the second step")
+        second = tmp_path / "second.txt"
+        assert start(["resume", str(directory)], second).wait(timeout=60) == 2
+        assert "is being run by another process" in second.read_text()
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in family)
         os.killpg(process.pid, signal.SIGINT)
