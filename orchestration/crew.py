@@ -1,5 +1,6 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -53,7 +54,8 @@ class Crew:
 
     def _start(self) -> None:
         config, roles = self.config, {role.name: role for role in self.plan.roles}
-        self._stack.enter_context(connected(gpus=-(-int(100 * sum(r.gpus * r.count for r in self.plan.roles)) // 100)))
+        gpus = math.ceil(sum(role.gpus * role.count for role in self.plan.roles) - 1e-6)
+        self._stack.enter_context(connected(gpus))
         model = config.model.model_copy(update={"path": resolve_model(config.model.path)})
         self.learner = Learner(
             roles["learner"],

@@ -12,7 +12,8 @@ from pipelines.locations import check_model, find
 from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_MEMORY = 0.6e9  # measured: an actor that has imported torch, diffusers and transformers
+PROCESS_MEMORY = 0.6e9  # bytes of an actor that has imported torch, diffusers and transformers
+LORA_SHARE = 0.02  # of the UNet's size, at usual ranks
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+def stochastic_steps(config: DdpoConfig) -> int:
+    """Denoising steps that have a density: all, or all but the last if the scheduler ends on ᾱ = 1, where σ = 0."""
+    directory = find(config.model.path)
+    path = directory / "scheduler" / "scheduler_config.json" if directory else None
+    ends_clean = path is not None and path.is_file() and json.loads(path.read_text()).get("set_alpha_to_one", True)
+    return config.sampling.steps - 1 if ends_clean else config.sampling.steps
+
+
 def _check_evaluator(path: str, prompts: list[str]) -> None:
     from pipelines.digits import SLOTS, parse
 
@@ -103,6 +112,11 @@ def _check_caption_length(captioner: CaptionerSettings) -> None:
 
 def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     training, evaluation = config.training, config.evaluation
+    if not stochastic_steps(config):
+        raise ValueError(
+            f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from: the scheduler of "
+            f"{config.model.path} makes the last one deterministic; ask for at least 2"
+        )
     if training.prompts_per_step > len(prompts):
         raise ValueError(
             f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step, "
@@ -134,7 +148,8 @@ def _check_output(config: DdpoConfig) -> None:
 def describe(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory."""
     training, sampling = config.training, config.sampling
-    share = max(1, round(training.timestep_fraction * sampling.steps))
+    stochastic = stochastic_steps(config)
+    share = training.timesteps_per_image(stochastic)
     transitions = training.images_per_update * share
     per_step = training.images_per_step * sampling.steps
     guided = " (twice for guidance)" if sampling.guidance_scale > 1 else ""
@@ -143,7 +158,7 @@ def describe(config: DdpoConfig, plan: Plan) -> str:
         f"  {training.prompts_per_step} prompts × {training.images_per_prompt} images = "
         f"{training.images_per_step} images a step, {training.steps * training.images_per_step:,} in all",
         f"  {training.updates_per_step * training.inner_epochs} updates a step, each of {training.images_per_update} "
-        f"images × {share} of {sampling.steps} timesteps = {transitions} transitions",
+        f"images × {share} of {stochastic} stochastic timesteps = {transitions} transitions",
         f"  {per_step:,} network evaluations to sample a step, "
         f"{training.images_per_step * share * training.inner_epochs:,} with gradient to learn{guided}",
         f"  {-(-training.images_per_step // config.actors.images_per_call)} pieces of work of up to "
@@ -161,20 +176,19 @@ def _memory(config: DdpoConfig, roles: list[Role]) -> list[str]:
     directory = find(config.model.path)
     if directory is None:
         return ["  unknown until the model has been fetched from the hub"]
-    size = {
-        part: sum(file.stat().st_size for file in (directory / part).glob("*.safetensors"))
+    scale = BYTES[config.model.dtype] / BYTES["float32"]  # the files are taken to be float32
+    unet, vae, text_encoder = (
+        scale * sum(file.stat().st_size for file in (directory / part).glob("*.safetensors"))
         for part in ("unet", "vae", "text_encoder")
-    }
-    weights = sum(size.values()) * BYTES[config.model.dtype] / 4
-    trained = size["unet"] * BYTES[config.model.dtype] / 4 * (1 if not config.model.lora_rank else 0.02)
-    lines = []
-    for role in roles:
-        extra = {"sampler": weights, "learner": weights + 4 * trained}.get(role.name, 0.0)
-        lines.append(
-            f"  {role.count} × {role.name}: {(PROCESS_MEMORY + extra) / 1e9:.2f} GB, {extra / 1e6:.0f} MB of it weights"
-        )
-    total = sum(
-        role.count * (PROCESS_MEMORY + {"sampler": weights, "learner": weights + 4 * trained}.get(role.name, 0.0))
-        for role in roles
     )
+    pipeline = unet + vae + text_encoder
+    # The learner keeps the trained share four times more: gradient, two moments of Adam, the step's starting point.
+    trained = unet * (LORA_SHARE if config.model.lora_rank else 1.0)
+    weights = {"sampler": pipeline, "learner": pipeline + 4 * trained}
+    lines = [
+        f"  {role.count} × {role.name}: {(PROCESS_MEMORY + weights.get(role.name, 0.0)) / 1e9:.2f} GB, "
+        f"{weights.get(role.name, 0.0) / 1e6:.0f} MB of it weights"
+        for role in roles
+    ]
+    total = sum(role.count * (PROCESS_MEMORY + weights.get(role.name, 0.0)) for role in roles)
     return [*lines, f"  together {total / 1e9:.1f} GB, activations apart"]

@@ -132,7 +132,7 @@ class DiffusionLearner:
 
         Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
         """
-        share = max(1, round(self.training.timestep_fraction * self.policy.sampling.steps))
+        share = self.training.timesteps_per_image(len(self.policy.schedule.stochastic_steps))
         transitions = self.training.images_per_update * share
         if self.policy.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.policy.device).total_memory // 2

@@ -82,7 +82,7 @@ class PolicyLearner:
         """
         tally = _Tally()
         settings = self.settings
-        images, share = len(advantage), max(1, round(settings.timestep_fraction * len(steps)))
+        images, share = len(advantage), settings.timesteps_per_image(len(steps))
         for _ in range(settings.inner_epochs):
             order = torch.randperm(images, generator=generator)
             for members in order.chunk(settings.updates_per_step):

@@ -65,6 +65,10 @@ class TrainingSettings(Settings):
     def images_per_update(self) -> int:
         return self.images_per_step // self.updates_per_step
 
+    def timesteps_per_image(self, stochastic_steps: int) -> int:
+        """How many of an image's ``stochastic_steps`` (those with a density) an update learns from."""
+        return max(1, round(self.timestep_fraction * stochastic_steps))
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainingSettings":
         if self.images_per_step % self.images_per_prompt:

@@ -38,6 +38,7 @@ WRONG = {
     "negative count": (["training.steps=-1"], "training.steps"),
     "zero learning rate": (["training.learning_rate=0"], "training.learning_rate"),
     "negative seed": (["seed=-1"], "seed"),
+    "only a deterministic step": (["sampling.steps=1"], "no step with a density"),
     "no noise": (["sampling.eta=0"], "sampling.eta"),
     "too much noise": (["sampling.eta=1.5"], "sampling.eta"),
     "guidance below one": (["sampling.guidance_scale=0.5"], "sampling.guidance_scale"),
@@ -165,6 +166,7 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     printed = capsys.readouterr().out
     assert "12 prompts × 8 images = 96 images a step" in printed
     assert "3 × sampler" in printed
+    assert "4 of 9 stochastic timesteps" in printed
     assert "GB" in printed
     assert not ray.is_initialized()
 
