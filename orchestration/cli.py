@@ -13,7 +13,7 @@ from rich.console import Console
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     name="ouroboros",
@@ -117,7 +117,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # an interrupted command returns 130
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            # All is closed by now. Ray's threads may still be starting, and the interpreter's end under them crashes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     except Exception as error:
         sys.exit(_report(error))
 

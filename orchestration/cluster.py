@@ -18,6 +18,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_SHUTDOWN_SECONDS = 2.0
 # A Ray of one's own serves this process alone: every listener on loopback, and no token file in the home directory.
 _PRIVATE = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -73,7 +74,12 @@ def connected(gpus: int) -> Iterator[None]:
         return
     if external_address():
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    else:
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _own_children_ended():
         ray.init(
             address="local",
             num_cpus=available_cpus(),
@@ -82,7 +88,25 @@ def connected(gpus: int) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
+        yield
+
+
+@contextlib.contextmanager
+def _own_children_ended() -> Iterator[None]:
+    """End the Ray that is started in this block, and every process of it.
+
+    Ray's own shutdown forgets helpers that were still starting when it was interrupted; they would stay for minutes.
+    """
+    import psutil
+    import ray
+
+    this = psutil.Process()
+    strangers = set(this.children(recursive=True))
     try:
         yield
     finally:
+        family = [child for child in this.children(recursive=True) if child not in strangers]
         ray.shutdown()
+        for survivor in psutil.wait_procs(family, timeout=_SHUTDOWN_SECONDS)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                survivor.kill()

@@ -130,7 +130,8 @@ class Run:
         """Leave no trace of a run that could not begin, so that the same command may be given again."""
         self._lock.close()
         if not (self.directory / "manifest.json").exists():
-            (self.directory / ".lock").unlink(missing_ok=True)
+            for begun in (".lock", "mlflow.db"):
+                (self.directory / begun).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # whatever else is in there is not this run's
                 self.directory.rmdir()
 

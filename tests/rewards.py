@@ -1,8 +1,10 @@
-"""Rewards of one's own, named by import path in the tests."""
+"""Somebody's own rewards, named by their import path."""
 
 from collections.abc import Sequence
 
 import numpy as np
+
+NOT_A_FUNCTION = 3
 
 
 def redness(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:

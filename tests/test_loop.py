@@ -312,3 +312,18 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
     assert summary(directory)["weights_sha256"] == expected
     assert summary(neighbour_directory)["weights_sha256"] == expected
     assert summary(directory)["mlflow_run_id"] == manifest["mlflow_run_id"]
+
+
+def test_ctrl_c_while_ray_starts_leaves_no_process(overrides: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    process = start(["ddpo", *overrides, f"output_dir={tmp_path / 'run'}"], log)
+
+    def raylet_runs() -> bool:
+        return any("raylet" in child.name() for child in psutil.Process(process.pid).children(recursive=True))
+
+    wait_until(raylet_runs, 120, "Ray's start")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130, log.read_text()
+    wait_until(lambda: not [c for c in family if c.is_running()], 5, f"the end of {family}")
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "KILLED"

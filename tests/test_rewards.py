@@ -115,7 +115,7 @@ def test_jpeg_rewards_are_opposite_and_follow_noise() -> None:
 
 
 def test_own_reward_by_import_path() -> None:
-    reward = load_reward(RewardSettings(function="tests.rewards_for_tests:redness"))
+    reward = load_reward(RewardSettings(function="tests.rewards:redness"))
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
     images[1, ..., 0] = 255
     np.testing.assert_array_equal(score(reward, images, ["", ""], None), [0, 1])
@@ -125,12 +125,12 @@ def test_own_reward_by_import_path() -> None:
     ("path", "message"),
     [
         ("sentence_cosinus", "neither one of sentence_cosine"),
-        ("tests.rewards_for_tests:", "neither one of"),
+        ("tests.rewards:", "neither one of"),
         (":redness", "neither one of"),
         ("no_such_module:redness", "module 'no_such_module' cannot be imported"),
-        ("tests.rewards_for_tests.deeper:redness", "cannot be imported"),
-        ("tests.rewards_for_tests:blueness", "has no 'blueness'"),
-        ("tests.rewards_for_tests:NOT_A_FUNCTION", "'NOT_A_FUNCTION' cannot be called"),
+        ("tests.rewards.deeper:redness", "cannot be imported"),
+        ("tests.rewards:blueness", "has no 'blueness'"),
+        ("tests.rewards:NOT_A_FUNCTION", "'NOT_A_FUNCTION' cannot be called"),
         ("tests.broken_reward_module:redness", "cannot be imported .*KeyError"),
         (".relative:redness", "cannot be imported"),
     ],
