@@ -273,10 +273,11 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
     neighbour = start(["ddpo", *overrides, f"output_dir={neighbour_directory}"], neighbour_log)
     process = start(["ddpo", *overrides, f"output_dir={directory}"], log)
     try:
-        wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 240, "the second step")
+        wait_until((directory / "manifest.json").exists, 120, "the beginning of the run")
         second = tmp_path / "second.txt"
         assert start(["resume", str(directory)], second).wait(timeout=60) == 2
         assert "is being run by another process" in second.read_text()
+        wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 240, "the second step")
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in family)
         os.killpg(process.pid, signal.SIGINT)
