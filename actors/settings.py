@@ -24,6 +24,15 @@ class ActorSettings(Settings):
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for one piece of work")
 
 
+class WorkerSettings(Settings):
+    """What each task of a MAD experiment takes of the cluster."""
+
+    cpus_per_task: int = Field(1, ge=1)
+    tasks_per_gpu: int = Field(4, ge=1, description="tasks that share a GPU, where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
+    timeout_seconds: float = Field(3600.0, gt=0, description="longest wait for any task to finish")
+
+
 @dataclass(frozen=True)
 class Role:
     """One role's actors and what each of them takes."""

@@ -17,7 +17,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     name="ouroboros",
-    help="Reinforcement learning of diffusion models on Ray, tracked in MLflow.",
+    help="Two loops over generative models on Ray, tracked in MLflow: DDPO and MAD.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,11 +53,54 @@ def ddpo(
 
 
 @app.command()
+def mad(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")] = False,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")] = None,
+) -> None:
+    """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
+    from orchestration.mad_config import MadConfig
+    from orchestration.mad_preflight import describe_mad, preflight_mad
+
+    extra = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
+    settings = load_config(MadConfig, config, [*(overrides or []), *extra])
+    if dry_run:
+        experiment = preflight_mad(settings)
+        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        print(describe_mad(settings, experiment))
+        return
+    from orchestration.mad import run_mad
+
+    print(run_mad(settings))
+
+
+@app.command()
 def resume(run: RunDirectory) -> None:
-    """Go on with an interrupted run, from its last commit and in the same MLflow run."""
+    """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
+    from orchestration.run import read_manifest
+
+    if read_manifest(run).get("loop") == "mad":
+        from orchestration.mad import resume_mad
+
+        print(resume_mad(run))
+        return
     from orchestration.ddpo import resume_ddpo
 
     print(resume_ddpo(run))
+
+
+@app.command()
+def lineage(
+    run: RunDirectory,
+    sample: Annotated[
+        str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION/NUMBER, or without its last parts")
+    ],
+) -> None:
+    """Walk from a sample of a MAD run back to the real data."""
+    from orchestration.lineage import render_lineage
+
+    Console().print(render_lineage(run, sample))
 
 
 @app.command()

@@ -83,7 +83,7 @@ def validate(schema: type[Config], content: dict[str, Any]) -> Config:
     try:
         return schema.model_validate(_tuples(content))
     except ValidationError as error:
-        raise ConfigError(_explain(schema, error)) from error
+        raise ConfigError(explain(schema, error)) from error
     except RecursionError as error:
         raise ConfigError("the configuration refers to itself (a YAML alias inside its own anchor)") from error
 
@@ -121,7 +121,7 @@ def _tuples(content: Any) -> Any:
     return _number(content)
 
 
-def _explain(schema: type[BaseModel], error: ValidationError) -> str:
+def explain(schema: type[BaseModel], error: ValidationError) -> str:
     """The first problem as one line, with the nearest known key if one was not known."""
     first = error.errors()[0]
     location = ".".join(map(str, first["loc"]))

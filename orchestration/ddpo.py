@@ -12,11 +12,11 @@ import numpy as np
 from orchestration.calibration import calibrate
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
+from orchestration.ddpo_run import DdpoRun
 from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight
 from orchestration.report import Report, fitting_images
-from orchestration.run import Run
 from pipelines.learning import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.streams import PromptSchedule, derive_seed
@@ -25,16 +25,16 @@ from policies.streams import PromptSchedule, derive_seed
 def run_ddpo(config: DdpoConfig) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(Run.create(config), plan)
+    return _loop(DdpoRun.create(config), plan)
 
 
 def resume_ddpo(directory: Path) -> Path:
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
-    run = Run.resume(directory)
+    run = DdpoRun.resume(directory)
     return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})))
 
 
-def _loop(run: Run, plan: Plan) -> Path:
+def _loop(run: DdpoRun, plan: Plan) -> Path:
     config, training = run.config, run.config.training
     prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
     history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)

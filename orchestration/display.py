@@ -7,7 +7,9 @@ back however the block is left.
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
@@ -28,22 +30,55 @@ _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
 _CLOCK_FITS = 50  # a narrower panel shows the time left without the time passed
 
 
+@dataclass(frozen=True)
+class Row:
+    """A number worth watching: its metric, its name on the panel and on plain lines, and how it is shown.
+
+    ``colour`` draws its course, ``spread`` is the metric of its ±, ``gain`` tells what it has gained since the start.
+    """
+
+    key: str
+    label: str
+    plain: str | None = None
+    form: str = "{:.3f}"
+    colour: str | None = None
+    spread: str | None = None
+    gain: bool = False
+
+
+DDPO_ROWS = (
+    Row("reward/mean", "reward", "reward {}", colour="green", spread="reward/std"),
+    Row("evaluator/full", "held-out accuracy", "held-out {}", colour="blue", gain=True),
+    Row("images_per_second", "images/s", "{} images/s", form="{:.1f}"),
+    Row("policy/clip_fraction", "clipped", form="{:.1%}"),
+)
+
+
 class Display:
     """Live table on a terminal; plain lines otherwise.
 
     ``total_steps`` is the last step's number, ``first_step`` the number of steps that were done before this process
-    (a resume); the time left is estimated from the steps of this process only.
+    (a resume); the time left is estimated from the steps of this process only. ``rows`` are the numbers to show,
+    ``unit`` is what a step is called.
     """
 
-    def __init__(self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        rows: Sequence[Row] = DDPO_ROWS,
+        unit: str = "step",
+    ) -> None:
         self.title = title
         self.total_steps = total_steps
         self.done = self.first_step = first_step
         self.console = console or Console(highlight=False)
         self._activities: dict[str, str] = {}
         self._latest: dict[str, float] = {}
-        self._rewards: list[float] = []
-        self._accuracies: list[float] = []
+        self._courses: dict[str, list[float]] = defaultdict(list)
+        self._rows, self._unit = rows, unit
         self._started = self._last_step_at = time.monotonic()
         self._step_times: list[float] = []
         self._spinner = Spinner("dots", style="cyan")
@@ -80,19 +115,18 @@ class Display:
         """What each role does now, in place of what it did."""
         self._activities = dict(states)
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A finished step, counted from 1."""
+    def step(self, step: int, metrics: Mapping[str, float], note: str = "") -> None:
+        """A finished step, counted from 1; ``note`` says on the plain line what it was."""
         now = time.monotonic()
         self._step_times.append(now - self._last_step_at)
         self.done, self._last_step_at = step, now
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         self._latest.update(numbers)
-        if "reward/mean" in numbers:
-            self._rewards.append(numbers["reward/mean"])
-        if "evaluator/full" in numbers:
-            self._accuracies.append(numbers["evaluator/full"])
+        for row in self._rows:
+            if row.key in numbers:
+                self._courses[row.key].append(numbers[row.key])
         if self._live is None:
-            self.say(self._line(numbers))
+            self.say(self._line(numbers, note))
 
     def seconds_left(self) -> float | None:
         """Estimated from the median of the latest steps; None before the second, as the first bears the start-up."""
@@ -103,17 +137,14 @@ class Display:
         since_last = time.monotonic() - self._last_step_at
         return max(0.0, seconds_per_step * (self.total_steps - self.done) - min(since_last, seconds_per_step))
 
-    def _line(self, numbers: Mapping[str, float]) -> str:
+    def _line(self, numbers: Mapping[str, float], note: str) -> str:
         """The plain line of a step."""
         width = len(str(self.total_steps))
-        parts = [f"step {self.done:>{width}}/{self.total_steps}"]
-        if "reward/mean" in numbers:
-            spread = f" ±{numbers['reward/std']:.3f}" if "reward/std" in numbers else ""
-            parts.append(f"reward {numbers['reward/mean']:.3f}{spread}")
-        if "evaluator/full" in numbers:
-            parts.append(f"held-out {numbers['evaluator/full']:.3f}")
-        if "images_per_second" in numbers:
-            parts.append(f"{numbers['images_per_second']:.1f} images/s")
+        parts = [f"{self._unit} {self.done:>{width}}/{self.total_steps}", *([note] if note else [])]
+        for row in self._rows:
+            if row.key in numbers and row.plain:
+                spread = f" ±{numbers[row.spread]:.3f}" if row.spread and row.spread in numbers else ""
+                parts.append(row.plain.format(row.form.format(numbers[row.key]) + spread))
         left = self.seconds_left()
         if left is not None:
             parts.append(f"left {duration(left)}")
@@ -141,7 +172,7 @@ class Display:
         """Step, bar, elapsed and time left, on one line."""
         elapsed = duration(time.monotonic() - self._started)
         left = self.seconds_left()
-        count = Text.assemble(("step ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
+        count = Text.assemble((f"{self._unit} ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
         clock = Text(elapsed, "dim")
         if left is not None and self.done < self.total_steps:
             clock = Text.assemble((f"{elapsed} · ", "dim") if width >= _CLOCK_FITS else "", f"{duration(left)} left")
@@ -167,20 +198,16 @@ class Display:
         grid.add_column(no_wrap=True)
         grid.add_column(no_wrap=True)
         spark = max(8, width - 36)
-        latest = self._latest
-        if self._rewards:
-            spread = f" ±{latest['reward/std']:.3f}" if "reward/std" in latest else ""
-            value = Text.assemble((f"{self._rewards[-1]:.3f}", "bold green"), (spread, "dim"))
-            grid.add_row("reward", value, Text(sparkline(self._rewards, spark), "green"))
-        if self._accuracies:
-            value = Text.assemble((f"{self._accuracies[-1]:.3f}", "bold blue"))
-            if len(self._accuracies) > 1:
-                value.append(f" {self._accuracies[-1] - self._accuracies[0]:+.3f}", "dim")
-            grid.add_row("held-out accuracy", value, Text(sparkline(self._accuracies, spark), "blue"))
-        if "images_per_second" in latest:
-            grid.add_row("images/s", f"{latest['images_per_second']:.1f}", "")
-        if "policy/clip_fraction" in latest:
-            grid.add_row("clipped", f"{latest['policy/clip_fraction']:.1%}", "")
+        for row in self._rows:
+            course = self._courses[row.key]
+            if not course:
+                continue
+            value = Text(row.form.format(course[-1]), f"bold {row.colour}" if row.colour else "")
+            if row.spread and row.spread in self._latest:
+                value.append(f" ±{self._latest[row.spread]:.3f}", "dim")
+            if row.gain and len(course) > 1:
+                value.append(f" {course[-1] - course[0]:+.3f}", "dim")
+            grid.add_row(row.label, value, Text(sparkline(course, spark), row.colour) if row.colour else "")
         return grid
 
     def _roles(self, most: int) -> Table:

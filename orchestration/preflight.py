@@ -1,13 +1,12 @@
 """Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from actors.settings import Role, plan_roles
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig
+from orchestration.run import check_output
 from pipelines.locations import check_model, find
 from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
 
@@ -39,11 +38,11 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         if config.evaluation.evaluator:
             _check_evaluator(config.evaluation.evaluator, prompts)
         if config.reward.function not in BUILT_IN_REWARDS:
-            from pipelines.rewards import import_reward
+            from pipelines.rewards import import_function
 
-            import_reward(config.reward.function)
+            import_function(config.reward.function)
         _check_sizes(config, prompts)
-        _check_output(config)
+        check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
         roles = plan_roles(
             config.actors,
@@ -130,19 +129,6 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
         raise ValueError("advantage.history_minimum is larger than advantage.history_size")
     if evaluation.interim_images > evaluation.images:
         raise ValueError("evaluation.interim_images is larger than evaluation.images")
-
-
-def _check_output(config: DdpoConfig) -> None:
-    if config.output_dir is None:
-        return
-    directory = Path(config.output_dir).expanduser()
-    if (directory / "manifest.json").exists():
-        raise ValueError(f"output_dir {directory} holds a run already: continue it with 'ouroboros resume {directory}'")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"output_dir {directory} is not an empty directory")
-    parent = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"output_dir {directory} cannot be created: {parent} is not writable")
 
 
 def describe(config: DdpoConfig, plan: Plan) -> str:

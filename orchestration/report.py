@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from orchestration.config import DdpoConfig
+from orchestration.ddpo_run import DdpoRun
 from orchestration.evaluation import Evaluation
-from orchestration.run import Run
-from pipelines.checkpoint import write_json
+from pipelines.atomic import write_json
 from policies.streams import derive_seed
 
 _GRID_COLUMNS = 6
@@ -19,7 +19,7 @@ _GRID_COLUMNS = 6
 class Report:
     """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
 
-    def __init__(self, run: Run, prompts: list[str]) -> None:
+    def __init__(self, run: DdpoRun, prompts: list[str]) -> None:
         self.run = run
         self.prompts = prompts[: run.config.evaluation.grid_images]
         self.directory = run.directory / "evaluations"

@@ -1,108 +1,51 @@
-"""A run's directory: its manifest, its journal of metrics, its commits, its MLflow run, and what it shows while it
-lives.
-
-Order is what makes a commit atomic: the journal is flushed, then the checkpoint is renamed into place, and only then
-are the metrics sent to MLflow. A resumed run cuts the journal back to the last commit and sends its lines again;
-MLflow drops points it knows, so each is there once.
-"""
+"""A run's directory: its lock, its manifest, its MLflow run, its clock, and what it shows while it lives."""
 
 import contextlib
 import fcntl
 import json
+import os
 import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-import numpy as np
 import psutil
 
-from actors.settings import Role
-from orchestration.config import ConfigError, DdpoConfig, validate
+from orchestration.config import ConfigError
 from orchestration.display import Display
-from orchestration.tracking import Tracker
-from pipelines.checkpoint import Checkpoint, CheckpointStore, write_json
+from orchestration.tracking import Tracker, TrackingSettings
+from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
-_PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
 class Run:
-    """One DDPO run, new or resumed. Leaving it closes its MLflow run with the status it ended in."""
+    """One run of either loop, new or resumed. Leaving it closes its MLflow run with the status it ended in."""
 
-    def __init__(
-        self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], checkpoint: Checkpoint | None
-    ) -> None:
+    def __init__(self, directory: Path, manifest: dict[str, Any], tracking: TrackingSettings, display: Display) -> None:
         self.directory = directory
         self._lock = _lock(directory)
-        self.config = config
         self.manifest = manifest
-        self.checkpoint = checkpoint
-        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-        self.step = checkpoint.step if checkpoint else 0
+        self.display = display
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
-        self._step_seconds: dict[str, float] = defaultdict(float)
+        self._tracking = tracking
         self._wall_before = self._cpu_before = 0.0
-        if checkpoint:
-            self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
-            self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
-        self.history = _read_journal(self.journal, self.step)
-        self._pending: list[dict[str, Any]] = []
-        self.display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
-
-    @classmethod
-    def create(cls, config: DdpoConfig) -> Self:
-        """A new run. Its directory appears here, and nothing before."""
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        default = Path("runs") / f"{config.name}-{stamp}-seed{config.seed}"
-        directory = Path(config.output_dir).expanduser() if config.output_dir else default
-        directory.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "name": config.name,
-            "loop": "ddpo",
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "git_commit": git_commit(),
-            "packages": {name: version(name) for name in _PACKAGES},
-            "python": platform.python_version(),
-            "total_steps": config.training.steps,
-            "committed_step": 0,
-            "resolved": {},
-            "config": config.model_dump(mode="json"),
-        }
-        return cls(directory.resolve(), config, manifest, None)
-
-    @classmethod
-    def resume(cls, directory: Path) -> Self:
-        """The run of ``directory``, from its last commit or its start. Raises ConfigError if it is finished."""
-        manifest = read_manifest(directory)
-        if manifest["status"] == "FINISHED":
-            raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
-        config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
-        store = CheckpointStore(directory / "checkpoints")
-        return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
-
-    @property
-    def journal(self) -> Path:
-        """metrics.jsonl: one finished step a line."""
-        return self.directory / "metrics.jsonl"
 
     def __enter__(self) -> Self:
         self.display.__enter__()
         try:
-            self.tracker = Tracker(
-                self.directory, self.config.tracking, self.directory.name, self.manifest.get("mlflow_run_id")
-            )
+            known = self.manifest.get("mlflow_run_id")
+            self.tracker = Tracker(self.directory, self._tracking, self.directory.name, known, self.manifest["loop"])
             self.manifest["mlflow_run_id"] = self.tracker.run_id
             self._status("RUNNING")
-            for line in self.history:
-                self._deliver(line)
+            self.opened()
         except BaseException:
             self.display.__exit__(None, None, None)
             self._abandon()
@@ -119,12 +62,18 @@ class Run:
             self._status(status)
             self.tracker.finish(status)
             if status != "FINISHED":
-                committed = self.manifest["committed_step"]
-                self.display.say(f"{status.lower()}; last committed step: {committed}")
+                self.display.say(f"{status.lower()}; {self.progress()}")
                 self.display.say(f"go on with: ouroboros resume {self.directory}")
         finally:
             self.display.__exit__(None, None, None)
             self._lock.close()
+
+    def opened(self) -> None:
+        """What a loop does once its tracker is there."""
+
+    def progress(self) -> str:
+        """How far the run has come, in words."""
+        raise NotImplementedError
 
     def _abandon(self) -> None:
         """Leave no trace of a run that could not begin, so that the same command may be given again."""
@@ -135,27 +84,6 @@ class Run:
             with contextlib.suppress(OSError):  # whatever else is in there is not this run's
                 self.directory.rmdir()
 
-    def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
-        """Record what was resolved at the start, and tell MLflow what this run is."""
-        threads = next(role.threads for role in roles if role.name == "learner")
-        actors = {role.name: vars(role) for role in roles}
-        self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
-        self._status("RUNNING")
-        config = self.config
-        tags = {
-            "loop": "ddpo",
-            "model": config.model.path,
-            "reward": config.reward.function,
-            "git_commit": self.manifest["git_commit"],
-            "run_directory": str(self.directory),
-        }
-        self.tracker.describe({**self.manifest["config"], "resolved": self.manifest["resolved"]}, tags, prompts)
-
-    def remaining_steps(self) -> Iterator[int]:
-        """Steps still to do, counted from 0."""
-        self._step_seconds.clear()
-        yield from range(self.step, self.config.training.steps)
-
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to a stage's account."""
@@ -163,76 +91,50 @@ class Run:
         try:
             yield
         finally:
-            elapsed = time.monotonic() - started
-            self._step_seconds[name] += elapsed
-            self.seconds_by_stage[name] += elapsed
-
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the metrics of a finished step. They become durable with the next commit."""
-        seconds = {f"seconds/{name}": value for name, value in self._step_seconds.items()}
-        training = sum(self._step_seconds[name] for name in ("sample", "reward", "learn", "publish"))
-        self._step_seconds.clear()
-        line = {
-            "step": step + 1,
-            "timestamp_ms": int(time.time() * 1000),
-            **metrics,
-            **seconds,
-            "images_per_second": self.config.training.images_per_step / training,
-        }
-        self._pending.append(line)
-        self.step = step + 1
-        self.display.step(self.step, line)
-
-    def commit_due(self) -> bool:
-        """Whether the finished step is one to commit after."""
-        return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
-
-    def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
-        """Make everything up to the finished step durable, then deliver it."""
-        with self.journal.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._pending)
-            file.flush()
-        clocks = {
-            "seconds_by_stage": dict(self.seconds_by_stage),
-            "wall_seconds": self.wall_seconds(),
-            "cpu_seconds": self._cpu_before + cpu_seconds,
-        }
-        self.store.commit(self.step, tensors, {**state, **clocks})
-        self.manifest["committed_step"] = self.step
-        self._status("RUNNING")
-        for line in self._pending:
-            self._deliver(line)
-        self.history += self._pending
-        self._pending = []
+            self.seconds_by_stage[name] += time.monotonic() - started
 
     def wall_seconds(self) -> float:
         """Wall time of this run, from the start of the process, over all its sessions."""
         return self._wall_before + time.time() - psutil.Process().create_time()
 
-    def summarise(self, content: Mapping[str, Any], cpu_seconds: float) -> Path:
-        """Write summary.json."""
-        path = self.directory / "summary.json"
-        summary = {
-            **content,
-            "images": self.step * self.config.training.images_per_step,
-            "steps": self.step,
-            "wall_seconds": round(self.wall_seconds(), 2),
-            "cpu_seconds": round(self._cpu_before + cpu_seconds, 2),
-            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
-            "seed": self.config.seed,
-            "git_commit": self.manifest["git_commit"],
-            "mlflow_run_id": self.tracker.run_id,
-        }
-        write_json(path, summary)
-        return path
-
-    def _deliver(self, line: Mapping[str, Any]) -> None:
-        values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}
-        self.tracker.metrics(line["step"], values, line["timestamp_ms"])
-
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest["status"] = status
         write_json(self.directory / "manifest.json", self.manifest)
+
+
+def check_output(output_dir: str | None) -> None:
+    """Raise ValueError unless a new run can be put there."""
+    if output_dir is None:
+        return
+    directory = Path(output_dir).expanduser()
+    if (directory / "manifest.json").exists():
+        raise ValueError(f"output_dir {directory} holds a run already: continue it with 'ouroboros resume {directory}'")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"output_dir {directory} is not an empty directory")
+    parent = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir {directory} cannot be created: {parent} is not writable")
+
+
+def new_directory(output_dir: str | None, name: str) -> Path:
+    """Make a run's directory: ``output_dir``, or one under runs/ named for people. Nothing is made before."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory = Path(output_dir).expanduser() if output_dir else Path("runs") / name.format(stamp=stamp)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory.resolve()
+
+
+def new_manifest(loop: str, name: str, config: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
+    """What a run is made of, and with what."""
+    return {
+        "name": name,
+        "loop": loop,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "packages": {package: version(package) for package in packages},
+        "python": platform.python_version(),
+        "config": config,
+    }
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -243,15 +145,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{directory} is not a run directory: no readable manifest.json; see 'ouroboros runs list'"
         ) from error
-
-
-def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
-    """``config`` with what the program chose at the start: it decides floating-point order, so a resume replays it."""
-    if not resolved:
-        return config
-    training = config.training.model_copy(update={"micro_batch": resolved["micro_batch"]})
-    actors = config.actors.model_copy(update={"learner_threads": resolved["learner_threads"]})
-    return config.model_copy(update={"training": training, "actors": actors})
 
 
 def git_commit() -> str:
@@ -272,17 +165,3 @@ def _lock(directory: Path) -> TextIO:
         file.close()
         raise ConfigError(f"{directory} is being run by another process: wait for it or stop it") from error
     return file
-
-
-def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
-    """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut off in the middle was not committed either
-            line = json.loads(text)
-            if line["step"] <= committed:
-                lines.append(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines

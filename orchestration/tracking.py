@@ -6,6 +6,7 @@ loss. A repeated call adds nothing: MLflow drops metric points it already holds,
 skipped, other artifacts are overwritten by name.
 """
 
+import copy
 import getpass
 import json
 import logging
@@ -48,7 +49,7 @@ class TrackingSettings(Settings):
         default=None,
         description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory",
     )
-    experiment: str = Field(default="ddpo", min_length=1)
+    experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
 
     @field_validator("uri")
@@ -64,11 +65,13 @@ class TrackingSettings(Settings):
 class Tracker:
     """One MLflow run, the same one before and after a resume.
 
-    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store. Raises
-    TrackingError if the store cannot be reached, or does not know the run.
+    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store; ``loop`` names the
+    experiment unless the settings do. Raises TrackingError if the store cannot be reached, or does not know the run.
     """
 
-    def __init__(self, directory: Path, settings: TrackingSettings, run_name: str, run_id: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, settings: TrackingSettings, run_name: str, run_id: str | None = None, loop: str = "ddpo"
+    ) -> None:
         self._database: Path | None = None
         if settings.uri and settings.uri.startswith("http"):
             self.uri = settings.uri.rstrip("/")
@@ -88,8 +91,8 @@ class Tracker:
         with self._named("opening the store"):
             self._client = MlflowClient(tracking_uri=self.uri)
             if run_id is None:
-                tags = {"mlflow.user": _user(), "mlflow.source.type": "LOCAL"}
-                run = self._client.create_run(self._experiment(settings.experiment), run_name=run_name, tags=tags)
+                experiment = self._experiment(settings.experiment or loop)
+                run = self._client.create_run(experiment, run_name=run_name, tags=_who())
             else:
                 run = self._client.get_run(run_id)
                 self._client.update_run(run_id, status="RUNNING")
@@ -98,6 +101,20 @@ class Tracker:
             self._images = self._logged_images() if run_id else set()
         if settings.system_metrics:
             self._start_monitor(resumed=run_id is not None)
+
+    def child(self, name: str, run_id: str | None = None) -> "Tracker":
+        """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
+        child = copy.copy(self)
+        child._monitor, child._finished, child._images = None, False, set()
+        with self._named(f"opening {name}"):
+            if run_id is None:
+                tags = {**_who(), "mlflow.parentRunId": self.run_id}
+                child.run_id = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+            else:
+                child.run_id = run_id
+                self._client.update_run(run_id, status="RUNNING")
+                child._images = child._logged_images()
+        return child
 
     def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str]) -> None:
         """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
@@ -123,10 +140,14 @@ class Tracker:
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
         """Record a step's numbers. The very same call again adds no point."""
+        self.many_metrics([(step, values, timestamp_ms)])
+
+    def many_metrics(self, steps: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
+        """Record (step, values, timestamp_ms) of many steps at once."""
         from mlflow.entities import Metric
 
-        points = [Metric(_key(name), float(value), timestamp_ms, step) for name, value in values.items()]
-        with self._named(f"metrics of step {step}"):
+        points = [Metric(_key(k), float(v), stamp, step) for step, values, stamp in steps for k, v in values.items()]
+        with self._named("metrics of step " + ", ".join(str(step) for step, _, _ in steps[:3])):
             for some in _batches(points, _METRIC_BATCH):
                 self._client.log_batch(self.run_id, metrics=some)
 
@@ -143,6 +164,15 @@ class Tracker:
         """Store a file or a directory as ``under/<its name>``, in place of what was there."""
         with self._named(f"artifact {path.name}"):
             self._client.log_artifact(self.run_id, str(path), under or None)
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Record what was trained on: ``digest`` identifies it, ``source`` is its place, ``profile`` what it holds."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(name, digest[:36], "local", source, profile=json.dumps(profile))
+        tag = InputTag("mlflow.data.context", "training")
+        with self._named(f"dataset {name}"):
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
     def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Close the run and stop its system metrics, within 10 s even if the server is away.
@@ -297,11 +327,13 @@ def _batches(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def _user() -> str:
+def _who() -> dict[str, str]:
+    """The tags by which MLflow knows who started a run."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
-        return "unknown"
+        user = "unknown"
+    return {"mlflow.user": user, "mlflow.source.type": "LOCAL"}
 
 
 def _program() -> str:

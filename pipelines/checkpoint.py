@@ -1,13 +1,9 @@
-"""Atomic commits of a run's state: everything or nothing.
+"""Commits of a run's state: named arrays and JSON after so many steps, the newest kept.
 
-A commit is a directory ``step-000123`` written aside, flushed to the disk and renamed. Its ``manifest.json`` holds
-the SHA-256 of every file, so a truncated or altered commit is detected when it is read. Tensors are safetensors, the
-rest is JSON: reading a commit can execute nothing.
+Tensors are safetensors, the rest is JSON: reading a commit can execute nothing.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.atomic import DamagedFiles, commit_directory, read_directory
+
 SCHEMA = 1
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-
-
-class DamagedCheckpoint(RuntimeError):  # noqa: N818
-    """A commit whose files do not match its manifest."""
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -52,33 +46,19 @@ class CheckpointStore:
         """Write a commit and forget those beyond ``keep``."""
         from safetensors.numpy import save
 
-        target, aside = self.path(step), self.directory / f".step-{step:06d}.partial"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        target = self.path(step)
         files = {
             # Not ascontiguousarray, which gives an array without dimensions one.
             _TENSORS: save({name: np.asarray(array, order="C") for name, array in tensors.items()}),
             _STATE: json.dumps(state).encode(),
         }
-        manifest = {
-            "schema": SCHEMA,
-            "step": step,
-            "sha256": {n: hashlib.sha256(b).hexdigest() for n, b in files.items()},
-        }
-        files[_MANIFEST] = json.dumps(manifest, indent=1).encode()
-        for name, content in files.items():
-            _write_durably(aside / name, content)
-        _flush_directory(aside)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        _flush_directory(self.directory)
+        commit_directory(target, files, {"schema": SCHEMA, "step": step})
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return target
 
     def load(self, step: int | None = None) -> Checkpoint:
-        """A commit, by default the newest. Raises FileNotFoundError or DamagedCheckpoint."""
+        """A commit, by default the newest. Raises FileNotFoundError or DamagedFiles."""
         from safetensors.numpy import load
 
         steps = self.steps()
@@ -87,39 +67,11 @@ class CheckpointStore:
             raise FileNotFoundError(f"{self.directory} holds {wanted}")
         step = steps[-1] if step is None else step
         directory = self.path(step)
-        try:
-            manifest = json.loads((directory / _MANIFEST).read_bytes())
-            schema, manifest_step, hashes = manifest["schema"], manifest["step"], manifest["sha256"]
-            contents = {name: (directory / name).read_bytes() for name in (_TENSORS, _STATE)}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpoint(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
-        if schema != SCHEMA:
-            raise DamagedCheckpoint(f"{directory} has schema {schema}, this program reads {SCHEMA}")
-        if manifest_step != step:
-            raise DamagedCheckpoint(f"{directory} holds step {manifest_step}: it was renamed or altered")
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != hashes.get(name):
-                raise DamagedCheckpoint(f"{directory / name} does not match its manifest: it was truncated or altered")
+        contents, manifest = read_directory(directory)
+        if manifest.get("schema") != SCHEMA:
+            raise DamagedFiles(f"{directory} has schema {manifest.get('schema')}, this program reads {SCHEMA}")
+        if manifest.get("step") != step:
+            raise DamagedFiles(f"{directory} holds step {manifest.get('step')}: it was renamed or altered")
+        if not {_TENSORS, _STATE} <= contents.keys():
+            raise DamagedFiles(f"{directory} holds no state")
         return Checkpoint(step, load(contents[_TENSORS]), json.loads(contents[_STATE]))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.partial")
-    _write_durably(aside, (json.dumps(content, indent=2) + "\n").encode())
-    os.replace(aside, path)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,27 +35,27 @@ def load_reward(settings: RewardSettings) -> RewardFunction:
         return lambda images, prompts, captions: -jpeg_kilobytes(images)
     if name == "jpeg_incompressibility":
         return lambda images, prompts, captions: jpeg_kilobytes(images)
-    return import_reward(name)
+    function: RewardFunction = import_function(name)
+    return function
 
 
-def import_reward(path: str) -> RewardFunction:
-    """Import ``module:function``. Raises ValueError that says which half is wrong."""
+def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = BUILT_IN_REWARDS) -> Any:
+    """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
     module_name, separator, function_name = path.partition(":")
     if not (separator and module_name and function_name):
         raise ValueError(
-            f"reward.function {path!r} is neither one of {', '.join(BUILT_IN_REWARDS)} "
-            "nor an import path 'module:function'"
+            f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:function'"
         )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # an imported module may fail in any way
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"reward.function {path!r}: module {module_name!r} cannot be imported ({reason})") from error
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} cannot be imported ({reason})") from error
     function = getattr(module, function_name, None)
     if function is None:
-        raise ValueError(f"reward.function {path!r}: module {module_name!r} has no {function_name!r}")
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
     if not callable(function):
-        raise ValueError(f"reward.function {path!r}: {function_name!r} cannot be called")
+        raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
     return function
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import checkpoint
-from pipelines.checkpoint import CheckpointStore, DamagedCheckpoint, write_json
+from pipelines import atomic
+from pipelines.atomic import DamagedFiles, write_json
+from pipelines.checkpoint import CheckpointStore
 
 TENSORS: dict[str, np.ndarray] = {
     "weight": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
@@ -57,7 +58,7 @@ def test_death_in_the_middle_leaves_the_previous_commit(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, dies_at: str
 ) -> None:
     store.commit(1, TENSORS, STATE)
-    write, replace = checkpoint._write_durably, checkpoint.os.replace
+    write, replace = atomic.write_durably, atomic.os.replace
 
     def dying_write(path: Path, content: bytes) -> None:
         if path.name == dies_at:
@@ -71,8 +72,8 @@ def test_death_in_the_middle_leaves_the_previous_commit(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_durably", dying_write)
-        patch.setattr(checkpoint.os, "replace", dying_replace)
+        patch.setattr(atomic, "write_durably", dying_write)
+        patch.setattr(atomic.os, "replace", dying_replace)
         with pytest.raises(KeyboardInterrupt):
             store.commit(2, TENSORS, {})
     assert store.steps() == [1]
@@ -91,7 +92,7 @@ def test_damage_is_noticed_and_named(store: CheckpointStore, name: str, damage: 
     else:
         content[-2] ^= 1
         path.write_bytes(content if damage == "altered" else content[:-1])
-    with pytest.raises(DamagedCheckpoint, match=name):
+    with pytest.raises(DamagedFiles, match=name):
         store.load()
 
 
@@ -99,13 +100,13 @@ def test_damage_is_noticed_and_named(store: CheckpointStore, name: str, damage: 
 def test_a_damaged_manifest_is_noticed(store: CheckpointStore, content: str) -> None:
     directory = store.commit(1, TENSORS, STATE)
     (directory / "manifest.json").write_text(content)
-    with pytest.raises(DamagedCheckpoint, match="step-000001"):
+    with pytest.raises(DamagedFiles, match="step-000001"):
         store.load()
 
 
 def test_a_commit_moved_to_another_step_is_noticed(store: CheckpointStore) -> None:
     shutil.copytree(store.commit(1, TENSORS, STATE), store.path(2))
-    with pytest.raises(DamagedCheckpoint, match="step-000002"):
+    with pytest.raises(DamagedFiles, match="step-000002"):
         store.load()
 
 
@@ -123,7 +124,7 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_durably", dying)
+        patch.setattr(atomic, "write_durably", dying)
         with pytest.raises(KeyboardInterrupt):
             write_json(path, {"reward": 0.75})
     assert json.loads(path.read_text()) == {"reward": 0.5}

@@ -1,0 +1,122 @@
+"""A graph of content-addressed tasks on Ray: each is submitted once, reads its inputs by reference, is stored once.
+
+Workers hold no state and need no shared disk: a task gets its inputs' files and returns its own. Ray repeats a task
+whose worker died; the driver alone writes, so a result is in the store whole or not at all.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from ray import ObjectRef
+
+from actors.pool import POLL_SECONDS, ActorFailure
+from pipelines.atomic import Files
+from pipelines.tasks import Task, TaskStore, in_order
+
+WINDOW = 256  # tasks given to Ray at once; the rest wait here
+_RETRIES = 3  # of a task whose worker died; a task that raises is not repeated
+
+Work = Callable[[str, dict[str, Any], list[Files], str], Files]  # (kind, parameters, inputs, device) → files
+
+
+class TaskRunner:
+    """Runs tasks that are not in ``store`` yet, as many at once as the cluster has room for."""
+
+    def __init__(self, work: Work, store: TaskStore, cpus: float, gpus: float, timeout: float) -> None:
+        self._store = store
+        self._timeout = timeout
+        self._device = "cuda" if gpus else "cpu"
+        remote: Any = ray.remote(_perform)
+        self._remote = remote.options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, num_returns=2)
+        self._work = ray.put(work)
+        self._references: dict[str, ObjectRef] = {}
+        self._pending: dict[ObjectRef, Task] = {}
+
+    def run(self, tasks: Iterable[Task], meanwhile: Callable[[], None] = lambda: None) -> Iterator[Task]:
+        """Yields every task of the graph once its result is stored.
+
+        Raises ActorFailure naming the task that failed, TimeoutError if none finishes for ``timeout`` seconds.
+        """
+        order = list(in_order(tasks))
+        self._consumers = Counter(each.key for task in order for each in task.inputs)
+        for task in order:
+            if task.key in self._store and not self._store.drop_damaged(task.key):
+                self._release(task)
+                yield task
+                continue
+            while len(self._pending) >= WINDOW:
+                yield from self._finished(meanwhile)
+            inputs = [self._reference(each) for each in task.inputs]
+            about, files = self._remote.remote(self._work, task.kind, dict(task.parameters), self._device, *inputs)
+            self._references[task.key] = files
+            self._pending[about] = task
+            self._release(task)
+        while self._pending:
+            yield from self._finished(meanwhile)
+
+    def activity(self) -> dict[str, str]:
+        """How many tasks of each kind can run or are running, and how many wait for others."""
+        waiting_for = {task.key for task in self._pending.values()}
+        ready, waiting = Counter[str](), Counter[str]()
+        for task in self._pending.values():
+            blocked = any(each.key in waiting_for for each in task.inputs)
+            (waiting if blocked else ready)[task.kind] += 1
+        return {kind: f"{ready[kind]} running or ready, {waiting[kind]} waiting" for kind in sorted(ready | waiting)}
+
+    def _reference(self, task: Task) -> ObjectRef:
+        """The files of a task that is under way, or that was done before."""
+        if task.key not in self._references:
+            self._references[task.key] = ray.put(self._store.load(task.key))
+        return self._references[task.key]
+
+    def _release(self, task: Task) -> None:
+        """Let go of inputs that nobody else will ask for; Ray keeps what submitted tasks need."""
+        for each in task.inputs:
+            self._consumers[each.key] -= 1
+            if not self._consumers[each.key] and each.key in self._store:
+                self._references.pop(each.key, None)
+
+    def _finished(self, meanwhile: Callable[[], None]) -> Iterator[Task]:
+        """Wait for some tasks, and commit them."""
+        deadline = time.monotonic() + self._timeout
+        done: list[ObjectRef] = []
+        while not done:
+            if time.monotonic() > deadline:
+                first = next(iter(self._pending.values()))
+                raise TimeoutError(
+                    f"{first.label}: nothing finished within {self._timeout:g} s (workers.timeout_seconds)"
+                )
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=POLL_SECONDS)
+            meanwhile()
+        more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+        for reference in more:
+            task = self._pending.pop(reference)
+            about = _result(reference, task)
+            files = _result(self._references[task.key], task)
+            self._store.commit(task, files, about | {"finished_at_ms": int(time.time() * 1000)})
+            if not self._consumers[task.key]:
+                del self._references[task.key]
+            yield task
+
+
+def _perform(
+    work: Work, kind: str, parameters: dict[str, Any], device: str, *inputs: Files
+) -> tuple[dict[str, Any], Files]:
+    """In a worker: do one task, and note what it took."""
+    wall, cpu = time.monotonic(), time.process_time()
+    files = work(kind, parameters, list(inputs), device)
+    spent = {"wall_seconds": round(time.monotonic() - wall, 4), "cpu_seconds": round(time.process_time() - cpu, 4)}
+    return {**spent, "device": device}, files
+
+
+def _result(reference: ObjectRef, task: Task) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        raise ActorFailure(f"{task.label}: {type(cause).__name__}: {cause}") from error
+    except ray.exceptions.RayError as error:
+        raise ActorFailure(f"{task.label}: its worker died {_RETRIES + 1} times: {error}") from error

@@ -1,0 +1,190 @@
+"""A DDPO run: its journal of metrics and its commits.
+
+Order is what makes a commit atomic: the journal is flushed, then the checkpoint is renamed into place, and only then
+are the metrics sent to MLflow. A resumed run cuts the journal back to the last commit and sends its lines again;
+MLflow drops points it knows, so each is there once.
+"""
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from actors.settings import Role
+from orchestration.config import ConfigError, DdpoConfig, validate
+from orchestration.display import Display
+from orchestration.run import Run, new_directory, new_manifest, read_manifest
+from pipelines.atomic import write_json
+from pipelines.checkpoint import Checkpoint, CheckpointStore
+
+_PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
+
+
+class DdpoRun(Run):
+    """One DDPO run, new or resumed."""
+
+    def __init__(
+        self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], checkpoint: Checkpoint | None
+    ) -> None:
+        self.step = checkpoint.step if checkpoint else 0
+        display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
+        super().__init__(directory, manifest, config.tracking, display)
+        self.config = config
+        self.checkpoint = checkpoint
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+        self._step_seconds: dict[str, float] = defaultdict(float)
+        if checkpoint:
+            self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
+            self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
+        self.history = _read_journal(self.journal, self.step)
+        self._pending: list[dict[str, Any]] = []
+
+    @classmethod
+    def create(cls, config: DdpoConfig) -> Self:
+        """A new run. Its directory appears here, and nothing before."""
+        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
+        manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), _PACKAGES)
+        progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
+        return cls(directory, config, manifest | progress, None)
+
+    @classmethod
+    def resume(cls, directory: Path) -> Self:
+        """The run of ``directory``, from its last commit or its start. Raises ConfigError if it is finished."""
+        manifest = read_manifest(directory)
+        if manifest["status"] == "FINISHED":
+            raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
+        config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
+        store = CheckpointStore(directory / "checkpoints")
+        return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
+
+    @property
+    def journal(self) -> Path:
+        """metrics.jsonl: one finished step a line."""
+        return self.directory / "metrics.jsonl"
+
+    def opened(self) -> None:
+        """Send again what MLflow may have missed."""
+        for line in self.history:
+            self._deliver(line)
+
+    def progress(self) -> str:
+        """The last committed step."""
+        return f"last committed step: {self.manifest['committed_step']}"
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to a stage's account, the run's and the step's."""
+        started = time.monotonic()
+        try:
+            with super().stage(name):
+                yield
+        finally:
+            self._step_seconds[name] += time.monotonic() - started
+
+    def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
+        """Record what was resolved at the start, and tell MLflow what this run is."""
+        threads = next(role.threads for role in roles if role.name == "learner")
+        actors = {role.name: vars(role) for role in roles}
+        self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
+        self._status("RUNNING")
+        config = self.config
+        tags = {
+            "loop": "ddpo",
+            "model": config.model.path,
+            "reward": config.reward.function,
+            "git_commit": self.manifest["git_commit"],
+            "run_directory": str(self.directory),
+        }
+        self.tracker.describe({**self.manifest["config"], "resolved": self.manifest["resolved"]}, tags, prompts)
+
+    def remaining_steps(self) -> Iterator[int]:
+        """Steps still to do, counted from 0."""
+        self._step_seconds.clear()
+        yield from range(self.step, self.config.training.steps)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a finished step. They become durable with the next commit."""
+        seconds = {f"seconds/{name}": value for name, value in self._step_seconds.items()}
+        training = sum(self._step_seconds[name] for name in ("sample", "reward", "learn", "publish"))
+        self._step_seconds.clear()
+        line = {
+            "step": step + 1,
+            "timestamp_ms": int(time.time() * 1000),
+            **metrics,
+            **seconds,
+            "images_per_second": self.config.training.images_per_step / training,
+        }
+        self._pending.append(line)
+        self.step = step + 1
+        self.display.step(self.step, line)
+
+    def commit_due(self) -> bool:
+        """Whether the finished step is one to commit after."""
+        return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
+
+    def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
+        """Make everything up to the finished step durable, then deliver it."""
+        with self.journal.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self._pending)
+            file.flush()
+        clocks = {
+            "seconds_by_stage": dict(self.seconds_by_stage),
+            "wall_seconds": self.wall_seconds(),
+            "cpu_seconds": self._cpu_before + cpu_seconds,
+        }
+        self.store.commit(self.step, tensors, {**state, **clocks})
+        self.manifest["committed_step"] = self.step
+        self._status("RUNNING")
+        for line in self._pending:
+            self._deliver(line)
+        self.history += self._pending
+        self._pending = []
+
+    def summarise(self, content: Mapping[str, Any], cpu_seconds: float) -> Path:
+        """Write summary.json."""
+        path = self.directory / "summary.json"
+        summary = {
+            **content,
+            "images": self.step * self.config.training.images_per_step,
+            "steps": self.step,
+            "wall_seconds": round(self.wall_seconds(), 2),
+            "cpu_seconds": round(self._cpu_before + cpu_seconds, 2),
+            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
+            "seed": self.config.seed,
+            "git_commit": self.manifest["git_commit"],
+            "mlflow_run_id": self.tracker.run_id,
+        }
+        write_json(path, summary)
+        return path
+
+    def _deliver(self, line: Mapping[str, Any]) -> None:
+        values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}
+        self.tracker.metrics(line["step"], values, line["timestamp_ms"])
+
+
+def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
+    """``config`` with what the program chose at the start: it decides floating-point order, so a resume replays it."""
+    if not resolved:
+        return config
+    training = config.training.model_copy(update={"micro_batch": resolved["micro_batch"]})
+    actors = config.actors.model_copy(update={"learner_threads": resolved["learner_threads"]})
+    return config.model_copy(update={"training": training, "actors": actors})
+
+
+def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
+    """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line cut off in the middle was not committed either
+            line = json.loads(text)
+            if line["step"] <= committed:
+                lines.append(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines

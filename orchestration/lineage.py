@@ -1,0 +1,106 @@
+"""Where a sample comes from: back through the models and training sets of a MAD run to the real data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestration.config import ConfigError, validate
+from orchestration.mad import chain
+from orchestration.mad_config import MadConfig
+from orchestration.mad_preflight import contents, seed_blocks
+from orchestration.run import read_manifest
+from pipelines.families.registry import CLOSED_FORM
+from pipelines.mad_graph import Generation, RealSource, image_source
+from pipelines.tasks import TaskStore
+from policies.data_rules import REAL, training_sets
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """The real data behind a generation. ``hops`` (generations,): share of its training set that is real data seen
+    through h generations (0: real itself); ``real`` the distinct real samples it descends from, by number."""
+
+    hops: np.ndarray
+    real: frozenset[int]
+
+
+def ancestry(generations: list[Generation], seed: int) -> list[Ancestry]:
+    """Of each generation of one chain, in one universe."""
+    found: list[Ancestry] = []
+    for generation in generations:
+        hops, real = np.zeros(len(generations)), frozenset[int]()
+        rows = generation.manifest.rows(seed)
+        for part, taken in zip(generation.manifest.parts, rows, strict=True):
+            share = len(taken) / generation.manifest.size
+            if part.generation == REAL:
+                hops[0] += share
+                real |= frozenset(taken.tolist())
+            else:
+                earlier = found[part.generation - 1]
+                hops[1:] += share * earlier.hops[:-1]
+                real |= earlier.real
+        found.append(Ancestry(hops, real))
+    return found
+
+
+def render_lineage(directory: Path, sample: str) -> RenderableType:
+    """``sample`` is ARM/SEED/GENERATION, or ARM/SEED/GENERATION/NUMBER. Raises ConfigError if there is no such."""
+    manifest = read_manifest(directory)
+    if manifest.get("loop") != "mad":
+        raise ConfigError(f"{directory} is not a MAD run: it has no generations")
+    config = validate(MadConfig, manifest["config"])
+    name, seed, number, row = _parse(sample, config)
+    arm = config.resolved_arms[name]
+    source = RealSource(config.data.reference)
+    if arm.family not in CLOSED_FORM:
+        source = image_source(**manifest["real_images"])
+    blocks = seed_blocks(config.seed_list, arm, training_sets(arm, config.generations, source.pool))
+    seeds = next(block for block in blocks if seed in block)
+    generations = list(chain(name, arm, seeds, config.generations, source))[:number]
+    store, last = TaskStore(directory / "tasks"), generations[-1]
+    lines = [
+        Text(f"{name}, seed {seed}, generation {number}" + ("" if row is None else f", sample {row}"), style="bold")
+    ]
+    if row is not None:
+        if last.drawn is None:
+            raise ConfigError(f"{sample}: no later generation reads samples of generation {number}, so none were drawn")
+        if row >= last.count:
+            raise ConfigError(f"{sample}: generation {number} drew {last.count} samples, counted from 0")
+        how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, stream sampling/{number}"
+        stored = (
+            f"stored in {store.path(last.drawn.key)}" if last.drawn is not last.fit else "drawn again where it is read"
+        )
+        lines.append(Text(f"{how}; {stored}"))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("generation", "trained on", "real", "real through", "distinct real samples behind", "model"):
+        table.add_column(heading, overflow="fold")
+    for generation, behind in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
+        through = float(np.arange(len(behind.hops)) @ behind.hops)
+        table.add_row(
+            f"G{generation.number}",
+            contents(generation.manifest),
+            f"{behind.hops[0]:.1%}",
+            f"{through:.2f} generations",
+            f"{len(behind.real):,}",
+            generation.fit.key[:12] + ("" if generation.fit.key in store else " (not trained yet)"),
+        )
+    return Group(*lines, Text(""), table)
+
+
+def _parse(sample: str, config: MadConfig) -> tuple[str, int, int, int | None]:
+    """(arm, seed, generation, number or None); arms may have slashes in their names."""
+    for name in config.resolved_arms:
+        rest = sample.removeprefix(f"{name}/").split("/")
+        if sample.startswith(f"{name}/") and 2 <= len(rest) <= 3 and all(part.isdecimal() for part in rest):
+            seed, number = int(rest[0]), int(rest[1])
+            if seed in config.seed_list and 1 <= number <= config.generations:
+                return name, seed, number, int(rest[2]) if len(rest) == 3 else None
+    raise ConfigError(
+        f"no sample {sample!r}: give ARM/SEED/GENERATION or ARM/SEED/GENERATION/NUMBER with an arm of "
+        f"{', '.join(config.resolved_arms)}, a seed of {config.seed_list[0]} to {config.seed_list[-1]}, "
+        f"a generation of 1 to {config.generations}"
+    )

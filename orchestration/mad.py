@@ -1,0 +1,70 @@
+"""The MAD loop: mix → fit → sample → measure → commit (Alemohammad et al., 2307.01850).
+
+A generation's training set is a pure function of the settings, so every chain is known before anything is trained: a
+graph of tasks, each named by the hash of what it depends on. Ray runs what is not stored yet, arms and seeds beside
+each other, the measuring of one generation beside the training of the next. The same command again goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from actors.tasks import TaskRunner
+from orchestration.cluster import connected
+from orchestration.config import validate
+from orchestration.mad_config import ArmSettings, MadConfig
+from orchestration.mad_preflight import Experiment, preflight_mad
+from orchestration.mad_report import report
+from orchestration.mad_run import MadRun
+from orchestration.run import read_manifest
+from pipelines.mad_graph import Chain, Drawn, Generation, RealSource, batch_sizes
+from pipelines.mad_tasks import perform
+from policies.data_rules import training_sets
+
+
+def run_mad(config: MadConfig) -> Path:
+    """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
+    experiment = preflight_mad(config)
+    generations = unroll(config, experiment)
+    with MadRun.open(config, experiment, generations) as run, connected(experiment.gpus):
+        runner = TaskRunner(perform, run.store, **experiment.resources)
+        wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
+        for task in runner.run([*experiment.floors.values(), *wanted], lambda: run.watch(runner)):
+            run.record(task)
+        return report(run)
+
+
+def resume_mad(directory: Path) -> Path:
+    """Go on with the experiment that ``directory`` holds."""
+    config = validate(MadConfig, read_manifest(directory)["config"] | {"output_dir": str(directory)})
+    return run_mad(config)
+
+
+def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:
+    """Every chain of the experiment, generation by generation, so that arms and seeds advance together."""
+    chains = [
+        list(chain(name, arm, seeds, config.generations, experiment.sources[name]))
+        for name, arm in config.resolved_arms.items()
+        for seeds in experiment.blocks[name]
+    ]
+    return [generation for together in zip(*chains, strict=True) for generation in together]
+
+
+def chain(
+    name: str, arm: ArmSettings, seeds: Sequence[int], generations: int, source: RealSource
+) -> Iterator[Generation]:
+    """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
+    tasks = Chain(name, arm, arm.family, arm.family_settings(), seeds, source)
+    manifests = training_sets(arm, generations, source.pool)
+    counts = batch_sizes(manifests)
+    drawn: dict[int, Drawn] = {}
+    model = None
+    for manifest in manifests:
+        number = manifest.generation
+        model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None)
+        evaluation = tasks.evaluation(model, number)
+        measure = tasks.measure(model, evaluation, manifest, drawn)
+        if counts.get(number):
+            drawn[number] = tasks.sample(model, number, counts[number])
+        samples = drawn[number].task if number in drawn else None
+        count = counts.get(number, 0)
+        yield Generation(name, tuple(seeds), number, manifest, model, samples, count, evaluation, measure)

@@ -1,0 +1,102 @@
+"""The configuration of a MAD experiment: one loop, or several arms that differ from it. Light to import."""
+
+from functools import cached_property
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from actors.settings import WorkerSettings
+from orchestration.config import explain
+from orchestration.tracking import TrackingSettings
+from pipelines.families.settings import Covariance, DiffusionSettings, GanSettings
+from pipelines.real_data import DataSettings
+from policies.mad_settings import LoopSettings
+from policies.settings import Settings
+
+Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
+
+
+class ArmSettings(LoopSettings):
+    """What arms can differ in: the loop, and the generator that runs through it."""
+
+    family: Family = "gaussian"
+    dimension: int = Field(1, ge=1, description="gaussian: d")
+    covariance: Covariance = Field("unbiased", description="gaussian: divide by N − 1, or by N")
+    categories: int = Field(10, ge=2, description="categorical: how many")
+    modes: int = Field(25, ge=4, description="mixture: a square number")
+    gan: GanSettings = GanSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+
+    def family_settings(self) -> dict[str, Any]:
+        """The settings of this arm's family, as plain content."""
+        if self.family == "gaussian":
+            return {"dimension": self.dimension, "covariance": self.covariance}
+        if self.family == "categorical":
+            return {"categories": self.categories}
+        if self.family == "mixture":
+            return {"modes": self.modes}
+        settings: Settings = getattr(self, self.family)
+        return settings.model_dump(mode="json")
+
+
+class DeriveSettings(Settings):
+    """What is worked out from a Gaussian fresh-data loop when it is done."""
+
+    effective_samples: bool = Field(False, description="n_e and n_e/n_r of every fresh arm")
+    largest_admissible: bool = Field(False, description="the largest n_s with n_e/n_r ≥ 1, by bisection")
+
+
+class MadConfig(ArmSettings):
+    """A MAD experiment: arms × seeds × generations."""
+
+    name: str = Field("mad", pattern=r"^[\w.-]+$")
+    generations: int = Field(10, ge=1)
+    seeds: int | tuple[int, ...] = Field(3, description="how many, from 0 on; or a list of them")
+    output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>")
+    arms: dict[str, dict[str, Any]] = Field({}, description="by name, the keys in which an arm differs; none: one arm")
+    data: DataSettings = DataSettings()
+    derive: DeriveSettings = DeriveSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    workers: WorkerSettings = WorkerSettings()
+
+    @field_validator("seeds")
+    @classmethod
+    def _some_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        given = (seeds,) if isinstance(seeds, int) else seeds
+        if not given or (isinstance(seeds, int) and seeds < 1) or min(given) < 0 or len(set(given)) < len(given):
+            raise ValueError("give a number of seeds from 1 on, or a list of different ones from 0 on")
+        return seeds
+
+    @model_validator(mode="after")
+    def _arms_can_run(self) -> Self:
+        for name, arm in self.resolved_arms.items():
+            try:
+                arm.check()
+                for generation in range(2, self.generations + 1):
+                    arm.sizes(generation, self.generations)
+            except ValueError as error:
+                raise ValueError(f"arms.{name}: {error}" if self.arms else str(error)) from error
+        return self
+
+    @cached_property
+    def resolved_arms(self) -> dict[str, ArmSettings]:
+        """Every arm with all of its settings; without ``arms`` the one loop, named after its rule."""
+        own = {name: getattr(self, name) for name in ArmSettings.model_fields}
+        if not self.arms:
+            return {self.rule: ArmSettings(**own)}
+        resolved = {}
+        for name, overrides in self.arms.items():
+            try:
+                merged = {
+                    key: own[key].model_dump() | value if isinstance(own.get(key), Settings) else value
+                    for key, value in overrides.items()
+                }
+                resolved[name] = ArmSettings.model_validate(own | merged)
+            except ValidationError as error:
+                raise ValueError(f"arms.{name}: {explain(ArmSettings, error)}") from error
+        return resolved
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds, each one universe."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)

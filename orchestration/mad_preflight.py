@@ -1,0 +1,216 @@
+"""Everything that can be wrong with a MAD experiment, found before anything is trained."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestration.cluster import Machine, find_machine
+from orchestration.config import ConfigError, validate
+from orchestration.mad_config import ArmSettings, MadConfig
+from orchestration.run import check_output, read_manifest
+from pipelines.atomic import Files
+from pipelines.drawing import BUILT_IN
+from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
+from pipelines.mad_graph import RealSource, image_source
+from pipelines.tasks import Task
+from policies.data_rules import Manifest, training_sets
+
+_UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
+_MOST_UNIVERSES = 1000
+_LEAST_REFERENCE = 20  # precision and recall look at 5 neighbours
+_MAY_DIFFER = ("output_dir", "generations", "seeds", "arms", "derive", "tracking", "workers")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment that can be run: real data, training sets, and how the work is cut."""
+
+    sources: dict[str, RealSource]  # by arm
+    manifests: dict[str, list[Manifest]]  # by arm
+    blocks: dict[str, list[tuple[int, ...]]]  # by arm: the seeds of one task
+    floors: dict[str, Task]  # by family: what the metrics say of real samples
+    real_files: dict[str, Files]  # by the key of the task whose result they are
+    gpus: int
+    resources: dict[str, float]  # of one task, and the longest wait
+
+
+def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
+    """Check ``config`` against the real data and a machine, by default the one it would run on. Raises ConfigError."""
+    arms = config.resolved_arms
+    try:
+        for name, arm in arms.items():
+            with _about(name, config):
+                _check_arm(arm)
+        _check_output(config)
+        images = None
+        real_files: dict[str, Files] = {}
+        if any(arm.family not in CLOSED_FORM for arm in arms.values()):
+            images, real_files = _image_source(config)
+        points = RealSource(config.data.reference)
+        sources, manifests = {}, {}
+        for name, arm in arms.items():
+            sources[name] = points if images is None or arm.family in CLOSED_FORM else images
+            with _about(name, config):
+                manifests[name] = training_sets(arm, config.generations, sources[name].pool)
+                _check_sizes(arm, manifests[name])
+        machine = machine or find_machine(config.workers.device)
+        gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
+    floors: dict[str, Task] = {}
+    floors |= {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name])) is not None}
+    return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources)
+
+
+def describe_mad(config: MadConfig, experiment: Experiment) -> str:
+    """What a dry run prints: who is trained on what, and how much work that is."""
+    lines = []
+    for name, manifests in experiment.manifests.items():
+        arm = config.resolved_arms[name]
+        lines.append(f"{name}: {arm.family}, {arm.rule}, sampling_bias {arm.sampling_bias:g}")
+        shown = manifests if len(manifests) <= 8 else [*manifests[:4], None, manifests[-1]]
+        for manifest in shown:
+            lines.append("  …" if manifest is None else f"  generation {manifest.generation}: {contents(manifest)}")
+    fits = sum(len(blocks) for blocks in experiment.blocks.values()) * config.generations
+    lines.append(
+        f"{len(config.resolved_arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations: at most "
+        f"{fits} fits (what arms have in common is done once), {experiment.resources['cpus']:g} CPUs each"
+    )
+    return "\n".join(lines)
+
+
+def contents(manifest: Manifest) -> str:
+    """A training set in words."""
+    by_source: dict[str, int] = {}
+    for part in manifest.parts:
+        source = part.role if part.generation == 0 else f"of G{part.generation}"
+        by_source[source] = by_source.get(source, 0) + part.size
+    drawn = f"{manifest.subsample} drawn from " if manifest.subsample else ""
+    return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
+
+
+@contextlib.contextmanager
+def _about(name: str, config: MadConfig) -> Iterator[None]:
+    """Let an error in the block say which arm it is about, if there are arms."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"arms.{name}: {error}" if config.arms else str(error)) from error
+
+
+def _check_arm(arm: ArmSettings) -> None:
+    if arm.family == "mixture":
+        from pipelines.families.mixture import mode_centres
+
+        mode_centres(arm.modes)
+    if arm.rule == "verified" and arm.family in CLOSED_FORM:
+        raise ValueError(f"rule verified needs images, as its verifier is a classifier: family {arm.family} has none")
+    if arm.rule == "curated" and arm.reward not in BUILT_IN:
+        from pipelines.rewards import import_function
+
+        import_function(arm.reward, "reward", BUILT_IN)
+    if arm.rule == "curated" and arm.reward == "confidence" and arm.family in CLOSED_FORM:
+        raise ValueError(f"reward confidence needs images: for family {arm.family} set reward=first_coordinate")
+
+
+def _check_sizes(arm: ArmSettings, manifests: list[Manifest]) -> None:
+    """A mixture needs a sample for each of its components."""
+    for manifest in manifests:
+        if arm.family == "mixture" and manifest.size < arm.modes:
+            raise ValueError(f"generation {manifest.generation} has {manifest.size} samples for {arm.modes} modes")
+
+
+def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files]]:
+    """The images that models learn from and are measured by."""
+    from pipelines.mad_tasks import real_data_files
+    from pipelines.real_data import load_real_data, split_reference
+
+    real = load_real_data(config.data)
+    arms = config.resolved_arms.values()
+    for arm in arms:
+        multiple = {"gan": 4, "diffusion": 2 ** (arm.diffusion.levels - 1)}.get(arm.family, 1)
+        height, width = real.images.shape[1:3]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"family {arm.family} needs sides that are multiples of {multiple}, not {height}×{width}: "
+                "set data.image_size"
+            )
+    if real.labels is None:
+        conditional = next((arm.family for arm in arms if arm.family in CONDITIONAL), None)
+        who = f"family {conditional} is class-conditional" if conditional else "the metrics' extractor is a classifier"
+        raise ValueError(
+            f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
+            "or put the images of each class into a sub-directory"
+        )
+    if config.data.reference < _LEAST_REFERENCE:
+        raise ValueError(
+            f"data.reference is {config.data.reference}: metrics need {_LEAST_REFERENCE} real samples or more"
+        )
+    pool, reference = split_reference(real, config.data.reference)
+    classes = int(real.labels.max()) + 1
+    source = image_source(real.sha256, len(reference), len(pool), classes)
+    assert source.data is not None
+    return source, {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
+
+
+def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
+    """The task that measures real samples in place of generated ones."""
+    if source.data is not None and source.extractor is not None:
+        return Task("floor", {"family": "images", "classes": source.classes}, (source.data, source.extractor), "floor")
+    if arm.family == "mixture":
+        parameters = {"family": "mixture", "settings": arm.family_settings(), "samples": source.samples}
+        return Task("floor", parameters, (), "floor")
+    return None
+
+
+def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
+    """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
+    if arm.family in ("gaussian", "categorical"):
+        numbers = max(manifest.size for manifest in manifests) * (arm.dimension if arm.family == "gaussian" else 1)
+        size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
+    else:
+        size = 1
+    return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
+
+
+def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tuple[int, dict[str, float]]:
+    workers = config.workers
+    if workers.cpus_per_task > machine.cpus:
+        raise ValueError(f"workers.cpus_per_task is {workers.cpus_per_task}, there are {machine.cpus} CPUs")
+    if workers.device == "cuda" and not machine.gpus:
+        raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
+    on_gpu = machine.gpus > 0 and workers.device != "cpu" and any(family not in CLOSED_FORM for family in families)
+    gpus = 1 / workers.tasks_per_gpu if on_gpu else 0.0
+    return machine.gpus if on_gpu else 0, {
+        "cpus": workers.cpus_per_task,
+        "gpus": gpus,
+        "timeout": workers.timeout_seconds,
+    }
+
+
+def _check_output(config: MadConfig) -> None:
+    """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
+    directory = Path(config.output_dir).expanduser() if config.output_dir else None
+    if directory is None or not (directory / "manifest.json").exists():
+        check_output(config.output_dir)
+        return
+    manifest = read_manifest(directory)
+    if manifest.get("loop") != "mad":
+        raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
+    held = validate(MadConfig, manifest["config"])
+    new, old = config.model_dump(), held.model_dump()
+    differing = [key for key in old if key not in _MAY_DIFFER and old[key] != new[key]]
+    for name, arm in held.resolved_arms.items():
+        if config.resolved_arms.get(name) != arm:
+            differing.append(f"arms.{name}" if held.arms else "the arms")
+    if held.generations > config.generations or not set(held.seed_list) <= set(config.seed_list):
+        differing.append("fewer generations or seeds")
+    if differing:
+        raise ValueError(
+            f"output_dir {directory} holds another experiment (different: {', '.join(dict.fromkeys(differing))}); "
+            "choose another directory. More generations, seeds or arms may be added to an experiment"
+        )

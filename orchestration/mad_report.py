@@ -1,0 +1,213 @@
+"""What a MAD experiment leaves to look at: summary.json, figures, and the last lines on the terminal."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestration.mad_run import MadRun
+from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, laws, verdict
+from pipelines.atomic import write_json
+from pipelines.families.registry import CLOSED_FORM
+from policies.verdicts import interval
+
+_TITLES = {
+    "fid": "FID",
+    "frechet": "Fréchet distance",
+    "w2_squared": "W₂² to the truth",
+    "variance": "variance, tr Σ / d",
+    "mean_square": "‖μ‖² / d",
+    "log_det": "log det Σ",
+    "heterozygosity": "heterozygosity, 1 − Σp²",
+    "modes_covered": "modes covered",
+}
+_CURVES = (*_TITLES, "precision", "recall", "label_accuracy", "memorisation")
+_GRID_COLUMNS, _MOST_ROWS = 16, 10
+
+
+def report(run: MadRun) -> Path:
+    """Write figures and summary.json, hand both to MLflow, and say what came out. Returns the summary's path."""
+    summary = summarise(run)
+    path = run.directory / "summary.json"
+    write_json(path, summary)
+    figures = draw(run)
+    run.tracker.artifact(path)
+    run.tracker.artifact(figures)
+    _say(run, summary, figures)
+    return path
+
+
+def summarise(run: MadRun) -> dict[str, Any]:
+    """Everything machines read of an experiment."""
+    config = run.config
+    arms: dict[str, dict[str, Any]] = {}
+    for name, arm in config.resolved_arms.items():
+        exact, values = laws(arm, config.generations), run.values[name]
+        arms[name] = {
+            "settings": arm.model_dump(mode="json", exclude={"gan", "diffusion"}) | arm.family_settings(),
+            "sizes": [[m.size - (s := _synthetic(m)), s] for m in run.experiment.manifests[name]],
+            "metrics": {metric: _metric(values[metric], exact.get(metric)) for metric in values},
+            "verdict": verdict(values),
+        }
+        if run.histograms[name]:
+            arms[name]["class_histogram"] = _mean_histograms(run, name)
+        if config.derive.effective_samples and arm.family == "gaussian" and arm.rule == "fresh":
+            arms[name]["effective_samples"] = effective_samples(arm, values, config)
+    seconds = {key: round(value, 2) for key, value in run.seconds_by_stage.items()}
+    return {
+        "name": config.name,
+        "generations": config.generations,
+        "seeds": config.seed_list,
+        "arms": arms,
+        "floor": {
+            family: {k: v[0] for k, v in run.metrics_of(t).items()} for family, t in run.experiment.floors.items()
+        },
+        "comparisons": comparisons(config, run.values),
+        "extractor_sha256": _extractor_hash(run),
+        "seconds_by_stage": seconds,
+        "seconds_by_generation": _seconds_by_generation(run),
+        "wall_seconds": round(run.wall_seconds(), 2),
+        "git_commit": run.manifest["git_commit"],
+        "mlflow_run_id": run.tracker.run_id,
+    }
+
+
+def draw(run: MadRun) -> Path:
+    """Every figure the experiment has something for. Returns their directory."""
+    from pipelines import mad_figures
+
+    directory, config = run.directory / "figures", run.config
+    directory.mkdir(exist_ok=True)
+    arms = config.resolved_arms
+    shown = [metric for metric in _CURVES if any(metric in values for values in run.values.values())]
+    curves = {metric: {name: v[metric] for name, v in run.values.items() if metric in v} for metric in shown}
+    exact = {name: laws(arm, config.generations) for name, arm in arms.items()}
+    theory = {metric: {name: found[metric] for name, found in exact.items() if metric in found} for metric in shown}
+    floors = {k: value for found in _floors(run).values() for k, value in found.items() if k in shown}
+    mad_figures.arm_curves(directory / "curves.png", curves, theory, floors, titles=_TITLES)
+    paths = {name: (v["precision"], v["recall"]) for name, v in run.values.items() if "precision" in v}
+    if paths:
+        mad_figures.precision_recall_paths(directory / "precision_recall.png", paths)
+    for metric in DISTANCES:
+        series = fresh_series(config, run.values, metric)
+        if series is not None:
+            mad_figures.fresh_fraction_curve(
+                directory / "fresh_fraction.png", *series, floors.get(metric), _TITLES[metric]
+            )
+    for name in arms:
+        _draw_samples(run, name, directory)
+    return directory
+
+
+def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
+    """The first seed's samples, generation by generation, from the same latent seeds; and its class histogram."""
+    from pipelines import mad_figures
+    from pipelines.families.registry import load_generator
+    from pipelines.mad_tasks import evaluation_points, read_samples
+
+    arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
+    chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
+    picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
+    file = "".join(letter if letter.isalnum() else "_" for letter in name)
+    if arm.family not in CLOSED_FORM:
+        sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
+        rows = np.stack([images[:_GRID_COLUMNS] for images in sets])
+        mad_figures.generations_grid(directory / f"samples_{file}.png", rows, [f"G{each.number}" for each in picked])
+        shares = np.array(_mean_histograms(run, name))
+        mad_figures.class_heatmap(directory / f"classes_{file}.png", shares)
+    if arm.family == "mixture":
+        points = {}
+        for each in picked:
+            model = load_generator("mixture", run.store.load(each.fit.key))
+            points[f"G{each.number}"], real = evaluation_points("mixture", model, each.measure.parameters)
+        mad_figures.points_grid(directory / f"samples_{file}.png", points, real)
+
+
+def _say(run: MadRun, summary: dict[str, Any], figures: Path) -> None:
+    say = run.display.say
+    say("")
+    for name, arm in summary["arms"].items():
+        parts = []
+        for metric in (*DISTANCES, "variance", "heterozygosity", "precision", "recall", "modes_covered"):
+            if metric in arm["metrics"]:
+                mean = arm["metrics"][metric]["mean"]
+                exact = arm["metrics"][metric].get("oracle")
+                parts.append(f"{metric} {mean[0]:.3g} → {mean[-1]:.3g}" + (f" (law {exact[-1]:.3g})" if exact else ""))
+        say(f"{name}: " + ", ".join(parts))
+        if arm["verdict"]:
+            say(f"  goes MAD: {arm['verdict']['goes_mad']}")
+            for warning in arm["verdict"]["warnings"]:
+                say(f"  warning: {warning}")
+        if "effective_samples" in arm:
+            found, ratio = arm["effective_samples"], arm["effective_samples"]["n_e_over_n_r"]
+            say(f"  limit {found['limit']:.4g}; n_e/n_r {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+            if "largest_admissible" in found:
+                say(f"  largest admissible n_s: {found['largest_admissible']['n_synthetic']}")
+    for pair in summary["comparisons"].get("n_ini", []):
+        ratio = pair["final_ratio"]
+        say(
+            f"{' / '.join(pair['arms'])}: final {pair['metric']} ratio {ratio['mean']:.3f} "
+            f"[{ratio['low']:.3f}, {ratio['high']:.3f}], n_ini forgotten at generation {pair['forgetting_time']}"
+        )
+    if (fresh := summary["comparisons"].get("fresh_fraction")) is not None:
+        rho = fresh["rank_correlation"]
+        say(
+            f"final {fresh['metric']} against fresh fraction: rank correlation {rho['rho']:.2f} "
+            f"[{rho['low']:.2f}, {rho['high']:.2f}]"
+        )
+    say("")
+    say(f"figures    {figures}")
+    say(f"dashboard  {run.tracker.open_command()}")
+
+
+def _floors(run: MadRun) -> dict[str, dict[str, float]]:
+    """By family, what the metrics say of real samples."""
+    tasks = run.experiment.floors
+    return {family: {k: v[0] for k, v in run.metrics_of(task).items()} for family, task in tasks.items()}
+
+
+def _metric(values: np.ndarray, exact: np.ndarray | None) -> dict[str, Any]:
+    """One metric for machines: ``values`` as seeds × generations, their means and 95 % intervals, the exact law."""
+    mean, low, high = (_plain(each) for each in interval(values))
+    found = {"values": _plain(values), "mean": mean, "low": low, "high": high}
+    return found if exact is None else found | {"oracle": _plain(exact)}
+
+
+def _plain(values: np.ndarray) -> Any:
+    """Nested lists with null in place of what is not a number."""
+    plain = values.astype(object)
+    plain[~np.isfinite(values)] = None
+    return plain.tolist()
+
+
+def _synthetic(manifest: Any) -> int:
+    """Synthetic samples in a training set (in expectation, where it is a draw)."""
+    whole = sum(part.size for part in manifest.parts)
+    synthetic = sum(part.size for part in manifest.parts if part.role == "synthetic")
+    return round(synthetic * manifest.size / whole)
+
+
+def _mean_histograms(run: MadRun, name: str) -> list[list[float]]:
+    """Class shares (generations, classes), the mean over seeds."""
+    held = run.histograms[name]
+    generations = range(1, run.config.generations + 1)
+    return [np.mean([held[seed, number] for seed in run.config.seed_list], axis=0).tolist() for number in generations]
+
+
+def _extractor_hash(run: MadRun) -> str | None:
+    tasks = {source.extractor.key for source in run.experiment.sources.values() if source.extractor}
+    hashes = [json.loads(run.store.load(key)["about.json"])["sha256"] for key in tasks]
+    return hashes[0] if hashes else None
+
+
+def _seconds_by_generation(run: MadRun) -> dict[str, list[float]]:
+    """CPU seconds (generations,) of each kind of task, the mean over the tasks that were done."""
+    spent: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for each in run.generations:
+        for task in (each.fit, each.drawn, each.evaluation, each.measure):
+            if task is not None and task.key in run.store:
+                spent[task.kind][each.number][task.key] = run.store.about(task.key).get("cpu_seconds", 0.0)
+    numbers = range(1, run.config.generations + 1)
+    return {kind: [round(float(np.mean([*by[n].values()] or [0])), 3) for n in numbers] for kind, by in spent.items()}

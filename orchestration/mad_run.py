@@ -1,0 +1,218 @@
+"""A MAD run: its store of tasks, the values that come in, and their way to the terminal and to MLflow.
+
+The store is the truth. A rerun reads what is there, in whatever order it was made; MLflow drops points it knows, so
+each is there once.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from actors.tasks import TaskRunner
+from orchestration.display import Display, Row
+from orchestration.mad_config import MadConfig
+from orchestration.mad_preflight import Experiment, contents
+from orchestration.run import Ending, Run, new_directory, new_manifest, read_manifest
+from orchestration.tracking import Tracker
+from pipelines.mad_graph import Generation
+from pipelines.mad_tasks import read_samples
+from pipelines.tasks import Task, TaskStore
+from policies.verdicts import interval
+
+MOST_SEED_RUNS = 20  # beyond this many seeds, MLflow gets the arms' means and summary.json the rest
+_ROWS = (
+    Row("fid", "FID", "FID {}", colour="red"),
+    Row("frechet", "Fréchet distance", "distance {}", colour="red"),
+    Row("w2_squared", "W₂²", "W2² {}", colour="red"),
+    Row("total_variation", "total variation", "total variation {}", colour="red"),
+    Row("heterozygosity", "heterozygosity", "heterozygosity {}", colour="blue"),
+    Row("precision", "precision", "precision {}", colour="green"),
+    Row("recall", "recall", "recall {}", colour="blue"),
+)
+_GRID_IMAGES, _GRID_COLUMNS = 36, 12
+_FLUSH_SECONDS = 2.0
+_PACKAGES = ("ray", "torch", "diffusers", "datasets", "scikit-learn", "torchmetrics", "mlflow", "numpy")
+
+Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where there is nothing yet
+
+
+class MadRun(Run):
+    """One MAD experiment, new or continued. ``values`` holds every metric, by arm."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: MadConfig,
+        manifest: dict[str, Any],
+        experiment: Experiment,
+        generations: Sequence[Generation],
+    ) -> None:
+        display = Display(f"{config.name} · {directory}", len(generations), rows=_ROWS, unit="generation")
+        super().__init__(directory, manifest, config.tracking, display)
+        self.config = config
+        self.experiment = experiment
+        self.generations = generations
+        self.store = TaskStore(directory / "tasks")
+        self.values: dict[str, Values] = {name: {} for name in config.resolved_arms}
+        self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)
+        self._row = {seed: index for index, seed in enumerate(config.seed_list)}
+        self._waiting: dict[str, list[Generation]] = defaultdict(list)  # by the key of the task they wait for
+        for generation in generations:
+            self._waiting[generation.fit.key].append(generation)
+            self._waiting[generation.measure.key].append(generation)
+        self._measured: dict[tuple[str, int], int] = defaultdict(int)  # seeds by (arm, generation)
+        self._unsent: dict[str, list[tuple[int, Mapping[str, float], int]]] = defaultdict(list)  # by tracker
+        self._flushed_at = time.monotonic()
+        self._done = 0
+        self._wall_before = manifest.get("wall_seconds", 0.0)
+
+    @classmethod
+    def open(cls, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> Self:
+        """A new run, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
+        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}")
+        held = read_manifest(directory) if (directory / "manifest.json").exists() else {}
+        manifest = new_manifest("mad", config.name, config.model_dump(mode="json"), _PACKAGES)
+        kept = {
+            key: held[key] for key in ("created", "mlflow_run_id", "mlflow_children", "wall_seconds") if key in held
+        }
+        progress = {"total_steps": len(generations), "committed_step": 0}
+        images = next((source for source in experiment.sources.values() if source.data), None)
+        if images and images.data:
+            found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
+            manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
+        run = cls(directory, config, manifest | kept | progress, experiment, generations)
+        for key, files in experiment.real_files.items():
+            if key not in run.store:
+                source = next(source.data for source in experiment.sources.values() if source.data)
+                run.store.commit(source, files, {})
+        return run
+
+    def opened(self) -> None:
+        """Open the runs below this one: an arm each, and below it a seed each if they are few."""
+        config, known = self.config, self.manifest.setdefault("mlflow_children", {})
+        flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
+        commit = self.manifest["git_commit"]
+        tags = {"loop": "mad", "git_commit": commit, "run_directory": str(self.directory)}
+        self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [])
+        self._trackers: dict[str, Tracker] = {}
+        for name, arm in config.resolved_arms.items():
+            parent = self._trackers[name] = self.tracker.child(name, known.get(name))
+            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family, "git_commit": commit}
+            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags, [])
+            for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
+                child = f"{name} · seed {seed}"
+                self._trackers[child] = parent.child(child, known.get(child))
+                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)}, [])
+        known.update({name: tracker.run_id for name, tracker in self._trackers.items()})
+        self._status("RUNNING")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ending: Ending = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        self.manifest["wall_seconds"] = self.wall_seconds()
+        try:
+            self._flush()
+            for tracker in self._trackers.values():
+                tracker.finish(ending)
+        finally:
+            super().__exit__(kind, error, trace)
+
+    def progress(self) -> str:
+        """How many generations are measured."""
+        return f"{self._done} of {len(self.generations)} generations are measured"
+
+    def watch(self, runner: TaskRunner) -> None:
+        """Called while tasks run: show what runs, and send what has come in."""
+        self.display.activity(runner.activity())
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self._flush()
+
+    def record(self, task: Task) -> None:
+        """Take in the result of a task: show it, and note it for MLflow."""
+        about = self.store.about(task.key)
+        for name in ("wall", "cpu"):
+            self.seconds_by_stage[f"{task.kind}/{name}"] += about.get(f"{name}_seconds", 0.0)
+        for generation in self._waiting.get(task.key, []):
+            if task.key == generation.measure.key:
+                self._record_measure(generation, about["finished_at_ms"])
+            else:
+                self._record_training_set(generation)
+
+    def metrics_of(self, task: Task) -> dict[str, list[float]]:
+        """For each metric one value a universe, as a measuring task left them."""
+        metrics: dict[str, list[float]] = json.loads(self.store.load(task.key)["metrics.json"])["metrics"]
+        return metrics
+
+    def _record_measure(self, generation: Generation, timestamp_ms: int) -> None:
+        arm, number = generation.arm, generation.number
+        result = json.loads(self.store.load(generation.measure.key)["metrics.json"])
+        shape = len(self._row), self.config.generations
+        rows = [self._row[seed] for seed in generation.seeds]
+        for metric, values in result["metrics"].items():
+            self.values[arm].setdefault(metric, np.full(shape, np.nan))[rows, number - 1] = values
+        for index, seed in enumerate(generation.seeds):
+            if result["class_histogram"]:
+                self.histograms[arm][seed, number] = result["class_histogram"]
+            if (name := f"{arm} · seed {seed}") in self._trackers:
+                mine = {metric: values[index] for metric, values in result["metrics"].items()}
+                self._unsent[name].append((number, _finite(mine), timestamp_ms))
+                self._send_grid(self._trackers[name], generation)
+        self._measured[arm, number] += len(generation.seeds)
+        if self._measured[arm, number] == len(self._row):
+            self._unsent[arm].append((number, self._means(arm, number), timestamp_ms))
+        self._done += 1
+        self.manifest["committed_step"] = self._done
+        shown = {metric: float(np.mean(values)) for metric, values in result["metrics"].items()}
+        first, last = generation.seeds[0], generation.seeds[-1]
+        seeds = f"seed {first}" if first == last else f"seeds {first}–{last}"
+        self.display.step(self._done, shown, note=f"{arm}, {seeds}, G{number}")
+
+    def _record_training_set(self, generation: Generation) -> None:
+        """Tell MLflow what a generation was trained on."""
+        names = [f"{generation.arm} · seed {seed}" for seed in generation.seeds]
+        for name in (
+            names
+            if names[0] in self._trackers
+            else [generation.arm] * (generation.seeds[0] == self.config.seed_list[0])
+        ):
+            profile = {"training set": contents(generation.manifest), "samples": generation.manifest.size}
+            place = str(self.store.path(generation.fit.key))
+            self._trackers[name].dataset(f"generation {generation.number:03d}", generation.fit.key, place, profile)
+
+    def _send_grid(self, tracker: Tracker, generation: Generation) -> None:
+        """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider."""
+        if generation.evaluation is None:
+            return
+        from pipelines.figures import image_grid
+
+        images = read_samples(self.store.load(generation.evaluation.key)).values[0][:_GRID_IMAGES]
+        rgb = np.broadcast_to(images, (*images.shape[:3], 3))
+        tracker.image("samples", image_grid(rgb, _GRID_COLUMNS), generation.number)
+
+    def _means(self, arm: str, number: int) -> dict[str, float]:
+        """An arm's means over its seeds, with their intervals and the exact laws' values."""
+        from orchestration.mad_report import laws
+
+        found: dict[str, float] = {}
+        for metric, values in self.values[arm].items():
+            mean, low, high = interval(values[:, number - 1])
+            found |= {metric: float(mean), f"{metric}/low": float(low), f"{metric}/high": float(high)}
+        exact = laws(self.config.resolved_arms[arm], self.config.generations)
+        return _finite(found | {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()})
+
+    def _flush(self) -> None:
+        for name, steps in self._unsent.items():
+            self._trackers[name].many_metrics(steps)
+        self._unsent.clear()
+        self._flushed_at = time.monotonic()
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if np.isfinite(value)}

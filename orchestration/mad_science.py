@@ -1,0 +1,148 @@
+"""What follows from the values of a MAD experiment: exact laws to hold them against, verdicts, effective samples."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from orchestration.mad_config import ArmSettings, MadConfig
+from policies import exact_laws
+from policies.verdicts import forgetting_time, judge, mad_verdict, paired_ratio, rank_correlation
+
+DISTANCES = (
+    "fid",
+    "frechet",
+    "w2_squared",
+    "total_variation",
+)  # what goes MAD if it grows; an arm has one of them, or none
+_DIVERSITY = ("recall", "heterozygosity")
+_ADMISSIBLE_NUMBERS = 40_000  # of the covariances simulated side by side in a bisection
+_LIMIT_SHARE = 4  # the last quarter of the generations is averaged as a loop's limit
+
+Values = Mapping[str, np.ndarray]  # metric → (seeds, generations)
+
+
+def laws(arm: ArmSettings, generations: int) -> exact_laws.Laws:
+    """The exact expectations for an arm: metric → (generations,); empty where no law is known."""
+    n_ini, bias, covariance = arm.initial(), arm.sampling_bias, arm.covariance
+    sizes = [arm.sizes(generation, generations) for generation in range(2, generations + 1)]
+    n_real, n_synthetic = ([size[which] for size in sizes] for which in (0, 1))
+    same = bool(sizes) and len(set(sizes)) == 1
+    if arm.family == "categorical" and arm.rule == "fully_synthetic" and bias == 1 and (same or not sizes):
+        uniform = [1 / arm.categories] * arm.categories
+        return exact_laws.categorical(
+            generations=generations, n_ini=n_ini, n=n_synthetic[0] if sizes else n_ini, probabilities=uniform
+        )
+    if arm.family != "gaussian" or arm.real_weight != 1:
+        return {}
+    common: dict[str, Any] = {"generations": generations, "sampling_bias": bias, "covariance": covariance}
+    if arm.rule == "fully_synthetic" or (arm.rule == "real_only" or not sizes):
+        once = {"generations": 1} if arm.rule == "real_only" or not sizes else {}
+        found = exact_laws.fully_synthetic(
+            **common | once, n_ini=n_ini, n_synthetic=n_synthetic[0] if same else n_ini, dimension=arm.dimension
+        )
+        return {metric: np.repeat(values, generations) if once else values for metric, values in found.items()}
+    if arm.rule == "fresh":
+        return exact_laws.fresh(**common, n_ini=n_ini, n_real=n_real, n_synthetic=n_synthetic)
+    real_once = same and n_real[0] == n_ini and arm.supply == "fixed"
+    if arm.rule == "augmentation" and arm.synthetic_from == "previous" and real_once:
+        return exact_laws.augmentation(**common, n_real=n_ini, n_synthetic=n_synthetic[0])
+    if (arm.rule == "accumulate" or arm.rule == "augmentation") and real_once:
+        return exact_laws.accumulate(**common, n_ini=n_ini, n_synthetic=n_synthetic[0])
+    if arm.rule == "accumulate_subsample" and real_once and n_synthetic[0] == n_ini == (arm.n_total or n_ini):
+        return exact_laws.accumulate_subsample(**common, n=n_ini)
+    return {}
+
+
+def verdict(values: Values) -> dict[str, Any] | None:
+    """Does the arm go MAD? Its distance, its quality and its diversity are judged apart. One generation has none."""
+    distance = next(metric for metric in DISTANCES if metric in values)
+    diversity = next((metric for metric in _DIVERSITY if metric in values), None)
+    seeds, generations = values[distance].shape
+    if generations < 2:
+        return None
+    return mad_verdict(
+        judge(values[distance], "lower"),
+        judge(values["precision"], "higher") if "precision" in values else None,
+        judge(values[diversity], "higher") if diversity else None,
+        seeds,
+    )
+
+
+def limit(distances: np.ndarray) -> np.ndarray:
+    """The level (seeds,) that a loop has come to: the mean of the last quarter of its generations."""
+    return distances[:, -max(1, distances.shape[1] // _LIMIT_SHARE) :].mean(axis=1)
+
+
+def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> dict[str, Any]:
+    """n_e and n_e/n_r of a fresh Gaussian arm, and the largest admissible n_s where it is asked for."""
+    from policies.effective_samples import effective_sample_size, largest_admissible
+
+    n_real, _ = arm.sizes(config.generations, config.generations)
+    reached = limit(values["w2_squared"])
+    found = effective_sample_size(reached, arm.dimension)
+    result: dict[str, Any] = {
+        "limit": float(reached.mean()),
+        "limit_standard_error": float(reached.std(ddof=1) / math.sqrt(len(reached))) if len(reached) > 1 else None,
+        "n_e": found._asdict(),
+        "n_e_over_n_r": {name: value / n_real for name, value in found._asdict().items()},
+        "admissible": found.value >= n_real,
+    }
+    if config.derive.largest_admissible:
+        universes = max(32, _ADMISSIBLE_NUMBERS // arm.dimension**2)
+        found_most = largest_admissible(n_real, arm.sampling_bias, arm.dimension, universes, seed=0)
+        result["largest_admissible"] = found_most._asdict()
+    return result
+
+
+def comparisons(config: MadConfig, values: Mapping[str, Values]) -> dict[str, Any]:
+    """What arms say together: how n_ini is forgotten, and how the final distance falls with fresh data."""
+    arms = config.resolved_arms
+    found: dict[str, Any] = {}
+    for metric in DISTANCES:
+        for small, a in arms.items():
+            for large, b in arms.items():
+                if metric in values[small] and metric in values[large] and _differ_in_n_ini(a, b):
+                    pair = values[small][metric], values[large][metric]
+                    ratio = paired_ratio(limit(pair[0]), limit(pair[1]))
+                    found.setdefault("n_ini", []).append(
+                        {
+                            "arms": [small, large],
+                            "metric": metric,
+                            "forgetting_time": forgetting_time(*pair),
+                            "final_ratio": dict(zip(("mean", "low", "high"), ratio, strict=True)),
+                        }
+                    )
+        series = fresh_series(config, values, metric)
+        if series is not None:
+            correlation = rank_correlation(*series)
+            found["fresh_fraction"] = {
+                "metric": metric,
+                "fractions": series[0].tolist(),
+                "final": series[1].tolist(),
+                "rank_correlation": dict(zip(("rho", "low", "high"), correlation, strict=True)),
+            }
+    return found
+
+
+def fresh_series(config: MadConfig, values: Mapping[str, Values], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Fresh fractions (k,) and final distances (seeds, k) of arms of one size that differ in their fraction only."""
+    fractions: dict[float, np.ndarray] = {}
+    for name, arm in config.resolved_arms.items():
+        if metric not in values[name] or arm.rule not in ("fresh", "fully_synthetic") or arm.sampling_bias != 1:
+            continue
+        sizes = {arm.sizes(generation, config.generations) for generation in range(2, config.generations + 1)}
+        if len(sizes) == 1:
+            (n_real, n_synthetic) = sizes.pop()
+            if n_real + n_synthetic == arm.initial():
+                fractions[n_real / (n_real + n_synthetic)] = values[name][metric][:, -1]
+    if len(fractions) < 3:
+        return None
+    ordered = sorted(fractions)
+    return np.array(ordered), np.stack([fractions[fraction] for fraction in ordered], axis=1)
+
+
+def _differ_in_n_ini(a: ArmSettings, b: ArmSettings) -> bool:
+    """Whether two loops are the same but for a smaller n_ini of the first."""
+    return a.initial() < b.initial() and a.model_copy(update={"n_ini": None}) == b.model_copy(update={"n_ini": None})

@@ -1,0 +1,85 @@
+"""Files that appear whole or not at all.
+
+A directory is written aside, flushed to the disk and renamed. Its ``manifest.json`` holds the SHA-256 of every file, so
+a truncated or altered one is detected when it is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+Files = dict[str, bytes]  # relative path → content
+
+
+class DamagedFiles(RuntimeError):  # noqa: N818
+    """A committed directory whose files do not match its manifest."""
+
+
+def commit_directory(target: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
+    """Put ``files`` at ``target``, in place of what was there; ``about`` is kept in the manifest."""
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    manifest = json.dumps({**about, "sha256": hashes}, indent=1).encode()
+    folders = {aside} | {(aside / name).parent for name in files}
+    for folder in sorted(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, MANIFEST: manifest}.items():
+        write_durably(aside / name, content)
+    for folder in folders:
+        _flush_directory(folder)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    _flush_directory(target.parent)
+
+
+def read_directory(directory: Path) -> tuple[Files, dict[str, Any]]:
+    """The files of a commit and its manifest. Raises DamagedFiles."""
+    manifest = read_manifest(directory)
+    try:
+        contents = {name: (directory / name).read_bytes() for name in manifest["sha256"]}
+    except OSError as error:
+        raise DamagedFiles(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
+            raise DamagedFiles(f"{directory / name} does not match its manifest: it was truncated or altered")
+    return contents, manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a commit. Raises DamagedFiles."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedFiles(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+        raise DamagedFiles(f"{directory} cannot be read: its {MANIFEST} is not one of a commit")
+    return manifest
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    write_durably(aside, (json.dumps(content, indent=2) + "\n").encode())
+    os.replace(aside, path)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

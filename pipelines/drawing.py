@@ -1,0 +1,122 @@
+"""Drawing what the next generations may be trained on: plainly, curated by a reward, or verified by a classifier."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.families import Generator, Samples
+from pipelines.rewards import import_function
+from policies.selection import curate, verify
+from policies.streams import derive_seed
+
+if TYPE_CHECKING:
+    from pipelines.features import Extractor
+
+BUILT_IN = ("confidence", "first_coordinate")
+Selection = Mapping[str, Any]  # rule, candidates, and reward or acceptance
+
+
+def draw(
+    model: Generator,
+    count: int,
+    seeds: Sequence[int],
+    generation: int,
+    bias: float,
+    selection: Selection | None = None,
+    extractor: "Extractor | None" = None,
+) -> Samples:
+    """``count`` samples a universe of the model of ``generation``: a function of these arguments and nothing else.
+
+    Raises ValueError if a reward fails or the verifier accepts too few.
+    """
+    if selection is None:
+        return model.sample(count, _streams(seeds, generation), bias)
+    if selection["rule"] == "curated":
+        return _curated(model, count, seeds, generation, bias, selection, extractor)
+    return _verified(model, count, seeds, generation, bias, selection, extractor)
+
+
+def _curated(
+    model: Generator,
+    count: int,
+    seeds: Sequence[int],
+    generation: int,
+    bias: float,
+    selection: Selection,
+    extractor: "Extractor | None",
+) -> Samples:
+    """Draw K candidates for each sample and keep one by its reward."""
+    candidates = selection["candidates"]
+    drawn = model.sample(count * candidates, _streams(seeds, generation), bias)
+    kept = []
+    for universe, seed in enumerate(seeds):
+        labels = None if drawn.labels is None else drawn.labels[universe]
+        scores = _scores(selection["reward"], drawn.values[universe], labels, extractor)
+        stream = np.random.default_rng(derive_seed(seed, "curation", generation))
+        # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for different labels.
+        choice = curate(scores.reshape(candidates, count).T, stream)
+        kept.append(choice * count + np.arange(count))
+    return _take(drawn, np.stack(kept))
+
+
+def _verified(
+    model: Generator,
+    count: int,
+    seeds: Sequence[int],
+    generation: int,
+    bias: float,
+    selection: Selection,
+    extractor: "Extractor | None",
+) -> Samples:
+    """Draw until the classifier has accepted enough, at most ``candidates`` times as many."""
+    if extractor is None:
+        raise ValueError("rule verified needs images: its verifier is the classifier of real images")
+    accepted: list[Samples] = []
+    found = 0
+    for attempt in range(selection["candidates"]):
+        drawn = model.sample(count, _streams(seeds, generation, attempt), bias)
+        labels = None if drawn.labels is None else drawn.labels[0]
+        good = verify(extractor.probabilities(drawn.values[0]), labels, selection["acceptance"])
+        accepted.append(_take(drawn, np.flatnonzero(good)[None]))
+        found += int(good.sum())
+        if found >= count:
+            return _take(_joined(accepted), np.arange(count)[None])
+    raise ValueError(
+        f"the verifier accepted {found} of {count * selection['candidates']} samples and {count} are needed: "
+        "raise candidates or lower acceptance"
+    )
+
+
+def _streams(seeds: Sequence[int], generation: int, attempt: int = 0) -> list[int]:
+    return [derive_seed(seed, "sampling", generation, attempt) for seed in seeds]
+
+
+def _scores(reward: str, values: np.ndarray, labels: np.ndarray | None, extractor: "Extractor | None") -> np.ndarray:
+    """One finite reward a sample, float64 (n,)."""
+    if reward == "first_coordinate":
+        return values.reshape(len(values), -1)[:, 0].astype(np.float64)
+    if reward == "confidence":
+        if extractor is None:
+            raise ValueError("reward confidence needs images: it is the classifier's log-probability of the label")
+        probabilities = extractor.probabilities(values)
+        sure = probabilities.max(axis=1) if labels is None else probabilities[np.arange(len(labels)), labels]
+        return np.log(np.clip(sure, 1e-12, None))
+    scores = np.asarray(import_function(reward, "reward", BUILT_IN)(values, labels), np.float64)
+    if scores.shape != (len(values),) or not np.isfinite(scores).all():
+        raise ValueError(
+            f"reward {reward} must return one finite number a sample, ({len(values)},), not {scores.shape}"
+        )
+    return scores
+
+
+def _take(samples: Samples, rows: np.ndarray) -> Samples:
+    """Of each universe the samples at ``rows`` (universes, n)."""
+    values = np.stack([each[row] for each, row in zip(samples.values, rows, strict=True)])
+    return Samples(values, None if samples.labels is None else np.take_along_axis(samples.labels, rows, axis=1))
+
+
+def _joined(parts: list[Samples]) -> Samples:
+    values = np.concatenate([part.values for part in parts], axis=1)
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Samples(values, np.concatenate(labels, axis=1) if labels else None)

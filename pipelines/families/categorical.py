@@ -1,0 +1,77 @@
+"""The categorical family: fitted by its frequencies. Its loop is the Wright–Fisher model of genetic drift.
+
+A sampling bias λ sharpens: it draws with probabilities ∝ p^(1/λ).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from pipelines.families import Samples
+from pipelines.families.settings import CategoricalSettings
+from policies.streams import derive_seed
+
+
+@dataclass(frozen=True)
+class CategoricalGenerator:
+    """``probabilities`` (universes, categories) float64. Samples are category numbers, values (universes, n)."""
+
+    probabilities: np.ndarray
+
+    @staticmethod
+    def truth(settings: CategoricalSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+        """``count`` real samples a universe, from the ``start``-th on, uniform over the categories."""
+        streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
+        return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in streams]))
+
+    @classmethod
+    def fit(
+        cls,
+        settings: CategoricalSettings,
+        data: Samples,
+        seeds: Sequence[int],
+        start: Self | None = None,
+        device: str = "cpu",
+    ) -> Self:
+        """The (weighted) frequency of each category; ``seeds`` and ``start`` change nothing."""
+        universes, count = data.values.shape
+        weights = np.ones(count) if data.weights is None else data.weights
+        cell = data.values + settings.categories * np.arange(universes)[:, None]
+        totals = np.bincount(
+            cell.ravel(), np.broadcast_to(weights, cell.shape).ravel(), minlength=universes * settings.categories
+        )
+        return cls(totals.reshape(universes, -1) / weights.sum())
+
+    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+        """Draw from p^(1/λ), normalised, by inverting the cumulative distribution."""
+        sharpened = self.probabilities ** (1 / bias)
+        edges = np.cumsum(sharpened, axis=1)
+        uniform = [np.random.default_rng(seed).random(count) for seed in seeds]
+        draws = [np.searchsorted(edge, u * edge[-1], side="right") for edge, u in zip(edges, uniform, strict=True)]
+        return Samples(np.stack(draws))
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Distance to the uniform truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""
+        p = self.probabilities
+        return {
+            "total_variation": np.abs(p - 1 / p.shape[1]).sum(axis=1) / 2,
+            "heterozygosity": 1 - np.sum(p**2, axis=1),
+            "entropy": -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1),
+            "categories_left": np.count_nonzero(p, axis=1).astype(np.float64),
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write the probabilities."""
+        from safetensors.numpy import save_file
+
+        save_file({"probabilities": self.probabilities}, directory / "model.safetensors")
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Self:
+        """Read the probabilities."""
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(directory / "model.safetensors"))

@@ -1,0 +1,94 @@
+"""The Gaussian family: closed form, thousands of universes at once, and an exact theory (policies/exact_laws).
+
+The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad et al. 2307.01850, section 3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from pipelines.families import Samples
+from pipelines.families.settings import GaussianSettings
+from policies.effective_samples import wasserstein_squared
+from policies.streams import derive_seed
+
+
+@dataclass(frozen=True)
+class GaussianGenerator:
+    """``mean`` (universes, d) and ``covariance`` (universes, d, d), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @staticmethod
+    def truth(settings: GaussianSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+        """``count`` real samples a universe, from the ``start``-th on, of N(0, I)."""
+        streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
+        return Samples(np.stack([stream.standard_normal((count, settings.dimension)) for stream in streams]))
+
+    @classmethod
+    def fit(
+        cls,
+        settings: GaussianSettings,
+        data: Samples,
+        seeds: Sequence[int],
+        start: Self | None = None,
+        device: str = "cpu",
+    ) -> Self:
+        """Mean and covariance of the data. A closed form has one optimum: ``seeds`` and ``start`` change nothing."""
+        count = data.values.shape[1]
+        weights = np.full(count, 1 / count) if data.weights is None else data.weights / data.weights.sum()
+        mean = np.einsum("n,und->ud", weights, data.values)
+        scaled = (data.values - mean[:, None]) * np.sqrt(weights)[:, None]
+        covariance = np.swapaxes(scaled, 1, 2) @ scaled
+        if settings.covariance == "unbiased":
+            covariance /= 1 - np.sum(weights**2)  # for equal weights: N / (N − 1)
+        return cls(mean, covariance)
+
+    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+        """Draw from N(μ, λΣ)."""
+        noise = np.stack([np.random.default_rng(seed).standard_normal((count, self.mean.shape[1])) for seed in seeds])
+        values = noise @ np.swapaxes(_square_root(bias * self.covariance), 1, 2)
+        return Samples(values + self.mean[:, None])
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Distance to the truth and what the exact laws speak of; each (universes,)."""
+        dimension = self.mean.shape[1]
+        return {
+            "w2_squared": wasserstein_squared(self.mean, self.covariance),
+            "variance": np.trace(self.covariance, axis1=1, axis2=2) / dimension,
+            "mean_square": np.mean(self.mean**2, axis=1),
+            "log_det": np.linalg.slogdet(self.covariance)[1],
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write the moments."""
+        from safetensors.numpy import save_file
+
+        save_file({"mean": self.mean, "covariance": self.covariance}, directory / "model.safetensors")
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Self:
+        """Read the moments."""
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(directory / "model.safetensors"))
+
+
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+    """L with L Lᵀ = Σ, for each universe on its own, so that one singular matrix changes no other universe's draws."""
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return np.stack([_root_of_one(each) for each in covariance])
+
+
+def _root_of_one(covariance: np.ndarray) -> np.ndarray:
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:  # fewer samples than dimensions, or a variance that has vanished
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(np.clip(values, 0, None))

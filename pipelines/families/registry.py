@@ -1,0 +1,60 @@
+"""Families by name, imported when they are used."""
+
+import importlib
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.atomic import Files
+from pipelines.families import Generator
+from policies.settings import Settings
+
+_FAMILIES = {  # module of the generator, generator, module of the settings, settings
+    "gaussian": ("gaussian", "GaussianGenerator", "settings", "GaussianSettings"),
+    "categorical": ("categorical", "CategoricalGenerator", "settings", "CategoricalSettings"),
+    "mixture": ("mixture", "MixtureGenerator", "settings", "MixtureSettings"),
+    "gan": ("gan", "GanGenerator", "gan", "GanSettings"),
+    "diffusion": ("diffusion", "DiffusionGenerator", "diffusion", "DiffusionSettings"),
+}
+# The truth of a closed-form family is a distribution, its fit is arithmetic, and it draws as cheaply as it reads.
+CLOSED_FORM = ("gaussian", "categorical", "mixture")
+CONDITIONAL = ("diffusion",)
+
+
+def generator_class(family: str) -> Any:
+    """The class that implements a family."""
+    module, name, _, _ = _FAMILIES[family]
+    return getattr(importlib.import_module(f"pipelines.families.{module}"), name)
+
+
+def family_settings(family: str, content: Mapping[str, Any]) -> Settings:
+    """A family's settings from plain content."""
+    _, _, module, name = _FAMILIES[family]
+    settings: Settings = getattr(importlib.import_module(f"pipelines.families.{module}"), name)(**content)
+    return settings
+
+
+def packed(save: Callable[[Path], Any]) -> Files:
+    """The files that ``save(directory)`` writes."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        save(directory)
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def unpacked(files: Files, load: Callable[[Path], Any]) -> Any:
+    """What ``load(directory)`` makes of ``files``."""
+    with tempfile.TemporaryDirectory() as name:
+        for path, content in files.items():
+            target = Path(name) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        return load(Path(name))
+
+
+def load_generator(family: str, files: Files, device: str = "cpu") -> Generator:
+    """The fitted generator that ``packed(generator.save)`` holds."""
+    generator: Generator = unpacked(files, lambda directory: generator_class(family).load(directory, device))
+    return generator

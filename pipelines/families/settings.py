@@ -1,0 +1,54 @@
+"""Settings of the closed-form families. Importable without torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from policies.settings import Settings
+
+Covariance = Literal["unbiased", "mle"]
+
+
+class GaussianSettings(Settings):
+    """A Gaussian fitted by its mean and covariance; the truth is N(0, I)."""
+
+    dimension: int = Field(1, ge=1)
+    covariance: Covariance = Field("unbiased", description="divide by N − 1, or by N (maximum likelihood)")
+
+
+class CategoricalSettings(Settings):
+    """A categorical distribution fitted by its frequencies; the truth is uniform."""
+
+    categories: int = Field(10, ge=2)
+
+
+class MixtureSettings(Settings):
+    """A two-dimensional Gaussian mixture fitted by expectation–maximisation; the truth has modes on a square grid."""
+
+    modes: int = Field(25, ge=4, description="of the truth and of the fit; a square number")
+
+
+class GanSettings(Settings):
+    """The two networks and their training."""
+
+    width: int = Field(32, ge=1, description="channels at half resolution; twice as many at a quarter")
+    latent: int = Field(32, ge=1, description="dimensions of z and of w")
+    steps: int = Field(1500, ge=1, description="updates of critic and generator in one fit")
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(2e-3, gt=0, description="falls to 0 along a cosine")
+    gradient_penalty: float = Field(0.5, ge=0, description="γ of R1 and R2; pixels are in [-1, 1]")
+    averaging: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the generator's weights")
+
+
+class DiffusionSettings(Settings):
+    """The network, its training and its sampler."""
+
+    classes: int | None = Field(None, ge=1, description="number of labels; null: the largest label in the data + 1")
+    channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
+    levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
+    training_steps: int = Field(400, ge=1, description="optimiser updates of one fit")
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(8e-3, gt=0, description="the peak of a one-cycle schedule")
+    timesteps: int = Field(200, ge=2, description="noise levels in training")
+    sampling_steps: int = Field(20, ge=1, description="denoising steps of one image")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training, for guidance")

@@ -1,0 +1,154 @@
+"""The tasks of one chain of generations: what each depends on, and so what it is called.
+
+A task names only what its result depends on. That is why generation 1 of two arms, or any prefix on which they agree,
+is one task with one key, and is done once.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.families.registry import CLOSED_FORM
+from pipelines.tasks import Task
+from policies.data_rules import REAL, Manifest
+from policies.mad_settings import LoopSettings
+
+
+@dataclass(frozen=True)
+class RealSource:
+    """Where real samples come from: a distribution, or images with the extractor that was trained on them."""
+
+    samples: int  # that a generation is measured with, and as many real ones
+    pool: int | None = None  # real images that models may be trained on; None: a distribution, endless
+    data: Task | None = None
+    extractor: Task | None = None
+    classes: int = 0
+
+
+def image_source(sha256: str, samples: int, pool: int, classes: int) -> RealSource:
+    """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest."""
+    data = Task("data", {"sha256": sha256, "reference": samples}, label="real data")
+    return RealSource(samples, pool, data, Task("extractor", {"classes": classes}, (data,), "extractor"), classes)
+
+
+class Chain:
+    """Task by task, the generations of one arm in some universes (seeds)."""
+
+    def __init__(
+        self,
+        name: str,
+        loop: LoopSettings,
+        family: str,
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        source: RealSource,
+    ) -> None:
+        self._name = f"{name}, seed {seeds[0]}" + (f"–{seeds[-1]}" if len(seeds) > 1 else "")
+        self._loop = loop
+        self._common = {"family": family, "settings": dict(settings), "seeds": list(seeds)}
+        self._closed_form = family in CLOSED_FORM
+        self._source = source
+        self._selection = _selection(loop)
+
+    def fit(self, manifest: Manifest, drawn: Mapping[int, "Drawn"], start: Task | None) -> Task:
+        """Train the model of a generation on its manifest, going on from ``start`` if there is one."""
+        parameters, inputs = self._training_set(manifest, drawn)
+        inputs += [start] if start else []
+        return self._task("fit", manifest.generation, {**parameters, "fine_tunes": start is not None}, inputs)
+
+    def sample(self, model: Task, generation: int, count: int) -> "Drawn":
+        """Draw what later generations may be trained on; closed forms draw it wherever they need it."""
+        if self._closed_form:
+            return Drawn(model, count)
+        inputs = [model, self._extractor()] if self._selection else [model]
+        parameters = {"selection": self._selection, "role": "training", "count": count}
+        return Drawn(self._draw(model, generation, parameters, inputs), count)
+
+    def evaluation(self, model: Task, generation: int) -> Task | None:
+        """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
+        if self._closed_form:
+            return None
+        return self._draw(model, generation, {"role": "evaluation", "count": self._source.samples}, [model])
+
+    def measure(self, model: Task, evaluation: Task | None, manifest: Manifest, drawn: Mapping[int, "Drawn"]) -> Task:
+        """Measure a generation: its moments, or its samples beside the reference and its training set."""
+        if evaluation is None:
+            parameters: dict[str, Any] = {"samples": self._source.samples, "sampling_bias": self._loop.sampling_bias}
+            return self._task("measure", manifest.generation, self._common | parameters, [model])
+        parameters, training = self._training_set(manifest, drawn)
+        inputs = [evaluation, self._data(), self._extractor(), *training]
+        return self._task("measure", manifest.generation, {**parameters, "classes": self._source.classes}, inputs)
+
+    def _training_set(self, manifest: Manifest, drawn: Mapping[int, "Drawn"]) -> tuple[dict[str, Any], list[Task]]:
+        """Parameters and inputs from which a manifest's samples can be read or drawn."""
+        inputs: list[Task] = []
+        sources: list[dict[str, int] | None] = []
+        parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json(), "sources": sources}
+        for part in manifest.parts:
+            if part.generation == REAL and self._source.data is None:
+                sources.append(None)
+                continue
+            batch = Drawn(self._data(), 0) if part.generation == REAL else drawn[part.generation]
+            if part.generation != REAL and self._closed_form:
+                parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
+            if batch.task not in inputs:
+                inputs.append(batch.task)
+            sources.append({"input": inputs.index(batch.task), "count": batch.count})
+        return parameters, inputs
+
+    def _draw(self, model: Task, generation: int, parameters: dict[str, Any], inputs: Sequence[Task]) -> Task:
+        about = {"generation": generation, "checkpoint": model.key, "sampling_bias": self._loop.sampling_bias}
+        return self._task("sample", generation, self._common | about | parameters, inputs)
+
+    def _task(self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task]) -> Task:
+        return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}")
+
+    def _data(self) -> Task:
+        assert self._source.data is not None
+        return self._source.data
+
+    def _extractor(self) -> Task:
+        assert self._source.extractor is not None
+        return self._source.extractor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """``count`` samples of a generation: a stored set, or the model that draws them again wherever they are needed."""
+
+    task: Task
+    count: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of one arm in some universes: its training set, its tasks, and what it drew for others."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    number: int
+    manifest: Manifest
+    fit: Task
+    drawn: Task | None
+    count: int  # of samples drawn for later generations
+    evaluation: Task | None
+    measure: Task
+
+
+def batch_sizes(manifests: Iterable[Manifest]) -> dict[int, int]:
+    """How many samples each generation has to draw: the most that any later one reads."""
+    sizes: dict[int, int] = {}
+    for manifest in manifests:
+        for part in manifest.parts:
+            if part.generation != REAL:
+                sizes[part.generation] = max(sizes.get(part.generation, 0), part.stop)
+    return sizes
+
+
+def _selection(loop: LoopSettings) -> dict[str, Any] | None:
+    """How samples are selected, with what that depends on and nothing else."""
+    if loop.rule == "curated":
+        return {"rule": "curated", "candidates": loop.candidates, "reward": loop.reward}
+    if loop.rule == "verified":
+        return {"rule": "verified", "candidates": loop.candidates, "acceptance": loop.acceptance}
+    return None

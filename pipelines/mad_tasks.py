@@ -1,0 +1,233 @@
+"""What the tasks of a self-consuming loop do: pure functions from parameters and files to files.
+
+Closed-form families draw samples wherever they are needed: a draw is a function of (model, seed, bias, number) and
+cheaper than storing it. Families that train a network do one universe a task, and their samples are stored.
+"""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.atomic import Files
+from pipelines.drawing import draw
+from pipelines.families import Generator, Samples
+from pipelines.families.registry import (
+    CLOSED_FORM,
+    family_settings,
+    generator_class,
+    load_generator,
+    packed,
+    unpacked,
+)
+from pipelines.real_data import ledger_order
+from policies.data_rules import REAL, Manifest, Part
+from policies.streams import derive_seed
+
+Parameters = Mapping[str, Any]
+
+
+def perform(kind: str, parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Do one task."""
+    return _TASKS[kind](parameters, inputs, device)
+
+
+def real_data_files(images: np.ndarray, labels: np.ndarray | None, pool: np.ndarray, reference: np.ndarray) -> Files:
+    """Real images as the result of a task: the pool that models learn from, and the reference that none ever sees."""
+    arrays = {"pool": images[pool], "pool_rows": pool, "reference": images[reference], "reference_rows": reference}
+    if labels is not None:
+        arrays["pool_labels"] = labels[pool]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return {"real.npz": buffer.getvalue()}
+
+
+def read_real_data(files: Files) -> dict[str, np.ndarray]:
+    """The arrays of :func:`real_data_files`."""
+    with np.load(io.BytesIO(files["real.npz"])) as arrays:
+        return dict(arrays)
+
+
+def read_samples(files: Files) -> Samples:
+    """The stored samples of one universe."""
+    from datasets import Dataset
+
+    rows = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
+    images = np.stack([np.asarray(image, np.uint8) for image in rows["image"]])
+    images = images[..., None] if images.ndim == 3 else images
+    labels = None if rows["label"][0] is None else rows["label"].astype(np.int64)[None]
+    return Samples(images[None], labels)
+
+
+def evaluation_points(family: str, model: Generator, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 2) that the first universe's model draws for its evaluation, and as many real ones."""
+    count, seed = parameters["samples"], parameters["seeds"][0]
+    drawn = model.sample(count, [derive_seed(seed, "evaluation")], parameters["sampling_bias"])
+    return drawn.values[0], _reference_points(family, parameters)
+
+
+def _reference_points(family: str, parameters: Parameters, stream: str = "reference") -> np.ndarray:
+    settings = family_settings(family, parameters["settings"])
+    truth: Samples = generator_class(family).truth(settings, [derive_seed(0, stream)], 0, parameters["samples"])
+    return truth.values[0]
+
+
+def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Train a generation's model on the samples of its manifest."""
+    family, seeds = parameters["family"], parameters["seeds"]
+    start = load_generator(family, inputs[-1], device) if parameters["fine_tunes"] else None
+    data, ids = _training_set(parameters, inputs)
+    streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
+    model = generator_class(family).fit(
+        family_settings(family, parameters["settings"]), data, streams, start=start, device=device
+    )
+    files = packed(model.save)
+    if family not in CLOSED_FORM:
+        files["training_set.json"] = json.dumps(ids).encode()
+    return files
+
+
+def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Draw one universe's samples, for training or for evaluation. Each row says where it comes from."""
+    from datasets import Dataset, Features, Image, Value, disable_progress_bars
+
+    model = load_generator(parameters["family"], inputs[0], device)
+    count, seeds, bias = parameters["count"], parameters["seeds"], parameters["sampling_bias"]
+    if (
+        parameters["role"] == "evaluation"
+    ):  # the same latent seeds at every generation, so that pictures can be compared
+        drawn = model.sample(count, [derive_seed(seed, "evaluation") for seed in seeds], bias)
+    else:
+        extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
+        drawn = draw(model, count, seeds, parameters["generation"], bias, parameters["selection"], extractor)
+    rows = {
+        "image": [image.squeeze(-1) if image.shape[-1] == 1 else image for image in drawn.values[0]],
+        "label": [None] * count if drawn.labels is None else drawn.labels[0].tolist(),
+        "role": [parameters["role"]] * count,
+        "generation": [parameters["generation"]] * count,
+        "seed": [seeds[0]] * count,
+        "checkpoint": [parameters["checkpoint"]] * count,
+        "sampling_bias": [bias] * count,
+    }
+    kinds = {"image": Image(), "label": Value("int64"), "role": Value("string"), "generation": Value("int32")}
+    kinds |= {"seed": Value("int64"), "checkpoint": Value("string"), "sampling_bias": Value("float64")}
+    disable_progress_bars()
+    return packed(Dataset.from_dict(rows, features=Features(kinds)).save_to_disk)
+
+
+def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Train the frozen eye of the image metrics on the pool."""
+    from pipelines.features import train_extractor
+
+    real = read_real_data(inputs[0])
+    extractor = train_extractor(
+        real["pool"], real["pool_labels"], parameters["classes"], derive_seed(0, "extractor"), device
+    )
+    return {**packed(extractor.save), "about.json": json.dumps({"sha256": extractor.sha256}).encode()}
+
+
+def _load_extractor(files: Files, device: str) -> Any:
+    from pipelines.features import load_extractor
+
+    return unpacked(files, lambda directory: load_extractor(directory, device))
+
+
+def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """The metrics of a generation: for each name one value a universe."""
+    family = parameters["family"]
+    if family == "mixture":
+        from pipelines.families.mixture import measure_points
+
+        model: Any = load_generator(family, inputs[0])
+        return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
+    if family in CLOSED_FORM:
+        model = load_generator(family, inputs[0])
+        return _write({name: values.tolist() for name, values in model.measure().items()})
+    from pipelines.distances import class_histogram, measure_images
+
+    drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
+    training, _ = _training_set(parameters, inputs[3:])
+    images, labels = drawn.values[0], None if drawn.labels is None else drawn.labels[0]
+    classes = parameters["classes"]
+    values = measure_images(images, labels, real["reference"], training.values[0], extractor, classes)
+    return _metrics(values, class_histogram(images, extractor, classes))
+
+
+def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """The real-versus-real floor: what the metrics say of real samples in place of generated ones."""
+    if parameters["family"] == "mixture":
+        from pipelines.families.mixture import measure_points, mode_centres
+
+        real, others = (_reference_points("mixture", parameters, stream) for stream in ("floor", "reference"))
+        return _metrics(measure_points(real, others, mode_centres(parameters["settings"]["modes"])))
+    from pipelines.distances import measure_images
+
+    data, extractor = read_real_data(inputs[0]), _load_extractor(inputs[1], device)
+    order = np.random.default_rng(derive_seed(0, "floor")).permutation(len(data["pool"]))
+    apart, rest = np.split(order, [len(data["reference"])])
+    pool, labels, classes = data["pool"], data["pool_labels"], parameters["classes"]
+    return _metrics(measure_images(pool[apart], labels[apart], data["reference"], pool[rest], extractor, classes))
+
+
+_TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
+    "fit": _fit,
+    "sample": _sample,
+    "extractor": _extractor,
+    "measure": _measure,
+    "floor": _floor,
+}
+
+
+def _metrics(values: Mapping[str, float], histogram: Sequence[float] | None = None) -> Files:
+    return _write({name: [value] for name, value in values.items()}, histogram)
+
+
+def _write(metrics: Mapping[str, list[float]], histogram: Sequence[float] | None = None) -> Files:
+    return {"metrics.json": json.dumps({"metrics": metrics, "class_histogram": histogram}).encode()}
+
+
+def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samples, list[dict[str, Any]]]:
+    """The samples that a manifest names, part after part; and their ids in the first universe."""
+    manifest, seeds = Manifest.from_json(parameters["manifest"]), parameters["seeds"]
+    rows = [manifest.rows(seed) for seed in seeds]
+    values, labels, weights, ids = [], [], [], []
+    for index, (part, source) in enumerate(zip(manifest.parts, parameters["sources"], strict=True)):
+        taken = np.stack([each[index] for each in rows])  # (universes, n)
+        held, names, first = _held(parameters, part, source, inputs)
+        values.append(np.stack([each[row] for each, row in zip(held.values, taken - first, strict=True)]))
+        if held.labels is not None:
+            labels.append(np.take_along_axis(held.labels, taken - first, axis=1))
+        weights.append(np.full(taken.shape[1], part.weight))
+        ids.append({"role": part.role, "generation": part.generation, "ids": names[taken[0] - first].tolist()})
+    every = np.concatenate(weights)
+    joined = Samples(
+        np.concatenate(values, axis=1),
+        np.concatenate(labels, axis=1) if labels else None,
+        None if np.all(every == every[0]) else every,
+    )
+    return joined, ids
+
+
+def _held(
+    parameters: Parameters, part: Part, source: Parameters | None, inputs: Sequence[Files]
+) -> tuple[Samples, np.ndarray, int]:
+    """What a part takes from: samples of each universe, their names, and the manifest's number for the first."""
+    family, seeds = parameters["family"], parameters["seeds"]
+    if source is None:  # a distribution, which never runs out
+        settings = family_settings(family, parameters["settings"])
+        drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
+        return drawn, np.arange(part.start, part.stop), part.start
+    files = inputs[source["input"]]
+    if part.generation == REAL:
+        real = read_real_data(files)
+        order = ledger_order(len(real["pool"]), seeds[0])
+        labels = real["pool_labels"][order][None] if "pool_labels" in real else None
+        return Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0
+    if family in CLOSED_FORM:
+        model, bias, count = load_generator(family, files), parameters["sampling_bias"], source["count"]
+        held = draw(model, count, seeds, part.generation, bias, parameters["selection"])
+    else:
+        held = read_samples(files)
+    return held, np.arange(held.values.shape[1]), 0

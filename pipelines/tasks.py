@@ -1,0 +1,84 @@
+"""Content-addressed tasks: work named by the hash of all it depends on, done once and stored once.
+
+Resume, shared prefixes of arms, and parallel arms × seeds follow from the name alone and need no code of their own.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.atomic import DamagedFiles, Files, commit_directory, read_directory, read_manifest
+
+SCHEMA = 1  # part of every key: raised when a task comes to mean something else
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Work of one kind on the results of other tasks. ``label`` is for people and not part of the key."""
+
+    kind: str
+    parameters: Mapping[str, Any]
+    inputs: tuple["Task", ...] = ()
+    label: str = ""
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = [SCHEMA, self.kind, self.parameters, [task.key for task in self.inputs]]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:32])
+
+
+def in_order(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Every task and all it depends on, each key once and after its inputs."""
+    seen: set[str] = set()
+    stack = list(tasks)[::-1]
+    while stack:
+        task = stack[-1]
+        waiting = [each for each in task.inputs if each.key not in seen]
+        if task.key in seen or not waiting:
+            stack.pop()
+            if task.key not in seen:
+                seen.add(task.key)
+                yield task
+        else:
+            stack += waiting[::-1]
+
+
+class TaskStore:
+    """Results by key, each committed whole: ``directory/<key>/``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, key: str) -> bool:
+        return (self.directory / key / "manifest.json").exists()
+
+    def path(self, key: str) -> Path:
+        """Where a result is."""
+        return self.directory / key
+
+    def commit(self, task: Task, files: Files, about: Mapping[str, Any]) -> None:
+        """Store a result, with what made it."""
+        made_by = {"kind": task.kind, "parameters": task.parameters, "inputs": [each.key for each in task.inputs]}
+        commit_directory(self.path(task.key), files, {**made_by, **about})
+
+    def load(self, key: str) -> Files:
+        """The files of a result. Raises DamagedFiles."""
+        return read_directory(self.path(key))[0]
+
+    def about(self, key: str) -> dict[str, Any]:
+        """What made a result, when and in how many seconds. Raises DamagedFiles."""
+        return read_manifest(self.path(key))
+
+    def drop_damaged(self, key: str) -> bool:
+        """Forget a result whose files do not match their hashes; it will be made again. Returns whether it was."""
+        try:
+            self.load(key)
+        except DamagedFiles:
+            (self.path(key) / "manifest.json").unlink(missing_ok=True)
+            return True
+        return False
