@@ -41,9 +41,10 @@ class TaskRunner:
         Raises ActorFailure naming the task that failed, TimeoutError if none finishes for ``timeout`` seconds.
         """
         order = list(in_order(tasks))
+        to_do = self._store.to_do(order)
         self._consumers = Counter(each.key for task in order for each in task.inputs)
         for task in order:
-            if task.key in self._store and not self._store.drop_damaged(task.key):
+            if task.key not in to_do:
                 self._release(task)
                 yield task
                 continue
@@ -53,7 +54,6 @@ class TaskRunner:
             about, files = self._remote.remote(self._work, task.kind, dict(task.parameters), self._device, *inputs)
             self._references[task.key] = files
             self._pending[about] = task
-            self._release(task)
         while self._pending:
             yield from self._finished(meanwhile)
 
@@ -73,11 +73,16 @@ class TaskRunner:
         return self._references[task.key]
 
     def _release(self, task: Task) -> None:
-        """Let go of inputs that nobody else will ask for; Ray keeps what submitted tasks need."""
+        """Note that a task needs its inputs no longer, and let go of what nobody else will ask for."""
         for each in task.inputs:
             self._consumers[each.key] -= 1
-            if not self._consumers[each.key] and each.key in self._store:
-                self._references.pop(each.key, None)
+            self._let_go(each)
+
+    def _let_go(self, task: Task) -> None:
+        if not self._consumers[task.key] and task.key in self._store:
+            self._references.pop(task.key, None)
+            if not task.kept and not self._store.about(task.key).get("forgotten"):
+                self._store.forget(task.key)
 
     def _finished(self, meanwhile: Callable[[], None]) -> Iterator[Task]:
         """Wait for some tasks, and commit them."""
@@ -97,9 +102,9 @@ class TaskRunner:
             about = _result(reference, task)
             files = _result(self._references[task.key], task)
             self._store.commit(task, files, about | {"finished_at_ms": int(time.time() * 1000)})
-            if not self._consumers[task.key]:
-                del self._references[task.key]
             yield task
+            self._release(task)
+            self._let_go(task)
 
 
 def _perform(

@@ -60,7 +60,7 @@ def chain(
     model = None
     for manifest in manifests:
         number = manifest.generation
-        model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None)
+        model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None, kept=number == generations)
         evaluation = tasks.evaluation(model, number)
         measure = tasks.measure(model, evaluation, manifest, drawn)
         if counts.get(number):

@@ -87,10 +87,8 @@ class MadRun(Run):
             found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
             manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
         run = cls(directory, config, manifest | kept | progress, experiment, generations)
-        for key, files in experiment.real_files.items():
-            if key not in run.store:
-                source = next(source.data for source in experiment.sources.values() if source.data)
-                run.store.commit(source, files, {})
+        if images and images.data and run.store.to_do([images.data]):
+            run.store.commit(images.data, experiment.real_files[images.data.key], {})
         return run
 
     def opened(self) -> None:

@@ -50,11 +50,16 @@ class Chain:
         self._source = source
         self._selection = _selection(loop)
 
-    def fit(self, manifest: Manifest, drawn: Mapping[int, "Drawn"], start: Task | None) -> Task:
-        """Train the model of a generation on its manifest, going on from ``start`` if there is one."""
+    def fit(self, manifest: Manifest, drawn: Mapping[int, "Drawn"], start: Task | None, kept: bool) -> Task:
+        """Train the model of a generation on its manifest, going on from ``start`` if there is one.
+
+        Moments of many universes are large and quick to make again, so they stay on the disk only if ``kept``.
+        """
         parameters, inputs = self._training_set(manifest, drawn)
         inputs += [start] if start else []
-        return self._task("fit", manifest.generation, {**parameters, "fine_tunes": start is not None}, inputs)
+        kept = kept or self._common["family"] not in ("gaussian", "categorical")
+        parameters["fine_tunes"] = start is not None
+        return self._task("fit", manifest.generation, parameters, inputs, kept)
 
     def sample(self, model: Task, generation: int, count: int) -> "Drawn":
         """Draw what later generations may be trained on; closed forms draw it wherever they need it."""
@@ -100,8 +105,10 @@ class Chain:
         about = {"generation": generation, "checkpoint": model.key, "sampling_bias": self._loop.sampling_bias}
         return self._task("sample", generation, self._common | about | parameters, inputs)
 
-    def _task(self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task]) -> Task:
-        return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}")
+    def _task(
+        self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task], kept: bool = True
+    ) -> Task:
+        return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}", kept)
 
     def _data(self) -> Task:
         assert self._source.data is not None

@@ -5,10 +5,10 @@ Resume, shared prefixes of arms, and parallel arms × seeds follow from the name
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.atomic import DamagedFiles, Files, commit_directory, read_directory, read_manifest
 
@@ -17,12 +17,17 @@ SCHEMA = 1  # part of every key: raised when a task comes to mean something else
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Work of one kind on the results of other tasks. ``label`` is for people and not part of the key."""
+    """Work of one kind on the results of other tasks.
+
+    ``label``, for people, and ``kept``, whether its files stay once every task that reads them is done, are not part of
+    the key.
+    """
 
     kind: str
     parameters: Mapping[str, Any]
     inputs: tuple["Task", ...] = ()
     label: str = ""
+    kept: bool = True
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,11 +79,26 @@ class TaskStore:
         """What made a result, when and in how many seconds. Raises DamagedFiles."""
         return read_manifest(self.path(key))
 
-    def drop_damaged(self, key: str) -> bool:
-        """Forget a result whose files do not match their hashes; it will be made again. Returns whether it was."""
+    def forget(self, key: str) -> None:
+        """Delete a result's files. What made it stays known, so it counts as done until someone needs the files."""
+        about = self.about(key)
+        commit_directory(self.path(key), {}, {**about, "forgotten": True})
+
+    def to_do(self, order: Sequence[Task]) -> set[str]:
+        """Keys, of tasks in dependency order, that have to be done: what is not stored whole, and what was forgotten
+        but is read by one that has to be done."""
+        missing: set[str] = set()
+        read: set[str] = set()
+        for task in reversed(order):
+            state = self._state(task.key)
+            if state == "missing" or (state == "forgotten" and task.key in read):
+                missing.add(task.key)
+                read.update(each.key for each in task.inputs)
+        return missing
+
+    def _state(self, key: str) -> Literal["stored", "forgotten", "missing"]:
         try:
-            self.load(key)
+            self.load(key)  # damaged files are missing files: they are made again
+            return "forgotten" if self.about(key).get("forgotten") else "stored"
         except DamagedFiles:
-            (self.path(key) / "manifest.json").unlink(missing_ok=True)
-            return True
-        return False
+            return "missing"

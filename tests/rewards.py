@@ -15,3 +15,13 @@ def redness(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] 
 def not_a_number(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
     """A reward that failed without saying so."""
     return np.full(len(images), np.nan)
+
+
+def minus_square(values: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """Prefers samples near 0 (MAD's curated rule)."""
+    return -3 * values[:, 0] ** 2
+
+
+def one_number(values: np.ndarray, labels: np.ndarray | None) -> float:
+    """Not one number a sample."""
+    return 1.0

@@ -55,13 +55,15 @@ class GaussianGenerator:
         return Samples(values + self.mean[:, None])
 
     def measure(self) -> dict[str, np.ndarray]:
-        """Distance to the truth and what the exact laws speak of; each (universes,)."""
+        """Distance to the truth and what the exact laws speak of; each (universes,). A singular Σ has no log det."""
         dimension = self.mean.shape[1]
+        eigenvalues = np.linalg.eigvalsh(self.covariance)
+        singular = eigenvalues[:, 0] <= dimension * np.finfo(np.float64).eps * eigenvalues[:, -1]
         return {
             "w2_squared": wasserstein_squared(self.mean, self.covariance),
             "variance": np.trace(self.covariance, axis1=1, axis2=2) / dimension,
             "mean_square": np.mean(self.mean**2, axis=1),
-            "log_det": np.linalg.slogdet(self.covariance)[1],
+            "log_det": np.where(singular, np.nan, np.log(np.where(eigenvalues > 0, eigenvalues, 1)).sum(axis=1)),
         }
 
     def save(self, directory: Path) -> None:

@@ -1,0 +1,77 @@
+"""How samples for the next generations are drawn: plainly, curated by a reward, verified by a classifier."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.drawing import draw
+from pipelines.families import Samples
+from pipelines.families.gaussian import GaussianGenerator
+from policies.selection import curate, verify
+
+MODEL = GaussianGenerator(np.zeros((2, 1)), np.ones((2, 1, 1)))
+
+
+def drawn(**selection: Any) -> Samples:
+    return draw(MODEL, 4000, [0, 1], generation=3, bias=1.0, selection=selection or None)
+
+
+def test_a_draw_is_a_function_of_seed_and_generation() -> None:
+    again = draw(MODEL, 4000, [0, 1], 3, 1.0)
+    np.testing.assert_array_equal(drawn().values, again.values)
+    assert not np.array_equal(again.values, draw(MODEL, 4000, [0, 1], 4, 1.0).values)
+
+
+def test_curation_keeps_one_of_k_by_the_exponential_of_its_reward() -> None:
+    scores = np.tile(np.log([0.1, 0.2, 0.7]), (60_000, 1))
+    kept = curate(scores, np.random.default_rng(0))
+    np.testing.assert_allclose(np.bincount(kept) / len(kept), [0.1, 0.2, 0.7], atol=0.01)
+
+
+def test_curation_moves_the_samples_towards_the_reward() -> None:
+    plain, few, many = (
+        draw(MODEL, 4000, [0, 1], 3, 1.0, selection)
+        for selection in (None, *({"rule": "curated", "candidates": k, "reward": "first_coordinate"} for k in (2, 64)))
+    )
+    assert abs(plain.values.mean()) < 0.05
+    assert 0.3 < few.values.mean() < 0.6
+    # With many candidates the density is p(x) exp(x), normalised: N(1, 1).
+    assert many.values.mean() == pytest.approx(1, abs=0.06)
+    assert many.values.shape == (2, 4000, 1)
+
+
+def test_a_reward_of_ones_own_is_called_and_checked() -> None:
+    selection = {"rule": "curated", "candidates": 8, "reward": "tests.rewards:minus_square"}
+    assert draw(MODEL, 4000, [0, 1], 3, 1.0, selection).values.std() < 0.9
+    with pytest.raises(ValueError, match="one finite number a sample"):
+        drawn(rule="curated", candidates=2, reward="tests.rewards:one_number")
+
+
+class Classifier:
+    """Sure of the positive half axis."""
+
+    def probabilities(self, values: np.ndarray) -> np.ndarray:
+        sure = 1 / (1 + np.exp(-10 * values[:, 0]))
+        return np.stack([1 - sure, sure], axis=1)
+
+
+def test_verification_keeps_what_the_classifier_accepts() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+    np.testing.assert_array_equal(verify(probabilities, np.array([0, 0, 1]), 0.8), [True, False, True])
+    np.testing.assert_array_equal(verify(probabilities, None, 0.5), [True, True, True])
+
+    class Labelled:
+        def sample(self, count: int, seeds: list[int], bias: float) -> Samples:
+            return Samples(MODEL.sample(count, [seeds[0], 0], bias).values[:1], np.ones((1, count), np.int64))
+
+    labelled: Any = Labelled()
+    classifier: Any = Classifier()
+    selection = {"rule": "verified", "candidates": 8, "acceptance": 0.9}
+    kept = draw(labelled, 500, [0], 2, 1.0, selection, classifier)
+    assert kept.values.shape == (1, 500, 1)
+    assert kept.values.min() > 0.2
+    assert kept.labels is not None
+    assert kept.labels.shape == (1, 500)
+    with pytest.raises(ValueError, match=r"accepted \d+ of 500 samples and 500 are needed: raise candidates"):
+        draw(labelled, 500, [0], 2, 1.0, {**selection, "candidates": 1}, classifier)

@@ -1,0 +1,84 @@
+"""Content-addressed tasks: the same work has the same name, and what was done is not done again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.tasks import Task, TaskStore, in_order
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TaskStore:
+    return TaskStore(tmp_path / "tasks")
+
+
+def chain(length: int, **parameters: Any) -> list[Task]:
+    tasks: list[Task] = []
+    for number in range(length):
+        tasks.append(Task("fit", {"number": number, **parameters}, tuple(tasks[-1:])))
+    return tasks
+
+
+def test_a_key_depends_on_what_the_result_depends_on_and_on_nothing_else() -> None:
+    task = Task("fit", {"a": 1, "b": [1.5, None]}, (Task("data", {}),))
+    assert task.key == Task("fit", {"b": [1.5, None], "a": 1}, (Task("data", {}),), label="x", kept=False).key
+    others = [
+        Task("measure", {"a": 1, "b": [1.5, None]}, (Task("data", {}),)),
+        Task("fit", {"a": 2, "b": [1.5, None]}, (Task("data", {}),)),
+        Task("fit", {"a": 1, "b": [1.5, None]}, ()),
+        Task("fit", {"a": 1, "b": [1.5, None]}, (Task("data", {"changed": True}),)),
+    ]
+    assert len({task.key, *(other.key for other in others)}) == 5
+
+
+def test_order_puts_inputs_first_and_each_key_once() -> None:
+    long = chain(3000)  # deeper than Python's stack
+    twin = chain(3000)
+    ordered = list(in_order([long[-1], twin[-1], long[5]]))
+    assert [task.key for task in ordered] == [task.key for task in long]
+
+
+def test_what_is_stored_is_read_back_with_what_made_it(store: TaskStore) -> None:
+    first, second = chain(2)
+    files = {"model.bin": b"\x00\x01", "folder/state.json": b"{}"}
+    store.commit(second, files, {"cpu_seconds": 1.5})
+    assert second.key in store
+    assert first.key not in store
+    assert store.load(second.key) == files
+    about = store.about(second.key)
+    assert about["kind"] == "fit"
+    assert about["inputs"] == [first.key]
+    assert about["cpu_seconds"] == 1.5
+
+
+@pytest.fixture
+def done(store: TaskStore) -> Iterator[list[Task]]:
+    tasks = chain(4)
+    for task in tasks:
+        store.commit(task, {"model.bin": task.key.encode()}, {})
+    yield tasks
+
+
+def test_only_what_is_missing_is_to_do(store: TaskStore, done: list[Task]) -> None:
+    assert store.to_do(done) == set()
+    longer = chain(6)
+    assert store.to_do(longer) == {task.key for task in longer[4:]}
+
+
+def test_damaged_results_are_made_again(store: TaskStore, done: list[Task]) -> None:
+    (store.path(done[1].key) / "model.bin").write_bytes(b"something else")
+    (store.path(done[2].key) / "manifest.json").write_text("{")
+    assert store.to_do(done) == {done[1].key, done[2].key}
+
+
+def test_forgotten_results_are_made_again_only_for_someone_who_reads_them(store: TaskStore, done: list[Task]) -> None:
+    for task in done[:3]:
+        store.forget(task.key)
+    assert store.load(done[0].key) == {}
+    assert store.to_do(done) == set()
+    longer = chain(5)
+    assert store.to_do(longer) == {longer[4].key}  # it reads the last one, whose files are there
+    store.forget(done[3].key)
+    assert store.to_do(longer) == {task.key for task in longer}
