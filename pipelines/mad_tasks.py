@@ -7,7 +7,7 @@ cheaper than storing it. Families that train a network do one universe a task, a
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,8 @@ def read_samples(files: Files) -> Samples:
     rows = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
     images = np.stack([np.asarray(image, np.uint8) for image in rows["image"]])
     images = images[..., None] if images.ndim == 3 else images
-    labels = None if rows["label"][0] is None else rows["label"].astype(np.int64)[None]
+    unlabelled = rows["label"].dtype.kind != "i"  # a column of nothing is read as numbers that are not
+    labels = None if unlabelled else rows["label"][None]
     return Samples(images[None], labels)
 
 
@@ -190,44 +191,60 @@ def _write(metrics: Mapping[str, list[float]], histogram: Sequence[float] | None
 
 def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samples, list[dict[str, Any]]]:
     """The samples that a manifest names, part after part; and their ids in the first universe."""
-    manifest, seeds = Manifest.from_json(parameters["manifest"]), parameters["seeds"]
-    rows = [manifest.rows(seed) for seed in seeds]
-    values, labels, weights, ids = [], [], [], []
-    for index, (part, source) in enumerate(zip(manifest.parts, parameters["sources"], strict=True)):
-        taken = np.stack([each[index] for each in rows])  # (universes, n)
-        held, names, first = _held(parameters, part, source, inputs)
-        values.append(np.stack([each[row] for each, row in zip(held.values, taken - first, strict=True)]))
-        if held.labels is not None:
-            labels.append(np.take_along_axis(held.labels, taken - first, axis=1))
-        weights.append(np.full(taken.shape[1], part.weight))
-        ids.append({"role": part.role, "generation": part.generation, "ids": names[taken[0] - first].tolist()})
-    every = np.concatenate(weights)
-    joined = Samples(
-        np.concatenate(values, axis=1),
-        np.concatenate(labels, axis=1) if labels else None,
-        None if np.all(every == every[0]) else every,
+    manifest = Manifest.from_json(parameters["manifest"])
+    held = [
+        _held(parameters, part, source, inputs)
+        for part, source in zip(manifest.parts, parameters["sources"], strict=True)
+    ]
+    rows = [  # of each universe, for each part: a subsample takes other numbers of each in every universe
+        [row - each.first for row, each in zip(manifest.rows(seed), held, strict=True)] for seed in parameters["seeds"]
+    ]
+
+    def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack(
+            [
+                np.concatenate([array[u][row] for array, row in zip(arrays, mine, strict=True)])
+                for u, mine in enumerate(rows)
+            ]
+        )
+
+    labels = [each.samples.labels for each in held if each.samples.labels is not None]
+    weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])
+    samples = Samples(
+        joined([each.samples.values for each in held]),
+        joined(labels) if labels else None,
+        None if np.all(weights == weights[0]) else weights,
     )
-    return joined, ids
+    ids = [
+        {"role": part.role, "generation": part.generation, "ids": each.names[row].tolist()}
+        for part, each, row in zip(manifest.parts, held, rows[0], strict=True)
+    ]
+    return samples, ids
 
 
-def _held(
-    parameters: Parameters, part: Part, source: Parameters | None, inputs: Sequence[Files]
-) -> tuple[Samples, np.ndarray, int]:
+class _Held(NamedTuple):
     """What a part takes from: samples of each universe, their names, and the manifest's number for the first."""
+
+    samples: Samples
+    names: np.ndarray
+    first: int
+
+
+def _held(parameters: Parameters, part: Part, source: Parameters | None, inputs: Sequence[Files]) -> _Held:
     family, seeds = parameters["family"], parameters["seeds"]
     if source is None:  # a distribution, which never runs out
         settings = family_settings(family, parameters["settings"])
         drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
-        return drawn, np.arange(part.start, part.stop), part.start
+        return _Held(drawn, np.arange(part.start, part.stop), part.start)
     files = inputs[source["input"]]
     if part.generation == REAL:
         real = read_real_data(files)
         order = ledger_order(len(real["pool"]), seeds[0])
         labels = real["pool_labels"][order][None] if "pool_labels" in real else None
-        return Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0
+        return _Held(Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0)
     if family in CLOSED_FORM:
         model, bias, count = load_generator(family, files), parameters["sampling_bias"], source["count"]
         held = draw(model, count, seeds, part.generation, bias, parameters["selection"])
     else:
         held = read_samples(files)
-    return held, np.arange(held.values.shape[1]), 0
+    return _Held(held, np.arange(held.values.shape[1]), 0)

@@ -89,6 +89,8 @@ class LoopSettings(Settings):
             raise ValueError("rule fresh draws new real data: for the same real set each time use rule=augmentation")
         if self.real_supply not in (None, "fixed") and self.rule in _FIXED_ONLY:
             raise ValueError(f"rule {self.rule} uses one fixed real set: leave real_supply out, or use rule=fresh")
+        if self.rule == "accumulate_subsample" and self.real_weight != 1:
+            raise ValueError("rule accumulate_subsample draws all samples alike: leave real_weight out")
         missing = self._missing()
         if missing:
             raise ValueError(f"rule {self.rule} needs {missing}")

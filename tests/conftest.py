@@ -7,6 +7,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,15 @@ def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BLIP captioner of 16 px."""
     return build_tiny_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
+    import ray
+
+    from orchestration.cluster import connected
+
+    with connected(gpus=0):
+        assert ray.is_initialized()
+        yield

@@ -136,5 +136,5 @@ def test_modes_stand_on_a_square_grid() -> None:
     centres = mode_centres(25)
     assert centres.shape == (25, 2)
     np.testing.assert_allclose(centres.mean(axis=0), 0, atol=1e-12)
-    with pytest.raises(ValueError, match="mixture.modes is 24"):
+    with pytest.raises(ValueError, match=r"mixture\.modes is 24"):
         mode_centres(24)

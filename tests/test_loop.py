@@ -7,10 +7,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,8 @@ import pytest
 from PIL import Image
 
 from orchestration.config import DdpoConfig, load_config
-from pipelines.locations import CHECKOUT
 from tests.models import build_tiny_captioner, build_tiny_pipeline
+from tests.processes import start, wait_until
 
 STEPS = 4
 PROMPTS = ("a red seven", "a blue two", "a green one", "a red two", "a blue seven", "a green two")
@@ -54,18 +51,6 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "actors.learner_threads=1",
         "tracking.system_metrics=false",
     ]
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
-    import ray
-
-    from orchestration.cluster import connected
-
-    with connected(gpus=0):
-        assert ray.is_initialized()
-        yield
 
 
 def configure(overrides: list[str], *more: str) -> DdpoConfig:
@@ -242,27 +227,6 @@ def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: 
     run_ddpo(config)
     assert summary(tmp_path / "run")["steps"] == 2
     assert np.load(tmp_path / "run" / "evaluations" / "step-000002.npz")["images"].shape == (6, 64, 64, 3)
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """``ouroboros`` in a process group of its own, as a shell would start it."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "orchestration.cli", *arguments],
-        stdout=log.open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=environment,
-        cwd=CHECKOUT,
-    )
-
-
-def wait_until(condition: Any, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Path, tmp_path: Path) -> None:

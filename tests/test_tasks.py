@@ -1,6 +1,5 @@
 """Content-addressed tasks: the same work has the same name, and what was done is not done again."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,11 @@ def test_what_is_stored_is_read_back_with_what_made_it(store: TaskStore) -> None
 
 
 @pytest.fixture
-def done(store: TaskStore) -> Iterator[list[Task]]:
+def done(store: TaskStore) -> list[Task]:
     tasks = chain(4)
     for task in tasks:
         store.commit(task, {"model.bin": task.key.encode()}, {})
-    yield tasks
+    return tasks
 
 
 def test_only_what_is_missing_is_to_do(store: TaskStore, done: list[Task]) -> None:

@@ -1,0 +1,262 @@
+"""The self-consuming loop on a real Ray and a real MLflow store, with genuine small generators of real digits."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestration.config import load_config
+from orchestration.mad_config import MadConfig
+from tests.processes import start, wait_until
+
+GENERATIONS, SEEDS, POOL, REFERENCE = 3, 2, 240, 60
+ARMS = {
+    "synthetic": "{rule: fully_synthetic, n_ini: 60}",
+    "biased": "{rule: fully_synthetic, n_ini: 60, sampling_bias: 0.5}",
+    "fresh": "{rule: fresh, n_ini: 60, fresh_fraction: 0.5}",
+    "fine-tuned": "{rule: iterative_retraining, n_ini: 60, n_real: 60, n_synthetic: 20}",
+    "curated": "{rule: curated, n_ini: 60, n_real: 30, n_synthetic: 30, candidates: 2}",
+    "verified": "{rule: verified, n_ini: 60, n_real: 30, n_synthetic: 30, acceptance: 0.05}",
+    "gan": "{family: gan, rule: accumulate, n_ini: 60}",
+}
+
+
+def configure(directory: Path, *more: str, arms: dict[str, str] = ARMS) -> MadConfig:
+    """An experiment of seconds: a few updates of small networks on 300 digits."""
+    settings = [
+        "name=tiny",
+        "family=diffusion",
+        f"generations={GENERATIONS}",
+        f"seeds={SEEDS}",
+        f"output_dir={directory}",
+        f"data.limit={POOL + REFERENCE}",
+        f"data.reference={REFERENCE}",
+        "diffusion.channels=8",
+        "diffusion.training_steps=20",
+        "diffusion.sampling_steps=3",
+        "gan.steps=20",
+        "tracking.system_metrics=false",
+        *(f"arms.{name}={settings}" for name, settings in arms.items()),
+    ]
+    return load_config(MadConfig, None, [*settings, *more])
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def tasks(directory: Path) -> dict[str, dict[str, Any]]:
+    """Every stored task, by key, with what made it."""
+    return {p.parent.name: json.loads(p.read_text()) for p in (directory / "tasks").glob("[0-9a-f]*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an undisturbed experiment."""
+    from orchestration.mad import run_mad
+
+    directory = tmp_path_factory.mktemp("mad") / "run"
+    assert run_mad(configure(directory)) == directory / "summary.json"
+    return directory
+
+
+def test_the_summary_holds_every_metric_as_arms_by_seeds_by_generations(finished: Path) -> None:
+    content = summary(finished)
+    assert list(content["arms"]) == list(ARMS)
+    for name, arm in content["arms"].items():
+        expected = {"fid", "precision", "recall", "density", "coverage", "class_entropy", "memorisation"}
+        assert set(arm["metrics"]) == expected | ({"label_accuracy"} if name != "gan" else set())
+        for metric in arm["metrics"].values():
+            values = np.array(metric["values"], float)
+            assert values.shape == (SEEDS, GENERATIONS)
+            np.testing.assert_allclose(metric["mean"], values.mean(axis=0))
+            half = 12.7062 * values.std(axis=0, ddof=1) / np.sqrt(2)  # Student's t, one degree of freedom
+            np.testing.assert_allclose(np.array(metric["high"], float) - metric["mean"], half, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(np.sum(arm["class_histogram"], axis=1), 1)
+        assert arm["verdict"]["goes_mad"] in ("yes", "no", "undecided")
+        assert any("2 seeds cannot carry a claim" in warning for warning in arm["verdict"]["warnings"])
+    assert content["arms"]["fresh"]["sizes"] == [[60, 0], [30, 30], [30, 30]]
+    assert content["arms"]["gan"]["sizes"] == [[60, 0], [60, 60], [60, 120]]
+    floor = content["floor"]["diffusion"]
+    assert floor["fid"] < min(min(arm["metrics"]["fid"]["mean"]) for arm in content["arms"].values())
+    assert len(content["extractor_sha256"]) == 64
+    assert content["seconds_by_stage"]["fit/cpu"] > 0
+    assert all(len(seconds) == GENERATIONS for seconds in content["seconds_by_generation"].values())
+
+
+def test_what_arms_have_in_common_is_done_once(finished: Path) -> None:
+    fits = [task["parameters"] for task in tasks(finished).values() if task["kind"] == "fit"]
+    first = [fit for fit in fits if fit["manifest"]["generation"] == 1]
+    assert len(first) == 2 * SEEDS  # six diffusion arms share theirs
+    # The biased and the plain arm part at generation 2, as do all others.
+    assert len(fits) == len(first) + len(ARMS) * SEEDS * (GENERATIONS - 1)
+
+
+def test_no_model_ever_sees_the_reference(finished: Path) -> None:
+    from pipelines.mad_tasks import read_real_data
+    from pipelines.tasks import TaskStore
+
+    store, found = TaskStore(finished / "tasks"), tasks(finished)
+    real = read_real_data(store.load(next(key for key, task in found.items() if task["kind"] == "data")))
+    reference = set(real["reference_rows"].tolist())
+    assert len(reference) == REFERENCE
+    seen: dict[int, set[int]] = {}
+    for key, task in found.items():
+        if task["kind"] == "fit":
+            for part in json.loads(store.load(key)["training_set.json"]):
+                if part["generation"] == 0:
+                    seen.setdefault(task["parameters"]["seeds"][0], set()).update(part["ids"])
+    assert set(seen) == set(range(SEEDS))
+    for rows in seen.values():
+        assert not rows & reference
+        assert len(rows) == 60 + 2 * 30  # generation 1, and new ones for the fresh arm's two later generations
+
+
+def test_generated_sets_say_where_they_come_from(finished: Path) -> None:
+    from datasets import load_from_disk
+
+    found = tasks(finished)
+    sets = {key: task for key, task in found.items() if task["kind"] == "sample"}
+    key, task = next((k, t) for k, t in sets.items() if t["parameters"]["sampling_bias"] == 0.5)
+    rows = load_from_disk(str(finished / "tasks" / key))
+    assert set(rows["sampling_bias"]) == {0.5}
+    assert set(rows["checkpoint"]) == {task["inputs"][0]}
+    assert found[task["inputs"][0]]["kind"] == "fit"
+    assert set(rows["generation"]) == {task["parameters"]["generation"]}
+    assert set(rows["seed"]) == {task["parameters"]["seeds"][0]}
+    assert rows[0]["image"].size == (8, 8)
+    evaluations = [t for t in sets.values() if t["parameters"]["role"] == "evaluation"]
+    assert {t["parameters"]["count"] for t in evaluations} == {REFERENCE}
+
+
+def test_fine_tuning_goes_on_and_others_start_over(finished: Path) -> None:
+    found = tasks(finished)
+    for task in found.values():
+        if task["kind"] == "fit":
+            starts = [key for key in task["inputs"] if found[key]["kind"] == "fit"]
+            assert len(starts) == int(task["parameters"]["fine_tunes"])
+
+
+def test_mlflow_holds_arms_and_seeds_below_the_run(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    content = summary(finished)
+    top = client.get_run(content["mlflow_run_id"])
+    assert top.info.status == "FINISHED"
+    assert top.data.tags["loop"] == "mad"
+    assert {"figures", "summary.json"} <= {artifact.path for artifact in client.list_artifacts(top.info.run_id)}
+
+    def below(run: Any) -> list[Any]:
+        query = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        return list(client.search_runs([top.info.experiment_id], query))
+
+    arms = {run.info.run_name: run for run in below(top)}
+    assert set(arms) == set(ARMS)
+    for name, arm in arms.items():
+        assert arm.info.status == "FINISHED"
+        points = client.get_metric_history(arm.info.run_id, "fid")
+        assert {p.step: p.value for p in points} == pytest.approx(
+            dict(enumerate(content["arms"][name]["metrics"]["fid"]["mean"], start=1))
+        )
+        assert arm.data.tags["rule"] == content["arms"][name]["settings"]["rule"]
+        seeds = below(arm)
+        assert {run.data.params["seed"] for run in seeds} == {"0", "1"}
+        for run in seeds:
+            points = client.get_metric_history(run.info.run_id, "recall")
+            values = content["arms"][name]["metrics"]["recall"]["values"][int(run.data.params["seed"])]
+            assert {p.step: p.value for p in points} == dict(enumerate(values, start=1))
+            inputs = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
+            assert sorted(inputs) == [f"generation {number:03d}" for number in (1, 2, 3)]
+            assert "60" in inputs["generation 001"].profile
+            images = [Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "images")]
+            assert len([image for image in images if "compressed" in image]) == GENERATIONS
+
+
+def test_pictures_are_there(finished: Path) -> None:
+    from PIL import Image
+
+    names = {path.name for path in (finished / "figures").iterdir()}
+    assert {"curves.png", "precision_recall.png", "samples_fine_tuned.png", "classes_gan.png"} <= names
+    for path in (finished / "figures").iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) > 100
+
+
+def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
+    finished: Path, ray_session: None, tmp_path: Path
+) -> None:
+    import shutil
+
+    from orchestration.mad import resume_mad, run_mad
+
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    before, told = tasks(directory), summary(directory)
+    resume_mad(directory)
+    assert {key: task["stored"] for key, task in tasks(directory).items()} == {
+        k: t["stored"] for k, t in before.items()
+    }
+    again = summary(directory)
+    assert again["arms"] == told["arms"]
+    assert again["mlflow_run_id"] == told["mlflow_run_id"]
+
+    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3"))
+    after = tasks(directory)
+    assert {key: after[key] for key in before} == before
+    for name, arm in summary(directory)["arms"].items():
+        values = np.array(arm["metrics"]["fid"]["values"])
+        assert values.shape == (3, GENERATIONS + 1)
+        np.testing.assert_array_equal(values[:SEEDS, :GENERATIONS], told["arms"][name]["metrics"]["fid"]["values"])
+
+
+KILLED = [
+    "family=gaussian",
+    "dimension=20",
+    "rule=accumulate_subsample",
+    "n_ini=60",
+    "seeds=300",
+    "generations=20",
+    "tracking.system_metrics=false",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    log = directory / "log.txt"
+    process = start(["mad", *KILLED, f"output_dir={directory / 'run'}"], log)
+    assert process.wait(timeout=240) == 0, log.read_text()
+    return directory / "run"
+
+
+@pytest.mark.parametrize("moment", ["between generations", "inside a generation"])
+def test_a_killed_driver_loses_nothing(moment: str, undisturbed: Path, tmp_path: Path) -> None:
+    directory, log = tmp_path / "killed", tmp_path / "log.txt"
+    process = start(["mad", *KILLED, f"output_dir={directory}"], log)
+
+    def reached() -> bool:
+        if moment == "between generations":
+            return "generation  4/" in log.read_text()
+        stored = tasks(directory).values()  # a model that is not measured yet
+        return [task["kind"] for task in stored].count("fit") > [task["kind"] for task in stored].count("measure") > 2
+
+    wait_until(lambda: reached() or process.poll() is not None, 240, moment)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    before = tasks(directory)
+    assert 0 < len(before) < len(tasks(undisturbed))
+
+    assert start(["mad", *KILLED, f"output_dir={directory}"], log).wait(timeout=240) == 0, log.read_text()
+    after, expected = tasks(directory), tasks(undisturbed)
+    repeated = [key for key, task in before.items() if after[key]["finished_at_ms"] != task["finished_at_ms"]]
+    assert not repeated
+    assert after.keys() == expected.keys()
+    for key, task in expected.items():
+        for same in ("kind", "parameters", "inputs", "sha256"):
+            assert after[key][same] == task[same]
+    assert summary(directory)["arms"] == summary(undisturbed)["arms"]
