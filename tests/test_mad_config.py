@@ -1,0 +1,157 @@
+"""Bad input to a MAD experiment is one clear line before anything is trained; ready-made experiments are valid."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestration import cli
+from orchestration.cluster import Machine
+from orchestration.config import ConfigError, known_keys, load_config
+from orchestration.mad_config import MadConfig
+from orchestration.mad_preflight import contents, preflight_mad
+from pipelines.locations import CHECKOUT
+
+MACHINE = Machine(cpus=2, gpus=0)
+DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        preflight_mad(load_config(MadConfig, None, overrides), MACHINE)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rule=fuly_synthetic", "n_ini=50"], "rule: Input should be 'real_only', 'fully_synthetic'"),
+        (["family=gausian", "n_ini=50"], "family: Input should be 'gaussian'"),
+        (["n_ini=50", "sampling_bias=1.5"], "sampling_bias: Input should be less than or equal to 1"),
+        (["n_ini=50", "sampling_bias=0"], "sampling_bias: Input should be greater than 0"),
+        (["n_ini=50", "fresh_fractoin=0.1"], "unknown key 'fresh_fractoin'; did you mean 'fresh_fraction'?"),
+        (["n_ini=50", "generations=0"], "generations"),
+        (["n_ini=50", "seeds=0"], "a number of seeds from 1 on"),
+        (["n_ini=50", "seeds=[1, 1]"], "a list of different ones"),
+        (["n_ini=1"], "n_ini: Input should be greater than or equal to 2"),
+        ([], "rule fully_synthetic needs n_synthetic or n_ini"),
+        (["rule=fresh", "n_ini=50", "fresh_fraction=0.1", "n_synthetic=40"], "both ways"),
+        (["n_ini=50", "arms.a={rule: fresh}"], "arms.a: rule fresh needs n_real and n_synthetic"),
+        (
+            ["n_ini=50", "arms.a={sampling_bais: 0.5}"],
+            "arms.a: unknown key 'sampling_bais'; did you mean 'sampling_bias'?",
+        ),
+        (["n_ini=50", "arms.a={seeds: 3}"], "arms.a: unknown key 'seeds'"),
+        (["n_ini=50", "arms.a={gan: {stepz: 3}}", "family=gan"], "arms.a: unknown key 'gan.stepz'"),
+        (["family=mixture", "n_ini=50", "modes=24"], "a square grid"),
+        (["family=mixture", "n_ini=20"], "generation 1 has 20 samples for 25 modes"),
+        (["rule=verified", "n_ini=50", "n_real=0", "n_synthetic=50"], "rule verified needs images"),
+        (["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50"], "reward confidence needs images"),
+        (
+            ["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50", "reward=nowhere:f"],
+            "reward 'nowhere:f': module 'nowhere' cannot be imported",
+        ),
+        ([*DIFFUSION, "data.source=/nowhere/at/all"], "/nowhere/at/all"),
+        ([*DIFFUSION, "data.reference=1797"], "1797 of 1797 images leave none to learn from"),
+        ([*DIFFUSION, "data.reference=5"], "data.reference is 5: metrics need 20 real samples or more"),
+        (["family=diffusion", "n_ini=1401"], "1401 more real samples are needed, but 1400 of 1400 are left unseen"),
+        (
+            ["family=diffusion", "rule=fresh", "n_ini=700", "fresh_fraction=0.5", "generations=5"],
+            "generation 4: 350 more real samples are needed, but 0 of 1400 are left unseen",
+        ),
+        ([*DIFFUSION, "data.image_size=9"], "family diffusion needs sides that are multiples of"),
+        ([*DIFFUSION, "workers.cpus_per_task=64"], "workers.cpus_per_task is 64, there are 2 CPUs"),
+        ([*DIFFUSION, "workers.device=cuda"], "no GPU was found"),
+    ],
+)
+def test_impossible_experiments_are_refused(overrides: list[str], expected: str) -> None:
+    assert expected in refused(*overrides)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty grey images without labels."""
+    random = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(random.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / f"{index:02}.png")
+    return tmp_path
+
+
+def test_images_without_labels_are_refused_for_a_conditional_family(folder: Path) -> None:
+    sizes = [f"data.source={folder}", "data.reference=20", "n_ini=10"]
+    assert "has no labels, and family diffusion is class-conditional" in refused("family=diffusion", *sizes)
+    assert "has no labels, and the metrics' extractor is a classifier" in refused("family=gan", *sizes)
+
+
+def test_an_unreadable_image_is_named(folder: Path) -> None:
+    (folder / "07.png").write_bytes(b"not an image")
+    message = refused(*DIFFUSION, f"data.source={folder}", "data.reference=20")
+    assert "07.png" in message
+
+
+def test_a_refusal_leaves_nothing_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    arguments = ["mad", "family=diffusion", "n_ini=2000", f"output_dir={directory}"]
+    monkeypatch.setattr(sys, "argv", ["ouroboros", *arguments])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == cli.BAD_INPUT
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not directory.exists()
+
+
+def test_an_output_directory_keeps_its_experiment(tmp_path: Path) -> None:
+    config = load_config(MadConfig, None, ["n_ini=50", "generations=4", "seeds=3", f"output_dir={tmp_path}"])
+    manifest: dict[str, Any] = {"loop": "mad", "config": config.model_dump(mode="json")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    same = ["n_ini=50", f"output_dir={tmp_path}"]
+    for more in (["generations=4", "seeds=3"], ["generations=9", "seeds=5"]):
+        preflight_mad(load_config(MadConfig, None, [*same, *more]), MACHINE)
+    assert "holds another experiment (different: n_ini" in refused("n_ini=60", f"output_dir={tmp_path}", "seeds=3")
+    assert "fewer generations or seeds" in refused(*same, "generations=3", "seeds=3")
+    assert "another loop" in _with_loop(tmp_path, manifest | {"loop": "ddpo"}, same)
+
+
+def _with_loop(directory: Path, manifest: dict[str, Any], overrides: list[str]) -> str:
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return refused(*overrides)
+
+
+def test_every_key_of_the_guide_can_be_overridden() -> None:
+    overrides = {
+        "family": "gaussian",
+        "rule": "fresh",
+        "n_ini": 30,
+        "n_real": 10,
+        "n_synthetic": 20,
+        "sampling_bias": 0.9,
+        "generations": 5,
+        "seeds": 4,
+        "output_dir": "somewhere",
+        "dimension": 2,
+    }
+    config = load_config(
+        MadConfig, CHECKOUT / "configs/mad/gaussian.yaml", [f"{key}={value}" for key, value in overrides.items()]
+    )
+    assert {key: getattr(config, key) for key in overrides} == overrides
+    fraction = ["rule=fresh", "n_synthetic=null", "fresh_fraction=0.2"]
+    assert load_config(MadConfig, CHECKOUT / "configs/mad/gaussian.yaml", fraction).sizes(2, 20) == (10, 40)
+    assert len(known_keys(MadConfig)) < 60
+
+
+@pytest.mark.parametrize("path", sorted((CHECKOUT / "configs/mad").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_made_experiment_can_run(path: Path) -> None:
+    config = load_config(MadConfig, path)
+    experiment = preflight_mad(config, MACHINE)
+    assert experiment.manifests.keys() == config.resolved_arms.keys()
+    for manifests in experiment.manifests.values():
+        assert len(manifests) == config.generations
+        assert all(contents(manifest) for manifest in manifests)

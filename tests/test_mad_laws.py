@@ -1,0 +1,128 @@
+"""The closed-form families, run through data rules and tasks, obey their exact laws: within 3 standard errors of at
+most 1 % of the value, at three settings of each loop. (That the laws themselves are right is test_exact_laws.py's.)"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestration.mad import chain
+from orchestration.mad_config import ArmSettings
+from orchestration.mad_science import laws
+from pipelines.atomic import Files
+from pipelines.mad_graph import RealSource
+from pipelines.mad_tasks import perform
+from pipelines.tasks import in_order
+
+GENERATIONS, UNIVERSES = 4, 12_000
+
+
+def measured(arm: ArmSettings, generations: int, universes: int) -> dict[str, np.ndarray]:
+    """Each metric (universes, generations) of a chain, its tasks done one after the other."""
+    results: dict[str, Files] = {}
+    found: list[dict[str, list[float]]] = []
+    for generation in chain("arm", arm, range(universes), generations, RealSource(100)):
+        for task in in_order([generation.measure]):
+            if task.key not in results:
+                inputs = [results[each.key] for each in task.inputs]
+                results[task.key] = perform(task.kind, task.parameters, inputs, "cpu")
+        found.append(json.loads(results[generation.measure.key]["metrics.json"])["metrics"])
+    return {metric: np.array([each[metric] for each in found]).T for metric in found[0]}
+
+
+def deviations(
+    arm: ArmSettings, metrics: set[str], against: ArmSettings | None = None, universes: int = UNIVERSES
+) -> dict[str, float]:
+    """How many standard errors ``metrics`` of the last generation are away from their laws."""
+    values = measured(arm, GENERATIONS, universes)
+    found = {}
+    for metric, exact in laws(against or arm, GENERATIONS).items():
+        if metric not in metrics:
+            continue
+        last = values[metric][:, -1]
+        error = last.std(ddof=1) / np.sqrt(universes)
+        assert error <= 0.01 * abs(exact[-1]), f"{metric}: the standard error is {error / abs(exact[-1]):.2%}"
+        found[metric] = (last.mean() - exact[-1]) / error
+    return found
+
+
+GAUSSIAN: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "fully synthetic": ({"rule": "fully_synthetic", "n_ini": 12}, {"variance", "mean_square", "log_det"}),
+    "fully synthetic, biased": (
+        {"rule": "fully_synthetic", "n_ini": 30, "n_synthetic": 15, "sampling_bias": 0.8},
+        {"variance", "mean_square", "log_det"},
+    ),
+    "fully synthetic, mle": (
+        {"rule": "fully_synthetic", "n_ini": 10, "n_synthetic": 20, "covariance": "mle"},
+        {"variance", "mean_square", "log_det"},
+    ),
+    "fresh": ({"rule": "fresh", "n_ini": 10, "n_real": 5, "n_synthetic": 15}, {"variance", "mean_square"}),
+    "fresh, biased": (
+        {"rule": "fresh", "n_ini": 40, "n_real": 10, "n_synthetic": 10, "sampling_bias": 0.6},
+        {"variance", "mean_square"},
+    ),
+    "fresh, schedule": ({"rule": "fresh", "n_ini": 20, "fresh_fraction": (0.5, 0.1, 0.3)}, {"variance", "mean_square"}),
+    "augmentation": ({"rule": "augmentation", "n_real": 10, "n_synthetic": 10}, {"variance", "mean_square"}),
+    "augmentation, biased": (
+        {"rule": "augmentation", "n_real": 20, "n_synthetic": 10, "sampling_bias": 0.7},
+        {"variance", "mean_square"},
+    ),
+    "augmentation, mle": (
+        {"rule": "augmentation", "n_real": 8, "n_synthetic": 24, "covariance": "mle"},
+        {"variance", "mean_square"},
+    ),
+    "accumulate": ({"rule": "accumulate", "n_ini": 10, "covariance": "mle"}, {"variance", "mean_square"}),
+    "accumulate, biased": ({"rule": "accumulate", "n_ini": 15, "sampling_bias": 0.7}, {"variance", "mean_square"}),
+    "accumulate, small batches": (
+        {"rule": "accumulate", "n_ini": 20, "n_synthetic": 5, "covariance": "mle"},
+        {"variance", "mean_square"},
+    ),
+    "subsample": ({"rule": "accumulate_subsample", "n_ini": 10, "covariance": "mle"}, {"variance", "mean_square"}),
+    "subsample, unbiased": ({"rule": "accumulate_subsample", "n_ini": 15}, {"variance", "mean_square"}),
+    "subsample, biased": (
+        {"rule": "accumulate_subsample", "n_ini": 20, "covariance": "mle", "sampling_bias": 0.8},
+        {"variance", "mean_square"},
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", GAUSSIAN)
+def test_gaussian_loops_obey_their_laws(loop: str) -> None:
+    settings, metrics = GAUSSIAN[loop]
+    found = deviations(ArmSettings(family="gaussian", dimension=3, **settings), metrics)
+    assert set(found) == metrics
+    assert max(map(abs, found.values())) < 3, found
+
+
+@pytest.mark.parametrize(("n", "bias"), [(10, 1.0), (20, 0.8), (15, 0.5)])
+def test_the_distance_of_a_line_obeys_its_law(n: int, bias: float) -> None:
+    arm = ArmSettings(family="gaussian", rule="fully_synthetic", n_ini=n, sampling_bias=bias)
+    found = deviations(arm, {"w2_squared"}, universes=40_000)
+    assert abs(found["w2_squared"]) < 3
+
+
+@pytest.mark.parametrize(("n_ini", "n", "categories"), [(20, 20, 4), (50, 10, 10), (8, 30, 3)])
+def test_categorical_loops_obey_drift(n_ini: int, n: int, categories: int) -> None:
+    arm = ArmSettings(family="categorical", categories=categories, n_ini=n_ini, n_synthetic=n)
+    found = deviations(arm, {"heterozygosity"})
+    assert abs(found["heterozygosity"]) < 3
+
+
+@pytest.mark.parametrize(("ran", "law"), [("mle", "unbiased"), ("unbiased", "mle")])
+def test_one_covariance_does_not_pass_for_the_other(ran: Any, law: Any) -> None:
+    arms = [ArmSettings(family="gaussian", dimension=3, n_ini=12, covariance=each) for each in (ran, law)]
+    found = deviations(arms[0], {"variance", "log_det"}, against=arms[1])
+    assert abs(found["variance"]) > 6
+    assert abs(found["log_det"]) > 6
+
+
+def test_loops_without_a_law_have_none() -> None:
+    for settings in (
+        {"rule": "memory", "n_real": 5, "n_synthetic": 9},
+        {"rule": "curated", "n_real": 5, "n_synthetic": 9},
+    ):
+        assert laws(ArmSettings(family="gaussian", **settings), 3) == {}  # type: ignore[arg-type]
+    weighted = ArmSettings(family="gaussian", rule="augmentation", n_real=5, n_synthetic=9, real_weight=2.0)
+    assert laws(weighted, 3) == {}
+    assert laws(ArmSettings(family="categorical", n_ini=5, sampling_bias=0.5), 3) == {}
