@@ -53,7 +53,7 @@ def chain(
     name: str, arm: ArmSettings, seeds: Sequence[int], generations: int, source: RealSource
 ) -> Iterator[Generation]:
     """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
-    tasks = Chain(name, arm, arm.family, arm.family_settings(), seeds, source)
+    tasks = Chain(name, arm, arm.family, arm.family_settings(source.classes), seeds, source)
     manifests = training_sets(arm, generations, source.pool)
     counts = batch_sizes(manifests)
     drawn: dict[int, Drawn] = {}

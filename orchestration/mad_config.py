@@ -8,8 +8,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from actors.settings import WorkerSettings
 from orchestration.config import explain
 from orchestration.tracking import TrackingSettings
-from pipelines.families.settings import Covariance, DiffusionSettings, GanSettings
+from pipelines.families.settings import DiffusionSettings, GanSettings
 from pipelines.real_data import DataSettings
+from policies.exact_laws import Covariance
 from policies.mad_settings import LoopSettings
 from policies.settings import Settings
 
@@ -27,16 +28,17 @@ class ArmSettings(LoopSettings):
     gan: GanSettings = GanSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
 
-    def family_settings(self) -> dict[str, Any]:
-        """The settings of this arm's family, as plain content."""
+    def family_settings(self, classes: int = 0) -> dict[str, Any]:
+        """The settings of this arm's family, as plain content; ``classes`` is how many the real images have."""
         if self.family == "gaussian":
             return {"dimension": self.dimension, "covariance": self.covariance}
         if self.family == "categorical":
             return {"categories": self.categories}
         if self.family == "mixture":
             return {"modes": self.modes}
-        settings: Settings = getattr(self, self.family)
-        return settings.model_dump(mode="json")
+        if self.family == "diffusion":  # a small training set may lack the last class
+            return self.diffusion.model_dump(mode="json") | {"classes": self.diffusion.classes or classes}
+        return self.gan.model_dump(mode="json")
 
 
 class DeriveSettings(Settings):

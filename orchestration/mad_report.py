@@ -31,7 +31,7 @@ def report(run: MadRun) -> Path:
     """Write figures and summary.json, hand both to MLflow, and say what came out. Returns the summary's path."""
     summary = summarise(run)
     path = run.directory / "summary.json"
-    write_json(path, summary)
+    write_json(path, summary, indent=None)  # it has a number a universe and generation
     figures = draw(run)
     run.tracker.artifact(path)
     run.tracker.artifact(figures)

@@ -138,6 +138,9 @@ def render_show(name: str, root: Path) -> RenderableType:
         if value is not None:
             facts.add_row(label, value)
     parts: list[RenderableType] = [Panel(facts, title=Text(run.name), title_align="left", border_style="dim")]
+    arms = run.summary.get("arms")
+    if isinstance(arms, Mapping):
+        parts.append(Panel(_arms(arms), title="generation 1 → last", title_align="left", border_style="dim"))
     stages = run.summary.get("seconds_by_stage")
     for title, values in (
         ("seconds by stage", stages),
@@ -150,6 +153,20 @@ def render_show(name: str, root: Path) -> RenderableType:
                 table.add_row(key, Text(_plain(value)))
             parts.append(Panel(table, title=title, title_align="left", border_style="dim"))
     return Group(*parts)
+
+
+def _arms(arms: Mapping[str, Any]) -> RenderableType:
+    """What became of each arm of a MAD experiment."""
+    shown = ("fid", "frechet", "w2_squared", "total_variation", "heterozygosity", "precision", "recall")
+    present = [metric for metric in shown if any(metric in arm["metrics"] for arm in arms.values())]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("arm", "goes MAD", *present):
+        table.add_column(heading, overflow="fold")
+    for name, arm in arms.items():
+        means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
+        changes = [_change(_number(mean[0]), _number(mean[-1])) if mean else _ABSENT for mean in means]
+        table.add_row(Text(name), (arm["verdict"] or {}).get("goes_mad", _ABSENT), *changes)
+    return table
 
 
 def render_compare(names: Sequence[str], root: Path) -> RenderableType:

@@ -62,10 +62,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON file so that a reader sees the old or the new one, never half of it; large ones without indent."""
     aside = path.with_name(f".{path.name}.partial")
-    write_durably(aside, (json.dumps(content, indent=2) + "\n").encode())
+    write_durably(aside, (json.dumps(content, indent=indent) + "\n").encode())
     os.replace(aside, path)
 
 

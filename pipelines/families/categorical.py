@@ -54,7 +54,7 @@ class CategoricalGenerator:
         return Samples(np.stack(draws))
 
     def measure(self) -> dict[str, np.ndarray]:
-        """Distance to the uniform truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""
+        """Distance to the truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""
         p = self.probabilities
         return {
             "total_variation": np.abs(p - 1 / p.shape[1]).sum(axis=1) / 2,

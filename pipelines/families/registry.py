@@ -8,14 +8,15 @@ from typing import Any
 
 from pipelines.atomic import Files
 from pipelines.families import Generator
+from pipelines.families import settings as families
 from policies.settings import Settings
 
-_FAMILIES = {  # module of the generator, generator, module of the settings, settings
-    "gaussian": ("gaussian", "GaussianGenerator", "settings", "GaussianSettings"),
-    "categorical": ("categorical", "CategoricalGenerator", "settings", "CategoricalSettings"),
-    "mixture": ("mixture", "MixtureGenerator", "settings", "MixtureSettings"),
-    "gan": ("gan", "GanGenerator", "gan", "GanSettings"),
-    "diffusion": ("diffusion", "DiffusionGenerator", "diffusion", "DiffusionSettings"),
+_SETTINGS: dict[str, type[Settings]] = {
+    "gaussian": families.GaussianSettings,
+    "categorical": families.CategoricalSettings,
+    "mixture": families.MixtureSettings,
+    "gan": families.GanSettings,
+    "diffusion": families.DiffusionSettings,
 }
 # The truth of a closed-form family is a distribution, its fit is arithmetic, and it draws as cheaply as it reads.
 CLOSED_FORM = ("gaussian", "categorical", "mixture")
@@ -24,15 +25,12 @@ CONDITIONAL = ("diffusion",)
 
 def generator_class(family: str) -> Any:
     """The class that implements a family."""
-    module, name, _, _ = _FAMILIES[family]
-    return getattr(importlib.import_module(f"pipelines.families.{module}"), name)
+    return getattr(importlib.import_module(f"pipelines.families.{family}"), f"{family.capitalize()}Generator")
 
 
 def family_settings(family: str, content: Mapping[str, Any]) -> Settings:
     """A family's settings from plain content."""
-    _, _, module, name = _FAMILIES[family]
-    settings: Settings = getattr(importlib.import_module(f"pipelines.families.{module}"), name)(**content)
-    return settings
+    return _SETTINGS[family](**content)
 
 
 def packed(save: Callable[[Path], Any]) -> Files:

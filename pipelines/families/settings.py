@@ -1,12 +1,11 @@
-"""Settings of the closed-form families. Importable without torch."""
+"""Settings of the families. Importable without torch."""
 
-from typing import Literal
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from policies.exact_laws import Covariance
 from policies.settings import Settings
-
-Covariance = Literal["unbiased", "mle"]
 
 
 class GaussianSettings(Settings):
@@ -29,15 +28,14 @@ class MixtureSettings(Settings):
 
 
 class GanSettings(Settings):
-    """The two networks and their training."""
+    """The networks and their training."""
 
-    width: int = Field(32, ge=1, description="channels at half resolution; twice as many at a quarter")
+    width: int = Field(32, ge=1, description="channels at half the resolution; twice as many at a quarter")
     latent: int = Field(32, ge=1, description="dimensions of z and of w")
-    steps: int = Field(1500, ge=1, description="updates of critic and generator in one fit")
+    steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit")
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(2e-3, gt=0, description="falls to 0 along a cosine")
-    gradient_penalty: float = Field(0.5, ge=0, description="γ of R1 and R2; pixels are in [-1, 1]")
-    averaging: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the generator's weights")
+    learning_rate: float = Field(8e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
+    gradient_penalty: float = Field(0.5, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
 
 
 class DiffusionSettings(Settings):
@@ -46,9 +44,15 @@ class DiffusionSettings(Settings):
     classes: int | None = Field(None, ge=1, description="number of labels; null: the largest label in the data + 1")
     channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
     levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
-    training_steps: int = Field(400, ge=1, description="optimiser updates of one fit")
+    training_steps: int = Field(400, ge=1, description="optimiser updates of one fit, annealed to rate 0")
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(8e-3, gt=0, description="the peak of a one-cycle schedule")
+    learning_rate: float = Field(8e-3, gt=0, description="peak of the one-cycle schedule")
     timesteps: int = Field(200, ge=2, description="noise levels in training")
-    sampling_steps: int = Field(20, ge=1, description="denoising steps of one image")
+    sampling_steps: int = Field(20, ge=1, description="steps of the sampler, DPM-Solver++(2M); timesteps at most")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training, for guidance")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.sampling_steps > self.timesteps:
+            raise ValueError(f"sampling_steps ({self.sampling_steps}) must be at most timesteps ({self.timesteps})")
+        return self

@@ -1,0 +1,112 @@
+"""Distances agree with their definitions, worked out by hand or by another library."""
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+from sklearn.datasets import load_digits
+
+from pipelines.distances import (
+    class_histogram,
+    entropy,
+    frechet_distance,
+    measure_images,
+    memorisation,
+    precision_recall_density_coverage,
+)
+from pipelines.features import Extractor, train_extractor
+
+ORDER = np.random.default_rng(0).permutation(1797)
+IMAGES = (load_digits().images * 255 / 16).round().astype(np.uint8)[ORDER, ..., None]
+LABELS = load_digits().target[ORDER]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Extractor:
+    return train_extractor(IMAGES[:1000], LABELS[:1000], classes=10, seed=0)
+
+
+def test_frechet_distance_is_the_one_with_a_matrix_root(rng: np.random.Generator) -> None:
+    a = rng.standard_normal((12, 4)) @ rng.standard_normal((4, 4))
+    b = rng.standard_normal((12, 4)) @ rng.standard_normal((4, 4)) + 1
+    first, second = np.cov(a.T), np.cov(b.T)
+    squared = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
+    expected = squared + np.trace(first + second - 2 * sqrtm(first @ second).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_a_shift_is_its_square(rng: np.random.Generator) -> None:
+    a = rng.standard_normal((300, 32))
+    assert frechet_distance(a, a + 0.5) == pytest.approx(32 * 0.25, rel=1e-8)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_precision_recall_density_and_coverage_by_hand() -> None:
+    # Radii of the real balls: 1.5, 1.5, 3, 1, 1; of the generated ones: 1.7, .2, .2, .1, .1.
+    real = np.array([[-1.5], [0.0], [3.0], [10.0], [11.0]])
+    generated = np.array([[0.5], [2.2], [2.4], [50.0], [50.1]])
+    expected = {"precision": 0.6, "recall": 0.2, "density": 0.8, "coverage": 0.4}
+    assert precision_recall_density_coverage(real, generated, k=1) == pytest.approx(expected)
+
+
+def test_density_of_the_real_distribution_is_one_for_any_k(rng: np.random.Generator) -> None:
+    real, generated = rng.standard_normal((2, 2000, 2))
+    for k in (2, 5):
+        assert precision_recall_density_coverage(real, generated, k)["density"] == pytest.approx(1, abs=0.06)
+
+
+def test_memorisation_is_one_in_twenty_for_the_real_distribution(rng: np.random.Generator) -> None:
+    training, reference, generated = rng.standard_normal((3, 4000, 2))
+    assert memorisation(generated, training, reference) == pytest.approx(0.05, abs=0.015)
+    assert memorisation(training[:50], training, reference) == 1
+    assert memorisation(generated + 100, training, reference) == 0
+
+
+def test_entropy_is_in_nats_and_knows_no_scale() -> None:
+    assert entropy([3, 3, 3, 3]) == pytest.approx(np.log(4))
+    assert entropy(np.array([0.5, 0.25, 0.25, 0])) == pytest.approx(1.5 * np.log(2))
+    assert entropy([7, 0]) == 0
+
+
+def test_real_images_score_as_real_ones(extractor: Extractor) -> None:
+    real, reference = IMAGES[1000:1398], IMAGES[1398:1796]
+    figures = measure_images(real, LABELS[1000:1398], reference, IMAGES[:1000], extractor, classes=10)
+    assert min(figures[name] for name in ("precision", "recall", "coverage", "label_accuracy")) > 0.85
+    assert figures["class_entropy"] == pytest.approx(np.log(10), abs=0.02)
+    assert figures["memorisation"] < 0.2
+    shuffled = measure_images(real, (LABELS[1000:1398] + 1) % 10, reference, IMAGES[:1000], extractor, classes=10)
+    assert shuffled["label_accuracy"] < 0.05
+    assert shuffled["fid"] == figures["fid"]
+
+
+def test_collapse_copies_and_noise_show_in_their_own_figures(extractor: Extractor, rng: np.random.Generator) -> None:
+    reference, training = IMAGES[1000:1200], IMAGES[:1000]
+
+    def measure(images: np.ndarray) -> dict[str, float]:
+        return measure_images(images, None, reference, training, extractor, classes=10)
+
+    zeros = np.resize(IMAGES[:1000][LABELS[:1000] == 0], (200, 8, 8, 1))
+    copies, noise = measure(zeros), measure(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8))
+    assert copies["precision"] > 0.8
+    assert copies["recall"] < 0.2
+    assert copies["class_entropy"] < 0.1
+    assert copies["memorisation"] == 1
+    assert noise["density"] < 0.3
+    assert noise["fid"] > 3
+    assert noise["memorisation"] == 0
+    assert "label_accuracy" not in copies
+    assert class_histogram(zeros, extractor, classes=10) == [1.0] + [0.0] * 9
+
+
+def test_unequal_counts_are_refused(extractor: Extractor) -> None:
+    with pytest.raises(ValueError, match="10 generated samples cannot be compared with 11 real ones"):
+        measure_images(IMAGES[:10], None, IMAGES[:11], IMAGES, extractor, classes=10)
+    with pytest.raises(ValueError, match="give equally many"):
+        frechet_distance(np.zeros((3, 2)), np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="give equally many"):
+        precision_recall_density_coverage(np.zeros((8, 2)), np.zeros((9, 2)))

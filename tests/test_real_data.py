@@ -1,0 +1,265 @@
+"""Real data: every kind of source gives the same arrays, what is wrong is named, and the reference is never reused."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pipelines.real_data import DataSettings, RealData, ledger_order, load_real_data, split_reference
+
+
+def picture(seed: int, mode: str = "L", size: tuple[int, int] = (9, 6)) -> Image.Image:
+    """Noise, ``size`` (width, height)."""
+    shape = size[::-1] if mode == "L" else (*size[::-1], len(mode))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def save(path: Path, image: Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def load(source: Path | str, **settings: object) -> RealData:
+    return load_real_data(DataSettings.model_validate({"source": str(source), **settings}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of three grey images, written in no order."""
+    for index in (4, 1, 5, 0, 3, 2):
+        save(tmp_path / "folder" / ("zebra" if index > 2 else "ant") / f"{index}.png", picture(index))
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def table() -> datasets.Dataset:
+    """Three images with a class, a word and a number each."""
+    features = datasets.Features(
+        {
+            "photo": datasets.Image(),
+            "class": datasets.ClassLabel(names=["no", "yes"]),
+            "word": datasets.Value("string"),
+            "number": datasets.Value("int64"),
+        }
+    )
+    rows = {
+        "photo": [picture(index, "RGB") for index in range(3)],
+        "class": [1, 0, 1],
+        "word": ["pear", "apple", "pear"],
+        "number": [1, -1, 1],
+    }
+    return datasets.Dataset.from_dict(rows, features)
+
+
+def test_digits_cover_all_grey_levels() -> None:
+    data, source = load("digits"), load_digits()
+    assert data.images.shape == (1797, 8, 8, 1)
+    assert data.images.dtype == np.uint8
+    np.testing.assert_allclose(data.images[..., 0] / 255 * 16, source.images, atol=0.5 / 255 * 16 + 1e-9)
+    assert data.images.max() == 255
+    np.testing.assert_array_equal(data.labels, source.target)
+    assert data.class_names == tuple("0123456789")
+
+
+def test_a_folder_of_classes_keeps_every_pixel_and_nothing_is_written_into_it(folder: Path) -> None:
+    (folder / "notes.txt").write_text("not an image")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    data = load(folder)
+    np.testing.assert_array_equal(data.images[..., 0], [np.asarray(picture(index)) for index in range(6)])
+    assert data.images.shape == (6, 6, 9, 1)
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (data.labels.dtype, data.class_names) == (np.int64, ("ant", "zebra"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_relative_directory_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert load("folder").sha256 == load(folder).sha256
+
+
+def test_a_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", picture(0))
+    data = load(tmp_path)
+    assert (data.labels, data.class_names, len(data.images)) == (None, None, 1)
+
+
+def test_a_split_can_be_part_of_one_but_not_nothing(folder: Path) -> None:
+    np.testing.assert_array_equal(load(folder, split="train[1:3]").images, load(folder).images[1:3])
+    with pytest.raises(ValueError, match=r"no images of split train\[:0\]"):
+        load(folder, split="train[:0]")
+
+
+def test_one_coloured_image_makes_all_of_them_rgb(folder: Path) -> None:
+    save(folder / "zebra" / "colour.png", picture(9, "RGB"))
+    images = load(folder).images
+    assert images.shape == (7, 6, 9, 3)
+    np.testing.assert_array_equal(images[0], np.asarray(picture(0))[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(images[6], np.asarray(picture(9, "RGB")))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("RGBA", 3)])
+def test_modes_of_pillow_become_grey_or_rgb(mode: str, channels: int, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", picture(0).convert(mode))
+    images = load(tmp_path).images
+    np.testing.assert_array_equal(images[0], np.asarray(picture(0).convert(mode).convert("RGB"))[..., :channels])
+
+
+def test_sizes_that_differ_need_image_size(tmp_path: Path) -> None:
+    # White in the middle square, black beside it: only a crop to that square leaves next to no black.
+    wide, tall = Image.new("L", (20, 8)), Image.new("L", (8, 30))
+    wide.paste(255, (6, 0, 14, 8))
+    tall.paste(255, (0, 11, 8, 19))
+    save(tmp_path / "wide.png", wide)
+    save(tmp_path / "tall.png", tall)
+    with pytest.raises(ValueError, match=r"\(8, 30\) and \(20, 8\); set image_size"):
+        load(tmp_path)
+    images = load(tmp_path, image_size=4).images
+    assert images.shape == (2, 4, 4, 1)
+    assert images.min() > 230  # the filter sees a little beyond the edge
+
+
+def test_reducing_does_not_alias(tmp_path: Path) -> None:
+    stripes = np.tile(np.array([0, 255], np.uint8), (32, 16))
+    save(tmp_path / "stripes.png", Image.fromarray(stripes))
+    assert np.abs(load(tmp_path, image_size=8).images.astype(int) - 127.5).max() < 20
+
+
+def test_what_save_to_disk_wrote_is_read(table: datasets.Dataset, tmp_path: Path) -> None:
+    table.save_to_disk(tmp_path / "table")
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "splits")
+    files = sorted(tmp_path.rglob("*"))
+    data, test = load(tmp_path / "table"), load(tmp_path / "splits", split="test")
+    np.testing.assert_array_equal(data.images, [np.asarray(picture(index, "RGB")) for index in range(3)])
+    assert data.labels is not None
+    assert (data.labels.tolist(), data.class_names) == ([1, 0, 1], ("no", "yes"))
+    np.testing.assert_array_equal(test.images, data.images[1:2])
+    assert sorted(tmp_path.rglob("*")) == files
+    with pytest.raises(ValueError, match="no images of split nowhere"):
+        load(tmp_path / "splits", split="nowhere")
+
+
+def test_any_column_can_hold_the_labels(table: datasets.Dataset, tmp_path: Path) -> None:
+    table.save_to_disk(tmp_path)
+    for column, names in {"word": ("apple", "pear"), "number": ("-1", "1")}.items():
+        data = load(tmp_path, label_column=column)
+        assert data.labels is not None
+        assert (data.labels.tolist(), data.labels.dtype, data.class_names) == ([1, 0, 1], np.int64, names)
+
+
+def test_wrong_columns_are_named(table: datasets.Dataset, tmp_path: Path) -> None:
+    mask = table.select_columns("photo").rename_column("photo", "mask")
+    datasets.concatenate_datasets([table, mask], axis=1).save_to_disk(tmp_path / "two")
+    table.remove_columns("photo").save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="image_column: choose one of photo, mask, not null"):
+        load(tmp_path / "two")
+    assert len(load(tmp_path / "two", image_column="mask").images) == 3
+    with pytest.raises(ValueError, match="has no column of images; its columns are class, word, number"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match="label_column: choose one of photo, class, word, number, mask, not label"):
+        load(tmp_path / "two", image_column="mask", label_column="label")
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_missing_label_is_refused(missing: int | None, table: datasets.Dataset, tmp_path: Path) -> None:
+    labels = datasets.Dataset.from_dict(
+        {"class": [0, missing, 1]}, datasets.Features({"class": table.features["class"]})
+    )
+    datasets.concatenate_datasets([table.select_columns("photo"), labels], axis=1).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="'class' leaves images without a label"):
+        load(tmp_path)
+
+
+def test_a_broken_image_is_named(folder: Path) -> None:
+    broken = folder / "zebra" / "broken.png"
+    broken.write_bytes((folder / "zebra" / "3.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"zebra/broken\.png cannot be read as an 8-bit image .*: repair or remove it"):
+        load(folder)
+    Image.fromarray(np.full((6, 9), 40_000, np.uint16)).save(broken)
+    with pytest.raises(ValueError, match=r"broken\.png .*more than 8 bits"):
+        load(folder)
+
+
+def test_a_row_without_an_image_is_numbered(table: datasets.Dataset, tmp_path: Path) -> None:
+    features = datasets.Features({"photo": datasets.Image()})
+    datasets.Dataset.from_dict({"photo": [picture(0), None]}, features).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="image 1 cannot be read"):
+        load(tmp_path)
+
+
+def test_what_does_not_exist_or_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for source in ("nobody/nothing", "./nothing", str(tmp_path / "empty"), str(tmp_path / "script")):
+        with pytest.raises(ValueError, match=f"{source}: no images of split train in ") as error:
+            load(source)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_limit_draws_the_same_images_of_all_classes() -> None:
+    everything, some = load("digits"), load("digits", limit=200)
+    assert len(some.images) == 200
+    assert not np.array_equal(some.images, everything.images[:200])
+    assert some.labels is not None
+    assert set(some.labels.tolist()) == set(range(10))
+    known = {image.tobytes() for image in everything.images}
+    assert {image.tobytes() for image in some.images} <= known
+    assert some.sha256 == load("digits", limit=200).sha256 != load("digits", limit=201).sha256
+    assert load("digits", limit=5000).sha256 == everything.sha256
+
+
+def test_the_hash_is_of_images_shape_and_labels() -> None:
+    images, labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1), np.array([0, 1])
+    hashes = [
+        RealData(images, labels, ("a", "b")).sha256,
+        RealData(images, labels[::-1].copy(), ("a", "b")).sha256,
+        RealData(images[::-1].copy(), labels, ("a", "b")).sha256,
+        RealData(images.reshape(2, 4, 3, 1), labels, ("a", "b")).sha256,
+        RealData(images).sha256,
+    ]
+    assert len(set(hashes)) == 5
+    assert RealData(images.copy(), labels.copy()).sha256 == hashes[0]
+    assert RealData(images[:, ::-1], labels).sha256 == RealData(images[:, ::-1].copy(), labels).sha256
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_reference_is_apart_stratified_and_fixed(labelled: bool) -> None:
+    labels = np.repeat([0, 1, 2], [10, 300, 690])
+    data = RealData(np.zeros((1000, 1, 1, 1), np.uint8), labels if labelled else None)
+    pool, reference = split_reference(data, 101)
+    np.testing.assert_array_equal(np.sort(np.concatenate([pool, reference])), np.arange(1000))
+    assert len(reference) == 101
+    assert (np.diff(pool) > 0).all()
+    assert (np.diff(reference) > 0).all()
+    if labelled:
+        counts = np.bincount(labels[reference], minlength=3)
+        assert (np.abs(counts - np.array([10, 300, 690]) * 0.101) < 1).all()
+    np.testing.assert_array_equal(split_reference(data, 101)[1], reference)
+    other = split_reference(data, 101, seed=1)[1]
+    assert 0 < len(np.intersect1d(other, reference)) < 60  # about 10 are expected by chance
+
+
+def test_the_reference_is_the_same_on_every_machine() -> None:
+    data = RealData(np.zeros((12, 1, 1, 1), np.uint8), np.arange(12) % 3)
+    assert split_reference(data, 4)[1].tolist() == [2, 6, 7, 10]
+    assert ledger_order(6, 0).tolist() == [2, 0, 1, 5, 3, 4]
+
+
+@pytest.mark.parametrize("reference", [0, 20, 21])
+def test_a_reference_that_leaves_nothing_is_refused(reference: int) -> None:
+    with pytest.raises(ValueError, match=f"reference: {reference} of 20 images .* give 1 to 19"):
+        split_reference(RealData(np.zeros((20, 1, 1, 1), np.uint8)), reference)
+
+
+def test_each_seed_uses_up_the_pool_in_its_own_order() -> None:
+    orders = [ledger_order(500, seed) for seed in range(3)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(500))
+    assert all((orders[i] == orders[j]).mean() < 0.05 for i, j in [(0, 1), (0, 2), (1, 2)])
+    np.testing.assert_array_equal(ledger_order(500, 2), orders[2])
