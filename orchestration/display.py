@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -59,7 +59,8 @@ class Display:
 
     ``total_steps`` is the last step's number, ``first_step`` the number of steps that were done before this process
     (a resume); the time left is estimated from the steps of this process only. ``rows`` are the numbers to show,
-    ``unit`` is what a step is called.
+    ``unit`` is what a step is called, ``typical`` makes one time of the latest steps': their median, or their mean where
+    several are finished at once.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Display:
         console: Console | None = None,
         rows: Sequence[Row] = DDPO_ROWS,
         unit: str = "step",
+        typical: Callable[[Sequence[float]], float] = statistics.median,
     ) -> None:
         self.title = title
         self.total_steps = total_steps
@@ -78,7 +80,7 @@ class Display:
         self._activities: dict[str, str] = {}
         self._latest: dict[str, float] = {}
         self._courses: dict[str, list[float]] = defaultdict(list)
-        self._rows, self._unit = rows, unit
+        self._rows, self._unit, self._typical = rows, unit, typical
         self._started = self._last_step_at = time.monotonic()
         self._step_times: list[float] = []
         self._spinner = Spinner("dots", style="cyan")
@@ -129,11 +131,11 @@ class Display:
             self.say(self._line(numbers, note))
 
     def seconds_left(self) -> float | None:
-        """Estimated from the median of the latest steps; None before the second, as the first bears the start-up."""
+        """Estimated from the latest steps; None before the second, as the first bears the start-up."""
         latest = self._step_times[1:][-20:]
         if not latest:
             return None
-        seconds_per_step = statistics.median(latest)
+        seconds_per_step = self._typical(latest)
         since_last = time.monotonic() - self._last_step_at
         return max(0.0, seconds_per_step * (self.total_steps - self.done) - min(since_last, seconds_per_step))
 

@@ -140,7 +140,9 @@ def _say(run: MadRun, summary: dict[str, Any], figures: Path) -> None:
             say(f"  goes MAD: {arm['verdict']['goes_mad']}")
             for warning in arm["verdict"]["warnings"]:
                 say(f"  warning: {warning}")
-        if "effective_samples" in arm:
+        if "problem" in arm.get("effective_samples", {}):
+            say(f"  no effective sample size: {arm['effective_samples']['problem']}")
+        elif "effective_samples" in arm:
             found, ratio = arm["effective_samples"], arm["effective_samples"]["n_e_over_n_r"]
             say(f"  limit {found['limit']:.4g}; n_e/n_r {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
             if "largest_admissible" in found:

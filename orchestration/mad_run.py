@@ -5,6 +5,7 @@ each is there once.
 """
 
 import json
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ _ROWS = (
     Row("fid", "FID", "FID {}", colour="red"),
     Row("frechet", "Fréchet distance", "distance {}", colour="red"),
     Row("w2_squared", "W₂²", "W2² {}", colour="red"),
-    Row("total_variation", "total variation", "total variation {}", colour="red"),
     Row("heterozygosity", "heterozygosity", "heterozygosity {}", colour="blue"),
     Row("precision", "precision", "precision {}", colour="green"),
     Row("recall", "recall", "recall {}", colour="blue"),
@@ -53,7 +53,8 @@ class MadRun(Run):
         experiment: Experiment,
         generations: Sequence[Generation],
     ) -> None:
-        display = Display(f"{config.name} · {directory}", len(generations), rows=_ROWS, unit="generation")
+        title = f"{config.name} · {directory}"
+        display = Display(title, len(generations), rows=_ROWS, unit="generation", typical=statistics.fmean)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
         self.experiment = experiment

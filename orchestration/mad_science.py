@@ -10,12 +10,7 @@ from orchestration.mad_config import ArmSettings, MadConfig
 from policies import exact_laws
 from policies.verdicts import forgetting_time, judge, mad_verdict, paired_ratio, rank_correlation
 
-DISTANCES = (
-    "fid",
-    "frechet",
-    "w2_squared",
-    "total_variation",
-)  # what goes MAD if it grows; an arm has one of them, or none
+DISTANCES = ("fid", "frechet", "w2_squared")  # what goes MAD if it grows; an arm has one of them, or none
 _DIVERSITY = ("recall", "heterozygosity")
 _ADMISSIBLE_NUMBERS = 40_000  # of the covariances simulated side by side in a bisection
 _LIMIT_SHARE = 4  # the last quarter of the generations is averaged as a loop's limit
@@ -57,13 +52,14 @@ def laws(arm: ArmSettings, generations: int) -> exact_laws.Laws:
 
 def verdict(values: Values) -> dict[str, Any] | None:
     """Does the arm go MAD? Its distance, its quality and its diversity are judged apart. One generation has none."""
-    distance = next(metric for metric in DISTANCES if metric in values)
-    diversity = next((metric for metric in _DIVERSITY if metric in values), None)
-    seeds, generations = values[distance].shape
+    seeds, generations = next(iter(values.values())).shape
     if generations < 2:
         return None
+    distance = next((metric for metric in DISTANCES if metric in values), None)
+    diversity = next((metric for metric in _DIVERSITY if metric in values), None)
     return mad_verdict(
-        judge(values[distance], "lower"),
+        # With a uniform truth Σ(p − 1/k)² = 1 − 1/k − heterozygosity, and unlike the distance it is never 0.
+        judge(values[distance], "lower") if distance else judge(values["heterozygosity"], "higher"),
         judge(values["precision"], "higher") if "precision" in values else None,
         judge(values[diversity], "higher") if diversity else None,
         seeds,
@@ -81,10 +77,15 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
 
     n_real, _ = arm.sizes(config.generations, config.generations)
     reached = limit(values["w2_squared"])
-    found = effective_sample_size(reached, arm.dimension)
     result: dict[str, Any] = {
         "limit": float(reached.mean()),
         "limit_standard_error": float(reached.std(ddof=1) / math.sqrt(len(reached))) if len(reached) > 1 else None,
+    }
+    try:
+        found = effective_sample_size(reached, arm.dimension)
+    except ValueError as error:  # a limit that no number of real samples has
+        return result | {"problem": str(error)}
+    result |= {
         "n_e": found._asdict(),
         "n_e_over_n_r": {name: value / n_real for name, value in found._asdict().items()},
         "admissible": found.value >= n_real,

@@ -157,7 +157,7 @@ def render_show(name: str, root: Path) -> RenderableType:
 
 def _arms(arms: Mapping[str, Any]) -> RenderableType:
     """What became of each arm of a MAD experiment."""
-    shown = ("fid", "frechet", "w2_squared", "total_variation", "heterozygosity", "precision", "recall")
+    shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
     present = [metric for metric in shown if any(metric in arm["metrics"] for arm in arms.values())]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("arm", "goes MAD", *present):

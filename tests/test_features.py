@@ -32,11 +32,12 @@ def test_it_knows_digits_that_it_has_not_seen(extractor: Extractor) -> None:
     assert (probabilities.argmax(axis=1) == LABELS[1400:]).mean() > 0.93
 
 
-def test_no_feature_is_dead(extractor: Extractor) -> None:
+def test_features_are_bounded_and_none_is_dead(extractor: Extractor) -> None:
     seen = extractor.features(IMAGES[1400:])
     assert seen.dtype == np.float64
     assert seen.shape == (397, features.DIMENSIONS)
     assert seen.std(axis=0).min() > 1e-3
+    assert np.abs(seen).max() <= 1
 
 
 def test_an_image_has_the_same_features_in_any_company(extractor: Extractor) -> None:
