@@ -59,8 +59,8 @@ class Display:
 
     ``total_steps`` is the last step's number, ``first_step`` the number of steps that were done before this process
     (a resume); the time left is estimated from the steps of this process only. ``rows`` are the numbers to show,
-    ``unit`` is what a step is called, ``typical`` makes one time of the latest steps': their median, or their mean where
-    several are finished at once.
+    ``unit`` is what a step is called, ``typical`` makes one time of the latest steps': their median, or their mean
+    where several are finished at once.
     """
 
     def __init__(

@@ -1,12 +1,10 @@
 """An unconditional GAN of small images with the objective of R3GAN (Huang et al., 2501.05441).
 
 The critic compares real images with generated ones, and its slope is penalised at both (R1 and R2): together they make
-the game converge and modes hard to drop. Weights are not averaged over steps: averages are smoother than the data, a
-hidden bias that grows in a loop.
-
-A style network maps the latent z to w. A sampling bias λ is the factor of StyleGAN's truncation, as in MAD (2307.01850),
-but toward the nearest of several cluster centres (multi-modal truncation, Mokady et al., 2202.12211): the mean of
-all w shows nothing real where images fall into classes.
+the game converge and modes hard to drop. Weights are not averaged over steps: that smooths, a hidden bias in a loop.
+A style network maps the latent z to w. A sampling bias λ is the factor of StyleGAN's truncation of w, as in MAD
+(2307.01850), but toward the nearest of several cluster centres, as the mean of all w may show nothing real where
+images fall into classes (multi-modal truncation, Mokady et al., 2202.12211; they measure nearness by LPIPS, this in w).
 """
 
 import json
@@ -82,9 +80,7 @@ class GanGenerator:
         cls, settings: GanSettings, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
     ) -> Self:
         """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``.
-
-        Raises ValueError if the data are no such images, or ``start`` is of another size.
-        """
+        Raises ValueError if the data are no such images, or ``start`` has another size."""
         (seed,) = seeds
         images = _images(data)
         networks = _networks(settings, images.shape[1:], seed)
@@ -115,7 +111,7 @@ class GanGenerator:
 
     @torch.inference_mode()
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
-        """``count`` images; ``bias`` is the truncation factor: 1 is none; toward 0 only 16 different images are left."""
+        """``count`` images; ``bias`` is the truncation factor: 1 is none, toward 0 only 16 images are left."""
         (seed,) = seeds
         if not 0 < bias <= 1:
             raise ValueError(f"sampling_bias is {bias}, but it must be in (0, 1]; 1 is unbiased")
