@@ -39,6 +39,8 @@ _GRID_IMAGES, _GRID_COLUMNS = 36, 12
 _FLUSH_SECONDS = 2.0
 _PACKAGES = ("ray", "torch", "diffusers", "datasets", "scikit-learn", "torchmetrics", "mlflow", "numpy")
 
+_KEPT = ("created", "mlflow_run_id", "mlflow_children", "wall_seconds")  # of the manifest, when a run goes on
+
 Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where there is nothing yet
 
 
@@ -79,9 +81,7 @@ class MadRun(Run):
         directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}")
         held = read_manifest(directory) if (directory / "manifest.json").exists() else {}
         manifest = new_manifest("mad", config.name, config.model_dump(mode="json"), _PACKAGES)
-        kept = {
-            key: held[key] for key in ("created", "mlflow_run_id", "mlflow_children", "wall_seconds") if key in held
-        }
+        kept = {key: held[key] for key in _KEPT if key in held}
         progress = {"total_steps": len(generations), "committed_step": 0}
         images = next((source for source in experiment.sources.values() if source.data), None)
         if images and images.data:
@@ -117,7 +117,8 @@ class MadRun(Run):
         ending: Ending = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         self.manifest["wall_seconds"] = self.wall_seconds()
         try:
-            self._flush()
+            if kind is None:  # else the next session sends everything, and this one has to end now
+                self._flush()
             for tracker in self._trackers.values():
                 tracker.finish(ending)
         finally:
