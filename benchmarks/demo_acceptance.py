@@ -58,10 +58,8 @@ def main() -> None:
     print(f"\ncommit {git_commit()}")
     print("seed  accuracy            gain    agreement           reward              wall s   CPU s")
     for s in summaries:
-        pairs = [
-            f"{s[f'{name}_before']:.3f} → {s[f'{name}_after']:.3f}"
-            for name in ("evaluator_accuracy", "agreement", "reward")
-        ]
+        names = ("evaluator_accuracy", "agreement", "reward")
+        pairs = [f"{s[f'{name}_before']:.3f} → {s[f'{name}_after']:.3f}" for name in names]
         gain = s["evaluator_accuracy_after"] - s["evaluator_accuracy_before"]
         print(f"{s['seed']:>4}  {pairs[0]:<18}  {gain:+.3f}  {pairs[1]:<18}  {pairs[2]:<18}", end="")
         print(f"  {s['wall_seconds']:>6.1f}  {s['cpu_seconds']:>6.1f}")

@@ -54,10 +54,8 @@ def main() -> None:
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for state in ("idle", "busy"):
-            hogs = [
-                subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                for _ in range(max(1, available_cpus() // 2) if state == "busy" else 0)
-            ]
+            busy = max(1, available_cpus() // 2) if state == "busy" else 0
+            hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             try:
                 for name, (threads, spin) in CASES.items():
                     times[state, name].append(seconds(threads, spin))
@@ -65,9 +63,8 @@ def main() -> None:
                 for hog in hogs:
                     hog.kill()
                     hog.wait()
-    print(
-        f"commit {git_commit()}, {available_cpus()} cores, {rounds} rounds; median seconds of a call on 320 transitions"
-    )
+    conditions = f"commit {git_commit()}, {available_cpus()} cores, {rounds} rounds"
+    print(f"{conditions}; median seconds of a call on 320 transitions")
     for name in CASES:
         idle, busy = (statistics.median(times[state, name]) for state in ("idle", "busy"))
         print(f"{name:<22} idle {idle:.3f}   busy {busy:.3f}")

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -43,14 +44,10 @@ def main() -> None:
             latents, steps = torch.randn(batch, channels, size, size), torch.full((batch,), 500)
             embeddings = policy.embed([""]).expand(batch, -1, -1)
 
-            def forward(latents: torch.Tensor, steps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-                return policy.predict(latents, steps, embeddings)
-
+            forward = partial(policy.predict, latents, steps, embeddings)
             with torch.no_grad():
-                times["forward", batch].append(cpu_milliseconds(lambda: forward(latents, steps, embeddings)))  # noqa: B023
-            times["both", batch].append(
-                cpu_milliseconds(lambda: forward(latents, steps, embeddings).sum().backward())  # noqa: B023
-            )
+                times["forward", batch].append(cpu_milliseconds(forward))
+            times["both", batch].append(cpu_milliseconds(lambda call=forward: call().sum().backward()))
     print(f"commit {git_commit()}, torch {torch.__version__}, one thread, {arguments.rounds} rounds")
     print("size  forward  forward+backward   CPU ms an image-step")
     for batch in SIZES:

@@ -1,7 +1,4 @@
-"""Can this reward teach anything?
-
-Mean reward of images that fit their prompt, of the same images with other prompts, and of noise.
-"""
+"""Can a reward teach anything? Its means over images that fit their prompts, over the same with others, over noise."""
 
 from collections.abc import Sequence
 

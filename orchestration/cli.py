@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 import yaml
+from pydantic import BaseModel
 from rich.console import Console
 
-from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.config import Config, ConfigError, DdpoConfig, load_config
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -26,50 +27,37 @@ runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
+File = Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
+Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
 Root = Annotated[Path, typer.Option(help="where the runs are")]
 
 
 @app.command()
 def ddpo(
-    overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")] = False,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")] = None,
+    overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
     from orchestration.preflight import describe, preflight
 
-    extra = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-    settings = load_config(DdpoConfig, config, [*(overrides or []), *extra])
+    settings = _read(DdpoConfig, config, overrides, tracking_uri)
     if dry_run:
-        plan = preflight(settings)
-        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        print(describe(settings, plan))
-        return
+        return _print_plan(settings, describe(settings, preflight(settings)))
     from orchestration.ddpo import run_ddpo
 
     print(run_ddpo(settings))
 
 
 @app.command()
-def mad(
-    overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")] = False,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")] = None,
-) -> None:
+def mad(overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None) -> None:
     """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
     from orchestration.mad_config import MadConfig
     from orchestration.mad_preflight import describe_mad, preflight_mad
 
-    extra = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-    settings = load_config(MadConfig, config, [*(overrides or []), *extra])
+    settings = _read(MadConfig, config, overrides, tracking_uri)
     if dry_run:
-        experiment = preflight_mad(settings)
-        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        print(describe_mad(settings, experiment))
-        return
+        return _print_plan(settings, describe_mad(settings, preflight_mad(settings)))
     from orchestration.mad import run_mad
 
     print(run_mad(settings))
@@ -152,6 +140,16 @@ def compare(names: Annotated[list[str], typer.Argument(metavar="RUN...")], root:
     from orchestration.runs import render_compare
 
     Console().print(render_compare(names, root))
+
+
+def _read(schema: type[Config], path: Path | None, overrides: list[str] | None, tracking_uri: str | None) -> Config:
+    server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
+    return load_config(schema, path, [*(overrides or []), *server])
+
+
+def _print_plan(settings: BaseModel, description: str) -> None:
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    print(description)
 
 
 def main() -> None:

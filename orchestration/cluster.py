@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
 # threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
@@ -38,7 +39,7 @@ class Machine:
 
 def find_machine(device: str) -> Machine:
     """The cluster that would be joined, or this machine. Starts nothing; torch is asked only if there is a driver."""
-    if external_address() or _ray_runs():
+    if external_address() or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         with connected(gpus=0):
             import ray
 
@@ -56,10 +57,6 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def _ray_runs() -> bool:
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
-
-
 @contextlib.contextmanager
 def connected(gpus: int) -> Iterator[None]:
     """Be connected to Ray. A Ray started here is ended here; one that was there before is left as it was."""
@@ -72,22 +69,16 @@ def connected(gpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if external_address():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(**quiet)
         try:
             yield
         finally:
             ray.shutdown()
         return
     with _own_children_ended():
-        ray.init(
-            address="local",
-            num_cpus=available_cpus(),
-            num_gpus=gpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        ray.init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False, **quiet)
         yield
 
 

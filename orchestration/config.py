@@ -107,18 +107,13 @@ def _override(content: dict[str, Any], override: str) -> None:
     block[last] = value
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
 def _tuples(content: Any) -> Any:
-    """Plain YAML for strict models: lists become tuples, 1e-4 a number."""
+    """Plain YAML for strict models: lists become tuples, and 1e-4, which YAML 1.1 reads as text, a number."""
     if isinstance(content, dict):
         return {key: _tuples(value) for key, value in content.items()}
     if isinstance(content, list):
         return tuple(_tuples(value) for value in content)
-    return _number(content)
+    return float(content) if isinstance(content, str) and _EXPONENT.fullmatch(content) else content
 
 
 def explain(schema: type[BaseModel], error: ValidationError) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -47,9 +46,7 @@ class Crew:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _start(self) -> None:
@@ -57,26 +54,14 @@ class Crew:
         gpus = math.ceil(sum(role.gpus * role.count for role in self.plan.roles) - 1e-6)
         self._stack.enter_context(connected(gpus))
         model = config.model.model_copy(update={"path": resolve_model(config.model.path)})
-        self.learner = Learner(
-            roles["learner"],
-            model,
-            config.sampling,
-            config.training,
-            derive_seed(config.seed, "initialisation"),
-        )
+        seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
+        self.learner = Learner(roles["learner"], model, config.sampling, config.training, seed)
         self.samplers = Samplers(roles["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(roles["reward"], config.reward)
         self.captioners = Captioners(roles["captioner"], config.captioner) if "captioner" in roles else None
-        self.evaluators = (
-            Evaluators(roles["evaluator"], config.evaluation.evaluator)
-            if "evaluator" in roles and config.evaluation.evaluator
-            else None
-        )
-        self.pools: list[Pool] = [
-            pool
-            for pool in (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
-            if pool is not None
-        ]
+        self.evaluators = Evaluators(roles["evaluator"], judge) if "evaluator" in roles and judge else None
+        pools = (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
+        self.pools: list[Pool] = [pool for pool in pools if pool is not None]
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
 
@@ -113,8 +98,7 @@ class Crew:
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
         """Draw, caption, score and judge one image for each fixed (prompt, seed)."""
-        chunks = self.samplers.rollout(prompts, seeds)
-        return self.measure(chunks, prompts)
+        return self.measure(self.samplers.rollout(prompts, seeds), prompts)
 
     def measure(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""

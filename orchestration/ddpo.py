@@ -95,11 +95,8 @@ def _loop(run: DdpoRun, plan: Plan) -> Path:
             if run.commit_due():
                 with run.stage("commit"):
                     state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
-                    run.commit(
-                        state.tensors,
-                        {"weights_version": state.weights_version, "prompt_statistics": history.state()},
-                        cpu_seconds(),
-                    )
+                    known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
+                    run.commit(state.tensors, known, cpu_seconds())
             if held_out:
                 report.progress(done, held_out)
 

@@ -8,7 +8,6 @@ MLflow drops points it knows, so each is there once.
 import contextlib
 import json
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -37,10 +36,10 @@ class DdpoRun(Run):
         self.config = config
         self.checkpoint = checkpoint
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-        self._step_seconds: dict[str, float] = defaultdict(float)
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
             self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
+        self.journal = directory / "metrics.jsonl"  # one finished step a line
         self.history = _read_journal(self.journal, self.step)
         self._pending: list[dict[str, Any]] = []
 
@@ -62,11 +61,6 @@ class DdpoRun(Run):
         store = CheckpointStore(directory / "checkpoints")
         return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
 
-    @property
-    def journal(self) -> Path:
-        """metrics.jsonl: one finished step a line."""
-        return self.directory / "metrics.jsonl"
-
     def opened(self) -> None:
         """Send again what MLflow may have missed."""
         for line in self.history:
@@ -76,16 +70,6 @@ class DdpoRun(Run):
         """The last committed step."""
         return f"last committed step: {self.manifest['committed_step']}"
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to a stage's account, the run's and the step's."""
-        started = time.monotonic()
-        try:
-            with super().stage(name):
-                yield
-        finally:
-            self._step_seconds[name] += time.monotonic() - started
-
     def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
         """Record what was resolved at the start, and tell MLflow what this run is."""
         threads = next(role.threads for role in roles if role.name == "learner")
@@ -93,30 +77,25 @@ class DdpoRun(Run):
         self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
         self._status("RUNNING")
         config = self.config
-        tags = {
-            "loop": "ddpo",
-            "model": config.model.path,
-            "reward": config.reward.function,
-            "git_commit": self.manifest["git_commit"],
-            "run_directory": str(self.directory),
-        }
+        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.function}
+        tags |= {"git_commit": self.manifest["git_commit"], "run_directory": str(self.directory)}
         self.tracker.describe({**self.manifest["config"], "resolved": self.manifest["resolved"]}, tags, prompts)
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
-        self._step_seconds.clear()
+        self._seconds_before = dict(self.seconds_by_stage)
         yield from range(self.step, self.config.training.steps)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a finished step. They become durable with the next commit."""
-        seconds = {f"seconds/{name}": value for name, value in self._step_seconds.items()}
-        training = sum(self._step_seconds[name] for name in ("sample", "reward", "learn", "publish"))
-        self._step_seconds.clear()
+        before, self._seconds_before = self._seconds_before, dict(self.seconds_by_stage)
+        spent = {name: total - before.get(name, 0.0) for name, total in self.seconds_by_stage.items()}
+        training = sum(spent[name] for name in ("sample", "reward", "learn", "publish"))
         line = {
             "step": step + 1,
             "timestamp_ms": int(time.time() * 1000),
             **metrics,
-            **seconds,
+            **{f"seconds/{name}": seconds for name, seconds in spent.items() if seconds},
             "images_per_second": self.config.training.images_per_step / training,
         }
         self._pending.append(line)

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -20,7 +19,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -73,36 +72,26 @@ class Display:
         unit: str = "step",
         typical: Callable[[Sequence[float]], float] = statistics.median,
     ) -> None:
-        self.title = title
-        self.total_steps = total_steps
-        self.done = self.first_step = first_step
+        self.title, self.total_steps, self.done = title, total_steps, first_step
         self.console = console or Console(highlight=False)
+        self._rows, self._unit, self._typical = rows, unit, typical
         self._activities: dict[str, str] = {}
         self._latest: dict[str, float] = {}
         self._courses: dict[str, list[float]] = defaultdict(list)
-        self._rows, self._unit, self._typical = rows, unit, typical
         self._started = self._last_step_at = time.monotonic()
         self._step_times: list[float] = []
         self._spinner = Spinner("dots", style="cyan")
-        self._drawable = (
-            self.console.is_terminal
-            and not self.console.is_dumb_terminal
-            and self.console.encoding.lower().startswith("utf")
-        )
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
         self._started = self._last_step_at = time.monotonic()
-        if self._drawable:
-            self._live = Live(
-                self, console=self.console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop"
-            )
+        console = self.console
+        if console.is_terminal and not console.is_dumb_terminal and console.encoding.lower().startswith("utf"):
+            self._live = Live(self, console=console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop")
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._activities = {}
             self._live.stop()
@@ -147,8 +136,7 @@ class Display:
             if row.key in numbers and row.plain:
                 spread = f" ±{numbers[row.spread]:.3f}" if row.spread and row.spread in numbers else ""
                 parts.append(row.plain.format(row.form.format(numbers[row.key]) + spread))
-        left = self.seconds_left()
-        if left is not None:
+        if (left := self.seconds_left()) is not None:
             parts.append(f"left {duration(left)}")
         return "  ".join(parts)
 
@@ -179,30 +167,20 @@ class Display:
         if left is not None and self.done < self.total_steps:
             clock = Text.assemble((f"{elapsed} · ", "dim") if width >= _CLOCK_FITS else "", f"{duration(left)} left")
         clock_width = max(len(clock), _CLOCK_WIDTH if width >= _CLOCK_FITS else 0)
-        bar = ProgressBar(
-            total=max(1, self.total_steps),
-            completed=self.done,
-            width=max(4, width - len(count) - clock_width - 4),
-            complete_style="cyan",
-            finished_style="green",
-        )
-        line = Table.grid(padding=(0, 2, 0, 0))
-        line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True, justify="right", min_width=clock_width)
+        length, whole = max(4, width - len(count) - clock_width - 4), max(1, self.total_steps)
+        bar = ProgressBar(whole, self.done, width=length, complete_style="cyan", finished_style="green")
+        last = Column(no_wrap=True, justify="right", min_width=clock_width)
+        line = Table.grid(Column(no_wrap=True), Column(no_wrap=True), last, padding=(0, 2, 0, 0))
         line.add_row(count, bar, clock)
         return line
 
     def _numbers(self, width: int) -> Table:
         """What the last steps gave."""
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True)
+        columns = (Column(style="dim", no_wrap=True), Column(no_wrap=True), Column(no_wrap=True))
+        grid = Table.grid(*columns, padding=(0, 2, 0, 0))
         spark = max(8, width - 36)
         for row in self._rows:
-            course = self._courses[row.key]
-            if not course:
+            if not (course := self._courses[row.key]):
                 continue
             value = Text(row.form.format(course[-1]), f"bold {row.colour}" if row.colour else "")
             if row.spread and row.spread in self._latest:
@@ -214,10 +192,9 @@ class Display:
 
     def _roles(self, most: int) -> Table:
         """A line a role; what does not fit the terminal's height is counted."""
-        grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        state_column = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        columns = (Column(no_wrap=True), Column(style="dim", no_wrap=True), state_column)
+        grid = Table.grid(*columns, padding=(0, 1, 0, 0), expand=True)
         roles = list(self._activities.items())
         shown = roles if len(roles) <= most else roles[: max(0, most - 1)]
         for role, state in shown:

@@ -62,10 +62,7 @@ class Evaluation:
 
 
 def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int]]:
-    """Prompts and seeds of the held-out measure: the same for every run, in an order that mixes the prompts.
-
-    The first n of them are the held-out measure of n images.
-    """
+    """Mixed prompts and seeds of the held-out measure, the same for every run: the first n are that of n images."""
     order = np.random.default_rng(derive_seed(0, "evaluation order")).permutation(len(prompts))
     chosen = [prompts[order[index % len(prompts)]] for index in range(images)]
     return chosen, [derive_seed(0, "evaluation", index) for index in range(images)]
@@ -74,9 +71,8 @@ def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int
 def diversity(images: np.ndarray, prompts: Sequence[str]) -> float | None:
     """Mean distance of two images of one prompt: root mean square over pixels, in units of the full range.
 
-    0 if the images of a prompt have collapsed into one; None if no prompt has two.
-
-    Large images are thinned to at most 32 pixels a side, which a mean over pixels hardly notices.
+    0 if the images of a prompt have collapsed into one; None if no prompt has two. Large images are thinned to at most
+    32 pixels a side, which a mean over pixels hardly notices.
     """
     stride = max(1, images.shape[1] // 32)
     flat = images[:, ::stride, ::stride].reshape(len(images), -1).astype(np.float32) / 255

@@ -15,9 +15,8 @@ def generate(
 ) -> list[Path]:
     """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
 
-    ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or
-    a diffusers directory. ``sampling`` defaults to the run's own, so a seed of the run gives the image the run
-    showed.
+    ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
+    diffusers directory. ``sampling`` defaults to the run's own, so a seed of the run gives the image the run showed.
     """
     import torch
 

@@ -7,6 +7,8 @@ import numpy as np
 from actors.learner import Update
 from orchestration.evaluation import diversity
 
+_OF_THE_POLICY = ("loss", "approximate_kl", "ratio_mean", "ratio_max", "clip_fraction", "gradient_norm")
+
 
 def step_metrics(
     scores: np.ndarray, advantage: np.ndarray, update: Update, images: np.ndarray, prompts: Sequence[str]
@@ -23,12 +25,7 @@ def step_metrics(
         "advantage/mean": float(advantage.mean()),
         "advantage/std": float(advantage.std()),
         "advantage/absolute_max": float(np.abs(advantage).max()),
-        "policy/loss": statistics["loss"],
-        "policy/approximate_kl": statistics["approximate_kl"],
-        "policy/ratio_mean": statistics["ratio_mean"],
-        "policy/ratio_max": statistics["ratio_max"],
-        "policy/clip_fraction": statistics["clip_fraction"],
-        "policy/gradient_norm": statistics["gradient_norm"],
+        **{f"policy/{name}": statistics[name] for name in _OF_THE_POLICY},
         **({} if spread is None else {"images/diversity": spread}),
         "weights/version": float(update.version),
         "weights/changed_tensors": float(update.changed_tensors),

@@ -44,13 +44,8 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
-        roles = plan_roles(
-            config.actors,
-            machine.cpus,
-            machine.gpus,
-            captioner=config.captioner.path is not None,
-            evaluator=config.evaluation.evaluator is not None,
-        )
+        parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
+        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts)
     except ConfigError:
         raise
     except ValueError as error:
@@ -97,8 +92,7 @@ def _check_evaluator(path: str, prompts: list[str]) -> None:
 
 
 def _check_caption_length(captioner: CaptionerSettings) -> None:
-    directory = find(captioner.path or "")
-    if directory is None:
+    if (directory := find(captioner.path or "")) is None:
         return
     text = json.loads((directory / "config.json").read_text()).get("text_config", {})
     positions = text.get("max_position_embeddings", 512)
@@ -117,14 +111,11 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
             f"{config.model.path} makes the last one deterministic; ask for at least 2"
         )
     if training.prompts_per_step > len(prompts):
-        raise ValueError(
-            f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step, "
-            f"{config.prompts} holds {len(prompts)}"
-        )
+        wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"
+        raise ValueError(f"{wanted}, {config.prompts} holds {len(prompts)}")
     if config.advantage.baseline == "group" and training.images_per_prompt < 2:
-        raise ValueError(
-            "advantage.baseline group compares images of one prompt: set training.images_per_prompt to 2 or more"
-        )
+        remedy = "set training.images_per_prompt to 2 or more"
+        raise ValueError(f"advantage.baseline group compares images of one prompt: {remedy}")
     if config.advantage.history_minimum > config.advantage.history_size:
         raise ValueError("advantage.history_minimum is larger than advantage.history_size")
     if evaluation.interim_images > evaluation.images:
@@ -171,10 +162,10 @@ def _memory(config: DdpoConfig, roles: list[Role]) -> list[str]:
     # The learner keeps the trained share four times more: gradient, two moments of Adam, the step's starting point.
     trained = unet * (LORA_SHARE if config.model.lora_rank else 1.0)
     weights = {"sampler": pipeline, "learner": pipeline + 4 * trained}
-    lines = [
-        f"  {role.count} × {role.name}: {(PROCESS_MEMORY + weights.get(role.name, 0.0)) / 1e9:.2f} GB, "
-        f"{weights.get(role.name, 0.0) / 1e6:.0f} MB of it weights"
-        for role in roles
-    ]
-    total = sum(role.count * (PROCESS_MEMORY + weights.get(role.name, 0.0)) for role in roles)
+    lines, total = [], 0.0
+    for role in roles:
+        held = weights.get(role.name, 0.0)
+        each = PROCESS_MEMORY + held
+        total += role.count * each
+        lines.append(f"  {role.count} × {role.name}: {each / 1e9:.2f} GB, {held / 1e6:.0f} MB of it weights")
     return [*lines, f"  together {total / 1e9:.1f} GB, activations apart"]

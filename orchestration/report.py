@@ -51,15 +51,8 @@ class Report:
         figures.mkdir(exist_ok=True)
         before, first = json.loads(self._path(0, "json").read_text()), np.load(self._path(0, "npz"))
         shown = len(self.prompts)
-        captions = after.captions[:shown] if after.captions else None
-        before_after(
-            figures / "before_after.png",
-            first["images"],
-            after.images[:shown],
-            self.prompts,
-            before["captions"],
-            captions,
-        )
+        captions = (before["captions"], after.captions[:shown] if after.captions else None)
+        before_after(figures / "before_after.png", first["images"], after.images[:shown], self.prompts, *captions)
         start = {"step": 0, "reward/mean": before["evaluation/reward"]}
         start |= {key: value for key, value in before.items() if key.startswith("evaluator/")}
         curves(figures / "curves.png", [start, *run.history])

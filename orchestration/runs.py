@@ -9,16 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from orchestration.config import ConfigError
 from orchestration.display import duration
 from orchestration.tracking import flatten
+
+T = TypeVar("T")
 
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 _ABSENT = "–"
@@ -46,12 +48,11 @@ class RunInfo:
 
 def read_run(directory: Path) -> RunInfo:
     """A run directory; without a summary, results are those of the steps so far."""
-    manifest, summary = _json(directory / "manifest.json"), _json(directory / "summary.json")
-    steps = _steps(directory / "metrics.jsonl")
-    rewards = _values(steps, "reward/mean")
-    accuracies = _values(steps, "evaluator/full")
-    stamps = _values(steps, "timestamp_ms")
-    elapsed = (stamps[-1] - stamps[0]) / 1000 if len(stamps) > 1 else None
+    manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
+    steps = [_json(line) for line in _text(directory / "metrics.jsonl").splitlines()]
+    rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
+    begun, ended = _ends(steps, "timestamp_ms")
+    elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000
 
     def result(key: str, fallback: float | None) -> float | None:
         return _number(summary.get(key)) if key in summary else fallback
@@ -59,15 +60,15 @@ def read_run(directory: Path) -> RunInfo:
     return RunInfo(
         directory=directory,
         name=str(manifest.get("name") or directory.name),
-        loop=_string(manifest.get("loop")),
-        status=_string(manifest.get("status")) or "unreadable",
-        created=_string(manifest.get("created")),
-        committed_step=_integer(manifest.get("committed_step")),
-        total_steps=_integer(manifest.get("total_steps")),
-        reward_before=result("reward_before", rewards[0] if rewards else None),
-        reward_after=result("reward_after", rewards[-1] if rewards else None),
-        accuracy_before=result("evaluator_accuracy_before", accuracies[0] if accuracies else None),
-        accuracy_after=result("evaluator_accuracy_after", accuracies[-1] if accuracies else None),
+        loop=_exactly(str, manifest.get("loop")),
+        status=_exactly(str, manifest.get("status")) or "unreadable",
+        created=_exactly(str, manifest.get("created")),
+        committed_step=_exactly(int, manifest.get("committed_step")),
+        total_steps=_exactly(int, manifest.get("total_steps")),
+        reward_before=result("reward_before", rewards[0]),
+        reward_after=result("reward_after", rewards[1]),
+        accuracy_before=result("evaluator_accuracy_before", accuracies[0]),
+        accuracy_after=result("evaluator_accuracy_after", accuracies[1]),
         wall_seconds=result("wall_seconds", elapsed),
         manifest=manifest,
         summary=summary,
@@ -99,69 +100,58 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     """A table of runs."""
     if not runs:
         return Text("no runs", style="dim")
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
-    table.add_column("status")
+    table = _table("run", "status")
     for heading in ("step", "reward", "held-out", "wall"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        table.add_row(
-            run.directory.name,
-            _status(run.status),
-            _progress(run),
-            _change(run.reward_before, run.reward_after),
-            _change(run.accuracy_before, run.accuracy_after),
-            _duration(run.wall_seconds),
-        )
+        facts = _facts(run)
+        shown = (facts[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
+        table.add_row(run.directory.name, *shown)
     return table
 
 
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
-    facts = _pairs()
-    rows: list[tuple[str, RenderableType | None]] = [
-        ("status", _status(run.status)),
-        ("loop", _text(run.loop)),
-        ("created", _text(run.created)),
-        ("step", _text(_progress(run))),
-        ("reward", _text(_change(run.reward_before, run.reward_after))),
-        ("held-out accuracy", _text(_change(run.accuracy_before, run.accuracy_after))),
-        ("wall time", _text(_duration(run.wall_seconds))),
-        ("images", _text(run.summary.get("images"))),
-        ("weights SHA-256", _text(run.summary.get("weights_sha256"))),
-        ("git commit", _text(run.manifest.get("git_commit"))),
-        ("MLflow run", _text(run.manifest.get("mlflow_run_id"))),
-        ("directory", _text(run.directory)),
-    ]
-    for label, value in rows:
-        if value is not None:
-            facts.add_row(label, value)
-    parts: list[RenderableType] = [Panel(facts, title=Text(run.name), title_align="left", border_style="dim")]
+    parts = [_panel(run.name, {label: text for label, text in _facts(run).items() if str(text) != _ABSENT})]
     arms = run.summary.get("arms")
     if isinstance(arms, Mapping):
-        parts.append(Panel(_arms(arms), title="generation 1 → last", title_align="left", border_style="dim"))
-    stages = run.summary.get("seconds_by_stage")
+        parts.append(_panel("generation 1 → last", _arms(arms)))
     for title, values in (
-        ("seconds by stage", stages),
+        ("seconds by stage", run.summary.get("seconds_by_stage")),
         ("resolved by the program", run.manifest.get("resolved")),
         ("configuration", run.manifest.get("config")),
     ):
         if isinstance(values, Mapping) and values:
-            table = _pairs()
-            for key, value in flatten(values).items():
-                table.add_row(key, Text(_plain(value)))
-            parts.append(Panel(table, title=title, title_align="left", border_style="dim"))
+            parts.append(_panel(title, {key: _plain(value) for key, value in flatten(values).items()}))
     return Group(*parts)
 
 
-def _arms(arms: Mapping[str, Any]) -> RenderableType:
+def _facts(run: RunInfo) -> dict[str, Text]:
+    """What there is to say about a run, a dash where it does not tell."""
+    total = "" if run.total_steps is None else f"/{run.total_steps}"
+    facts = {
+        "loop": run.loop,
+        "created": run.created,
+        "step": None if run.committed_step is None else f"{run.committed_step}{total}",
+        "reward": _change(run.reward_before, run.reward_after),
+        "held-out accuracy": _change(run.accuracy_before, run.accuracy_after),
+        "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
+        "images": run.summary.get("images"),
+        "weights SHA-256": run.summary.get("weights_sha256"),
+        "git commit": run.manifest.get("git_commit"),
+        "MLflow run": run.manifest.get("mlflow_run_id"),
+        "directory": str(run.directory),
+    }
+    status = Text(run.status, style=_COLOURS.get(run.status, "magenta"))
+    return {"status": status, **{label: _plain(value) for label, value in facts.items()}}
+
+
+def _arms(arms: Mapping[str, Any]) -> Table:
     """What became of each arm of a MAD experiment."""
     shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
     present = [metric for metric in shown if any(metric in arm["metrics"] for arm in arms.values())]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("arm", "goes MAD", *present):
-        table.add_column(heading, overflow="fold")
+    table = _table("arm", "goes MAD", *present)
     for name, arm in arms.items():
         means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
         changes = [_change(_number(mean[0]), _number(mean[-1])) if mean else _ABSENT for mean in means]
@@ -175,21 +165,16 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     Raises ConfigError if one of them does not exist.
     """
     runs = [find_run(name, root) for name in names]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("", style="dim", overflow="fold")
-    for run in runs:
-        table.add_column(run.directory.name, overflow="fold")
-    table.add_row("status", *(_status(run.status) for run in runs))
-    table.add_row("step", *(_progress(run) for run in runs))
-    table.add_row("reward", *(_change(run.reward_before, run.reward_after) for run in runs))
-    table.add_row("held-out accuracy", *(_change(run.accuracy_before, run.accuracy_after) for run in runs))
-    table.add_row("images", *(_plain(run.summary.get("images")) for run in runs))
-    table.add_row("wall time", *(_duration(run.wall_seconds) for run in runs))
-    table.add_row("weights", *(_plain(run.summary.get("weights_sha256"))[:12] for run in runs))
+    table = _table("", *(run.directory.name for run in runs))
+    table.columns[0].style = "dim"
+    facts = [_facts(run) for run in runs]
+    for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
+        table.add_row(label, *(each[label] for each in facts))
+    table.add_row("weights", *(each["weights SHA-256"][:12] for each in facts))
     table.add_section()
     differing = differing_keys(runs)
     for key, values in differing.items():
-        table.add_row(key, *(Text(_plain(value)) for value in values))
+        table.add_row(key, *map(_plain, values))
     if differing:
         return table
     return Group(table, Text("\nthe configurations are the same", style="dim"))
@@ -203,55 +188,34 @@ def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(text: str) -> dict[str, Any]:
+    """The object that ``text`` holds; an empty one if it is damaged, such as the last line of a journal."""
+    try:
+        content = json.loads(text)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal that can be read; the last one may be half written."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
-def _values(steps: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for step in steps if (value := _number(step.get(key))) is not None]
+def _ends(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
+    """The first and the last number a journal holds under ``key``."""
+    values = [value for step in steps if (value := _number(step.get(key))) is not None]
+    return (values[0], values[-1]) if values else (None, None)
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _status(status: str) -> Text:
-    return Text(status, style=_COLOURS.get(status, "magenta"))
-
-
-def _progress(run: RunInfo) -> str:
-    if run.committed_step is None:
-        return _ABSENT
-    return f"{run.committed_step}" if run.total_steps is None else f"{run.committed_step}/{run.total_steps}"
+def _exactly(kind: type[T], value: Any) -> T | None:
+    return value if type(value) is kind else None
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -261,23 +225,24 @@ def _change(before: float | None, after: float | None) -> str:
     return f"{first} → {last}"
 
 
-def _duration(seconds: float | None) -> str:
-    return _ABSENT if seconds is None else duration(seconds)
-
-
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> Text:
     """A value as it stands in a configuration file; a dash where there is none."""
     if value is None:
-        return _ABSENT
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return Text(_ABSENT)
+    return Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _text(value: Any) -> Text | None:
-    return None if value is None or value == _ABSENT else Text(str(value), overflow="fold")
-
-
-def _pairs() -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table
+
+
+def _panel(title: str, content: Table | Mapping[str, Text]) -> RenderableType:
+    """A frame around a table, or around labels and their values."""
+    if isinstance(content, Mapping):
+        pairs, content = content, Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
+        for label, value in pairs.items():
+            content.add_row(label, value)
+    return Panel(content, title=Text(title), title_align="left", border_style="dim")

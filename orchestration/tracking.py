@@ -1,9 +1,8 @@
 """One run in MLflow: opened once, continued after a resume, closed with the name of how it ended.
 
-Everything goes through the client by run id, so that several runs in one process do not meet. Every call is
-bounded: a server that is away or hangs gives a :class:`TrackingError` within about a minute, never a silent
-loss. A repeated call adds nothing: MLflow drops metric points it already holds, a second image of a step is
-skipped, other artifacts are overwritten by name.
+Everything goes through the client by run id, so that several runs in one process do not meet. Every call is bounded: a
+server that is away or hangs gives a :class:`TrackingError` within about a minute, never a silent loss. A repeated call
+adds nothing: MLflow drops metric points it holds, a second image of a step is skipped, artifacts are overwritten.
 """
 
 import copy
@@ -21,15 +20,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from policies.settings import Settings
-
-T = TypeVar("T")
 
 _HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 _MONITOR_SECONDS = 5  # between two system metrics
@@ -46,8 +43,7 @@ class TrackingSettings(Settings):
     """Where a run is recorded."""
 
     uri: str | None = Field(
-        default=None,
-        description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory",
+        default=None, description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory"
     )
     experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
@@ -75,46 +71,49 @@ class Tracker:
         self._database: Path | None = None
         if settings.uri and settings.uri.startswith("http"):
             self.uri = settings.uri.rstrip("/")
-        else:
-            self._database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
-            self.uri = f"sqlite:///{self._database}"
-        self.shown_uri = _without_credentials(self.uri)
-        self._finished = False
-        self._monitor: Any = None
-        if self._database is None:
             _check_server(self.uri)
         else:
+            self._database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
             self._database.parent.mkdir(parents=True, exist_ok=True)
+            self.uri = f"sqlite:///{self._database}"
+        self.shown_uri = _without_credentials(self.uri)
         _configure_mlflow()
         from mlflow import MlflowClient
 
         with self._named("opening the store"):
             self._client = MlflowClient(tracking_uri=self.uri)
             if run_id is None:
-                experiment = self._experiment(settings.experiment or loop)
-                run = self._client.create_run(experiment, run_name=run_name, tags=_who())
-            else:
-                run = self._client.get_run(run_id)
-                self._client.update_run(run_id, status="RUNNING")
-            self.run_id: str = run.info.run_id
-            self._experiment_id: str = run.info.experiment_id
-            self._images = self._logged_images() if run_id else set()
+                self._experiment_id: str = self._experiment(settings.experiment or loop)
+            self._open(run_id, run_name, _who())
         if settings.system_metrics:
-            self._start_monitor(resumed=run_id is not None)
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            with self._named("starting system metrics"):
+                resumed = run_id is not None
+                self._monitor: Any = SystemMetricsMonitor(
+                    self.run_id, sampling_interval=_MONITOR_SECONDS, resume_logging=resumed, tracking_uri=self.uri
+                )
+                self._monitor.start()
 
     def child(self, name: str, run_id: str | None = None) -> "Tracker":
         """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
         child = copy.copy(self)
-        child._monitor, child._finished, child._images = None, False, set()
         with self._named(f"opening {name}"):
-            if run_id is None:
-                tags = {**_who(), "mlflow.parentRunId": self.run_id}
-                child.run_id = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
-            else:
-                child.run_id = run_id
-                self._client.update_run(run_id, status="RUNNING")
-                child._images = child._logged_images()
+            child._open(run_id, name, {**_who(), "mlflow.parentRunId": self.run_id})
         return child
+
+    def _open(self, run_id: str | None, name: str, tags: dict[str, str]) -> None:
+        """Be the run of this id, or a new one."""
+        if run_id is None:
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+        else:
+            run = self._client.get_run(run_id)
+            self._client.update_run(run_id, status="RUNNING")
+        self.run_id: str = run.info.run_id
+        self._experiment_id = run.info.experiment_id
+        self._images = self._logged_images() if run_id else set()
+        self._monitor = None
+        self._finished = False
 
     def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str]) -> None:
         """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
@@ -126,17 +125,17 @@ class Tracker:
 
         wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in flatten(parameters).items()}
         with self._named("describing the run"):
-            run = self._client.get_run(self.run_id)
-            held = run.data.params
+            held = self._client.get_run(self.run_id).data.params
             changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
-            new = [Param(k, v) for k, v in wanted.items() if k not in held]
-            every_tag = [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in {**tags, **changed}.items()]
-            for params in _batches(new, _BATCH):
-                self._client.log_batch(self.run_id, params=params)
-            for some_tags in _batches(every_tag, _BATCH):
-                self._client.log_batch(self.run_id, tags=some_tags)
+            new_tags = {**tags, **changed}
+            self._log("params", [Param(k, v) for k, v in wanted.items() if k not in held], _BATCH)
+            self._log("tags", [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in new_tags.items()], _BATCH)
             if prompts:
-                self._log_prompts(prompts)
+                import pandas
+                from mlflow.data.pandas_dataset import from_pandas
+
+                table = pandas.DataFrame({"prompt": list(prompts)})
+                self._log_dataset(from_pandas(table, name="prompts")._to_mlflow_entity())
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
         """Record a step's numbers. The very same call again adds no point."""
@@ -148,8 +147,7 @@ class Tracker:
 
         points = [Metric(_key(k), float(v), stamp, step) for step, values, stamp in steps for k, v in values.items()]
         with self._named("metrics of step " + ", ".join(str(step) for step, _, _ in steps[:3])):
-            for some in _batches(points, _METRIC_BATCH):
-                self._client.log_batch(self.run_id, metrics=some)
+            self._log("metrics", points, _METRIC_BATCH)
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
         """Put ``image`` (height, width, 3) uint8 on the dashboard's step slider, unless the step has one."""
@@ -167,18 +165,13 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record what was trained on: ``digest`` identifies it, ``source`` is its place, ``profile`` what it holds."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.entities import Dataset
 
-        dataset = Dataset(name, digest[:36], "local", source, profile=json.dumps(profile))
-        tag = InputTag("mlflow.data.context", "training")
         with self._named(f"dataset {name}"):
-            self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+            self._log_dataset(Dataset(name, digest[:36], "local", source, profile=json.dumps(profile)))
 
     def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
-        """Close the run and stop its system metrics, within 10 s even if the server is away.
-
-        The first call counts, later ones do nothing.
-        """
+        """Close the run and its system metrics, within 10 s even if the server is away. Only the first call counts."""
         if self._finished:
             return
         self._finished = True
@@ -186,7 +179,11 @@ class Tracker:
             if self._database is None:
                 _check_server(self.uri, _GOODBYE_SECONDS)
         finally:
-            self._stop_monitor()
+            if self._monitor is not None:
+                # Its thread (a daemon) may be waiting for a server that is away, so the wait for it has a bound.
+                stopping = threading.Thread(target=self._monitor.finish, daemon=True)
+                stopping.start()
+                stopping.join(_GOODBYE_SECONDS)
         with self._named(f"closing the run as {status}"):
             self._client.set_terminated(self.run_id, status=status)
 
@@ -236,32 +233,17 @@ class Tracker:
                 found.add((re.sub("[~#]", "/", match[1]), int(match[2])))
         return found
 
-    def _log_prompts(self, prompts: Sequence[str]) -> None:
-        import pandas
-        from mlflow.data.pandas_dataset import from_pandas
+    def _log(self, kind: str, entities: list[Any], most: int) -> None:
+        """Log ``params``, ``tags`` or ``metrics``, at ``most`` so many in a call."""
+        for start in range(0, len(entities), most):
+            batch: dict[str, Any] = {kind: entities[start : start + most]}
+            self._client.log_batch(self.run_id, **batch)
+
+    def _log_dataset(self, dataset: Any) -> None:
         from mlflow.entities import DatasetInput, InputTag
 
-        dataset = from_pandas(pandas.DataFrame({"prompt": list(prompts)}), name="prompts")
         tag = InputTag("mlflow.data.context", "training")
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset._to_mlflow_entity(), tags=[tag])])
-
-    def _start_monitor(self, resumed: bool) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        with self._named("starting system metrics"):
-            self._monitor = SystemMetricsMonitor(
-                self.run_id, sampling_interval=_MONITOR_SECONDS, resume_logging=resumed, tracking_uri=self.uri
-            )
-            self._monitor.start()
-
-    def _stop_monitor(self) -> None:
-        if self._monitor is None:
-            return
-        # Its thread (a daemon) may be waiting for a server that is away, so the wait for it has a bound.
-        stopping = threading.Thread(target=self._monitor.finish, daemon=True)
-        stopping.start()
-        stopping.join(_GOODBYE_SECONDS)
-        self._monitor = None
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -320,11 +302,6 @@ def _key(name: str) -> str:
 def _text(value: Any, limit: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _who() -> dict[str, str]:

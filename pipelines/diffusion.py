@@ -1,5 +1,4 @@
-"""Stable Diffusion as a policy: draw images with their trajectories, and give the log-probability of stored
-transitions.
+"""Stable Diffusion as a policy: images drawn with their trajectories, and the log-probability of stored transitions.
 
 An image is a function of (weights, prompt, seed): each has its own CPU generator, read in the order in which a stock
 ``StableDiffusionPipeline(generator=[…], eta=…)`` reads it, so the stock pipeline draws the very same images.
@@ -93,22 +92,15 @@ class DiffusionPolicy:
         if self.sampling.guidance_scale == 1:
             return self.unet(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
         empty = self.embed([""]).expand_as(embeddings)
-        unconditional, conditional = self.unet(
-            torch.cat([inputs, inputs]),
-            torch.cat([timesteps, timesteps]),
-            encoder_hidden_states=torch.cat([empty, embeddings]),
-            return_dict=False,
-        )[0].chunk(2)
+        doubled, text = (inputs.repeat(2, 1, 1, 1), timesteps.repeat(2)), torch.cat([empty, embeddings])
+        unconditional, conditional = self.unet(*doubled, encoder_hidden_states=text, return_dict=False)[0].chunk(2)
         return unconditional + self.sampling.guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
     def rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
     ) -> tuple[np.ndarray, Trajectory]:
-        """Draw one image for each (prompt, seed).
-
-        Returns images (batch, height, width, 3) uint8 and their trajectory.
-        """
+        """One image for each (prompt, seed): images (batch, height, width, 3) uint8 and their trajectory."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
         scheduler.set_timesteps(self.sampling.steps)
@@ -125,24 +117,23 @@ class DiffusionPolicy:
         for step, timestep in enumerate(self.schedule.timesteps.tolist()):
             times = torch.full((len(prompts),), timestep, device=self.device)
             output = self.predict(latents, times, embeddings)
+            index, drawn = torch.full((len(prompts),), step, device=self.device), noise()
             following = scheduler.step(
-                output, timestep, latents, eta=self.sampling.eta, variance_noise=noise(), return_dict=False
+                output, timestep, latents, eta=self.sampling.eta, variance_noise=drawn, return_dict=False
             )[0]
+            if not torch.isfinite(
+                following
+            ).all():  # at η = 1 its float32 1 − ᾱ − σ² can round below 0, the root to nan
+                mean = self.schedule.mean(latents, output, index)
+                following = (mean + self.schedule.sigma[step] * drawn).to(self.dtype)
             if step in stochastic:
-                index = torch.full((len(prompts),), step, device=self.device)
                 log_probs.append(self.schedule.log_prob(latents, following, output, index))
             else:
                 log_probs.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=self.device))
             latents = following
             path.append(latents)
-        trajectory = Trajectory(
-            list(prompts),
-            list(seeds),
-            torch.stack(path, dim=1).float().cpu().numpy(),
-            torch.stack(log_probs, dim=1).cpu().numpy(),
-            weights_version,
-        )
-        return self.decode(latents), trajectory
+        taken, densities = torch.stack(path, dim=1).float().cpu().numpy(), torch.stack(log_probs, dim=1).cpu().numpy()
+        return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -2,13 +2,12 @@
 
 What this module promises:
 
-* every image shows one of scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten
-  Digits", CC BY 4.0), upsampled from 8 x 8 to 16 x 16 pixels; only colour and size are made up;
-* a caption and its three slots (digit, ink, ground) determine each other: ``parse(caption(*slots)) ==
-  slots``;
-* the three splits share no handwritten digit, are stratified by digit, and are the same on every machine:
-  ``train`` (1,000 images: autoencoder, diffusion model, captioner), ``evaluator`` (500: the independent
-  judge) and ``test`` (297: nothing is ever trained on them).
+* every image shows one of scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits",
+  CC BY 4.0), upsampled from 8 x 8 to 16 x 16 pixels; only colour and size are made up;
+* a caption and its three slots (digit, ink, ground) determine each other: ``parse(caption(*slots)) == slots``;
+* the three splits share no handwritten digit, are stratified by digit, and are the same on every machine: ``train``
+  (1,000 images: autoencoder, diffusion model, captioner), ``evaluator`` (500: the independent judge) and ``test``
+  (297: nothing is ever trained on them).
 """
 
 import re
@@ -39,19 +38,14 @@ Split = Literal["train", "evaluator", "test"]
 
 
 class Digits(NamedTuple):
-    """Untinted digits: ``strokes`` (n, 16, 16) float32, 0 for ground and 1 for ink; ``labels`` (n,) int64 in
-    0..9."""
+    """Untinted digits: ``strokes`` (n, 16, 16) float32, 0 for ground, 1 for ink; ``labels`` (n,) int64 in 0..9."""
 
     strokes: np.ndarray
     labels: np.ndarray
 
 
 def caption(digit: str, ink: str, ground: str) -> str:
-    """The caption of three slot words, such as "an orange two on a gray background".
-
-    Raises:
-        ValueError: if a word is not one of its slot's ``CHOICES``.
-    """
+    """The caption of three words, such as "an orange two on a gray background". Raises ValueError on an unknown one."""
     for slot, word in zip(SLOTS, (digit, ink, ground), strict=True):
         if word not in CHOICES[slot]:
             raise ValueError(f"{slot} {word!r} is unknown; choose one of {', '.join(CHOICES[slot])}")
@@ -71,8 +65,7 @@ def all_prompts() -> list[str]:
 
 
 def tint(strokes: np.ndarray, inks: Sequence[str], grounds: Sequence[str]) -> np.ndarray:
-    """Colours each digit: ``strokes`` (n, height, width) in [0, 1] and n words each -> uint8 (n, height,
-    width, 3)."""
+    """Colours each digit: ``strokes`` (n, height, width) in [0, 1] and n words each -> uint8 (n, height, width, 3)."""
     ink = np.array([INKS[word] for word in inks], dtype=np.float32)[:, None, None, :]
     ground = np.array([GROUNDS[word] for word in grounds], dtype=np.float32)[:, None, None, :]
     coverage = np.asarray(strokes, dtype=np.float32)[..., None]
@@ -80,8 +73,7 @@ def tint(strokes: np.ndarray, inks: Sequence[str], grounds: Sequence[str]) -> np
 
 
 def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """Tints every digit in an ink and a ground drawn uniformly: uint8 images (n, 16, 16, 3) and their
-    captions."""
+    """Tints every digit in an ink and a ground drawn uniformly: uint8 images (n, 16, 16, 3) and their captions."""
     inks = rng.choice(CHOICES["ink"], size=len(digits.labels)).tolist()
     grounds = rng.choice(CHOICES["ground"], size=len(digits.labels)).tolist()
     words = [DIGITS[label] for label in digits.labels]
@@ -90,11 +82,7 @@ def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[s
 
 
 def real_images(prompts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
-    """A real digit of the test split for each prompt: uint8 (n, 16, 16, 3).
-
-    Raises:
-        ValueError: if a prompt does not name all slots.
-    """
+    """A real digit of the test split for each prompt: uint8 (n, 16, 16, 3). Raises ValueError if it names none."""
     digits, strokes, inks, grounds = load_split("test"), [], [], []
     for prompt in prompts:
         found = parse(prompt)
@@ -108,11 +96,7 @@ def real_images(prompts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def load_split(split: Split) -> Digits:
-    """The digits of one split, in a fixed order.
-
-    Raises:
-        ValueError: if the split is unknown.
-    """
+    """The digits of one split, in a fixed order. Raises ValueError if the split is unknown."""
     if split not in SPLIT_SIZES:
         raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_SIZES)}")
     strokes, labels = _all_digits()

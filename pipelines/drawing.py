@@ -1,6 +1,6 @@
 """Drawing what the next generations may be trained on: plainly, curated by a reward, or verified by a classifier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,44 +30,35 @@ def draw(
 
     Raises ValueError if a reward fails or the verifier accepts too few.
     """
+
+    def plainly(number: int, attempt: int = 0) -> Samples:
+        return model.sample(number, [derive_seed(seed, "sampling", generation, attempt) for seed in seeds], bias)
+
     if selection is None:
-        return model.sample(count, _streams(seeds, generation), bias)
+        return plainly(count)
     if selection["rule"] == "curated":
-        return _curated(model, count, seeds, generation, bias, selection, extractor)
-    return _verified(model, count, seeds, generation, bias, selection, extractor)
+        drawn = plainly(count * selection["candidates"])
+        streams = [np.random.default_rng(derive_seed(seed, "curation", generation)) for seed in seeds]
+        return _curated(drawn, count, streams, selection, extractor)
+    return _verified(plainly, count, selection, extractor)
 
 
 def _curated(
-    model: Generator,
-    count: int,
-    seeds: Sequence[int],
-    generation: int,
-    bias: float,
-    selection: Selection,
-    extractor: "Extractor | None",
+    drawn: Samples, count: int, streams: list[np.random.Generator], selection: Selection, extractor: "Extractor | None"
 ) -> Samples:
-    """Draw K candidates for each sample and keep one by its reward."""
-    candidates = selection["candidates"]
-    drawn = model.sample(count * candidates, _streams(seeds, generation), bias)
+    """Of the candidates for each sample keep one, by its reward."""
     kept = []
-    for universe, seed in enumerate(seeds):
+    for universe, stream in enumerate(streams):
         labels = None if drawn.labels is None else drawn.labels[universe]
         scores = _scores(selection["reward"], drawn.values[universe], labels, extractor)
-        stream = np.random.default_rng(derive_seed(seed, "curation", generation))
         # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for different labels.
-        choice = curate(scores.reshape(candidates, count).T, stream)
+        choice = curate(scores.reshape(-1, count).T, stream)
         kept.append(choice * count + np.arange(count))
     return _take(drawn, np.stack(kept))
 
 
 def _verified(
-    model: Generator,
-    count: int,
-    seeds: Sequence[int],
-    generation: int,
-    bias: float,
-    selection: Selection,
-    extractor: "Extractor | None",
+    plainly: Callable[[int, int], Samples], count: int, selection: Selection, extractor: "Extractor | None"
 ) -> Samples:
     """Draw until the classifier has accepted enough, at most ``candidates`` times as many."""
     if extractor is None:
@@ -75,7 +66,7 @@ def _verified(
     accepted: list[Samples] = []
     found = 0
     for attempt in range(selection["candidates"]):
-        drawn = model.sample(count, _streams(seeds, generation, attempt), bias)
+        drawn = plainly(count, attempt)
         labels = None if drawn.labels is None else drawn.labels[0]
         good = verify(extractor.probabilities(drawn.values[0]), labels, selection["acceptance"])
         accepted.append(_take(drawn, np.flatnonzero(good)[None]))
@@ -86,10 +77,6 @@ def _verified(
         f"the verifier accepted {found} of {count * selection['candidates']} samples and {count} are needed: "
         "raise candidates or lower acceptance"
     )
-
-
-def _streams(seeds: Sequence[int], generation: int, attempt: int = 0) -> list[int]:
-    return [derive_seed(seed, "sampling", generation, attempt) for seed in seeds]
 
 
 def _scores(reward: str, values: np.ndarray, labels: np.ndarray | None, extractor: "Extractor | None") -> np.ndarray:

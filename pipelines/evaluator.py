@@ -1,8 +1,8 @@
 """The independent judge of the digit world: which digit, ink and ground does an image show?
 
-It is a small convolutional network trained on handwritten digits that neither the diffusion model nor the
-captioner has seen, so a policy that learns to fool the captioner does not fool the judge by the same trick.
-Weights are safetensors beside a ``config.json`` that names the classes; nothing else is read.
+It is a small convolutional network trained on handwritten digits that neither the diffusion model nor the captioner has
+seen, so a policy that learns to fool the captioner does not fool the judge by the same trick. Weights are safetensors
+beside a ``config.json`` that names the classes; nothing else is read.
 """
 
 import json
@@ -59,8 +59,7 @@ class Evaluator:
     def slots(self, images: np.ndarray, batch_size: int = 512) -> dict[str, list[str]]:
         """For uint8 ``images`` (n, height, width, 3), the n most likely words of each slot.
 
-        Raises:
-            ValueError: if the images are not uint8, or not of the size the judge was trained on.
+        Raises ValueError if the images are not uint8, or not of the size the judge was trained on.
         """
         expected = (self.image_size, self.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
@@ -77,13 +76,10 @@ class Evaluator:
         return words
 
     def judge(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Does each image show what its prompt says? Boolean arrays (n,) for digit, ink, ground and full (all
-        three).
+        """Does each image show what its prompt says? Boolean arrays (n,) for digit, ink, ground and full (all three).
 
-        A slot the prompt leaves open is met by any image.
-
-        Raises:
-            ValueError: if there is not one prompt an image, or a prompt names no slot at all.
+        A slot the prompt leaves open is met by any image. Raises ValueError if there is not one prompt an image, or a
+        prompt names no slot at all.
         """
         if len(images) != len(prompts):
             raise ValueError(
@@ -94,13 +90,10 @@ class Evaluator:
             if not any(slots.values()):
                 raise ValueError(f"prompt {prompt!r} names no digit, ink or ground, so no image can be judged by it")
         seen = self.slots(images)
-        verdict = {
-            slot: np.array(
-                [want[slot] in (None, word) for want, word in zip(wanted, seen[slot], strict=True)],
-                dtype=bool,
-            )
-            for slot in SLOTS
-        }
+        verdict = {}
+        for slot in SLOTS:
+            met = [want[slot] in (None, word) for want, word in zip(wanted, seen[slot], strict=True)]
+            verdict[slot] = np.array(met, dtype=bool)
         verdict["full"] = np.logical_and.reduce([verdict[slot] for slot in SLOTS])
         return verdict
 
@@ -111,11 +104,7 @@ def to_network_input(images: np.ndarray) -> Tensor:
 
 
 def load_evaluator(directory: str | Path, device: str = "cpu") -> Evaluator:
-    """Loads the judge from ``directory``.
-
-    Raises:
-        FileNotFoundError: if the directory holds no evaluator.
-    """
+    """Loads the judge from ``directory``. Raises FileNotFoundError if there is none."""
     from safetensors.torch import load_file
 
     directory = Path(directory)

@@ -6,6 +6,7 @@ that every pixel of a 16-pixel image is seen as it is; large ones are reduced. N
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_History = Sequence[Mapping[str, float]]
 
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
 _PAIR_PIXELS = 208  # an image of a before/after pair is about this wide
@@ -58,13 +61,12 @@ def before_after(
     prompts: Sequence[str],
     captions_before: Sequence[str] | None = None,
     captions_after: Sequence[str] | None = None,
-    columns: int | None = None,
 ) -> None:
     """Write a PNG of pairs: what a prompt and seed gave before the run, and what they give after it.
 
-    Images of one size; ``columns`` None chooses rows of one length where it can. Under each image stand the
-    captioner's words, green where they are the prompt and red where they are not. Raises ValueError if the numbers
-    of images, prompts and captions differ.
+    Images of one size, in rows of one length where that can be. Under each image stand the captioner's words, green
+    where they are the prompt and red where they are not. Raises ValueError if the numbers of images, prompts and
+    captions differ.
     """
     _check_images(before)
     _check_images(after)
@@ -72,7 +74,7 @@ def before_after(
     lengths = {len(before), len(after), len(prompts), *(len(words) for words in captions.values() if words is not None)}
     if len(lengths) != 1:
         raise ValueError(f"images, prompts and captions must be equally many, got {sorted(lengths)}")
-    columns = columns or _even_columns(len(prompts))
+    columns = next((number for number in (4, 5, 3) if len(prompts) % number == 0), min(4, len(prompts)))
     rows = -(-len(prompts) // columns)
     pictures = {name: [_scaled(image) for image in images] for name, images in (("before", before), ("after", after))}
     high, side = (size / _DPI for size in pictures["before"][0].shape[:2])
@@ -91,81 +93,70 @@ def before_after(
             x = left + 0.18 + half * (side + 0.06)
             page.place(x, base, pictures[name][index])
             page.write(x + side / 2, base + high + 0.04, name, 6.5, _FAINT, side, va="bottom")
-            words = captions[name]
-            if words is not None:
+            if words := captions[name]:
                 colour = _RIGHT if words[index].strip() == prompt.strip() else _WRONG
                 page.write(x + side / 2, base - 0.05, words[index], 6.6, colour, side, va="top")
     _save(figure, path)
 
 
-def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+def curves(path: Path, history: _History) -> None:
     """Write a PNG of a run's numbers over its steps.
 
     ``history`` holds one mapping a step, with ``step`` and any of the run's metrics; what no step has is left out,
     line by line and panel by panel.
     """
-    panels = [
-        (draw, title)
-        for draw, title, keys in (
-            (_draw_reward, "reward", ("reward/mean",)),
-            (_draw_accuracy, "held-out accuracy", ("evaluator/full", *_slots(history))),
-            (_draw_kl, "approximate KL", ("policy/approximate_kl",)),
-            (_draw_clip, "share of clipped transitions", ("policy/clip_fraction",)),
-            (_draw_gradient, "gradient norm", ("policy/gradient_norm",)),
-            (_draw_seconds, "seconds a step", tuple(f"seconds/{stage}" for stage in _STAGES)),
-        )
-        if any(len(_series(history, key)[0]) for key in keys)
-    ]
-    columns = min(3, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = _figure(4.3 * columns, 2.9 * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    for index, (draw, title) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _dress(axes, title)
-        draw(axes, history)
-    if not panels:
+    panels = {
+        "reward": (_draw_reward, ["reward/mean"]),
+        "held-out accuracy": (_draw_accuracy, ["evaluator/full", *_slots(history)]),
+        "approximate KL": (_draw_kl, ["policy/approximate_kl"]),
+        "share of clipped transitions": (_draw_clip, ["policy/clip_fraction"]),
+        "gradient norm": (_draw_gradient, ["policy/gradient_norm"]),
+        "seconds a step": (_draw_seconds, [f"seconds/{stage}" for stage in _STAGES]),
+    }
+    measured = [title for title, (_, keys) in panels.items() if any(len(_series(history, key)[0]) for key in keys)]
+    if not measured:
+        figure = _figure(4.3, 2.9)
         figure.text(0.5, 0.5, "no steps yet", ha="center", va="center", color=_FAINT)
+        return _save(figure, path)
+    figure, sheet = _sheet(len(measured), 3, 4.3, 2.9)
+    for axes, title in zip(sheet, measured, strict=True):
+        _dress(axes, title, "step", ticks=6)
+        panels[title][0](axes, history)
     _save(figure, path)
 
 
-def _draw_reward(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
-    steps, mean = _series(history, "reward/mean")
-    _line(axes, steps, mean, "blue", "mean")
+def _draw_reward(axes: "Axes", history: _History) -> None:
+    _line(axes, *_series(history, "reward/mean"), "blue", "mean")
     both = [entry for entry in history if "reward/mean" in entry and "reward/std" in entry]
-    steps, mean = _series(both, "reward/mean")
-    _, spread = _series(both, "reward/std")
+    (steps, mean), (_, spread) = _series(both, "reward/mean"), _series(both, "reward/std")
     if len(steps) and len(steps) == len(spread):
         band = (mean - spread, mean + spread)
         axes.fill_between(steps, *band, color=_LINES["blue"], alpha=0.13, linewidth=0, label="± one standard deviation")
         _legend(axes)
 
 
-def _draw_accuracy(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
-    palette = [_LINES[name] for name in ("orange", "purple", "red", "blue")]
-    for index, key in enumerate(_slots(history)):
-        steps, values = _series(history, key)
-        colour = palette[index % len(palette)]
-        axes.plot(steps, values, color=colour, linewidth=1, alpha=0.75, label=key.removeprefix("evaluator/"))
+def _draw_accuracy(axes: "Axes", history: _History) -> None:
+    for colour, key in zip(cycle(("orange", "purple", "red", "blue")), _slots(history), strict=False):
+        label = key.removeprefix("evaluator/")
+        axes.plot(*_series(history, key), color=_LINES[colour], linewidth=1, alpha=0.75, label=label)
     steps, values = _series(history, "evaluator/full")
     if len(steps):
         axes.plot(steps, values, "o-", color=_LINES["green"], linewidth=2, markersize=3, label="all words right")
     _legend(axes)
 
 
-def _draw_kl(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+def _draw_kl(axes: "Axes", history: _History) -> None:
     _line(axes, *_series(history, "policy/approximate_kl"), "purple")
     axes.yaxis.set_major_formatter("{x:.2g}")
 
 
-def _draw_clip(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+def _draw_clip(axes: "Axes", history: _History) -> None:
     _line(axes, *_series(history, "policy/clip_fraction"), "orange")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-def _draw_gradient(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+def _draw_gradient(axes: "Axes", history: _History) -> None:
     steps, values = _series(history, "policy/gradient_norm")
     _line(axes, steps, values, "red")
     positive = values[values > 0]
@@ -173,14 +164,13 @@ def _draw_gradient(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None
         axes.set_yscale("log")
 
 
-def _draw_seconds(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+def _draw_seconds(axes: "Axes", history: _History) -> None:
     history = [entry for entry in history if any(f"seconds/{stage}" in entry for stage in _STAGES)]
     steps = np.array([entry["step"] for entry in history])
     stages = [stage for stage in _STAGES if len(_series(history, f"seconds/{stage}")[0])]
     seconds = [[_finite(entry.get(f"seconds/{stage}")) or 0.0 for entry in history] for stage in stages]
-    axes.stackplot(
-        steps, seconds, labels=stages, colors=[_STAGES[stage] for stage in stages], step="mid", alpha=0.85, linewidth=0
-    )
+    colours = [_STAGES[stage] for stage in stages]
+    axes.stackplot(steps, seconds, labels=stages, colors=colours, step="mid", alpha=0.85, linewidth=0)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     handles, labels = axes.get_legend_handles_labels()
@@ -189,20 +179,12 @@ def _draw_seconds(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
 
 def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, colour: str, label: str | None = None) -> None:
     """The values, faint, under their running mean where there are enough of them to have one."""
-    smooth = len(values) >= 20
-    axes.plot(
-        steps,
-        values,
-        color=_LINES[colour],
-        linewidth=1 if smooth else 1.8,
-        alpha=0.35 if smooth else 1,
-        marker="" if len(values) > 1 else "o",
-        label=None if smooth else label,
-    )
-    if smooth:
-        axes.plot(
-            steps, _running_mean(values, max(3, len(values) // 16)), color=_LINES[colour], linewidth=2, label=label
-        )
+    if len(values) >= 20:
+        axes.plot(steps, values, color=_LINES[colour], linewidth=1, alpha=0.35)
+        values, width = _running_mean(values, max(3, len(values) // 16)), 2.0
+    else:
+        width = 1.8
+    axes.plot(steps, values, "-" if len(values) > 1 else "o", color=_LINES[colour], linewidth=width, label=label)
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
@@ -213,13 +195,13 @@ def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _slots(history: Sequence[Mapping[str, float]]) -> list[str]:
+def _slots(history: _History) -> list[str]:
     """Keys of the evaluator's single slots, such as ``evaluator/digit``; shares only."""
     keys = dict.fromkeys(key for entry in history for key in entry if key.startswith("evaluator/"))
     return [key for key in keys if key != "evaluator/full" and "agreement" not in key and key.count("/") == 1]
 
 
-def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(history: _History, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which ``key`` was measured, and its values there."""
     points = [(entry["step"], value) for entry in history if (value := _finite(entry.get(key))) is not None]
     return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
@@ -229,13 +211,26 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def _dress(axes: "Axes", title: str) -> None:
-    """The looks that all panels share."""
+def _sheet(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure and its ``count`` panels of this size (inches), at most so many in a row."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if not count:
+        raise ValueError("there is nothing to draw: give at least one array")
+    columns = min(most, count)
+    rows = -(-count // columns)
+    figure = _figure(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+
+
+def _dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:
+    """The looks that all panels share; ``below`` and ``beside`` name the axes."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=10, color=_INK, weight="bold", pad=8)
-    axes.set_xlabel("step", fontsize=8, color=_FAINT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    axes.set_xlabel(below, fontsize=8, color=_FAINT)
+    axes.set_ylabel(beside, fontsize=8, color=_FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=integer, nbins=ticks, steps=[1, 2, 5, 10]))
     axes.tick_params(colors=_FAINT, labelsize=8, length=0)
     axes.grid(axis="y", color="#e8ebf0", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -246,10 +241,6 @@ def _dress(axes: "Axes", title: str) -> None:
 
 def _legend(axes: "Axes", **options: Any) -> None:
     axes.legend(fontsize=7.5, labelcolor=_INK, edgecolor="none", framealpha=0.7, **options)
-
-
-def _even_columns(count: int) -> int:
-    return next((columns for columns in (4, 5, 3) if count % columns == 0), min(4, count))
 
 
 class _Page:
@@ -267,18 +258,9 @@ class _Page:
     def write(self, x: float, y: float, text: str, size: float, colour: str, width: float, **style: Any) -> None:
         """Centre ``text`` (``size`` points) on x, in at most two lines of about ``width`` inches."""
         letters = max(8, int(width * 72 / (size * 0.56)))
-        lines = textwrap.wrap(text, letters, max_lines=2, placeholder=" …")
-        self.figure.text(
-            x / self.width,
-            y / self.height,
-            "\n".join(lines),
-            ha="center",
-            fontsize=size,
-            color=colour,
-            parse_math=False,
-            linespacing=1.15,
-            **style,
-        )
+        lines = "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))
+        style |= {"ha": "center", "fontsize": size, "color": colour, "parse_math": False, "linespacing": 1.15}
+        self.figure.text(x / self.width, y / self.height, lines, **style)
 
 
 def _scaled(image: np.ndarray) -> np.ndarray:

@@ -15,8 +15,7 @@ from pipelines.trajectory import Trajectory
 from policies.ddpo import PolicyLearner, SilentUpdateError, UpdateStatistics
 from policies.settings import SamplingSettings, TrainingSettings
 
-LARGEST_MICRO_BATCH = 512
-"""Beyond this a call gains little even on a small network: see benchmarks/micro_batch.py."""
+LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,8 @@ class DiffusionLearner:
         if self.training.log_density == "sum":
             old = old * latents[0, 0].numel()
         previous = [parameter.detach().clone() for parameter in self.parameters.values()]
-        statistics = self.learner.learn(
-            log_prob,
-            old,
-            torch.from_numpy(np.array(advantage)).to(device),
-            schedule.stochastic_steps.cpu(),
-            torch.Generator().manual_seed(seed),
-        )
+        weights, generator = torch.from_numpy(np.array(advantage)).to(device), torch.Generator().manual_seed(seed)
+        statistics = self.learner.learn(log_prob, old, weights, schedule.stochastic_steps.cpu(), generator)
         changed = sum(not torch.equal(a, b) for a, b in zip(previous, self.parameters.values(), strict=True))
         if not changed:
             raise SilentUpdateError("the step's updates changed no tensor: check learning rate and advantages")
@@ -105,8 +99,7 @@ class DiffusionLearner:
         moments: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                saved = state.tensors[f"parameter/{name}"]
-                parameter.copy_(from_numpy(saved, parameter.dtype))
+                parameter.copy_(from_numpy(state.tensors[f"parameter/{name}"], parameter.dtype))
         for key, array in state.tensors.items():
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)

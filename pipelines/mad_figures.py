@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.figures import _DPI, _FAINT, _INK, _LINES, _dress, _figure, _Page, _save, image_grid
+from pipelines.figures import _DPI, _FAINT, _INK, _LINES, _dress, _figure, _Page, _save, _sheet, image_grid
 from policies.verdicts import interval
 
 _ARMS = (*_LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
@@ -37,7 +37,7 @@ def arm_curves(
     colours = _colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
     figure, panels = _sheet(len(curves) if colours else 0, 3, 4.3, 2.9)
     for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
-        _head(axes, titles.get(metric, metric), "generation")
+        _dress(axes, titles.get(metric, metric), "generation")
         axes.set_yscale("log" if metric in log_metrics else "linear")
         bands = {}
         for name, values in arms.items():
@@ -60,7 +60,7 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
     """
     colours = _colours(paths)
     figure, (axes,) = _sheet(min(1, len(paths)), 1, 5.6, 4.9)
-    _head(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
+    _dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
     axes.set_aspect("equal", adjustable="datalim")
     starts, ends = [], []
@@ -86,11 +86,10 @@ def fresh_fraction_curve(
     x, final = fractions[order], _shaped(final, "final", "seeds", str(len(fractions)))[:, order]
     mean, low, high = interval(final)
     figure, (axes,) = _sheet(1, 1, 5.6, 3.6)
-    _head(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
+    _dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.errorbar(
-        x, mean, (mean - low, high - mean), fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval"
-    )
+    bars = (mean - low, high - mean)
+    axes.errorbar(x, mean, bars, fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval")
     axes.scatter(np.tile(x, len(final)), final, 18, color=_BLUE, alpha=0.3, lw=0, label="one seed")
     if floor is not None:
         axes.axhline(floor, **_FLOOR)
@@ -140,7 +139,7 @@ def class_heatmap(path: Path, shares: np.ndarray) -> None:
     shares = _shaped(shares, "shares", "generations", "classes")
     extent = (0.5, shares.shape[0] + 0.5, -0.5, shares.shape[1] - 0.5)
     figure, (axes,) = _sheet(1, 1, 5.6, min(0.9 + 0.26 * shares.shape[1], 7))
-    _head(axes, "share of each class", "generation", "class")
+    _dress(axes, "share of each class", "generation", "class")
     axes.grid(visible=False)
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=20)
     picture = axes.imshow(shares.T, "Blues", aspect="auto", interpolation="none", origin="lower", extent=extent, vmin=0)
@@ -168,25 +167,6 @@ def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
     return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
 
 
-def _sheet(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels of this size (inches), at most so many in a row."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    if not count:
-        raise ValueError("there is nothing to draw: give at least one array")
-    columns = min(most, count)
-    rows = -(-count // columns)
-    figure = _figure(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
-
-
-def _head(axes: Any, title: str, below: str, beside: str = "", integer: bool = True) -> None:
-    _dress(axes, title)
-    axes.set_xlabel(below, fontsize=8, color=_FAINT)
-    axes.set_ylabel(beside, fontsize=8, color=_FAINT)
-    axes.xaxis.get_major_locator().set_params(integer=integer, nbins=10)
-
-
 def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _Arms) -> None:
     """Fill the intervals. The view makes room for them, but at most its own height above and below."""
     scale = axes.yaxis.get_transform()
@@ -203,12 +183,8 @@ def _name(axes: Any, labels: Iterable[tuple[str, tuple[float, float]]]) -> None:
     from matplotlib.patheffects import withStroke
 
     axes.apply_aspect()
-    style = {
-        "fontsize": 8,
-        "weight": "bold",
-        "color": _INK,
-        "path_effects": [withStroke(linewidth=3, foreground="white")],
-    }
+    halo = [withStroke(linewidth=3, foreground="white")]
+    style = {"fontsize": 8, "weight": "bold", "color": _INK, "path_effects": halo}
     taken: list[np.ndarray] = []
     for label, point in labels:
         spot = axes.transData.transform(point)

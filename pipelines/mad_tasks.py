@@ -212,7 +212,7 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
     weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])
     samples = Samples(
         joined([each.samples.values for each in held]),
-        joined(labels) if labels else None,
+        joined(labels) if len(labels) == len(held) else None,  # an unconditional model labels nothing
         None if np.all(weights == weights[0]) else weights,
     )
     ids = [

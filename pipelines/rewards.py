@@ -8,6 +8,7 @@ better. One's own is named by its import path, ``reward.function=my_module:my_fu
 import importlib
 import io
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,7 @@ def load_reward(settings: RewardSettings) -> RewardFunction:
         return lambda images, prompts, captions: -jpeg_kilobytes(images)
     if name == "jpeg_incompressibility":
         return lambda images, prompts, captions: jpeg_kilobytes(images)
-    function: RewardFunction = import_function(name)
-    return function
+    return import_function(name)
 
 
 def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = BUILT_IN_REWARDS) -> Any:
@@ -91,19 +91,16 @@ class SentenceCosine:
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
-        self._known: dict[str, np.ndarray] = {}
+        self._vector = cache(self._encode)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         assert captions is not None
-        return (self._embed(prompts) * self._embed(captions)).sum(axis=1)
+        wanted, said = (np.stack([self._vector(text) for text in texts]) for texts in (prompts, captions))
+        return (wanted * said).sum(axis=1)
 
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors (texts, width). Each text is encoded once, alone, so that it never depends on its batch."""
-        for text in texts:
-            if text not in self._known:
-                vector = self.encoder.encode(text, normalize_embeddings=True, show_progress_bar=False)
-                self._known[text] = np.asarray(vector, dtype=np.float64)
-        return np.stack([self._known[text] for text in texts])
+    def _encode(self, text: str) -> np.ndarray:
+        """The unit vector (width,) of a text, encoded once and alone, so that it never depends on its batch."""
+        return np.asarray(self.encoder.encode(text, normalize_embeddings=True, show_progress_bar=False), np.float64)
 
 
 class BertScore:
@@ -116,7 +113,7 @@ class BertScore:
     def __init__(self, encoder: Any, part: str) -> None:
         self.encoder = encoder
         self.part = part
-        self._known: dict[str, np.ndarray] = {}
+        self._tokens = cache(self._encode)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         assert captions is not None
@@ -128,12 +125,11 @@ class BertScore:
         recall, precision = float(similarity.max(axis=1).mean()), float(similarity.max(axis=0).mean())
         return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}
 
-    def _tokens(self, text: str) -> np.ndarray:
-        if text not in self._known:
-            vectors = self.encoder.encode(text, output_value="token_embeddings", show_progress_bar=False)
-            vectors = np.asarray(vectors.cpu(), dtype=np.float64)[1:-1]
-            self._known[text] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return self._known[text]
+    def _encode(self, text: str) -> np.ndarray:
+        """The unit vectors (tokens, width) of a text's tokens."""
+        vectors = self.encoder.encode(text, output_value="token_embeddings", show_progress_bar=False)
+        vectors = np.asarray(vectors.cpu(), dtype=np.float64)[1:-1]
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def jpeg_kilobytes(images: np.ndarray) -> np.ndarray:

@@ -35,15 +35,11 @@ def prepare(unet: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
         for target in model.lora_targets:
             if not any(name == target or name.endswith("." + target) for name in names):
                 raise ValueError(f"LoRA target {target!r} matches no module of the UNet")
-        unet.add_adapter(  # type: ignore[operator]
-            LoraConfig(
-                r=model.lora_rank,
-                lora_alpha=model.lora_rank,
-                lora_dropout=0.0,
-                init_lora_weights="gaussian",
-                target_modules=list(model.lora_targets),
-            )
+        rank, targets = model.lora_rank, list(model.lora_targets)
+        lora = LoraConfig(
+            r=rank, lora_alpha=rank, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=targets
         )
+        unet.add_adapter(lora)  # type: ignore[operator]
     else:
         unet.requires_grad_(True)
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}

@@ -1,5 +1,4 @@
-"""Trains the ``AutoencoderKL`` between 16 x 16 x 3 images and 4 x 4 x 8 latents of zero mean and unit
-variance."""
+"""Trains the ``AutoencoderKL`` between 16 x 16 x 3 images and 4 x 4 x 8 latents of zero mean and unit variance."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -65,8 +64,7 @@ def train_autoencoder(seed: int, progress: Callable[[str], None]) -> "Autoencode
 
 @torch.no_grad()
 def _standardise_latents(autoencoder: "AutoencoderKL", images: torch.Tensor) -> None:
-    """Folds each latent channel's mean and deviation over ``images`` into the 1 x 1 convolutions around the
-    latents.
+    """Folds each latent channel's mean and deviation over ``images`` into the 1 x 1 convolutions around the latents.
 
     A Stable Diffusion pipeline can only scale latents, not shift them; after this it has to do neither.
     """

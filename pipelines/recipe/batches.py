@@ -1,5 +1,4 @@
-"""Training batches of the digit world, drawn without end: mild handwriting variation, colours, and image
-faults.
+"""Training batches of the digit world, drawn without end: mild handwriting variation, colours, and image faults.
 
 Every function takes the generator that decides its randomness, so a recipe gives the same batches again.
 """
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.digits import CHOICES, GROUNDS, INKS, SLOTS, Split, caption, load_split
+from pipelines.digits import GROUNDS, INKS, Split, load_split
 
 
 class DigitBatches:
-    """Draws batches from one split: digits slightly rotated, scaled and shifted, in uniformly drawn
-    colours."""
+    """Draws batches from one split: digits slightly rotated, scaled and shifted, in uniformly drawn colours."""
 
     def __init__(self, split: Split) -> None:
         digits = load_split(split)
@@ -25,10 +23,9 @@ class DigitBatches:
         self.grounds = torch.tensor(list(GROUNDS.values())) / 127.5 - 1.0
 
     def draw(self, size: int, generator: torch.Generator, max_shift: float = 0.6) -> tuple[Tensor, Tensor]:
-        """Images (size, 3, 16, 16) in [-1, 1] and slots (size, 3) int64: indices into ``CHOICES`` in
-        ``SLOTS`` order.
+        """Images (size, 3, 16, 16) in [-1, 1], shifted by up to ``max_shift`` pixels, and slots (size, 3) int64.
 
-        ``max_shift`` is in pixels.
+        Slots are indices into ``CHOICES``, in the order of ``SLOTS``.
         """
         index = torch.randint(len(self.labels), (size,), generator=generator)
         inks = torch.randint(len(self.inks), (size,), generator=generator)
@@ -38,20 +35,13 @@ class DigitBatches:
         return ground + (ink - ground) * coverage, torch.stack([self.labels[index], inks, grounds], dim=1)
 
 
-def captions_of(slots: Tensor) -> list[str]:
-    """Captions of ``slots`` (n, 3) as drawn by :class:`DigitBatches`."""
-    choices = [CHOICES[slot] for slot in SLOTS]
-    return [caption(*(names[i] for names, i in zip(choices, row, strict=True))) for row in slots.tolist()]
-
-
 def prompt_indices(slots: Tensor) -> Tensor:
     """Positions (n,) of the captions of ``slots`` (n, 3) in ``all_prompts()``."""
     return (slots[:, 0] * len(INKS) + slots[:, 1]) * len(GROUNDS) + slots[:, 2]
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The faults generated images have, a random amount of each: blur, brightness, contrast, colour cast and
-    noise.
+    """The faults generated images have, a random amount of each: blur, brightness, contrast, colour cast and noise.
 
     Images (n, 3, height, width) in [-1, 1] on both sides.
     """
@@ -67,8 +57,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _vary(strokes: Tensor, max_shift: float, generator: torch.Generator) -> Tensor:
-    """Rotates by up to 8 degrees, scales by up to 7 % and shifts by up to ``max_shift`` pixels: (n, 1, h,
-    w)."""
+    """Rotates by up to 8 degrees, scales by up to 7 % and shifts by up to ``max_shift`` pixels: (n, 1, h, w)."""
 
     def uniform(limit: float) -> Tensor:
         return limit * (2 * torch.rand(len(strokes), generator=generator) - 1)

@@ -1,7 +1,6 @@
-"""Trains a tiny ``BlipForConditionalGeneration`` from scratch to caption tinted digits, real and slightly
-faulty."""
+"""Trains a tiny ``BlipForConditionalGeneration`` from scratch to caption tinted digits, real and slightly faulty."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +14,14 @@ if TYPE_CHECKING:
 
 STEPS = 3000
 BATCH_SIZE = 64
+CAPTIONING_BATCH = 256
 LEARNING_RATE = 2e-3
 WIDTH = 64
 MAX_LENGTH = 16
 
 
 def build_processor() -> "BlipProcessor":
-    """The processor: images scaled to [-1, 1], captions split into whole words (the vocabulary has no
-    others)."""
+    """The processor: images scaled to [-1, 1], captions split into whole words (the vocabulary has no others)."""
     from transformers import BertTokenizerFast, BlipImageProcessorPil, BlipProcessor
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
@@ -67,13 +66,8 @@ def build_model(processor: "BlipProcessor") -> "BlipForConditionalGeneration":
         sep_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = BlipConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
-        projection_dim=WIDTH,
-        image_text_hidden_size=WIDTH,
-    )
-    return BlipForConditionalGeneration(config)
+    parts = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    return BlipForConditionalGeneration(BlipConfig(**parts, projection_dim=WIDTH, image_text_hidden_size=WIDTH))
 
 
 def train_captioner(
@@ -103,17 +97,11 @@ def train_captioner(
 
 
 @torch.inference_mode()
-def caption_images(
-    model: "BlipForConditionalGeneration",
-    processor: "BlipProcessor",
-    images: np.ndarray,
-    batch_size: int = 256,
-) -> list[str]:
+def caption_images(model: "BlipForConditionalGeneration", processor: "BlipProcessor", images: np.ndarray) -> list[str]:
     """Greedy captions of uint8 images (n, 16, 16, 3)."""
     captions: list[str] = []
-    for start in range(0, len(images), batch_size):
-        batch: Sequence[np.ndarray] = list(images[start : start + batch_size])
-        inputs = processor(images=batch, return_tensors="pt")
+    for start in range(0, len(images), CAPTIONING_BATCH):
+        inputs = processor(images=list(images[start : start + CAPTIONING_BATCH]), return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=MAX_LENGTH - 2, do_sample=False, num_beams=1)
         captions += processor.batch_decode(tokens, skip_special_tokens=True)
     return captions

@@ -1,14 +1,13 @@
 """Trains tokenizer, text encoder and UNet of the default ``StableDiffusionPipeline`` on autoencoder latents.
 
-The text encoder learns together with the UNet. Training predicts v (Salimans and Ho, 2022, arXiv 2202.00512)
-on a cosine schedule whose last step is pure noise (Lin et al., 2023, arXiv 2305.08891), so ten "trailing"
-steps start from what training has seen. What is kept at every checkpoint is an exponential moving average of
-the weights.
+The text encoder learns together with the UNet. Training predicts v (Salimans and Ho, 2022, arXiv 2202.00512) on a
+cosine schedule whose last step is pure noise (Lin et al., 2023, arXiv 2305.08891), so ten "trailing" steps start from
+what training has seen. What is kept at every checkpoint is an exponential moving average of the weights.
 """
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,14 +32,15 @@ EMA_DECAY = 0.995
 CAPTION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 125
 LOOSENING_CHECKPOINT_EVERY = 100
+DRAWING_STEPS = 10
+DRAWING_BATCH = 90
 LATENT_SIZE = 4
 TEXT_WIDTH = 64
 TEXT_LENGTH = 16
 
 
 class TextToLatents(nn.Module):
-    """The two parts that are trained, under one roof so that they are optimised, averaged and saved as
-    one."""
+    """The two parts that are trained, under one roof so that they are optimised, averaged and saved as one."""
 
     def __init__(self, text_encoder: "CLIPTextModel", unet: "UNet2DConditionModel") -> None:
         super().__init__()
@@ -52,11 +52,7 @@ class TextToLatents(nn.Module):
         return self.unet(latents, timesteps, self.text_encoder(tokens).last_hidden_state).sample
 
 
-class Checkpoint(NamedTuple):
-    """Averaged weights after ``step`` optimiser steps."""
-
-    step: int
-    model: TextToLatents
+Checkpoints = Iterator[tuple[int, TextToLatents]]  # optimiser steps done, and the weights averaged over them
 
 
 def build_tokenizer() -> "CLIPTokenizer":
@@ -78,8 +74,7 @@ def build_tokenizer() -> "CLIPTokenizer":
         trainers.BpeTrainer(
             vocab_size=4096,
             initial_alphabet=letters,
-            # A byte may end a word too; without these a word unseen in the captions would be lost to the
-            # unknown token.
+            # A byte may end a word too; without these a word unseen in the captions would be lost.
             special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
             end_of_word_suffix="</w>",
             show_progress=False,
@@ -147,7 +142,7 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
 
 def train_diffusion(
     autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", seed: int, progress: Callable[[str], None]
-) -> Iterator[Checkpoint]:
+) -> Checkpoints:
     """Trains from scratch for ``STEPS`` steps on true captions; yields a checkpoint every ``CHECKPOINT_EVERY``.
 
     A yielded model goes on changing once the next checkpoint is asked for: save or measure it first.
@@ -158,7 +153,7 @@ def train_diffusion(
     for step, average, loss in trainer:
         if step % CHECKPOINT_EVERY == 0:
             progress(f"diffusion: step {step}/{STEPS}, loss {loss:.4f}")
-            yield Checkpoint(step, average)
+            yield step, average
 
 
 def loosen_digits(
@@ -167,7 +162,7 @@ def loosen_digits(
     tokenizer: "CLIPTokenizer",
     seed: int,
     progress: Callable[[str], None],
-) -> Iterator[Checkpoint]:
+) -> Checkpoints:
     """Goes on from a trained ``model`` with captions that name a random digit in ``WRONG_DIGITS`` of all examples.
 
     The model keeps drawing clean digits but comes to trust the digit word less, as it would after web captions. Yields
@@ -177,7 +172,7 @@ def loosen_digits(
     for step, average, loss in trainer:
         if step % LOOSENING_CHECKPOINT_EVERY == 0:
             progress(f"diffusion: loosening step {step}/{LOOSENING_STEPS}, loss {loss:.4f}")
-            yield Checkpoint(STEPS + step, average)
+            yield STEPS + step, average
 
 
 def _train(
@@ -247,22 +242,16 @@ def assemble_pipeline(
 
 @torch.inference_mode()
 def draw_images(
-    pipeline: "StableDiffusionPipeline",
-    prompts: list[str],
-    seed: int,
-    guidance_scale: float = 1.0,
-    steps: int = 10,
-    eta: float = 1.0,
-    batch_size: int = 90,
+    pipeline: "StableDiffusionPipeline", prompts: list[str], seed: int, guidance_scale: float
 ) -> np.ndarray:
-    """Samples by diffusers' own ``DDIMScheduler.step``: uint8 images (n, 16, 16, 3). Scale 1 is unguided."""
+    """Samples by diffusers' own DDIM, ``DRAWING_STEPS`` at η = 1: uint8 (n, 16, 16, 3). Scale 1 is unguided."""
     generator = torch.Generator().manual_seed(seed)
     scheduler = build_scheduler()
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(DRAWING_STEPS)
     unprompted = pipeline.text_encoder(tokenize(pipeline.tokenizer, [""])).last_hidden_state
     images = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenize(pipeline.tokenizer, prompts[start : start + batch_size])
+    for start in range(0, len(prompts), DRAWING_BATCH):
+        tokens = tokenize(pipeline.tokenizer, prompts[start : start + DRAWING_BATCH])
         text = pipeline.text_encoder(tokens).last_hidden_state
         latents = torch.randn(len(tokens), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
         for timestep in scheduler.timesteps:
@@ -270,7 +259,7 @@ def draw_images(
             if guidance_scale != 1.0:
                 v_unprompted = pipeline.unet(latents, timestep, unprompted.expand_as(text)).sample
                 v = v_unprompted + guidance_scale * (v - v_unprompted)
-            latents = scheduler.step(v, timestep, latents, eta=eta, generator=generator).prev_sample
+            latents = scheduler.step(v, timestep, latents, eta=1.0, generator=generator).prev_sample
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         images.append(pixels.permute(0, 2, 3, 1).numpy())

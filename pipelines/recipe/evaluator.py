@@ -1,5 +1,4 @@
-"""Trains the independent judge on the split reserved for it, on varied and degraded images, so that it stays
-sure of itself on generated ones."""
+"""Trains the independent judge on the split reserved for it, on images varied and degraded as generated ones are."""
 
 from collections.abc import Callable
 

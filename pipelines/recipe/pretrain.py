@@ -1,14 +1,9 @@
-"""Builds the default models from nothing: ``pretrain(directory)`` trains, measures, chooses and documents
-them.
+"""Builds the default models from nothing: ``pretrain(directory)`` trains, measures, chooses and documents them.
 
-What it promises: everything follows from ``seed``; finished parts are kept, so an interrupted build goes on
-with the part it was at; and every number in the model card comes from ``measurements.json``, written by the
-measurements below.
-
-The shipped diffusion model is deliberately **not** the best one, because reinforcement learning needs room: once
-trained, it goes on with captions that often name a wrong digit, and of these checkpoints the one whose full-caption
-accuracy, unguided, is nearest ``TARGET_ACCURACY`` is shipped. A checkpoint from the first training that is as often
-wrong would draw blurred digits; this one draws clean digits, only not always the one that was asked for.
+What it promises: everything follows from ``seed``; finished parts are kept, so an interrupted build goes on with the
+part it was at; and every number in the model card comes from ``measurements.json``, written by the measurements below.
+The shipped diffusion model is deliberately **not** the best one, because reinforcement learning needs room: ``card.md``
+says how it is made worse, and how its checkpoint is chosen by ``TARGET_ACCURACY``.
 """
 
 import json
@@ -22,31 +17,28 @@ from typing import Any
 import numpy as np
 
 from pipelines.digits import SLOTS, all_prompts, load_split, parse, render
+from pipelines.recipe.card import model_card
 
 TARGET_ACCURACY = 0.56
 CURVE_IMAGES_PER_PROMPT = 2
 CANDIDATE_IMAGES_PER_PROMPT = 5
 FINE_IMAGES_PER_PROMPT = 10
+_AUTOENCODER = ".autoencoder"  # its directory until the pipeline holds it
 
 Progress = Callable[[str], None]
 Measurements = dict[str, Any]
 
 
 def pretrain(output_dir: Path, seed: int = 0, progress: Progress = print) -> None:
-    """Writes ``pipeline/``, ``captioner/``, ``evaluator/``, ``measurements.json`` and ``README.md`` to
-    ``output_dir``.
+    """Writes ``pipeline/``, ``captioner/``, ``evaluator/``, ``measurements.json`` and ``README.md`` to ``output_dir``.
 
-    Takes about twenty-five CPU minutes from nothing. Parts already there are skipped; delete a part's
-    directory to build it again.
-
-    Raises:
-        ValueError: if ``output_dir`` holds parts built from another seed.
+    Takes about twenty-five CPU minutes from nothing. Parts already there are skipped; delete a part's directory to
+    build it again. Raises ValueError if ``output_dir`` holds parts built from another seed.
     """
-    from pipelines.recipe.card import write_card
-
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    measurements = _read_measurements(output_dir)
+    record = output_dir / "measurements.json"
+    measurements: Measurements = json.loads(record.read_text()) if record.is_file() else {}
     if measurements.setdefault("seed", seed) != seed:
         raise ValueError(
             f"{output_dir} was begun with seed {measurements['seed']}, not {seed}: use that seed or another directory"
@@ -57,24 +49,28 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Progress = print) -> Non
             progress(f"{name}: already there")
             continue
         start = time.process_time()
-        partial, directory = output_dir / f".{name}.partial", output_dir / _DIRECTORIES[name]
+        partial, directory = output_dir / f".{name}.partial", _directory(name, output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)
         measured = build(partial, output_dir, seed, progress)
         measured["cpu_seconds"] = round(time.process_time() - start)
-        measured["megabytes"] = round(_size(partial) / 1e6, 2)
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        measured["megabytes"] = round(size / 1e6, 2)
         partial.rename(directory)
         measurements[name] = measured
-        (output_dir / "measurements.json").write_text(json.dumps(measurements, indent=1) + "\n")
-    shutil.rmtree(output_dir / _DIRECTORIES["autoencoder"], ignore_errors=True)
-    write_card(output_dir, measurements)
+        record.write_text(json.dumps(measurements, indent=1) + "\n")
+    shutil.rmtree(output_dir / _AUTOENCODER, ignore_errors=True)
+    (output_dir / "README.md").write_text(model_card(measurements))
     progress(f"default models: ready in {output_dir}")
 
 
 def _is_finished(name: str, output_dir: Path, measurements: Measurements) -> bool:
-    # The autoencoder's own directory goes once the pipeline holds it.
-    directories = {name, "pipeline"} if name == "autoencoder" else {name}
-    return name in measurements and any((output_dir / _DIRECTORIES[part]).is_dir() for part in directories)
+    held = name == "autoencoder" and (output_dir / "pipeline").is_dir()
+    return name in measurements and (held or _directory(name, output_dir).is_dir())
+
+
+def _directory(name: str, output_dir: Path) -> Path:
+    return output_dir / (_AUTOENCODER if name == "autoencoder" else name)
 
 
 def _build_evaluator(directory: Path, output_dir: Path, seed: int, progress: Progress) -> Measurements:
@@ -83,12 +79,9 @@ def _build_evaluator(directory: Path, output_dir: Path, seed: int, progress: Pro
 
     evaluator = train_evaluator(seed, progress)
     save_evaluator(evaluator, directory, CHANNELS)
-    measured = {
-        "parameters": _parameters(evaluator.network),
-        "test": _accuracy(evaluator.judge(*_test_set())),
-    }
-    progress(f"evaluator: accuracy on test digits {measured['test']}")
-    return measured
+    test = _accuracy(evaluator.judge(*_test_set()))
+    progress(f"evaluator: accuracy on test digits {test}")
+    return {"parameters": _parameters(evaluator.network), "test": test}
 
 
 def _build_captioner(directory: Path, output_dir: Path, seed: int, progress: Progress) -> Measurements:
@@ -98,12 +91,9 @@ def _build_captioner(directory: Path, output_dir: Path, seed: int, progress: Pro
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     images, captions = _test_set()
-    measured = {
-        "parameters": _parameters(model),
-        "test": _caption_accuracy(caption_images(model, processor, images), captions),
-    }
-    progress(f"captioner: accuracy on test digits {measured['test']}")
-    return measured
+    test = _caption_accuracy(caption_images(model, processor, images), captions)
+    progress(f"captioner: accuracy on test digits {test}")
+    return {"parameters": _parameters(model), "test": test}
 
 
 def _build_autoencoder(directory: Path, output_dir: Path, seed: int, progress: Progress) -> Measurements:
@@ -112,10 +102,9 @@ def _build_autoencoder(directory: Path, output_dir: Path, seed: int, progress: P
 
     autoencoder = train_autoencoder(seed, progress)
     autoencoder.save_pretrained(directory)
-    evaluator = load_evaluator(output_dir / "evaluator")
-    measured = {"parameters": _parameters(autoencoder), "test": _measure_autoencoder(autoencoder, evaluator)}
-    progress(f"autoencoder: on test digits {measured['test']}")
-    return measured
+    test = _measure_autoencoder(autoencoder, load_evaluator(output_dir / "evaluator"))
+    progress(f"autoencoder: on test digits {test}")
+    return {"parameters": _parameters(autoencoder), "test": test}
 
 
 def _build_pipeline(directory: Path, output_dir: Path, seed: int, progress: Progress) -> Measurements:
@@ -127,7 +116,7 @@ def _build_pipeline(directory: Path, output_dir: Path, seed: int, progress: Prog
     from pipelines.recipe import diffusion
 
     evaluator = load_evaluator(output_dir / "evaluator")
-    autoencoder = AutoencoderKL.from_pretrained(output_dir / _DIRECTORIES["autoencoder"]).eval()
+    autoencoder = AutoencoderKL.from_pretrained(output_dir / _AUTOENCODER).eval()
     autoencoder.register_to_config(_name_or_path="")  # or the builder's own path would be shipped
     tokenizer = diffusion.build_tokenizer()
 
@@ -174,12 +163,6 @@ _BUILDERS = {
     "autoencoder": _build_autoencoder,
     "pipeline": _build_pipeline,
 }
-_DIRECTORIES = {
-    "evaluator": "evaluator",
-    "captioner": "captioner",
-    "autoencoder": ".autoencoder",
-    "pipeline": "pipeline",
-}
 
 
 def _test_set() -> tuple[np.ndarray, list[str]]:
@@ -196,14 +179,12 @@ def _accuracy(verdict: dict[str, np.ndarray]) -> dict[str, float]:
 def _caption_accuracy(written: list[str], captions: list[str]) -> dict[str, float]:
     """Per slot, and for the caption as an exact string."""
     pairs = [(parse(text), parse(truth)) for text, truth in zip(written, captions, strict=True)]
-    accuracy = {slot: round(float(np.mean([seen[slot] == true[slot] for seen, true in pairs])), 4) for slot in SLOTS}
-    exact = np.mean([text == truth for text, truth in zip(written, captions, strict=True)])
-    return {**accuracy, "full": round(float(exact), 4)}
+    verdict = {slot: np.array([seen[slot] == true[slot] for seen, true in pairs]) for slot in SLOTS}
+    return _accuracy(verdict | {"full": np.array(written) == np.array(captions)})
 
 
 def _measure_autoencoder(autoencoder: Any, evaluator: Any) -> dict[str, float]:
-    """On test digits: peak signal-to-noise ratio in dB, and the judge's full accuracy on the
-    reconstructions."""
+    """On test digits: peak signal-to-noise ratio in dB, and the judge's accuracy on the reconstructions."""
     import torch
 
     from pipelines.evaluator import to_network_input
@@ -219,12 +200,3 @@ def _measure_autoencoder(autoencoder: Any, evaluator: Any) -> dict[str, float]:
 
 def _parameters(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _read_measurements(output_dir: Path) -> Measurements:
-    path = output_dir / "measurements.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
