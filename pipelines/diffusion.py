@@ -121,9 +121,7 @@ class DiffusionPolicy:
             following = scheduler.step(
                 output, timestep, latents, eta=self.sampling.eta, variance_noise=drawn, return_dict=False
             )[0]
-            if not torch.isfinite(
-                following
-            ).all():  # at η = 1 its float32 1 − ᾱ − σ² can round below 0, the root to nan
+            if not torch.isfinite(following).all():  # its float32 1 − ᾱ − σ² can round below 0, and the root to nan
                 mean = self.schedule.mean(latents, output, index)
                 following = (mean + self.schedule.sigma[step] * drawn).to(self.dtype)
             if step in stochastic:
