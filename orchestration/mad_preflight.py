@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, validate
@@ -15,11 +16,11 @@ from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
 from pipelines.mad_graph import RealSource, image_source
 from pipelines.tasks import Task
 from policies.data_rules import Manifest, training_sets
+from policies.mad_settings import LoopSettings
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
 _MOST_UNIVERSES = 1000
 _LEAST_REFERENCE = 20  # precision and recall look at 5 neighbours
-_MAY_DIFFER = ("output_dir", "generations", "seeds", "arms", "derive", "tracking", "workers")
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,11 @@ def _check_output(config: MadConfig) -> None:
     if manifest.get("loop") != "mad":
         raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
     held = validate(MadConfig, manifest["config"])
-    new, old = config.model_dump(), held.model_dump()
-    differing = [key for key in old if key not in _MAY_DIFFER and old[key] != new[key]]
+    differing = [key for key in ("name", "data") if getattr(held, key) != getattr(config, key)]
     for name, arm in held.resolved_arms.items():
-        if config.resolved_arms.get(name) != arm:
-            differing.append(f"arms.{name}" if held.arms else "the arms")
+        mine = _essence(config.resolved_arms[name]) if name in config.resolved_arms else {}
+        changed = [key for key, value in _essence(arm).items() if mine.get(key) != value]
+        differing += [f"arms.{name}.{key}" if held.arms else key for key in changed]
     if held.generations > config.generations or not set(held.seed_list) <= set(config.seed_list):
         differing.append("fewer generations or seeds")
     if differing:
@@ -214,3 +215,8 @@ def _check_output(config: MadConfig) -> None:
             f"output_dir {directory} holds another experiment (different: {', '.join(dict.fromkeys(differing))}); "
             "choose another directory. More generations, seeds or arms may be added to an experiment"
         )
+
+
+def _essence(arm: ArmSettings) -> dict[str, Any]:
+    """What an arm's results depend on."""
+    return arm.model_dump(include={"family", *LoopSettings.model_fields}) | arm.family_settings()

@@ -198,9 +198,7 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
     shutil.copytree(finished, directory)
     before, told = tasks(directory), summary(directory)
     resume_mad(directory)
-    assert {key: task["stored"] for key, task in tasks(directory).items()} == {
-        k: t["stored"] for k, t in before.items()
-    }
+    assert tasks(directory) == before  # with the time each was finished at
     again = summary(directory)
     assert again["arms"] == told["arms"]
     assert again["mlflow_run_id"] == told["mlflow_run_id"]
@@ -219,8 +217,8 @@ KILLED = [
     "dimension=20",
     "rule=accumulate_subsample",
     "n_ini=60",
-    "seeds=300",
-    "generations=20",
+    "seeds=1000",
+    "generations=16",
     "tracking.system_metrics=false",
 ]
 
@@ -242,8 +240,8 @@ def test_a_killed_driver_loses_nothing(moment: str, undisturbed: Path, tmp_path:
     def reached() -> bool:
         if moment == "between generations":
             return "generation  4/" in log.read_text()
-        stored = tasks(directory).values()  # a model that is not measured yet
-        return [task["kind"] for task in stored].count("fit") > [task["kind"] for task in stored].count("measure") > 2
+        kinds = [task["kind"] for task in tasks(directory).values()]
+        return kinds.count("fit") > kinds.count("measure") > 2  # a model that is not measured yet
 
     wait_until(lambda: reached() or process.poll() is not None, 240, moment)
     os.kill(process.pid, signal.SIGKILL)
