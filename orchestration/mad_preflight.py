@@ -62,8 +62,7 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
     except ValueError as error:
         raise ConfigError(str(error)) from error
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
-    floors: dict[str, Task] = {}
-    floors |= {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name])) is not None}
+    floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
     return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources)
 
 

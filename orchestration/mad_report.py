@@ -61,9 +61,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         "generations": config.generations,
         "seeds": config.seed_list,
         "arms": arms,
-        "floor": {
-            family: {k: v[0] for k, v in run.metrics_of(t).items()} for family, t in run.experiment.floors.items()
-        },
+        "floor": _floors(run),
         "comparisons": comparisons(config, run.values),
         "extractor_sha256": _extractor_hash(run),
         "seconds_by_stage": seconds,

@@ -19,7 +19,7 @@ from actors.tasks import TaskRunner
 from orchestration.display import Display, Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
-from orchestration.run import Ending, Run, new_directory, new_manifest, read_manifest
+from orchestration.run import Run, ending, new_directory, new_manifest, read_manifest
 from orchestration.tracking import Tracker
 from pipelines.mad_graph import Generation
 from pipelines.mad_tasks import read_samples
@@ -114,13 +114,12 @@ class MadRun(Run):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ending: Ending = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             if kind is None:  # else the next session sends everything, and this one has to end now
                 self._flush()
             for tracker in self._trackers.values():
-                tracker.finish(ending)
+                tracker.finish(ending(kind))
         finally:
             super().__exit__(kind, error, trace)
 

@@ -32,12 +32,13 @@ def laws(arm: ArmSettings, generations: int) -> exact_laws.Laws:
     if arm.family != "gaussian" or arm.real_weight != 1:
         return {}
     common: dict[str, Any] = {"generations": generations, "sampling_bias": bias, "covariance": covariance}
-    if arm.rule == "fully_synthetic" or (arm.rule == "real_only" or not sizes):
-        once = {"generations": 1} if arm.rule == "real_only" or not sizes else {}
-        found = exact_laws.fully_synthetic(
-            **common | once, n_ini=n_ini, n_synthetic=n_synthetic[0] if same else n_ini, dimension=arm.dimension
+    if arm.rule == "real_only" or not sizes:  # every generation is a first one
+        first = exact_laws.fully_synthetic(
+            **common | {"generations": 1}, n_ini=n_ini, n_synthetic=n_ini, dimension=arm.dimension
         )
-        return {metric: np.repeat(values, generations) if once else values for metric, values in found.items()}
+        return {metric: np.repeat(values, generations) for metric, values in first.items()}
+    if arm.rule == "fully_synthetic":
+        return exact_laws.fully_synthetic(**common, n_ini=n_ini, n_synthetic=n_synthetic[0], dimension=arm.dimension)
     if arm.rule == "fresh":
         return exact_laws.fresh(**common, n_ini=n_ini, n_real=n_real, n_synthetic=n_synthetic)
     real_once = same and n_real[0] == n_ini and arm.supply == "fixed"

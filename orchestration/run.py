@@ -55,7 +55,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        status: Ending = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        status = ending(kind)
         if error is not None and status == "FAILED":
             self.manifest["error"] = f"{type(error).__name__}: {error}"
         try:
@@ -100,6 +100,11 @@ class Run:
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest["status"] = status
         write_json(self.directory / "manifest.json", self.manifest)
+
+
+def ending(kind: type[BaseException] | None) -> Ending:
+    """The name of how a run ended, by the exception it ended with."""
+    return "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
 
 
 def check_output(output_dir: str | None) -> None:
