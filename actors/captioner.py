@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import Role
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.settings import CaptionerSettings
@@ -28,8 +28,8 @@ class CaptionerActor(Worker):
 class Captioners(Pool):
     """All captioners."""
 
-    def __init__(self, role: Role, settings: CaptionerSettings) -> None:
-        super().__init__(role, CaptionerActor, settings, role.device, role.threads)
+    def __init__(self, seats: Seats, settings: CaptionerSettings) -> None:
+        super().__init__(seats, CaptionerActor, settings, seats.role.device, seats.role.threads)
 
     def caption(self, chunks: Sequence[Chunk]) -> None:
         """Caption every chunk as soon as it is drawn."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import Role
 from actors.work import Chunk
 from actors.worker import Worker
 
@@ -28,8 +28,8 @@ class EvaluatorActor(Worker):
 class Evaluators(Pool):
     """The evaluator's pool."""
 
-    def __init__(self, role: Role, path: str) -> None:
-        super().__init__(role, EvaluatorActor, path, role.threads)
+    def __init__(self, seats: Seats, path: str) -> None:
+        super().__init__(seats, EvaluatorActor, path, seats.role.threads)
 
     def judge(self, chunks: Sequence[Chunk]) -> None:
         """Judge every chunk as soon as it is drawn."""

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from ray import ObjectRef
 
+from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import Role
 from actors.work import Chunk
 from actors.worker import Worker
+from pipelines.atomic import Files
+from pipelines.families.registry import packed
 from pipelines.settings import ModelSettings
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings, TrainingSettings
@@ -65,9 +67,9 @@ class LearnerActor(Worker):
         """Go on from a state."""
         self.learner.restore(state)
 
-    def save(self, directory: str) -> None:
-        """Write the diffusers directory of the current weights, LoRA merged."""
-        self.learner.save(directory)
+    def pipeline(self) -> Files:
+        """The files of a diffusers directory of the current weights, LoRA merged."""
+        return packed(self.learner.save)
 
     def _update(self, changed: int, statistics: dict[str, Any]) -> tuple[Update, dict[str, np.ndarray]]:
         from pipelines.trainable import checksum
@@ -81,13 +83,13 @@ class Learner(Pool):
 
     def __init__(
         self,
-        role: Role,
+        seats: Seats,
         model: ModelSettings,
         sampling: SamplingSettings,
         training: TrainingSettings,
         seed: int,
     ) -> None:
-        super().__init__(role, LearnerActor, model, sampling, training, seed, role.device, role.threads)
+        super().__init__(seats, LearnerActor, model, sampling, training, seed, seats.role.device, seats.role.threads)
 
     def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[ObjectRef, ObjectRef]:
         """References of the :class:`Update` and of the new weights."""

@@ -8,7 +8,8 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.settings import Role
+from actors.placement import Seats
+from actors.settings import mark
 
 POLL_SECONDS = 0.25
 _ACTIVITIES = {
@@ -29,10 +30,13 @@ class ActorFailure(RuntimeError):  # noqa: N818
 class Pool:
     """The members of one role. Any member may do any piece of work; the least busy gets it."""
 
-    def __init__(self, role: Role, worker: type, *arguments: Any) -> None:
-        self.role = role
-        remote: Any = ray.remote(worker).options(num_cpus=role.cpus, num_gpus=role.gpus)
-        self.members: list[ActorHandle] = [remote.remote(*arguments) for _ in range(role.count)]
+    def __init__(self, seats: Seats, worker: type, *arguments: Any) -> None:
+        self.role = role = seats.role
+        options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
+        actor: Any = ray.remote(worker)
+        self.members: list[ActorHandle] = [
+            actor.options(**options, scheduling_strategy=place).remote(*arguments) for place in seats.places
+        ]
         self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]
 
     def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
@@ -99,4 +103,6 @@ def _raise_failure(reference: ObjectRef, what: str) -> None:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayActorError as error:
-        raise ActorFailure(f"{what}: the actor died: {error}") from error
+        reason = str(error).strip()  # of an actor that could not begin, a traceback
+        reason = reason.splitlines()[-1] if error.actor_init_failed else f"the actor died: {reason}"
+        raise ActorFailure(f"{what}: {reason}") from error

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import Role
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.settings import RewardSettings
@@ -30,8 +30,8 @@ class RewardActor(Worker):
 class Rewards(Pool):
     """All reward actors."""
 
-    def __init__(self, role: Role, settings: RewardSettings) -> None:
-        super().__init__(role, RewardActor, settings, role.threads)
+    def __init__(self, seats: Seats, settings: RewardSettings) -> None:
+        super().__init__(seats, RewardActor, settings, seats.role.threads)
 
     def score(self, chunks: Sequence[Chunk]) -> None:
         """Score every chunk as soon as it is drawn and captioned, while the next is still being drawn."""

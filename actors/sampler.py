@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from ray import ObjectRef
 
+from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import Role
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.settings import ModelSettings
@@ -56,8 +56,8 @@ class Sampler(Worker):
 class Samplers(Pool):
     """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""
 
-    def __init__(self, role: Role, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
-        super().__init__(role, Sampler, model, sampling, role.device, role.threads)
+    def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
+        super().__init__(seats, Sampler, model, sampling, seats.role.device, seats.role.threads)
         self.images_per_call = images_per_call
         self.version = 0
 

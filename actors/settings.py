@@ -1,11 +1,25 @@
 """Settings of the actors and where they run, and the plan that follows from them. Importable without torch and ray."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
 from policies.settings import Settings
+
+NODE_SHARE = 0.001  # of the resource that marks a kind of node, for each actor or task: 1 is enough for a thousand
+Offer = Mapping[str, float]  # resource → amount, what one node has
+
+
+class NodeSettings(Settings):
+    """The kind of node for each role: the name of a Ray resource that such nodes advertise; null: any node."""
+
+    sampler: str | None = Field(None, min_length=1)
+    captioner: str | None = Field(None, min_length=1)
+    reward: str | None = Field(None, min_length=1)
+    learner: str | None = Field(None, min_length=1)
+    evaluator: str | None = Field(None, min_length=1)
 
 
 class ActorSettings(Settings):
@@ -17,9 +31,12 @@ class ActorSettings(Settings):
     placement: Literal["shared", "spread"] = Field(
         "shared", description="all roles share what there is by fractions, or each takes whole CPUs and GPUs"
     )
+    nodes: NodeSettings = NodeSettings()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
     sampler_threads: int = Field(1, ge=1, description="CPU threads of a sampler")
-    learner_threads: int | None = Field(None, ge=1, description="CPU threads of the learner; null: all CPUs, at most 8")
+    learner_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the learner; null: all CPUs of a node, at most 8"
+    )
     images_per_call: int = Field(64, ge=1, description="images a sampler draws at once: the unit of work")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for one piece of work")
 
@@ -29,6 +46,7 @@ class WorkerSettings(Settings):
 
     cpus_per_task: int = Field(1, ge=1)
     tasks_per_gpu: int = Field(4, ge=1, description="tasks that share a GPU, where there is one")
+    nodes: str | None = Field(None, min_length=1, description="the resource that marks the nodes to use; null: any")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
     timeout_seconds: float = Field(3600.0, gt=0, description="longest wait for any task to finish")
 
@@ -43,44 +61,105 @@ class Role:
     gpus: float
     threads: int
     device: str
+    node: str | None = None
+
+    @property
+    def described(self) -> str:
+        """For people."""
+        place = f", {self.node} nodes" if self.node else ""
+        return f"{self.name}: {self.cpus:g} CPU, {self.gpus:g} GPU, {self.threads} threads, on {self.device}{place}"
+
+    @property
+    def demand(self) -> dict[str, float]:
+        """What one of them asks Ray for."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus} | mark(self.node)
+        return {resource: amount for resource, amount in wanted.items() if amount}
+
+
+def mark(node: str | None) -> dict[str, float]:
+    """The Ray resources by which work lands on a kind of node."""
+    return {node: NODE_SHARE} if node else {}
+
+
+def check_kind(setting: str, node: str | None, offers: Sequence[Offer]) -> None:
+    """Raise ValueError unless some node is of the kind that ``setting`` names."""
+    if node and not any(offer.get(node, 0) >= NODE_SHARE for offer in offers):
+        raise ValueError(
+            f"{setting} is {node}, but no node advertises a resource of that name: start one with "
+            f"ray start --resources='{{\"{node}\": 1}}', or set {setting}=null"
+        )
 
 
 def plan_roles(
-    settings: ActorSettings, cpus: int, gpus: int, captioner: bool = True, evaluator: bool = True
+    settings: ActorSettings,
+    cpus: int,
+    gpus: int,
+    captioner: bool = True,
+    evaluator: bool = True,
+    offers: Sequence[Offer] = (),
 ) -> list[Role]:
-    """The actors of a run on ``cpus`` and ``gpus``. Raises ValueError if they do not fit."""
+    """The actors of a run on nodes with ``cpus`` and ``gpus`` in all, and ``offers`` each (by default it is one node).
+
+    Raises ValueError if they do not fit.
+    """
+    offers = offers or [{"CPU": cpus, "GPU": gpus}]
     if settings.device == "cuda" and not gpus:
         raise ValueError("actors.device is cuda, but no GPU was found: set actors.device=auto or cpu")
-    on_gpu = gpus > 0 and settings.device != "cpu"
-    learner_threads = settings.learner_threads or min(cpus, 8)
     counts = {"sampler": settings.samplers, "captioner": settings.captioners * captioner, "reward": settings.rewards}
     counts |= {"learner": 1, "evaluator": int(evaluator)}
-    threads = {"sampler": settings.sampler_threads, "learner": learner_threads}
-    gpu_roles = {"sampler", "captioner", "learner"} if on_gpu else set()
-    total = sum(counts.values())
-    sharers = -(-sum(counts[name] for name in gpu_roles) // gpus) if on_gpu else 1
-    roles = []
-    for name, count in counts.items():
-        if not count:
-            continue
-        if settings.placement == "shared":
-            cpu, gpu = min(1.0, int(100 * cpus / total) / 100), 1 / sharers
-        else:
-            cpu, gpu = float(threads.get(name, 1)), 1.0
-        uses_gpu = name in gpu_roles
-        device = "cuda" if uses_gpu else "cpu"
-        roles.append(Role(name, count, cpu, gpu if uses_gpu else 0.0, threads.get(name, 1), device))
-    _check_fit(roles, cpus, gpus, settings.placement)
-    return roles
+    counts = {name: count for name, count in counts.items() if count}
+    for name in counts:
+        check_kind(f"actors.nodes.{name}", getattr(settings.nodes, name), offers)
+    # Several nodes hold fewer fractions than their sum would: shares shrink until every actor has a place.
+    for crowding in range(sum(counts.values()) if settings.placement == "shared" else 1):
+        roles = _roles(settings, counts, cpus, gpus, offers, crowding)
+        if any(role.cpus <= 0 for role in roles):
+            raise ValueError(f"{sum(counts.values())} actors cannot share {cpus} CPUs: ask for fewer samplers")
+        homeless = _homeless(roles, offers)
+        if homeless is None:
+            return roles
+    needed_cpus, needed_gpus = (sum(r.count * getattr(r, each) for r in roles) for each in ("cpus", "gpus"))
+    raise ValueError(
+        f"the actors need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs, there are {cpus} and {gpus}; no node has room "
+        f"for the {homeless}. Ask for fewer actors or threads, choose other actors.nodes, or set "
+        f"actors.placement=shared (it is {settings.placement})"
+    )
 
 
-def _check_fit(roles: list[Role], cpus: int, gpus: int, placement: str) -> None:
-    needed_cpus = sum(role.count * role.cpus for role in roles)
-    needed_gpus = sum(role.count * role.gpus for role in roles)
-    if any(role.cpus <= 0 for role in roles):
-        raise ValueError(f"{sum(r.count for r in roles)} actors cannot share {cpus} CPUs: ask for fewer samplers")
-    if needed_cpus > cpus or needed_gpus > gpus + 1e-9:
-        raise ValueError(
-            f"the actors need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs, there are {cpus} and {gpus}: "
-            f"ask for fewer actors or threads, or set actors.placement=shared (it is {placement})"
+def _roles(
+    settings: ActorSettings, counts: Mapping[str, int], cpus: int, gpus: int, offers: Sequence[Offer], crowding: int
+) -> list[Role]:
+    home = settings.nodes.learner
+    widest = max(1, *(int(offer.get("CPU", 0)) for offer in offers if home is None or home in offer))
+    threads = {"sampler": settings.sampler_threads, "learner": settings.learner_threads or min(widest, 8)}
+    gpu_roles = {"sampler", "captioner", "learner"} & set(counts) if gpus and settings.device != "cpu" else set()
+    total, on_gpu = sum(counts.values()), sum(counts[name] for name in gpu_roles)
+    shared = settings.placement == "shared"
+    cpu = int(100 * min(1.0, cpus / total) / (1 + crowding)) / 100
+    gpu = 1 / (-(-on_gpu // gpus) + crowding) if shared and on_gpu else 1.0
+    return [
+        Role(
+            name,
+            count,
+            cpu if shared else float(threads.get(name, 1)),
+            gpu if name in gpu_roles else 0.0,
+            threads.get(name, 1),
+            "cuda" if name in gpu_roles else "cpu",
+            getattr(settings.nodes, name),
         )
+        for name, count in counts.items()
+    ]
+
+
+def _homeless(roles: Sequence[Role], offers: Sequence[Offer]) -> str | None:
+    """The first actor for which no node has room left. Those that cannot go everywhere choose first, then the large."""
+    free = [dict(offer) for offer in offers]
+    for role in sorted(roles, key=lambda role: (role.node is None, -role.gpus, -role.cpus)):
+        for _ in range(role.count):
+            fitting = [n for n in free if all(n.get(name, 0) >= need - 1e-9 for name, need in role.demand.items())]
+            if not fitting:
+                return role.described
+            node = min(fitting, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+            for name, need in role.demand.items():
+                node[name] -= need
+    return None

@@ -13,6 +13,7 @@ import ray
 from ray import ObjectRef
 
 from actors.pool import POLL_SECONDS, ActorFailure
+from actors.settings import mark
 from pipelines.atomic import Files
 from pipelines.tasks import Task, TaskStore, in_order
 
@@ -25,12 +26,15 @@ Work = Callable[[str, dict[str, Any], list[Files], str], Files]  # (kind, parame
 class TaskRunner:
     """Runs tasks that are not in ``store`` yet, as many at once as the cluster has room for."""
 
-    def __init__(self, work: Work, store: TaskStore, cpus: float, gpus: float, timeout: float) -> None:
+    def __init__(
+        self, work: Work, store: TaskStore, cpus: float, gpus: float, timeout: float, nodes: str | None = None
+    ) -> None:
         self._store = store
         self._timeout = timeout
         self._device = "cuda" if gpus else "cpu"
         remote: Any = ray.remote(_perform)
-        self._remote = remote.options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, num_returns=2)
+        taken = {"num_cpus": cpus, "num_gpus": gpus, "resources": mark(nodes)}
+        self._remote = remote.options(**taken, max_retries=_RETRIES, num_returns=2)
         self._work = ray.put(work)
         self._references: dict[str, ObjectRef] = {}
         self._pending: dict[ObjectRef, Task] = {}

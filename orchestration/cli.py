@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
+jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help=True)
+app.add_typer(jobs_app, name="jobs")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
 File = Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")]
@@ -32,6 +34,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
 Root = Annotated[Path, typer.Option(help="where the runs are")]
+Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="as submit printed it; see 'ouroboros jobs list'")]
+NewId = Annotated[str | None, typer.Option("--id", help="name of the job; without it, one with the time")]
+Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
 
 
 @app.command()
@@ -64,18 +70,36 @@ def mad(overrides: Overrides = None, config: File = None, dry_run: DryRun = Fals
 
 
 @app.command()
+def sweep(
+    overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
+) -> None:
+    """Run a loop many times over a space of its settings. The same command again goes on with what output_dir holds."""
+    from orchestration.sweep_config import SweepConfig
+    from orchestration.sweep_preflight import describe_sweep, preflight_sweep
+
+    settings = _read(SweepConfig, config, overrides, tracking_uri)
+    if dry_run:
+        return _print_plan(settings, describe_sweep(settings, preflight_sweep(settings)))
+    from orchestration.sweep import run_sweep
+
+    print(run_sweep(settings))
+
+
+@app.command()
 def resume(run: RunDirectory) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
     from orchestration.run import read_manifest
 
-    if read_manifest(run).get("loop") == "mad":
-        from orchestration.mad import resume_mad
+    run = run.expanduser()  # a job's has no shell to do it
+    loop = read_manifest(run).get("loop")
+    if loop == "mad":
+        from orchestration.mad import resume_mad as go_on
+    elif loop == "sweep":
+        from orchestration.sweep import resume_sweep as go_on
+    else:
+        from orchestration.ddpo import resume_ddpo as go_on
 
-        print(resume_mad(run))
-        return
-    from orchestration.ddpo import resume_ddpo
-
-    print(resume_ddpo(run))
+    print(go_on(run))
 
 
 @app.command()
@@ -89,6 +113,19 @@ def lineage(
     from orchestration.lineage import render_lineage
 
     Console().print(render_lineage(run, sample))
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
+    """Write a run's report.html, done or not."""
+    from orchestration.html_report import write_report
+    from orchestration.report import draw
+    from orchestration.runs import find_run
+
+    found = find_run(run, root)
+    if found.loop == "ddpo":
+        draw(found.directory)
+    print(write_report(found.directory))
 
 
 @app.command()
@@ -116,6 +153,103 @@ def pretrain(
     from pipelines.recipe.pretrain import pretrain as build
 
     build(output, seed)
+
+
+@app.command()
+def submit(
+    words: Annotated[list[str], typer.Argument(metavar="-- ddpo|mad|sweep|resume ...", help="as after 'ouroboros'")],
+    address: Address = None,
+    job_id: NewId = None,
+    output_root: Annotated[str, typer.Option(help="on the cluster: new runs are put below it")] = "~/ouroboros-runs",
+    follow: Follow = True,
+) -> None:
+    """Run one of the loops as a job of a cluster, on the code of this working tree."""
+    from orchestration.jobs import Job, launch, shipped_files
+    from orchestration.sweep_config import SCHEMAS, SweepConfig
+
+    name, schemas = words[0], {**SCHEMAS, "sweep": SweepConfig}
+    if name not in {*schemas, "resume"}:
+        raise ConfigError(f"a job runs {', '.join(schemas)} or resume, not {name!r}")
+    given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
+    files = shipped_files(Path.cwd())
+    if name == "resume":
+        job = Job.resume(str(given["run"]), job_id)
+    else:
+        if given["config"] not in {None, *files}:
+            raise ConfigError(
+                f"{given['config']} is not a file that a job gets, by its path from here: see docs/jobs.md"
+            )
+        settings = _read(schemas[name], given["config"], given["overrides"], given["tracking_uri"])
+        job = Job.start(words, settings, output_root, job_id)
+    raise typer.Exit(launch(job, files, address, follow))
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """One line a job."""
+    from orchestration.jobs import connect, render_jobs
+
+    Console().print(render_jobs(connect(address).list_jobs()))
+
+
+@jobs_app.command()
+def logs(job_id: JobId, address: Address = None, follow: Follow = False) -> None:
+    """What a job has logged."""
+    from orchestration.jobs import attend, connect
+
+    cluster = connect(address)
+    if follow:
+        raise typer.Exit(attend(cluster, job_id))
+    print(cluster.get_job_logs(job_id), end="")
+
+
+@jobs_app.command()
+def stop(job_id: JobId, address: Address = None) -> None:
+    """Stop a job. Its last commit stands, and its MLflow run is closed."""
+    from orchestration.jobs import connect
+    from orchestration.jobs import stop as stop_job
+
+    details = stop_job(connect(address), job_id)
+    hint = f"; go on with: ouroboros jobs resume {job_id}" if details.status == "STOPPED" else ""
+    print(f"{job_id} is {details.status.value.lower()}{hint}")
+
+
+@jobs_app.command("resume")
+def resume_job(job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True) -> None:
+    """Go on with the run that a job made, in a new job."""
+    from orchestration.jobs import Job, connect, launch, run_of, shipped_files
+
+    job = Job.resume(run_of(connect(address), job_id), new_id)
+    raise typer.Exit(launch(job, shipped_files(Path.cwd()), address, follow))
+
+
+@app.command()
+def mlflow(
+    directory: Annotated[Path, typer.Option(help="for database, artifacts and log")] = Path("mlflow"),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 5000,
+    backend_store_uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_BACKEND_STORE_URI", help="without it, SQLite in the directory")
+    ] = None,
+    allowed_hosts: Annotated[str | None, typer.Option(help="names by which browsers may call it, with commas")] = None,
+    basic_auth: Annotated[bool, typer.Option("--basic-auth", help="ask for a user and a password")] = False,
+) -> None:
+    """Run an MLflow server, with artifacts through it."""
+    from orchestration.mlflow_server import MlflowServer, serve
+
+    serve(MlflowServer(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth))
+
+
+@app.command()
+def doctor(address: Address = None, tracking_uri: Server = None, config: File = None) -> None:
+    """Look for what a run would trip over; each line is ok, or says what to do."""
+    from orchestration.doctor import examine
+
+    fixes = 0
+    for finding in examine(address, tracking_uri, config):
+        Console(highlight=False).print(finding, soft_wrap=True)
+        fixes += finding.fix is not None
+    raise typer.Exit(FAILED if fixes else 0)
 
 
 @runs_app.command("list")

@@ -1,13 +1,19 @@
 """The Ray a run lives on: the one it was started in, the one ``RAY_ADDRESS`` names, or its own on this machine."""
 
 import contextlib
+import ipaddress
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from actors.settings import Offer
+from pipelines.locations import CHECKOUT
 
 # OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
 # threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
@@ -20,8 +26,8 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _SHUTDOWN_SECONDS = 2.0
-# A Ray of one's own serves this process alone: every listener on loopback, and no token file in the home directory.
-_PRIVATE = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Not for other machines, in .gitignore's language. What .gitignore names stays here as well.
+JUNK = ("/.git", "/.venv", "/venv", "/runs", "/mlruns", "/mlflow", "mlflow.db", "__pycache__", ".*_cache", ".env")
 
 
 def external_address() -> str | None:
@@ -35,6 +41,7 @@ class Machine:
 
     cpus: int
     gpus: int
+    offers: tuple[Offer, ...] = ()  # what each node has of these and of other resources; none: it is one node
 
 
 def find_machine(device: str) -> Machine:
@@ -43,13 +50,22 @@ def find_machine(device: str) -> Machine:
         with connected(gpus=0):
             import ray
 
-            resources = ray.cluster_resources()
-        return Machine(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+            offers = _own_share() or tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+        cpus, gpus = (int(sum(offer.get(name, 0) for offer in offers)) for name in ("CPU", "GPU"))
+        return Machine(cpus, gpus, offers)
     if device == "cpu" or shutil.which("nvidia-smi") is None:
         return Machine(available_cpus(), 0)
     import torch
 
     return Machine(available_cpus(), torch.cuda.device_count())
+
+
+def _own_share() -> tuple[Offer, ...]:
+    """The bundles of the placement group that this process was put into (a sweep's trial); none outside of any."""
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    return tuple(group.bundle_specs) if group else ()
 
 
 def available_cpus() -> int:
@@ -62,24 +78,53 @@ def connected(gpus: int) -> Iterator[None]:
     """Be connected to Ray. A Ray started here is ended here; one that was there before is left as it was."""
     for name, value in (_QUIET | _ACTORS).items():
         os.environ.setdefault(name, value)
-    if external_address() is None:
-        os.environ.update(_PRIVATE)
     import ray
 
     if ray.is_initialized():
         yield
-        return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if external_address():
-        ray.init(**quiet)
+    elif external_address():
+        _init(runtime_env=_for_workers())
         try:
             yield
         finally:
             ray.shutdown()
-        return
-    with _own_children_ended():
-        ray.init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False, **quiet)
-        yield
+    else:
+        with _own_children_ended():
+            _start_private(gpus)
+            yield
+
+
+def _for_workers() -> dict[str, Any]:
+    """What workers on other nodes need: this checkout, unless a Ray job brought it or it came with the installation."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (CHECKOUT / "pyproject.toml").exists():
+        return {"env_vars": _ACTORS}
+    return {"env_vars": _ACTORS, "working_dir": str(CHECKOUT), "excludes": list(JUNK)}
+
+
+def _start_private(gpus: int) -> None:
+    """A Ray that serves this process alone: on loopback, and with no token (a file in the home) unless one is set."""
+    import ray
+    from ray._private import ray_constants
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Meant for systems whose firewall asks the user. The variable behind it is read when Ray is imported: too early.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    _init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False)
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        raise RuntimeError(f"Ray {ray.__version__} listens beyond this machine; start a cluster and set RAY_ADDRESS")
+
+
+def _init(*address: str, **options: Any) -> None:
+    """``ray.init``, quietly. SIGTERM goes on to mean what it meant: Ray would have it end the process unclosed."""
+    import ray
+
+    meaning = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(*address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except SystemExit as stopped:  # SIGTERM while Ray was starting
+        raise KeyboardInterrupt from stopped
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, meaning)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from ray import ObjectRef
 from actors.captioner import Captioners
 from actors.evaluator import Evaluators
 from actors.learner import Learner, Update
+from actors.placement import Room
 from actors.pool import Pool, wait_for
 from actors.reward import Rewards
 from actors.sampler import Acknowledgement, Samplers
@@ -19,7 +20,7 @@ from orchestration.cluster import connected
 from orchestration.config import DdpoConfig
 from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
-from pipelines.locations import resolve_model
+from pipelines.locations import portable
 from policies.streams import derive_seed
 
 Activity = Callable[[dict[str, str]], None]
@@ -50,16 +51,19 @@ class Crew:
         self._stack.close()
 
     def _start(self) -> None:
-        config, roles = self.config, {role.name: role for role in self.plan.roles}
+        config = _portable(self.config)
         gpus = math.ceil(sum(role.gpus * role.count for role in self.plan.roles) - 1e-6)
         self._stack.enter_context(connected(gpus))
-        model = config.model.model_copy(update={"path": resolve_model(config.model.path)})
+        room = Room(self.plan.roles)
+        self._stack.callback(room.leave)
+        room.wait(config.actors.timeout_seconds, lambda: self._show({"actors": "waiting for room on the cluster"}))
+        seats, model = room.seats(), config.model
         seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
-        self.learner = Learner(roles["learner"], model, config.sampling, config.training, seed)
-        self.samplers = Samplers(roles["sampler"], model, config.sampling, config.actors.images_per_call)
-        self.rewards = Rewards(roles["reward"], config.reward)
-        self.captioners = Captioners(roles["captioner"], config.captioner) if "captioner" in roles else None
-        self.evaluators = Evaluators(roles["evaluator"], judge) if "evaluator" in roles and judge else None
+        self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed)
+        self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
+        self.rewards = Rewards(seats["reward"], config.reward)
+        self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
+        self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
         pools = (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
         self.pools: list[Pool] = [pool for pool in pools if pool is not None]
         self._stack.callback(self._end_actors)
@@ -125,3 +129,14 @@ class Crew:
             Chunk(list(prompts[i : i + size]), [], ray.put(images[i : i + size]), ray.put(None))
             for i in range(0, len(prompts), size)
         ]
+
+
+def _portable(config: DdpoConfig) -> DdpoConfig:
+    """``config`` with every model under a name that all nodes understand."""
+
+    def renamed(block: Any, key: str) -> Any:
+        path = getattr(block, key)
+        return block.model_copy(update={key: portable(path)}) if path else block
+
+    blocks = {"model": "path", "captioner": "path", "reward": "encoder", "evaluation": "evaluator"}
+    return config.model_copy(update={name: renamed(getattr(config, name), key) for name, key in blocks.items()})

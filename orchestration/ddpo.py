@@ -12,29 +12,30 @@ import numpy as np
 from orchestration.calibration import calibrate
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
-from orchestration.ddpo_run import DdpoRun
+from orchestration.ddpo_run import DdpoRun, Watch, ignore
 from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight
 from orchestration.report import Report, fitting_images
+from pipelines.atomic import commit_directory
 from pipelines.learning import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.streams import PromptSchedule, derive_seed
 
 
-def run_ddpo(config: DdpoConfig) -> Path:
+def run_ddpo(config: DdpoConfig, watch: Watch = ignore) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(DdpoRun.create(config), plan)
+    return _loop(DdpoRun.create(config), plan, watch)
 
 
-def resume_ddpo(directory: Path) -> Path:
+def resume_ddpo(directory: Path, watch: Watch = ignore) -> Path:
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
     run = DdpoRun.resume(directory)
-    return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})))
+    return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), watch)
 
 
-def _loop(run: DdpoRun, plan: Plan) -> Path:
+def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
     prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
     history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
@@ -99,8 +100,9 @@ def _loop(run: DdpoRun, plan: Plan) -> Path:
                     run.commit(state.tensors, known, cpu_seconds())
             if held_out:
                 report.progress(done, held_out)
+            watch(run)
 
         after = held_out or evaluate(config.evaluation.images)
-        pipeline = run.directory / "pipeline"
-        crew.wait(crew.learner.everyone("save", str(pipeline)), "saving the pipeline")
+        files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
+        commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
         return report.finish(after, update.checksum, cpu_seconds())

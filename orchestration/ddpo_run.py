@@ -8,7 +8,7 @@ MLflow drops points it knows, so each is there once.
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +18,13 @@ from actors.settings import Role
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
+from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import write_json
 from pipelines.checkpoint import Checkpoint, CheckpointStore
 
+Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
+
+_FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
 _PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
@@ -61,8 +65,23 @@ class DdpoRun(Run):
         store = CheckpointStore(directory / "checkpoints")
         return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
 
+    @staticmethod
+    def adopt(config: DdpoConfig, commit: Path) -> None:
+        """Put another run's ``commit`` and ``config`` in place of what ``config.output_dir`` last committed.
+
+        Population based training does this to a run that does worse. The manifest keeps when it was done.
+        """
+        directory = Path(config.output_dir or "")
+        manifest, content = read_manifest(directory), config.model_dump(mode="json")
+        step = CheckpointStore(directory / "checkpoints").adopt(commit)
+        if content != manifest["config"]:
+            manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
+        write_json(directory / "manifest.json", manifest | {"config": content, "committed_step": step})
+
     def opened(self) -> None:
         """Send again what MLflow may have missed."""
+        if self.manifest.get("adopted"):
+            self.tracker.describe(self.manifest["config"], {}, [])
         for line in self.history:
             self._deliver(line)
 
@@ -77,9 +96,12 @@ class DdpoRun(Run):
         self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
         self._status("RUNNING")
         config = self.config
-        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.function}
+        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.function, "seed": str(config.seed)}
         tags |= {"git_commit": self.manifest["git_commit"], "run_directory": str(self.directory)}
-        self.tracker.describe({**self.manifest["config"], "resolved": self.manifest["resolved"]}, tags, prompts)
+        size = f"{config.training.steps} steps of {config.training.images_per_step} images"
+        note = f"**{config.name}**: {size} and `{config.reward.function}` teach `{config.model.path}`."
+        resolved = {"micro_batch": micro_batch, "learner_threads": threads}  # actors are in the manifest and the report
+        self.tracker.describe({**self.manifest["config"], "resolved": resolved}, tags, prompts, note)
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
@@ -143,7 +165,12 @@ class DdpoRun(Run):
 
     def _deliver(self, line: Mapping[str, Any]) -> None:
         values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}
-        self.tracker.metrics(line["step"], values, line["timestamp_ms"])
+        self.tracker.metrics(line["step"], first_look(values) | values, line["timestamp_ms"])
+
+
+def first_look(values: Mapping[str, float]) -> dict[str, float]:
+    """What matters most, for the charts that come first."""
+    return {f"{FIRST_LOOK}/{name}": values[key] for name, key in _FIRST_LOOK.items() if key in values}
 
 
 def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
@@ -167,3 +194,7 @@ def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
                 lines.append(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def ignore(run: DdpoRun) -> None:
+    """Nobody looks on."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, validate
 from orchestration.mad_config import ArmSettings, MadConfig
@@ -33,7 +34,7 @@ class Experiment:
     floors: dict[str, Task]  # by family: what the metrics say of real samples
     real_files: dict[str, Files]  # by the key of the task whose result they are
     gpus: int
-    resources: dict[str, float]  # of one task, and the longest wait
+    resources: dict[str, Any]  # of one task, and the longest wait
 
 
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
@@ -177,10 +178,11 @@ def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -
     return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
 
 
-def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tuple[int, dict[str, float]]:
+def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tuple[int, dict[str, Any]]:
     workers = config.workers
     if workers.cpus_per_task > machine.cpus:
         raise ValueError(f"workers.cpus_per_task is {workers.cpus_per_task}, there are {machine.cpus} CPUs")
+    check_kind("workers.nodes", workers.nodes, machine.offers)
     if workers.device == "cuda" and not machine.gpus:
         raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
     on_gpu = machine.gpus > 0 and workers.device != "cpu" and any(family not in CLOSED_FORM for family in families)
@@ -189,6 +191,7 @@ def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tupl
         "cpus": workers.cpus_per_task,
         "gpus": gpus,
         "timeout": workers.timeout_seconds,
+        "nodes": workers.nodes,
     }
 
 

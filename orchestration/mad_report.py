@@ -1,4 +1,4 @@
-"""What a MAD experiment leaves to look at: summary.json, figures, and the last lines on the terminal."""
+"""What a MAD experiment leaves to look at: summary.json, figures, report.html, and the last lines on the terminal."""
 
 import json
 from collections import defaultdict
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestration.html_report import figure_name, write_report
 from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, laws, verdict
 from pipelines.atomic import write_json
@@ -35,6 +36,10 @@ def report(run: MadRun) -> Path:
     figures = draw(run)
     run.tracker.artifact(path)
     run.tracker.artifact(figures)
+    run.tracker.artifact(write_report(run.directory, "FINISHED"))
+    for name, arm in summary["arms"].items():
+        if arm["verdict"]:
+            run.tag(name, {"goes_mad": arm["verdict"]["goes_mad"]})
     _say(run, summary, figures)
     return path
 
@@ -108,7 +113,7 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
     picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
-    file = "".join(letter if letter.isalnum() else "_" for letter in name)
+    file = figure_name(name)
     if arm.family not in CLOSED_FORM:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
         rows = np.stack([images[:_GRID_COLUMNS] for images in sets])
@@ -159,6 +164,7 @@ def _say(run: MadRun, summary: dict[str, Any], figures: Path) -> None:
         )
     say("")
     say(f"figures    {figures}")
+    say(f"report     {run.directory / 'report.html'}")
     say(f"dashboard  {run.tracker.open_command()}")
 
 

@@ -20,9 +20,9 @@ from orchestration.display import Display, Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
 from orchestration.run import Run, ending, new_directory, new_manifest, read_manifest
-from orchestration.tracking import Tracker
+from orchestration.tracking import FIRST_LOOK, Tracker
 from pipelines.mad_graph import Generation
-from pipelines.mad_tasks import read_samples
+from pipelines.mad_tasks import read_real_data, read_samples
 from pipelines.tasks import Task, TaskStore
 from policies.verdicts import interval
 
@@ -35,7 +35,7 @@ _ROWS = (
     Row("precision", "precision", "precision {}", colour="green"),
     Row("recall", "recall", "recall {}", colour="blue"),
 )
-_GRID_IMAGES, _GRID_COLUMNS = 36, 12
+_GRID_IMAGES, _GRID_COLUMNS = 36, 6  # square: MLflow shows it 256 pixels wide
 _FLUSH_SECONDS = 2.0
 _PACKAGES = ("ray", "torch", "diffusers", "datasets", "scikit-learn", "torchmetrics", "mlflow", "numpy")
 
@@ -97,8 +97,12 @@ class MadRun(Run):
         config, known = self.config, self.manifest.setdefault("mlflow_children", {})
         flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
         commit = self.manifest["git_commit"]
+        arms = config.resolved_arms.values()
         tags = {"loop": "mad", "git_commit": commit, "run_directory": str(self.directory)}
-        self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [])
+        tags |= {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
+        size = f"{len(arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations"
+        note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
+        self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [], note)
         self._trackers: dict[str, Tracker] = {}
         for name, arm in config.resolved_arms.items():
             parent = self._trackers[name] = self.tracker.child(name, known.get(name))
@@ -126,6 +130,10 @@ class MadRun(Run):
     def progress(self) -> str:
         """How many generations are measured."""
         return f"{self._done} of {len(self.generations)} generations are measured"
+
+    def tag(self, arm: str, tags: Mapping[str, str]) -> None:
+        """Set tags on the run of an arm."""
+        self._trackers[arm].tags(tags)
 
     def watch(self, runner: TaskRunner) -> None:
         """Called while tasks run: show what runs, and send what has come in."""
@@ -186,14 +194,22 @@ class MadRun(Run):
             self._trackers[name].dataset(f"generation {generation.number:03d}", generation.fit.key, place, profile)
 
     def _send_grid(self, tracker: Tracker, generation: Generation) -> None:
-        """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider."""
-        if generation.evaluation is None:
+        """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider.
+
+        The slider begins at 0, so the real ones stand there.
+        """
+        real = self.experiment.sources[generation.arm].data
+        if generation.evaluation is None or real is None:
             return
         from pipelines.figures import image_grid
 
-        images = read_samples(self.store.load(generation.evaluation.key)).values[0][:_GRID_IMAGES]
-        rgb = np.broadcast_to(images, (*images.shape[:3], 3))
-        tracker.image("samples", image_grid(rgb, _GRID_COLUMNS), generation.number)
+        sets = {generation.number: read_samples(self.store.load(generation.evaluation.key)).values[0]}
+        if generation.number == 1:
+            sets[0] = read_real_data(self.store.load(real.key))["reference"]
+        for number, images in sets.items():
+            shown = images[:_GRID_IMAGES]
+            rgb = np.broadcast_to(shown, (*shown.shape[:3], 3))
+            tracker.image("samples", image_grid(rgb, _GRID_COLUMNS), number)
 
     def _means(self, arm: str, number: int) -> dict[str, float]:
         """An arm's means over its seeds, with their intervals and the exact laws' values."""
@@ -202,9 +218,12 @@ class MadRun(Run):
         found: dict[str, float] = {}
         for metric, values in self.values[arm].items():
             mean, low, high = interval(values[:, number - 1])
-            found |= {metric: float(mean), f"{metric}/low": float(low), f"{metric}/high": float(high)}
+            ends = {f"interval/{metric}_low": float(low), f"interval/{metric}_high": float(high)}
+            found |= {metric: float(mean), **ends}
         exact = laws(self.config.resolved_arms[arm], self.config.generations)
-        return _finite(found | {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()})
+        first = {f"{FIRST_LOOK}/{row.key}": found[row.key] for row in _ROWS if row.key in found}
+        theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()}
+        return _finite(first | found | theory)
 
     def _flush(self) -> None:
         for name, steps in self._unsent.items():

@@ -45,7 +45,7 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
         parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
-        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts)
+        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=machine.offers)
     except ConfigError:
         raise
     except ValueError as error:
@@ -142,10 +142,7 @@ def describe(config: DdpoConfig, plan: Plan) -> str:
         f"{config.actors.images_per_call} images for {config.actors.samplers} samplers",
         "actors",
     ]
-    lines += [
-        f"  {role.count} × {role.name}: {role.cpus:g} CPU, {role.gpus:g} GPU, {role.threads} threads, on {role.device}"
-        for role in plan.roles
-    ]
+    lines += [f"  {role.count} × {role.described}" for role in plan.roles]
     return "\n".join([*lines, "memory (estimate)", *_memory(config, plan.roles)])
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: grids of fixed prompts and seeds, curves, before → after, and summary.json."""
+"""What a run leaves to look at: grids of fixed prompts and seeds, curves, before → after, summary, report."""
 
 import json
 import time
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from orchestration.config import DdpoConfig
-from orchestration.ddpo_run import DdpoRun
+from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
+from orchestration.html_report import read_journal, write_report
+from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import write_json
 from policies.streams import derive_seed
 
-_GRID_COLUMNS = 6
+_GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
+_MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
 
 
 class Report:
@@ -31,10 +34,11 @@ class Report:
         told = json.loads(self._path(0, "json").read_text()) if self._path(0, "json").exists() else {}
         timestamp = told.get("timestamp_ms", int(time.time() * 1000))
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
-        self.run.tracker.metrics(0, values, timestamp)
+        self.run.tracker.metrics(0, first_look(values) | values, timestamp)
         say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
-        compares = self.run.config.reward.needs_captions
-        if compares and calibration["calibration/true"] <= calibration["calibration/shuffled"]:
+        prefers = calibration["calibration/true"] > calibration["calibration/shuffled"]
+        self.run.tracker.tags({"reward_prefers_fitting_images": "yes" if prefers else "no"})
+        if self.run.config.reward.needs_captions and not prefers:
             say("warning: this reward does not prefer images that fit their prompts; it cannot teach them")
         accuracy = "" if evaluation.accuracy is None else f", evaluator accuracy {evaluation.accuracy:.3f}"
         say(f"before: reward {evaluation.scores.mean():.3f}{accuracy} over {len(evaluation.images)} held-out images")
@@ -45,18 +49,13 @@ class Report:
 
     def finish(self, after: Evaluation, weights_sha256: str, cpu_seconds: float) -> Path:
         """Figures, artifacts and the summary. Returns the path of summary.json."""
-        from pipelines.figures import before_after, curves
-
-        run, figures = self.run, self.run.directory / "figures"
-        figures.mkdir(exist_ok=True)
-        before, first = json.loads(self._path(0, "json").read_text()), np.load(self._path(0, "npz"))
-        shown = len(self.prompts)
-        captions = (before["captions"], after.captions[:shown] if after.captions else None)
-        before_after(figures / "before_after.png", first["images"], after.images[:shown], self.prompts, *captions)
-        start = {"step": 0, "reward/mean": before["evaluation/reward"]}
-        start |= {key: value for key, value in before.items() if key.startswith("evaluator/")}
-        curves(figures / "curves.png", [start, *run.history])
-        values = after.metrics()
+        run, values = self.run, after.metrics()
+        self._keep(run.step, after, values)
+        figures = draw(run.directory)
+        before = json.loads(self._path(0, "json").read_text())
+        gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
+        gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
+        run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
         path = run.summarise(
             {
                 "reward_before": before["evaluation/reward"],
@@ -78,6 +77,7 @@ class Report:
         run.tracker.artifact(run.directory / "pipeline")
         run.tracker.artifact(run.store.path(run.step), "checkpoints")
         run.tracker.artifact(path)
+        run.tracker.artifact(write_report(run.directory, "FINISHED"))
         self._say_result(before, values, figures)
         return path
 
@@ -93,6 +93,7 @@ class Report:
         say("")
         say(f"pictures   {figures / 'before_after.png'}")
         say(f"curves     {figures / 'curves.png'}")
+        say(f"report     {self.run.directory / 'report.html'}")
         say(f"pipeline   {self.run.directory / 'pipeline'}")
         say(f"dashboard  {self.run.tracker.open_command()}")
 
@@ -104,10 +105,35 @@ class Report:
         images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
         np.savez(self._path(step, "npz"), images=images)
         write_json(self._path(step, "json"), {**values, "prompts": self.prompts[: len(images)], "captions": captions})
-        self.run.tracker.image("held_out", image_grid(images, _GRID_COLUMNS), step)
+        self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
 
     def _path(self, step: int, kind: str) -> Path:
         return self.directory / f"step-{step:06d}.{kind}"
+
+
+def draw(directory: Path) -> Path:
+    """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory."""
+    from pipelines.figures import before_after, curves
+    from pipelines.mad_figures import generations_grid
+
+    figures, paths = directory / "figures", sorted((directory / "evaluations").glob("step-*.json"))
+    if not paths:
+        return figures
+    figures.mkdir(exist_ok=True)
+    picked = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), _MOST_ROWS))]
+    images = [np.load(path.with_suffix(".npz"))["images"] for path in picked]
+    first, last = (json.loads(path.read_text()) for path in (picked[0], picked[-1]))
+    shown = min(map(len, images))
+    captions = (each["captions"] and each["captions"][:shown] for each in (first, last))
+    pairs = images[0][:shown], images[-1][:shown], first["prompts"][:shown]
+    before_after(figures / "before_after.png", *pairs, *captions)
+    columns = min(shown, max(2, _MOST_PIXELS // max(96, images[0].shape[2])))
+    labels = [f"step {int(path.stem.removeprefix('step-'))}" for path in picked]
+    generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
+    start = {"step": 0, "reward/mean": first["evaluation/reward"]}
+    start |= {key: value for key, value in first.items() if key.startswith("evaluator/")}
+    curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
+    return figures
 
 
 def fitting_images(config: DdpoConfig, before: Evaluation) -> tuple[list[str], np.ndarray]:

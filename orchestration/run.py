@@ -19,11 +19,9 @@ import psutil
 
 from orchestration.config import ConfigError
 from orchestration.display import Display
-from orchestration.tracking import Tracker, TrackingSettings
+from orchestration.tracking import Ending, Tracker, TrackingSettings
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
-
-Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class Run:
@@ -104,7 +102,8 @@ class Run:
 
 def ending(kind: type[BaseException] | None) -> Ending:
     """The name of how a run ended, by the exception it ended with."""
-    return "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+    stopped = KeyboardInterrupt, SystemExit  # a person's Ctrl-C, and Ray Tune's way to end a trial
+    return "FINISHED" if kind is None else "KILLED" if issubclass(kind, stopped) else "FAILED"
 
 
 def check_output(output_dir: str | None) -> None:
@@ -159,6 +158,17 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def is_free(directory: Path) -> bool:
+    """Whether no process is running what ``directory`` holds."""
+    try:
+        _lock(directory).close()
+    except FileNotFoundError:  # there is nothing to run yet
+        return True
+    except ConfigError:
+        return False
+    return True
 
 
 def _lock(directory: Path) -> TextIO:

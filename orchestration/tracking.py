@@ -20,19 +20,31 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from policies.settings import Settings
+
+Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
 _HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 _MONITOR_SECONDS = 5  # between two system metrics
 _GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server, and for the system metrics to stop
 _VALUE_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 5000, 250  # MLflow's limits
 _BATCH, _METRIC_BATCH = 100, 1000
+FIRST_LOOK = "A first look"  # what matters most: a name that MLflow sorts before all others, whatever their case
+_VIEW = "?workflowType=machine_learning"  # without it, MLflow shows a new visitor its pages for agents, which are empty
+_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
+_LOOK = f"look at *Model metrics* first, which begin with *{FIRST_LOOK}*, and at `report.html` among the artifacts"
+_EXPERIMENTS = {
+    "ddpo": f"**DDPO**: a reward teaches a diffusion model. Of a run, {_LOOK}. Filter by `tags.reward`, `tags.model`.",
+    "mad": "**MAD**: generators trained on their own samples. Below a run are its arms', below these their seeds'. "
+    f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
+    "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
+}
 
 
 class TrackingError(RuntimeError):
@@ -42,20 +54,28 @@ class TrackingError(RuntimeError):
 class TrackingSettings(Settings):
     """Where a run is recorded."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     uri: str | None = Field(
         default=None, description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory"
     )
     experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
+    parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
 
-    @field_validator("uri")
-    @classmethod
-    def _known_kind(cls, uri: str | None) -> str | None:
-        if uri is not None and not re.match(r"https?://[^/]|sqlite:///.", uri):
+    @model_validator(mode="after")
+    def _can_be_used(self) -> Self:
+        """Of the whole block: an error of ``uri`` alone would be shown with its value, which may hold a password."""
+        if self.uri and names_user(self.uri):
             raise ValueError(
-                f"{uri!r} is neither a server (http://host:port) nor a database (sqlite:///path/mlflow.db)"
+                "uri is shown and stored, so it may hold no user and password: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD where the run starts"
             )
-        return uri
+        if self.uri is not None and not re.match(r"https?://[^/]|sqlite:///.", self.uri):
+            raise ValueError(
+                f"uri {self.uri!r} is neither a server (http://host:port) nor a database (sqlite:///path/mlflow.db)"
+            )
+        return self
 
 
 class Tracker:
@@ -76,15 +96,14 @@ class Tracker:
             self._database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
             self._database.parent.mkdir(parents=True, exist_ok=True)
             self.uri = f"sqlite:///{self._database}"
-        self.shown_uri = _without_credentials(self.uri)
         _configure_mlflow()
         from mlflow import MlflowClient
 
         with self._named("opening the store"):
             self._client = MlflowClient(tracking_uri=self.uri)
             if run_id is None:
-                self._experiment_id: str = self._experiment(settings.experiment or loop)
-            self._open(run_id, run_name, _who())
+                self._experiment_id: str = self._experiment(settings.experiment or loop, _EXPERIMENTS.get(loop))
+            self._open(run_id, run_name, _who() | ({"mlflow.parentRunId": settings.parent} if settings.parent else {}))
         if settings.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -115,27 +134,36 @@ class Tracker:
         self._monitor = None
         self._finished = False
 
-    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str]) -> None:
+    def describe(
+        self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str], note: str = ""
+    ) -> None:
         """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
 
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
-        machine) is recorded as the tag ``changed/<name>``.
+        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
         """
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in flatten(parameters).items()}
         with self._named("describing the run"):
-            held = self._client.get_run(self.run_id).data.params
+            data = self._client.get_run(self.run_id).data
+            held = data.params
             changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
-            new_tags = {**tags, **changed}
             self._log("params", [Param(k, v) for k, v in wanted.items() if k not in held], _BATCH)
-            self._log("tags", [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in new_tags.items()], _BATCH)
+            self.tags({**tags, **changed, **({_NOTE: note} if note and _NOTE not in data.tags else {})})
             if prompts:
                 import pandas
                 from mlflow.data.pandas_dataset import from_pandas
 
                 table = pandas.DataFrame({"prompt": list(prompts)})
                 self._log_dataset(from_pandas(table, name="prompts")._to_mlflow_entity())
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, in place of what they said."""
+        from mlflow.entities import RunTag
+
+        with self._named("tags"):
+            self._log("tags", [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in tags.items()], _BATCH)
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
         """Record a step's numbers. The very same call again adds no point."""
@@ -170,7 +198,7 @@ class Tracker:
         with self._named(f"dataset {name}"):
             self._log_dataset(Dataset(name, digest[:36], "local", source, profile=json.dumps(profile)))
 
-    def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+    def finish(self, status: Ending) -> None:
         """Close the run and its system metrics, within 10 s even if the server is away. Only the first call counts."""
         if self._finished:
             return
@@ -187,10 +215,32 @@ class Tracker:
         with self._named(f"closing the run as {status}"):
             self._client.set_terminated(self.run_id, status=status)
 
+    def close(self, run_id: str, status: Ending, tags: Mapping[str, str]) -> None:
+        """Close another run of this store that its own process could not close."""
+        with self._named(f"closing run {run_id}"):
+            for key, value in tags.items():
+                self._client.set_tag(run_id, key, value)
+            self._client.set_terminated(run_id, status=status)
+
+    def register(self, name: str, run_id: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
+        """Make the artifacts of a run under ``path`` a version of the model ``name``. Returns its models:/ address."""
+        from mlflow.exceptions import MlflowException
+
+        with self._named(f"registering {name}"):
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
+            version = self._client.create_model_version(name, source, run_id, tags=dict(tags)).version
+            self._client.set_registered_model_alias(name, alias, version)
+        return f"models:/{name}/{version}"
+
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
         if self._database is None:
-            return f"{self.shown_uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+            return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
         return f"{_program()} ui --backend-store-uri {shlex.quote(self.uri)} --host 127.0.0.1 --port 5000"
 
     @contextmanager
@@ -202,24 +252,25 @@ class Tracker:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:400]
-            raise TrackingError(f"MLflow at {self.shown_uri}: {what} failed: {reason}") from error
+            raise TrackingError(f"MLflow at {self.uri}: {what} failed: {reason}") from error
 
-    def _experiment(self, name: str) -> str:
-        """The experiment's id; a new one on SQLite keeps its artifacts beside the database."""
+    def _experiment(self, name: str, note: str | None) -> str:
+        """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""
         from mlflow.exceptions import MlflowException
 
         existing = self._client.get_experiment_by_name(name)
         if existing is None:
             place = (self._database.parent / "artifacts").as_uri() if self._database else None
+            tags = {_NOTE: note} if note else {}
             try:
-                return self._client.create_experiment(name, artifact_location=place)
+                return self._client.create_experiment(name, artifact_location=place, tags=tags)
             except MlflowException:
                 existing = self._client.get_experiment_by_name(name)  # another run made it in the meantime
                 if existing is None:
                     raise
         if existing.lifecycle_stage == "deleted":
             raise TrackingError(
-                f"MLflow at {self.shown_uri}: experiment {name!r} was deleted; "
+                f"MLflow at {self.uri}: experiment {name!r} was deleted; "
                 "restore it or set tracking.experiment to another"
             )
         return existing.experiment_id
@@ -261,6 +312,7 @@ def _configure_mlflow() -> None:
     """Before MLflow is imported: no telemetry, no chatter on the terminal, a call takes a minute at most."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow  # noqa: F401  (it sets the levels of these loggers when it is imported)
@@ -273,9 +325,8 @@ def _configure_mlflow() -> None:
 
 def _check_server(uri: str, seconds: float = _HEALTH_SECONDS) -> None:
     """Raise TrackingError unless a server answers at ``uri``; what it answers, the next calls will judge."""
-    server = _without_credentials(uri)  # its health needs none, and urllib does not read them
     try:
-        with urllib.request.urlopen(f"{server}/health", timeout=seconds):
+        with urllib.request.urlopen(f"{uri}/health", timeout=seconds):
             return
     except urllib.error.HTTPError as error:
         if error.code < 500:
@@ -284,14 +335,14 @@ def _check_server(uri: str, seconds: float = _HEALTH_SECONDS) -> None:
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", error))
     raise TrackingError(
-        f"MLflow at {server} cannot be reached: {reason}. "
+        f"MLflow at {uri} cannot be reached: {reason}. "
         "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
     )
 
 
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri if parts.username is None else uri.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+def names_user(uri: str) -> bool:
+    """Whether ``uri`` names a user, as in http://user:password@host."""
+    return "@" in urlsplit(uri).netloc
 
 
 def _key(name: str) -> str:

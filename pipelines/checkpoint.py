@@ -57,6 +57,16 @@ class CheckpointStore:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return target
 
+    def adopt(self, source: Path) -> int:
+        """Put a commit of another store in place of what is held of its step and later. Returns its step."""
+        contents, manifest = read_directory(source)
+        step = int(manifest["step"])
+        for later in self.steps():
+            if later >= step:
+                shutil.rmtree(self.path(later))
+        commit_directory(self.path(step), contents, {"schema": manifest["schema"], "step": step})
+        return step
+
     def load(self, step: int | None = None) -> Checkpoint:
         """A commit, by default the newest. Raises FileNotFoundError or DamagedFiles."""
         from safetensors.numpy import load

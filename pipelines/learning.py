@@ -1,6 +1,7 @@
 """The learner's side of a diffusion model: a UNet being trained by DDPO, its optimiser and its state."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class DiffusionLearner:
         load_weights(pipeline.unet, self.weights())
         return pipeline
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write a diffusers directory of :meth:`merged_pipeline`."""
         self.merged_pipeline().save_pretrained(directory, safe_serialization=True)
 

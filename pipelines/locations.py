@@ -1,6 +1,11 @@
-"""Where models come from: a directory (relative to the working directory or to the checkout) or a hub name."""
+"""Where models come from: a directory (relative to the working directory or to the checkout) or a hub name.
+
+Nodes of a cluster share no disk. What lies in the checkout is on each of them, as Ray ships the checkout; any other
+directory has to be there already, at the same place.
+"""
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -11,14 +16,26 @@ _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 def find(path: str) -> Path | None:
     """The file or directory ``path`` names, or None."""
     for candidate in (Path(path).expanduser(), CHECKOUT / path):
-        if candidate.exists():
+        if os.path.exists(candidate):  # what may not be looked at is not there either
             return candidate.resolve()
     return None
 
 
-def resolve_model(path: str) -> str:
-    """An absolute directory, or a hub name left as it is."""
+def portable(path: str) -> str:
+    """The name by which every node finds what ``path`` names here: ./… in its own copy of the checkout, an absolute
+    path, or a hub name left as it is."""
     found = find(path)
+    if found is None:
+        return path
+    return f"./{found.relative_to(CHECKOUT)}" if found.is_relative_to(CHECKOUT) else str(found)
+
+
+def resolve_model(path: str) -> str:
+    """An absolute directory, or a hub name left as it is. Raises FileNotFoundError naming this node."""
+    found = find(path)
+    if found is None and path.startswith(("./", "/")):
+        remedy = "files that git ignores are not shipped" if path.startswith("./") else "put it on every node"
+        raise FileNotFoundError(f"there is no {path} on node {platform.node()}: {remedy}, or name a model of the hub")
     return str(found) if found else path
 
 

@@ -74,7 +74,7 @@ WRONG = {
     "too many threads": (["actors.placement=spread", "actors.sampler_threads=64"], "CPUs"),
     "too many samplers": (["actors.placement=spread", "actors.samplers=99"], "CPUs"),
     "absurdly many samplers": (["actors.samplers=5000"], "cannot share"),
-    "tracking to nowhere": (["tracking.uri=ftp://server"], "tracking.uri"),
+    "tracking to nowhere": (["tracking.uri=ftp://server"], "tracking: uri"),
     "output in a file": (["output_dir=pyproject.toml"], "not an empty directory"),
     "output in a used directory": (["output_dir=configs"], "not an empty directory"),
     "LoRA of negative rank": (["model.lora_rank=-4"], "model.lora_rank"),

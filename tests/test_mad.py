@@ -174,7 +174,8 @@ def test_mlflow_holds_arms_and_seeds_below_the_run(finished: Path) -> None:
             assert sorted(inputs) == [f"generation {number:03d}" for number in (1, 2, 3)]
             assert "60" in inputs["generation 001"].profile
             images = [Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "images")]
-            assert len([image for image in images if "compressed" in image]) == GENERATIONS
+            steps = sorted(int(image.split("+")[2]) for image in images if "compressed" in image)
+            assert steps == list(range(GENERATIONS + 1))  # at step 0, real images
 
 
 def test_pictures_are_there(finished: Path) -> None:

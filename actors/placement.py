@@ -1,0 +1,60 @@
+"""Room on the cluster for all actors of a run at once or for none, so that runs cannot hold each other up half started.
+
+A run that is inside a placement group already, a sweep's trial, lives in that one.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util import get_current_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.settings import Role
+
+
+@dataclass(frozen=True)
+class Seats:
+    """A role, and for each of its actors the part of the room that is its own; None: wherever Ray puts it."""
+
+    role: Role
+    places: Sequence[PlacementGroupSchedulingStrategy | None]
+
+
+class Room:
+    """A Ray placement group with a bundle for each actor of ``roles``."""
+
+    def __init__(self, roles: Sequence[Role]) -> None:
+        self._roles = roles
+        bundles = [role.demand for role in roles for _ in range(role.count)]
+        # Spread over the nodes, so that no GPU is shared while another has nobody.
+        self._group: Any = None if get_current_placement_group() else placement_group(bundles, strategy="SPREAD")
+
+    def wait(self, timeout: float, meanwhile: Callable[[], None]) -> None:
+        """Return once it is there; ``meanwhile`` is called every second. Raises TimeoutError saying what is missing."""
+        deadline = time.monotonic() + timeout
+        while self._group is not None and not self._group.wait(1):
+            meanwhile()
+            if time.monotonic() > deadline:
+                wanted = "; ".join(f"{role.count} × {role.described}" for role in self._roles)
+                names = dict.fromkeys(name for role in self._roles for name in role.demand)
+                free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in names)
+                raise TimeoutError(
+                    f"no room on the cluster within {timeout:g} s (actors.timeout_seconds) for {wanted}; free: {free}"
+                )
+
+    def seats(self) -> dict[str, Seats]:
+        """By the name of the role."""
+        numbers = itertools.count()
+        return {r.name: Seats(r, [self._place(next(numbers)) for _ in range(r.count)]) for r in self._roles}
+
+    def leave(self) -> None:
+        """Give the room back."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def _place(self, number: int) -> PlacementGroupSchedulingStrategy | None:
+        return self._group and PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)

@@ -1,0 +1,127 @@
+"""One page of a run for people: ``report.html``, made from what the run's directory holds, finished or not.
+
+The page needs nothing but itself: its pictures are part of it, it runs no script and asks no network, and its content
+policy forbids both. Names of arms, prompts and errors are somebody's text, and all of it is escaped.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestration.display import duration
+from orchestration.run import is_free
+from orchestration.runs import RunInfo, read_run
+from orchestration.tracking import flatten
+from pipelines.atomic import write_durably
+
+_LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
+_MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
+_STAGES = ("sample", "reward", "learn", "publish", "evaluate", "commit", "fit", "measure")  # from the bottom up
+_PICTURES = {
+    "before_after": "Before and after: same prompts, same seeds",
+    "progress": "The same prompts and seeds as the run went on",
+    "curves": "Curves",
+    "fresh_fraction": "The last generation against the share of fresh real data",
+    "precision_recall": "Quality against diversity",
+    "samples": "Samples, from the same latent seeds at every generation",
+    "classes": "Shares of the classes",
+}
+
+
+def write_report(directory: Path, status: str | None = None) -> Path:
+    """Write ``report.html`` into a run's directory and return its path.
+
+    Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    run, loader = read_run(directory), FileSystemLoader(Path(__file__).parent)
+    timeline = _timeline(run)
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    content = page.get_template("report.html").render(
+        run=run,
+        status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
+        facts=_facts(run),
+        measured=_measured(directory / "evaluations"),
+        pictures=list(_pictures(directory / "figures", run.summary.get("arms", {}))),
+        timeline=timeline,
+        highest=max((sum(spent.values()) for _, spent in timeline), default=0),
+        settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
+    )
+    path, aside = directory / "report.html", directory / ".report.html.partial"
+    write_durably(aside, content.encode())
+    os.replace(aside, path)
+    return path
+
+
+def figure_name(arm: str) -> str:
+    """What an arm is called in the names of its figures' files."""
+    return "".join(letter if letter.isalnum() else "_" for letter in arm)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The finished steps of a run; a line that was cut off in the middle is left out."""
+    steps = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            steps.append(json.loads(line))
+    return steps
+
+
+def _facts(run: RunInfo) -> dict[str, Any]:
+    """What there is to say at a glance; None where the run does not tell."""
+    unit, summary = "generations" if run.loop == "mad" else "steps", run.summary
+    return {
+        "started": run.created and run.created[:16].replace("T", " "),
+        "done": None if run.committed_step is None else f"{run.committed_step} of {run.total_steps} {unit}",
+        "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
+        "images": summary.get("images"),
+        "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
+        "git commit": run.manifest.get("git_commit"),
+        "MLflow run": run.manifest.get("mlflow_run_id"),
+    }
+
+
+def _measured(directory: Path) -> list[dict[str, Any]]:
+    """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
+    paths = sorted(directory.glob("step-*.json"))
+    ends = dict.fromkeys(paths[:1] + paths[-1:])
+    return [{**json.loads(path.read_text()), "step": int(path.stem.removeprefix("step-"))} for path in ends]
+
+
+def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The figures, in the order of ``_PICTURES``, unknown ones last. A damaged one is left out."""
+    from PIL import Image
+
+    titles: dict[str, str] = {}
+    for stem, title in _PICTURES.items():
+        titles |= {stem: title} | {f"{stem}_{figure_name(arm)}": f"{title}: {arm}" for arm in arms}
+    found = {path.stem: path for path in sorted(directory.glob("*.png"))}
+    for name in sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles)):
+        with contextlib.suppress(OSError), Image.open(found[name]) as image:
+            image.load()
+            content = found[name].read_bytes()
+            if max(image.size) > _LARGEST:
+                image.thumbnail((_LARGEST, _LARGEST))
+                image.save(reduced := io.BytesIO(), "PNG", optimize=True)
+                content = reduced.getvalue()
+            encoded = base64.b64encode(content).decode()
+            yield {"name": name, "title": titles.get(name, name), "size": image.size, "png": encoded}
+
+
+def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
+    """(step, seconds by stage) of a DDPO run; of a MAD experiment (generation, CPU seconds of a task of each kind)."""
+    if run.loop == "mad":
+        stages = run.summary.get("seconds_by_generation", {})
+        lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
+    else:
+        journal = read_journal(run.directory / "metrics.jsonl")
+        lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in journal]
+    every = -(-len(lines) // _MOST_BARS) or 1
+    spent = [{stage: line[stage] for stage in _STAGES if stage in line} for line in lines]
+    return list(enumerate(spent, start=1))[::every]

@@ -1,0 +1,53 @@
+"""A sweep: points × seeds of one loop under Ray Tune, then the best point against the unchanged configuration.
+
+Tune decides what runs when, and what is not worth finishing. It is asked anew in each session: a trial's own directory
+is the only memory, so whoever gives the command again loses nothing and runs nothing twice.
+"""
+
+from pathlib import Path
+
+from orchestration.cluster import connected
+from orchestration.config import validate
+from orchestration.run import read_manifest
+from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_preflight import preflight_sweep
+from orchestration.sweep_report import Table, report
+from orchestration.sweep_run import SweepRun
+from orchestration.trial import FRESH_SEEDS, Trial
+from orchestration.tuning import Plan, fit
+from policies.search_space import Point, common_points
+
+
+def run_sweep(config: SweepConfig) -> Path:
+    """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
+    machine = preflight_sweep(config)
+    with SweepRun.open(config, machine) as run, connected(machine.gpus):
+        fit(run, _search(run))
+        best = Table.read(run).best
+        if config.confirm_seeds and best is not None and not run.budget.spent:
+            fit(run, _meeting(run, best.point))
+        return report(run, Table.read(run))
+
+
+def resume_sweep(directory: Path) -> Path:
+    """Go on with the sweep that ``directory`` holds."""
+    return run_sweep(validate(SweepConfig, read_manifest(directory)["config"] | {"output_dir": str(directory)}))
+
+
+def _search(run: SweepRun) -> Plan:
+    config, root = run.config, run.directory
+    if config.search == "optuna":
+        return Plan.suggested(config, root, common_points([trial.point for trial in run.searched()]))
+    if config.scheduler.kind == "pbt":
+        return Plan.population(config, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
+    points, seeds = common_points(config.points), range(config.seeds)
+    trials = [Trial.of(root, point, seed) for point in points for seed in seeds]
+    # A scheduler compares with what is done as well; without one, that needs no place.
+    return Plan.listed([each for each in trials if config.scheduler.kind != "none" or not each.over()], config)
+
+
+def _meeting(run: SweepRun, best: Point) -> Plan:
+    """The best point and the unchanged configuration on seeds that had no part in choosing it."""
+    seeds = range(FRESH_SEEDS, FRESH_SEEDS + run.config.confirm_seeds)
+    trials = [Trial.of(run.directory, point, seed) for seed in seeds for point in (best, {})]
+    return Plan.listed([trial for trial in trials if not trial.over()])

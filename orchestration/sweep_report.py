@@ -1,0 +1,208 @@
+"""What a sweep leaves to look at: a table of its points, pictures, the best point's confirmation, and summary.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from rich.table import Column
+from rich.table import Table as Lines
+
+from orchestration.sweep_run import SweepRun
+from orchestration.trial import FRESH_SEEDS, Trial, reports
+from pipelines.atomic import write_json
+from policies.search_space import Point, common_points
+from policies.verdicts import interval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one trial: the metric at its last report, and how it ended."""
+
+    trial: Trial
+    status: str  # FINISHED, STOPPED (by the scheduler), KILLED or FAILED
+    value: float | None
+    step: int
+    images: int
+    error: str | None
+
+    @classmethod
+    def of(cls, run: SweepRun, trial: Trial) -> Self:
+        """Read from the trial's directory."""
+        known, told = trial.known(), reports(run.config, trial)
+        last: dict[str, Any] = told[-1] if told else {run.metric: None, "step": 0, "images": 0}
+        status = "STOPPED" if "stopped" in known else trial.manifest().get("status", "FAILED")
+        return cls(trial, status, last[run.metric], last["step"], last["images"], known.get("error"))
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """A point over its seeds; ``low`` and ``high`` are a 95 % Student interval, nan for one seed."""
+
+    point: Point
+    values: list[float]
+    mean: float
+    low: float
+    high: float
+    complete: bool  # every seed has finished
+
+
+class Table:
+    """All outcomes of a sweep, and its points from best to worst."""
+
+    def __init__(self, outcomes: list[Outcome], better: int) -> None:
+        self.outcomes = outcomes
+        self._better = better
+        self.points = self._ranked([each for each in outcomes if each.trial.seed < FRESH_SEEDS])
+        complete = [point for point in self.points if point.complete]
+        self.best = complete[0] if complete else None
+        self.fresh = self._ranked([each for each in outcomes if each.trial.seed >= FRESH_SEEDS])
+
+    @classmethod
+    def read(cls, run: SweepRun) -> Self:
+        """From the directories of the trials."""
+        outcomes = [Outcome.of(run, trial) for trial in run.trials()]
+        return cls(outcomes, 1 if run.config.direction == "max" else -1)
+
+    def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
+        found = []
+        for point in common_points([each.trial.point for each in outcomes]):
+            mine = [each for each in outcomes if each.trial.point == point]
+            values = [each.value for each in mine if each.value is not None]
+            mean, low, high = map(float, interval(np.array(values))) if values else (np.nan,) * 3
+            complete = all(each.status == "FINISHED" for each in mine)
+            found.append(PointResult(point, values, mean, low, high, complete))
+        # A point that was stopped early is not compared with one that was not.
+        return sorted(found, key=lambda p: (p.complete, self._better * p.mean if p.values else -np.inf), reverse=True)
+
+    def confirmation(self) -> dict[str, Any] | None:
+        """The best point's gain over the unchanged configuration, paired by fresh seed: positive is better."""
+        means = {json.dumps(each.point): each for each in self.fresh if each.complete}
+        if self.best is None or json.dumps(self.best.point) not in means or "{}" not in means:
+            return None
+        best, unchanged = means[json.dumps(self.best.point)], means["{}"]
+        gain = self._better * (np.array(best.values) - np.array(unchanged.values))
+        mean, low, high = map(float, interval(gain))
+        return {
+            "best": best.values,
+            "unchanged": unchanged.values,
+            "gain": {"mean": mean, "low": low, "high": high},
+            "beats_unchanged": bool(low > 0 if len(gain) > 1 else mean > 0),
+        }
+
+
+def report(run: SweepRun, table: Table) -> Path:
+    """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
+    config, say = run.config, run.display.say
+    tried = [(each.trial.point, each.value) for each in table.outcomes if each.value is not None]
+    if not tried:
+        reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
+        raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
+    figures = _draw(run, [(point, value) for point, value in tried if point])
+    confirmation = table.confirmation()
+    model = _register(run, table, confirmation) if config.register_as and table.best else None
+    summary = {
+        "metric": run.metric,
+        "mode": config.direction,
+        "points": [vars(point) for point in table.points],
+        "best": vars(table.best) if table.best else None,
+        "confirmation": confirmation,
+        "model": model,
+        "trials": [_told(each) for each in table.outcomes],
+        "reward_queries": sum(each.images for each in table.outcomes),
+        "budget_spent": run.budget.spent,
+        "wall_seconds": round(run.wall_seconds(), 2),
+        "git_commit": run.manifest["git_commit"],
+        "mlflow_run_id": run.tracker.run_id,
+    }
+    path = run.directory / "summary.json"
+    write_json(path, _plain(summary))
+    run.tracker.artifact(figures)
+    run.tracker.artifact(path)
+    run.display.console.print(lines(run.metric, table))
+    failed = [each for each in table.outcomes if each.status == "FAILED"]
+    for each in failed:
+        say(f"failed: {each.trial.name}: {each.error or 'its process died'}")
+    if run.budget.spent:
+        say(f"the budget is spent: raise it and go on with 'ouroboros sweep … output_dir={run.directory}'")
+    if confirmation:
+        gain, seeds = confirmation["gain"], len(confirmation["best"])
+        word = "beats" if confirmation["beats_unchanged"] else "does not beat"
+        interval_text = f" [{gain['low']:+.4g}, {gain['high']:+.4g}]" if seeds > 1 else ""
+        told = f"{gain['mean']:+.4g}{interval_text}"
+        say(f"on {seeds} fresh seeds the best point {word} the unchanged configuration: {told}")
+    if model:
+        say(f"model      {model}")
+    say(f"pictures   {figures}")
+    say(f"dashboard  {run.tracker.open_command()}")
+    return path
+
+
+def lines(metric: str, table: Table) -> Lines:
+    """The points, best first."""
+    keys = list(dict.fromkeys(key for point in table.points for key in point.point))
+    short = [key.rsplit(".", 1)[-1] for key in keys]
+    value_column = Column(metric, justify="right")
+    found = Lines(*short, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
+    for point in table.points:
+        mine = [each for each in table.outcomes if each.trial.point == point.point and each.trial.seed < FRESH_SEEDS]
+        spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
+        value = f"{point.mean:.4g}{spread}" if point.values else "–"
+        ends = sorted({f"{each.status.lower()} at {each.step}" for each in mine if each.status != "FINISHED"})
+        found.add_row(*(_short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
+    return found
+
+
+def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
+    from pipelines.sweep_figures import parallel_coordinates, phase_diagram, responses
+
+    figures = run.directory / "figures"
+    figures.mkdir(exist_ok=True)
+    if not tried:
+        return figures
+    space = run.config.dimensions
+    logarithmic = [key for key, dimension in space.items() if dimension.kind == "log_uniform"]
+    responses(figures / "responses.png", tried, run.metric, logarithmic)
+    parallel_coordinates(figures / "parallel_coordinates.png", tried, run.metric, logarithmic)
+    if run.config.search == "grid" and len(wide := [key for key in space if len(space[key].values) > 1]) >= 2:
+        phase_diagram(figures / "phase_diagram.png", tried, run.metric, *wide[:2])
+    return figures
+
+
+def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str | None:
+    """The best point's best trial as a version of an MLflow model, with the alias "best"."""
+    assert table.best is not None
+    mine = [each for each in table.outcomes if each.trial.point == table.best.point and each.trial.seed < FRESH_SEEDS]
+    sign = 1 if run.config.direction == "max" else -1
+    first = max(mine, key=lambda each: sign * (each.value if each.value is not None else -np.inf))
+    tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
+    if confirmation:
+        tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
+    known = run.manifest.get("registered", {})
+    run_id = first.trial.manifest()["mlflow_run_id"]
+    if run_id not in known:
+        name = str(run.config.register_as)
+        run.manifest["registered"] = {run_id: run.tracker.register(name, run_id, "pipeline", "best", tags)}
+    return str(run.manifest["registered"][run_id])
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    trial = outcome.trial
+    about = {key: value for key, value in vars(outcome).items() if key != "trial"}
+    run_id = trial.manifest().get("mlflow_run_id")
+    return {"name": trial.name, "point": trial.point, "seed": trial.seed, **about, "mlflow_run_id": run_id}
+
+
+def _plain(content: Any) -> Any:
+    """JSON has no nan: null."""
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not np.isfinite(content) else content
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

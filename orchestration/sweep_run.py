@@ -1,0 +1,138 @@
+"""A sweep's run: its directory and MLflow run, what it may spend, and what it shows while trials come and go."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from ray.tune import Stopper
+
+from orchestration.cluster import Machine
+from orchestration.config import ConfigError
+from orchestration.display import Display, Row
+from orchestration.run import Run, new_directory, new_manifest, read_manifest
+from orchestration.sweep_config import BudgetSettings, SweepConfig
+from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
+from pipelines.atomic import write_json
+
+_DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
+_KEPT = ("created", "mlflow_run_id", "wall_seconds")  # of the manifest, when a sweep goes on
+_PACKAGES = ("ray", "torch", "diffusers", "transformers", "mlflow", "optuna", "numpy")
+
+
+class Budget(Stopper):
+    """Stops every trial once the sweep has spent what it may. A trial that it stops can be continued."""
+
+    def __init__(self, settings: BudgetSettings, seconds_before: float) -> None:
+        self._settings = settings
+        self._started = time.monotonic() - seconds_before
+        self._images: dict[str, int] = {}
+        self.spent = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Note what a trial has used. Trials of earlier sessions tell it again when they answer."""
+        self._images[trial_id] = result.get("images", 0)
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether a limit is reached."""
+        hours, queries = self._settings.hours, self._settings.reward_queries
+        late = hours is not None and time.monotonic() - self._started > 3600 * hours
+        self.spent = self.spent or late or (queries is not None and sum(self._images.values()) >= queries)
+        return self.spent
+
+
+class SweepRun(Run):
+    """One sweep, new or continued. Trials keep their own state; leaving it closes those that Tune left open."""
+
+    def __init__(self, directory: Path, config: SweepConfig, manifest: dict[str, Any], machine: Machine) -> None:
+        self.metric = metric_of(config)
+        label = self.metric.replace("_", " ")
+        row = Row(self.metric, label, f"{label} {{}}", colour="green")
+        total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
+        self._done = {trial.name for trial in trials_in(directory) if trial.over()}
+        title, before = f"{config.name} · {directory}", len(self._done)
+        display = Display(title, total, before, rows=(row,), unit="trial", typical=statistics.fmean)
+        super().__init__(directory, manifest, config.tracking, display)
+        self.config = config
+        self.cpus_per_trial = config.cpus_per_trial or machine.cpus
+        self._wall_before = manifest.get("wall_seconds", 0.0)
+        self.budget = Budget(config.budget, self._wall_before)
+
+    @classmethod
+    def open(cls, config: SweepConfig, machine: Machine) -> Self:
+        """A new sweep, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
+        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}")
+        content = config.model_dump(mode="json")
+        held = read_manifest(directory) if (directory / "manifest.json").exists() else {}
+        for key in _DECIDES if held else ():
+            if held["config"].get(key) != content[key]:
+                raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
+        manifest = new_manifest("sweep", config.name, content, _PACKAGES)
+        return cls(directory, config, manifest | {key: held[key] for key in _KEPT if key in held}, machine)
+
+    def opened(self) -> None:
+        """Tell MLflow what is swept."""
+        config = self.config
+        tags = {"loop": config.loop, "sweep": config.name, "metric": self.metric, "run_directory": str(self.directory)}
+        self.tracker.describe(self.manifest["config"], tags | {"git_commit": self.manifest["git_commit"]}, [])
+
+    def __exit__(self, *error: Any) -> None:
+        self.manifest["wall_seconds"] = self.wall_seconds()
+        try:
+            self.settle()
+        finally:
+            super().__exit__(*error)
+
+    def progress(self) -> str:
+        """How many trials are over."""
+        return f"{sum(trial.over() for trial in self.trials())} trials are done"
+
+    def trials(self) -> Iterator[Trial]:
+        """Every trial that has begun."""
+        return trials_in(self.directory)
+
+    def searched(self) -> list[Trial]:
+        """Those of the search, without the confirmation's."""
+        return [trial for trial in self.trials() if trial.seed < FRESH_SEEDS]
+
+    def trial_tracking(self) -> dict[str, Any]:
+        """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
+        return {
+            "uri": self.tracker.uri,
+            "experiment": self._tracking.experiment or "sweep",
+            "system_metrics": False,
+            "parent": self.tracker.run_id,
+        }
+
+    def ended(self, trial: Trial, step: int | None) -> None:
+        """Note and show how a trial ended: done, stopped by the scheduler after ``step`` steps, failed, or put off."""
+        known, found = trial.known(), reports(self.config, trial)
+        if not trial.over() and step is not None and not known.get("error") and not self.budget.spent:
+            trial.note(stopped=step)
+        if trial.name in self._done:
+            return
+        self._done.add(trial.name)
+        stopped = f", stopped after step {step}" if "stopped" in trial.known() else ""
+        note = f"{trial.name}{stopped}" + (f", FAILED: {known['error']}" if known.get("error") else "")
+        values = {self.metric: found[-1][self.metric]} if found else {}
+        self.display.step(len(self._done), values, note=note)
+        self.tracker.metrics(len(self._done), values, int(time.time() * 1000))
+        self.manifest |= {"wall_seconds": self.wall_seconds(), "committed_step": len(self._done)}
+        self._status("RUNNING")
+
+    def settle(self) -> None:
+        """Close what trials left open in MLflow: Tune ends a trial's process without asking."""
+        for trial in self.trials():
+            manifest, stopped = trial.manifest(), trial.known().get("stopped")
+            if manifest.get("status") != "RUNNING" and (stopped is None or trial.known().get("told")):
+                continue
+            trial.wait_until_free()
+            manifest = trial.manifest()  # its process may have closed it in the meantime
+            if manifest.get("status") == "RUNNING":
+                write_json(trial.directory / "manifest.json", manifest | {"status": "KILLED"})
+            tags = {} if stopped is None else {"stopped_by": f"{self.config.scheduler.kind} after step {stopped}"}
+            for run_id in (*manifest.get("mlflow_children", {}).values(), manifest["mlflow_run_id"]):
+                self.tracker.close(run_id, "KILLED", tags)
+            trial.note(told=stopped is not None)

@@ -1,0 +1,92 @@
+"""Search spaces: which values a setting may take, and the points a sweep tries. Points are plain ``{key: value}``.
+
+A dimension is a list of values, or one of ``{uniform: [low, high]}``, ``{log_uniform: [low, high]}`` and
+``{integers: [low, high]}`` (both ends included).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+
+Point = dict[str, Any]
+Kind = Literal["values", "uniform", "log_uniform", "integers"]
+_RANGES = ("uniform", "log_uniform", "integers")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """The values one setting may take: a list of them, or the two ends of a range."""
+
+    kind: Kind
+    values: tuple[Any, ...]
+
+    @classmethod
+    def read(cls, key: str, content: Any) -> "Dimension":
+        """The dimension that a configuration describes. Raises ValueError naming ``key``."""
+        if isinstance(content, list | tuple):
+            if not content:
+                raise ValueError(f"space.{key} is an empty list: give the values to try")
+            return cls("values", tuple(content))
+        if not isinstance(content, Mapping) or len(content) != 1 or next(iter(content)) not in _RANGES:
+            raise ValueError(f"space.{key} is neither a list of values nor one of {', '.join(_RANGES)}: [low, high]")
+        kind, ends = next(iter(content.items()))
+        numbers = isinstance(ends, list | tuple) and all(isinstance(end, int | float) for end in ends)
+        if not numbers or len(ends) != 2 or not ends[0] < ends[1]:
+            raise ValueError(f"space.{key}.{kind} is {ends!r}: give two numbers, the lower first")
+        if kind == "log_uniform" and ends[0] <= 0:
+            raise ValueError(f"space.{key}.log_uniform starts at {ends[0]}: a logarithm needs more than 0")
+        if kind == "integers" and not all(isinstance(end, int) for end in ends):
+            raise ValueError(f"space.{key}.integers is {list(ends)}: give whole numbers")
+        return cls(kind, tuple(ends))
+
+    def draw(self, random: np.random.Generator) -> Any:
+        """One value, as plain Python."""
+        if self.kind == "values":
+            return self.values[int(random.integers(len(self.values)))]
+        low, high = self.values
+        if self.kind == "integers":
+            return int(random.integers(low, high + 1))
+        if self.kind == "uniform":
+            return float(random.uniform(low, high))
+        return float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+    def clipped(self, value: Any) -> Any:
+        """``value``, or the nearer end of the range if it lies outside."""
+        return value if self.kind == "values" else min(max(value, self.values[0]), self.values[1])
+
+
+def read_space(content: Mapping[str, Any]) -> dict[str, Dimension]:
+    """Every dimension of a space. Raises ValueError if one cannot be read, or there is none."""
+    if not content:
+        raise ValueError("space is empty: name at least one key and its values")
+    return {key: Dimension.read(key, values) for key, values in content.items()}
+
+
+def grid_points(space: Mapping[str, Dimension]) -> list[Point]:
+    """Every combination of the listed values. Raises ValueError for a range."""
+    for key, dimension in space.items():
+        if dimension.kind != "values":
+            raise ValueError(f"space.{key} is a range, and a grid takes lists: list its values, or set search=random")
+    return [
+        dict(zip(space, values, strict=True)) for values in product(*(dimension.values for dimension in space.values()))
+    ]
+
+
+def random_points(space: Mapping[str, Dimension], count: int, seed: int) -> list[Point]:
+    """``count`` independent draws. The first of them do not depend on how many are asked for."""
+    random = np.random.default_rng(seed)
+    return [{key: dimension.draw(random) for key, dimension in space.items()} for _ in range(count)]
+
+
+def corner_points(space: Mapping[str, Dimension]) -> list[Point]:
+    """Every listed value and both ends of every range, each with the others at their first."""
+    first = {key: dimension.values[0] for key, dimension in space.items()}
+    return [{**first, key: value} for key, dimension in space.items() for value in dimension.values]
+
+
+def common_points(points: Sequence[Point]) -> list[Point]:
+    """The different points, in the order they first appear."""
+    return [point for index, point in enumerate(points) if point not in points[:index]]

@@ -1,0 +1,164 @@
+"""What runs where: shares of several nodes, kinds of nodes, and room for all actors of a run at once."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.settings import ActorSettings, NodeSettings, Offer, Role, WorkerSettings, plan_roles
+from orchestration.cluster import Machine
+from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.mad_config import MadConfig
+from orchestration.mad_preflight import preflight_mad
+from orchestration.preflight import describe, preflight
+from pipelines.locations import CHECKOUT, portable, resolve_model
+
+STABLE: Offer = {"CPU": 8, "GPU": 1, "stable": 1}
+SPOT: Offer = {"CPU": 4, "GPU": 1, "preemptible": 1}
+HEAD: Offer = {"node:__internal_head__": 1}
+
+
+def machine(*offers: Offer) -> Machine:
+    return Machine(*(int(sum(offer.get(name, 0) for offer in offers)) for name in ("CPU", "GPU")), offers)
+
+
+def plan(settings: ActorSettings, *offers: Offer) -> dict[str, Role]:
+    whole = machine(*offers)
+    return {role.name: role for role in plan_roles(settings, whole.cpus, whole.gpus, offers=offers)}
+
+
+def test_shares_are_cut_so_that_nodes_hold_their_actors() -> None:
+    three = [{"CPU": 1.0}] * 3  # shares of 3/5 would leave two of five actors without a node
+    roles = plan(ActorSettings(samplers=1), *three)
+    assert all(0 < role.cpus <= 0.5 for role in roles.values())
+    crowded = ActorSettings(samplers=3, nodes=NodeSettings(sampler="preemptible", captioner="preemptible"))
+    roles = plan(crowded, HEAD, STABLE, SPOT)
+    assert 4 * roles["sampler"].gpus <= 1
+    assert roles["sampler"].gpus == roles["learner"].gpus > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_every_actor_finds_its_kind_of_node(count: int) -> None:
+    nodes = NodeSettings(learner="stable", sampler="preemptible")
+    roles = plan(ActorSettings(samplers=count, nodes=nodes), HEAD, STABLE, *[SPOT] * count)
+    assert roles["learner"].demand["stable"] == roles["sampler"].demand["preemptible"] == 0.001
+    assert set(roles["reward"].demand) == {"CPU"}
+    assert count * roles["sampler"].gpus <= count
+
+
+def test_the_learners_threads_are_those_of_a_node_not_of_the_cluster() -> None:
+    assert plan(ActorSettings(), *[{"CPU": 2.0}] * 5)["learner"].threads == 2
+    assert plan(ActorSettings(nodes=NodeSettings(learner="preemptible")), STABLE, SPOT)["learner"].threads == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": {"learner": "stable "}}, r"actors\.nodes\.learner is stable , but no node advertises"),
+        (
+            {"nodes": {"sampler": "huge"}},
+            r"""ray start --resources='{"huge": 1}', or set actors\.nodes\.sampler=null""",
+        ),
+        ({"placement": "spread", "learner_threads": 9}, r"no node has room for the learner: 9 CPU, 1 GPU"),
+        ({"placement": "spread", "samplers": 1, "nodes": {"sampler": "stable"}}, r"room for the learner: 8 CPU, 1 GPU"),
+        ({"nodes": {"learner": "node:__internal_head__"}}, r"the learner: .* node:__internal_head__ nodes\. Ask for"),
+    ],
+)
+def test_what_no_node_can_take_is_said_before_anything_starts(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(ActorSettings.model_validate(settings), HEAD, STABLE, SPOT, SPOT)
+
+
+def test_a_dry_run_says_what_runs_where() -> None:
+    config = load_config(DdpoConfig, None, ["actors.nodes.learner=stable", "actors.nodes.sampler=preemptible"])
+    shown = describe(config, preflight(config, machine(STABLE, SPOT, SPOT)))
+    assert "1 × learner: " in shown
+    assert "8 threads, on cuda, stable nodes" in shown
+    assert "2 × sampler: " in shown
+    assert "on cuda, preemptible nodes" in shown
+    with pytest.raises(ConfigError, match=r"did you mean 'actors\.nodes\.sampler'"):
+        load_config(DdpoConfig, None, ["actors.nodes.samplers=preemptible"])
+
+
+def test_mad_tasks_go_to_a_kind_of_node() -> None:
+    config = load_config(MadConfig, None, ["n_ini=60", "workers.nodes=preemptible"])
+    assert preflight_mad(config, machine(STABLE, SPOT)).resources["nodes"] == "preemptible"
+    with pytest.raises(ConfigError, match=r"workers\.nodes is preemptible, but no node"):
+        preflight_mad(config, machine(STABLE))
+    assert WorkerSettings().nodes is None
+
+
+def test_a_model_has_one_name_on_all_nodes(tmp_path: Path) -> None:
+    assert portable("models/digits/pipeline") == "./models/digits/pipeline"
+    assert portable(str(CHECKOUT / "models")) == "./models"
+    assert portable(str(tmp_path)) == str(tmp_path)
+    assert portable("someone/model") == resolve_model("someone/model") == "someone/model"
+    assert resolve_model("./models") == str(CHECKOUT / "models")
+    with pytest.raises(FileNotFoundError, match=r"no \./runs/lost on node .*: files that git ignores are not shipped"):
+        resolve_model("./runs/lost")
+
+
+HALF = Role("half", 2, 0.5, 0.0, 1, "cpu")
+
+
+@pytest.fixture
+def free_cpus(ray_session: None) -> float:
+    """What Ray has once earlier runs have left it."""
+    import ray
+
+    from tests.processes import wait_until
+
+    total = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == total, 60, "free CPUs")
+    return total
+
+
+def test_room_is_for_all_actors_or_for_none(free_cpus: float) -> None:
+    import ray
+
+    from actors.placement import Room
+    from tests.processes import wait_until
+
+    most = Role("most", 1, free_cpus - 0.5, 0.0, 1, "cpu")
+    first, waited = Room([most]), []
+    first.wait(60, lambda: None)
+    second = Room([HALF])  # half of it would fit
+    with pytest.raises(TimeoutError, match=r"no room .* for 2 × half: 0\.5 CPU, .* free: 0\.5 CPU"):
+        second.wait(1.5, lambda: waited.append(ray.available_resources()["CPU"]))
+    assert set(waited) == {0.5}
+    first.leave()
+    second.wait(60, lambda: None)
+    assert [place is None for place in second.seats()["half"].places] == [False, False]
+    second.leave()
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == free_cpus, 60, "room given back")
+
+
+def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None:
+    import ray
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def trial() -> tuple[str, list[str]]:
+        """What a sweep's trial does: start a role's actors. Returns its group and theirs."""
+        from ray.util import get_current_placement_group
+
+        from actors.placement import Room
+        from actors.pool import Pool
+        from actors.worker import Worker
+
+        class Where(Worker):
+            def group(self) -> str:
+                return get_current_placement_group().id.hex()
+
+        room = Room([HALF])
+        room.wait(0, lambda: None)
+        pool = Pool(room.seats()["half"], Where, 1)
+        room.leave()
+        return get_current_placement_group().id.hex(), ray.get(pool.everyone("group"), timeout=60)
+
+    group = placement_group([{"CPU": 0.1}, {"CPU": 1}])
+    inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    try:
+        found = ray.get(ray.remote(trial).options(num_cpus=0.1, scheduling_strategy=inside).remote(), timeout=120)
+    finally:
+        remove_placement_group(group)
+    assert found == (group.id.hex(), [group.id.hex()] * 2)

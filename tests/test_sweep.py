@@ -1,0 +1,256 @@
+"""Sweeps on a real Ray Tune and a real MLflow store, with tiny models: stopped, killed, continued, confirmed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from orchestration.config import ConfigError, load_config
+from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_preflight import describe_sweep, preflight_sweep
+from tests.models import build_tiny_pipeline
+from tests.processes import start, wait_until
+
+PHASE = {
+    "name": "phase",
+    "loop": "mad",
+    "config": "configs/mad/gaussian.yaml",
+    "fixed": {"rule": "fresh", "n_ini": 40, "n_total": 40, "n_real": None, "n_synthetic": None, "generations": 5},
+    "space": {"fresh_fraction": [0.1, 0.5, 0.9], "sampling_bias": [1.0, 0.5]},
+    "search": "grid",
+    "cpus_per_trial": 1,
+}
+
+
+def configure(content: dict[str, Any], **changes: Any) -> SweepConfig:
+    from orchestration.config import validate
+
+    return validate(SweepConfig, {**content, **changes})
+
+
+def written(directory: Path, content: dict[str, Any]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return directory / "sweep.yaml"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A sweep of a DDPO run of seconds, which reports at steps 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("sweep")
+    (directory / "prompts.txt").write_text("a red seven\na blue two\na green one\na red two")
+    base = {
+        "name": "tiny",
+        "prompts": str(directory / "prompts.txt"),
+        "model": {"path": str(build_tiny_pipeline(directory / "pipeline"))},
+        "captioner": {"path": None},
+        "reward": {"function": "tests.rewards:redness"},
+        "evaluation": {"evaluator": None, "images": 8, "interim_images": 4, "every": 2},
+        "sampling": {"steps": 3},
+        "training": {"steps": 6, "images_per_step": 12, "images_per_prompt": 6, "updates_per_step": 1},
+        "checkpoint": {"every": 2},
+        "actors": {"samplers": 1, "learner_threads": 1},
+    }
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(base))
+    return {
+        "name": "tiny-sweep",
+        "config": str(directory / "tiny.yaml"),
+        "space": {"training.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        "metric": "reward/mean",
+        "trials": 3,
+        "cpus_per_trial": 1,
+    }
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def finished(directory: Path) -> dict[Path, int]:
+    """The trials that are over, and when they left their results."""
+    over = [path for path in directory.glob("trials/*/manifest.json") if '"FINISHED"' in path.read_text()]
+    return {path: (path.parent / "summary.json").stat().st_mtime_ns for path in over}
+
+
+def statuses(directory: Path) -> dict[str, str]:
+    """MLflow's status of every run of a sweep's store, by name."""
+    client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"fresh_fractoin": [0.1]}}, "unknown key 'fresh_fractoin'; did you mean 'fresh_fraction'"),
+        ({"space": {"fresh_fraction": [0.1, 1.5]}}, r"at \{'fresh_fraction': 1.5\}: .*fresh_fraction"),
+        ({"space": {}}, "space is empty"),
+        ({"space": {"seeds": [1, 2]}}, "seeds of a trial is set by the sweep"),
+        ({"fixed": {"sampling_bias": 0.5}}, "sampling_bias is in both space and fixed"),
+        ({"scheduler": {"kind": "asha"}}, "a MAD trial reports once"),
+        ({"config": "configs/mad/nothing.yaml"}, "there is no file"),
+        (
+            {"config": "configs/mad/gaussian_loops.yaml", "fixed": {}, "space": {"generations": [5, 6]}},
+            "has several arms",
+        ),
+        ({"cpus_per_trial": 1000}, "asks for 1000 CPUs"),
+        ({"register_as": "best"}, "only DDPO trials"),
+        ({"budget": {"reward_queries": 5}}, "the MAD loop asks no reward"),
+        ({"space": {"sampling_bias": {"uniform": [0.5, 1.0]}}}, "is a range, and a grid takes lists"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_before_it_starts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight_sweep(configure(PHASE, **changes))
+
+
+def test_a_scheduler_that_would_see_nothing_is_refused(tiny: dict[str, Any]) -> None:
+    late = {"fixed": {"evaluation.every": 6}, "metric": "evaluation/reward", "scheduler": {"kind": "asha"}}
+    with pytest.raises(ConfigError, match="has nothing to compare"):
+        preflight_sweep(configure(tiny, **late))
+
+
+def test_a_dry_run_names_every_point() -> None:
+    config = configure(PHASE)
+    text = describe_sweep(config, preflight_sweep(config))
+    assert "6 points × 1 seeds" in text
+    assert all(
+        f"'fresh_fraction': {share}, 'sampling_bias': {bias}" in text for share in (0.1, 0.9) for bias in (0.5, 1)
+    )
+    assert "w2_squared, minimum" in text
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = written(tmp_path, PHASE)
+    directory = tmp_path / "sweep"
+    command = ["sweep", "--config", str(config), f"output_dir={directory}"]
+    process = start(command, tmp_path / "first.log")
+    wait_until(lambda: len(finished(directory)) >= 2, 120, "two trials")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    for orphan in family:  # as a machine that goes down would take them along
+        if orphan.is_running():
+            orphan.kill()
+    process.wait()
+    done = finished(directory)
+    assert 2 <= len(done) < 6
+
+    again = start(["resume", str(directory)], tmp_path / "second.log")
+    assert again.wait(180) == 0, (tmp_path / "second.log").read_text()
+    assert finished(directory).items() >= done.items()  # what was finished was not run again
+    content = summary(directory)
+    assert len(content["points"]) == 6
+    assert [each["status"] for each in content["trials"]] == ["FINISHED"] * 6
+    values = [point["mean"] for point in content["points"]]
+    assert values == sorted(values)
+    assert content["best"]["point"]["fresh_fraction"] == 0.9
+    found = statuses(directory)
+    assert set(found.values()) == {"FINISHED"}, found
+    assert (directory / "figures" / "phase_diagram.png").stat().st_size > 5000
+
+    client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+    below = client.search_runs(
+        [client.get_run(content["mlflow_run_id"]).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{content['mlflow_run_id']}'",
+    )
+    assert len(below) == 6
+
+
+def test_successive_halving_stops_the_worse_and_confirms_the_best(tiny: dict[str, Any], tmp_path: Path) -> None:
+    content = {**tiny, "scheduler": {"kind": "asha", "interval": 2, "reduction": 2}, "trials": 4}
+    content |= {"confirm_seeds": 1, "register_as": "tiny-best"}
+    directory = tmp_path / "sweep"
+    process = start(["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"], tmp_path / "log")
+    assert process.wait(400) == 0, (tmp_path / "log").read_text()
+    found = summary(directory)
+    searched = [each for each in found["trials"] if each["seed"] == 0]
+    stopped = [each for each in searched if each["status"] == "STOPPED"]
+    complete = [each for each in searched if each["status"] == "FINISHED"]
+    assert len(searched) == 4
+    assert stopped
+    assert complete
+    assert {each["step"] for each in stopped} <= {2, 4}
+    assert {each["step"] for each in complete} == {6}
+    assert found["reward_queries"] == sum(12 * each["step"] for each in found["trials"])
+    assert found["best"]["mean"] == max(each["value"] for each in complete)
+    assert len(found["confirmation"]["best"]) == len(found["confirmation"]["unchanged"]) == 1
+    runs = statuses(directory)
+    assert "RUNNING" not in runs.values()
+    assert all(runs[each["name"]] == "KILLED" for each in stopped)
+
+    client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("tiny-best", "best")
+    assert f"models:/tiny-best/{version.version}" == found["model"]
+    assert client.get_run(version.run_id).info.run_name in {each["name"] for each in complete}
+    artifacts = {file.path for file in client.list_artifacts(version.run_id, "pipeline")}
+    assert "pipeline/model_index.json" in artifacts
+
+    # Everything answers from its directory: nothing is trained, and the table stays as it is.
+    before = finished(directory)
+    again = start(["resume", str(directory)], tmp_path / "again")
+    assert again.wait(200) == 0, (tmp_path / "again").read_text()
+    assert finished(directory) == before
+    assert summary(directory)["trials"] == found["trials"]
+
+
+def test_a_population_copies_the_better(tiny: dict[str, Any], tmp_path: Path) -> None:
+    content = {**tiny, "scheduler": {"kind": "pbt", "interval": 2}, "trials": 4, "fixed": {"training.steps": 4}}
+    directory = tmp_path / "sweep"
+    process = start(["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"], tmp_path / "log")
+    assert process.wait(400) == 0, (tmp_path / "log").read_text()
+    found = summary(directory)
+    assert [each["status"] for each in found["trials"]] == ["FINISHED"] * 4
+    manifests = [json.loads(path.read_text()) for path in directory.glob("trials/*/manifest.json")]
+    adopted = [manifest for manifest in manifests if manifest.get("adopted")]
+    assert adopted  # somebody took over other weights and another learning rate
+    for manifest in adopted:
+        rates = [each["before"]["training"]["learning_rate"] for each in manifest["adopted"]]
+        assert rates[-1] != manifest["config"]["training"]["learning_rate"]
+        assert [each["step"] for each in manifest["adopted"]] == [2]
+        assert 1e-4 <= manifest["config"]["training"]["learning_rate"] <= 1e-2
+    for path in directory.glob("trials/*/metrics.jsonl"):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert set(statuses(directory).values()) == {"FINISHED"}
+
+
+def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(tiny: dict[str, Any], tmp_path: Path) -> None:
+    directory = tmp_path / "sweep"
+    command = ["sweep", "--config", str(written(tmp_path, {**tiny, "search": "optuna"})), f"output_dir={directory}"]
+    process = start([*command, "budget.reward_queries=100"], tmp_path / "log")
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    found = summary(directory)
+    assert found["budget_spent"]
+    assert 100 <= found["reward_queries"] < 3 * 72
+    assert "RUNNING" not in statuses(directory).values()
+
+    again = start([*command, "budget.reward_queries=null"], tmp_path / "again")
+    assert again.wait(300) == 0, (tmp_path / "again").read_text()
+    more = summary(directory)
+    assert [each["status"] for each in more["trials"]] == ["FINISHED"] * 3
+    assert more["reward_queries"] == 3 * 72
+    assert {each["name"] for each in found["trials"]} <= {each["name"] for each in more["trials"]}
+    assert set(statuses(directory).values()) == {"FINISHED"}
+
+
+def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    from orchestration.cluster import Machine
+    from orchestration.sweep_run import SweepRun
+
+    content = {**PHASE, "output_dir": str(tmp_path)}
+    with SweepRun.open(configure(content), Machine(2, 0)):
+        pass
+    with pytest.raises(ConfigError, match="holds a sweep with another space"):
+        SweepRun.open(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))
+
+
+def test_the_shipped_sweeps_can_run() -> None:
+    checkout = Path(__file__).parent.parent
+    for path in sorted((checkout / "configs" / "sweeps").glob("*.yaml")):
+        config = load_config(SweepConfig, path)
+        assert preflight_sweep(config).cpus >= 1, path
