@@ -36,6 +36,7 @@ def report(run: MadRun) -> Path:
     figures = draw(run)
     run.tracker.artifact(path)
     run.tracker.artifact(figures)
+    run.flush()
     run.tracker.artifact(write_report(run.directory, "FINISHED"))
     for name, arm in summary["arms"].items():
         if arm["verdict"]:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
 from orchestration.run import Run, ending, new_directory, new_manifest, read_manifest
 from orchestration.tracking import FIRST_LOOK, Tracker
+from pipelines.mad_figures import _ARMS
 from pipelines.mad_graph import Generation
 from pipelines.mad_tasks import read_real_data, read_samples
 from pipelines.tasks import Task, TaskStore
@@ -104,10 +106,11 @@ class MadRun(Run):
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
         self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [], note)
         self._trackers: dict[str, Tracker] = {}
-        for name, arm in config.resolved_arms.items():
+        for (name, arm), colour in zip(config.resolved_arms.items(), cycle(_ARMS), strict=False):
             parent = self._trackers[name] = self.tracker.child(name, known.get(name))
             tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family, "git_commit": commit}
-            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags, [])
+            as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
+            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures, [])
             for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
                 child = f"{name} · seed {seed}"
                 self._trackers[child] = parent.child(child, known.get(child))
@@ -121,7 +124,7 @@ class MadRun(Run):
         self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             if kind is None:  # else the next session sends everything, and this one has to end now
-                self._flush()
+                self.flush()
             for tracker in self._trackers.values():
                 tracker.finish(ending(kind))
         finally:
@@ -139,7 +142,7 @@ class MadRun(Run):
         """Called while tasks run: show what runs, and send what has come in."""
         self.display.activity(runner.activity())
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
-            self._flush()
+            self.flush()
 
     def record(self, task: Task) -> None:
         """Take in the result of a task: show it, and note it for MLflow."""
@@ -225,10 +228,12 @@ class MadRun(Run):
         theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()}
         return _finite(first | found | theory)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what has come in to MLflow, and note in the manifest how far the run is."""
         for name, steps in self._unsent.items():
             self._trackers[name].many_metrics(steps)
         self._unsent.clear()
+        self._status("RUNNING")
         self._flushed_at = time.monotonic()
 
 

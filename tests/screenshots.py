@@ -29,10 +29,10 @@ COMMANDS = {
     "digits-loops": (*_MAD, f"arms={_ARMS}"),
 }
 
-# Of each chart that Plotly has drawn, the colours of the lines through two points or more.
+# Of each chart that Plotly has drawn, the courses of its lines; one of a single point is none.
 _LINES = """return [...document.querySelectorAll('.js-plotly-plot')].map(plot => [...new Set(
-    [...plot.querySelectorAll('.scatterlayer .js-line')].filter(line => (line.getAttribute('d') || '').includes('L'))
-    .map(line => getComputedStyle(line).stroke))])"""
+    [...plot.querySelectorAll('.scatterlayer .js-line')].map(line => line.getAttribute('d') || '')
+    .filter(course => course.includes('L')))])"""
 _IMAGES = """return [...document.images].filter(each => each.naturalWidth > 0 && each.width > 60)
     .map(each => each.currentSrc)"""
 _ELSEWHERE = """const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -65,7 +65,7 @@ class Dashboard:
         """Until so many charts have drawn ``each`` lines."""
 
         def drawn() -> bool:
-            return sum(len(colours) == each for colours in self.browser.run(_LINES)) >= charts
+            return sum(len(courses) == each for courses in self.browser.run(_LINES)) >= charts
 
         self.browser.wait(drawn, f"{charts} charts of {each} lines")
 
@@ -86,7 +86,7 @@ class Dashboard:
         self.open(f"experiments/{experiment}/runs/{run}/model-metrics", height=1150)
         self.wait_for_lines(charts, each=1)
         self.photograph(picture)
-        return re.findall(r"^(.+) \(\d+\)$", self.browser.run("return document.body.innerText"), re.MULTILINE)
+        return re.findall(r"^(.+)\s\(\d+\)$", self.browser.run("return document.body.innerText"), re.MULTILINE)
 
     def slider(self, experiment: str, run: str, key: str, last: int, picture: str) -> None:
         """A run's images of ``key``, from step 0 to the ``last``; without its parameters, which would hide them."""
@@ -167,10 +167,10 @@ def main() -> None:
         dashboard.slider(ddpo, fast, "A first look/held_out", last=24, picture="slider")
         dashboard.difference(ddpo, [slow, fast], ["training.learning_rate"], picture="difference")
         dashboard.artifact_report(mad, loops, picture="artifact")
-        dashboard.charts(mad, charts=3, lines=3, picture="mad", expand=1)
         dashboard.slider(mad, below["fully synthetic · seed 0"], "samples", last=6, picture="mad_slider")
         for name in ("digits-lr2e-4", "digits-loops"):
             browser.open((RUNS / name / "report.html").as_uri(), width=1280)
+            browser.run(_ELSEWHERE, str(CHECKOUT))
             browser.screenshot(PICTURES / f"dashboard_report_{name}.png", height=1900)
 
 

@@ -180,6 +180,10 @@ def test_runs_are_compared(dashboard: Dashboard, experiments: dict[str, Any], dd
 def test_arms_are_compared(dashboard: Dashboard, experiments: dict[str, Any], mad: Path) -> None:
     dashboard.charts(experiments["mad"].experiment_id, charts=1, lines=len(ARMS), picture="mad", expand=1)
     dashboard.browser.wait_for_text("MAD", "loops", *ARMS, "A first look/w2_squared")
+    script = (
+        "return [...document.querySelectorAll('[data-testid=experiment-view-table-run-color]')].map(e => e.innerText)"
+    )
+    assert len(set(dashboard.browser.run(script))) == 1 + len(ARMS)
 
 
 def test_the_report_is_among_the_artifacts(
