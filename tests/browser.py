@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,8 @@ def chromium() -> Iterator[Browser]:
     """A fresh browser, or a skipped test where there is none."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
-        reason = "NO BROWSER: apt-get install chromium chromium-driver"
+        reason = "no browser, so nobody looked at the pages: apt-get install chromium chromium-driver"
+        warnings.warn(reason, stacklevel=2)  # unlike a skipped test, it is seen in the summary
         (pytest.fail if os.environ.get("OUROBOROS_REQUIRE_BROWSER") else pytest.skip)(reason)
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service

@@ -21,15 +21,15 @@ ARMS = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
-        yield uri
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
+        yield uri
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def dashboard(browser: Browser, server: str, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def ddpo(browser: Browser, server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def ddpo(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs that differ in their learning rate."""
     from orchestration.ddpo import run_ddpo
 
@@ -72,7 +72,7 @@ def ddpo(browser: Browser, server: str, ray_session: None, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="module")
-def mad(browser: Browser, server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mad(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two Gaussian loops."""
     from orchestration.mad import run_mad
 
