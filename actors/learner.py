@@ -79,7 +79,12 @@ class LearnerActor(Worker):
 
 
 class Learner(Pool):
-    """The learner's handle: one member today, whatever grows behind it tomorrow."""
+    """The learner's handle: one member today, whatever grows behind it tomorrow.
+
+    Its work follows from all that it did before: a run that loses it goes back to the last commit.
+    """
+
+    RESTARTS = 0
 
     def __init__(
         self,

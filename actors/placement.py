@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util import get_current_placement_group, placement_group, remove_placement_group
+from ray.util import get_current_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.failures import ActorLost
 from actors.settings import Role
+
+_CHECK_SECONDS = 2.0
+_MOVE_SECONDS = 10.0  # for Ray to move what was on a lost node to others
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Room:
         self._roles = roles
         bundles = [role.demand for role in roles for _ in range(role.count)]
         # Spread over the nodes, so that no GPU is shared while another has nobody.
+        self._next_check = self._whole = time.monotonic()
         self._group: Any = None if get_current_placement_group() else placement_group(bundles, strategy="SPREAD")
 
     def wait(self, timeout: float, meanwhile: Callable[[], None]) -> None:
@@ -45,6 +50,17 @@ class Room:
                 raise TimeoutError(
                     f"no room on the cluster within {timeout:g} s (actors.timeout_seconds) for {wanted}; free: {free}"
                 )
+
+    def check(self) -> None:
+        """Raise ActorLost if a part of the room was on a node that is gone, and Ray found no other place for it."""
+        now = time.monotonic()
+        if self._group is None or now < self._next_check:
+            return
+        self._next_check = now + _CHECK_SECONDS
+        if placement_group_table(self._group)["state"] == "CREATED":
+            self._whole = now
+        elif now - self._whole > _MOVE_SECONDS:
+            raise ActorLost(f"a node of this run is gone, and the others had no room for {_MOVE_SECONDS:g} s")
 
     def seats(self) -> dict[str, Seats]:
         """By the name of the role."""

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.failures import result
 from actors.placement import Seats
 from actors.settings import mark
 
@@ -23,16 +24,20 @@ _ACTIVITIES = {
 }
 
 
-class ActorFailure(RuntimeError):  # noqa: N818
-    """Work that an actor could not do: the role, the first cause, and what to do."""
-
-
 class Pool:
-    """The members of one role. Any member may do any piece of work; the least busy gets it."""
+    """The members of one role. Any member may do any piece of work; the least busy gets it.
+
+    A member whose process ends is started again by Ray, ``RESTARTS`` times at most, and its unfinished work is done
+    again: what a member makes has to follow from what it is given, whichever member it is and however often it began.
+    """
+
+    RESTARTS: ClassVar[int] = 20
+    RETRIES: ClassVar[int] = 5  # of one piece of work: it may be what ends its worker
 
     def __init__(self, seats: Seats, worker: type, *arguments: Any) -> None:
         self.role = role = seats.role
         options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
+        options |= {"max_restarts": self.RESTARTS, "max_task_retries": self.RETRIES if self.RESTARTS else 0}
         actor: Any = ray.remote(worker)
         self.members: list[ActorHandle] = [
             actor.options(**options, scheduling_strategy=place).remote(*arguments) for place in seats.places
@@ -80,29 +85,17 @@ def wait_for(
 ) -> list[Any]:
     """The values of ``references``, in order. ``meanwhile`` is called a few times a second.
 
-    Raises TimeoutError naming ``what`` after ``timeout`` seconds without any of them finishing, and ActorFailure with
-    the first cause as soon as one fails.
+    Raises TimeoutError naming ``what`` after ``timeout`` seconds without any of them finishing, and ActorFailure or
+    ActorLost with the first cause as soon as one fails.
     """
     pending, deadline = list(references), time.monotonic() + timeout
     while pending:
         finished, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
         for reference in finished:
-            _raise_failure(reference, what)
+            result(reference, what)
         if finished:
             deadline = time.monotonic() + timeout
         elif time.monotonic() > deadline:
             raise TimeoutError(f"{what}: nothing finished within {timeout:g} s (actors.timeout_seconds)")
         meanwhile()
-    return ray.get(list(references), timeout=timeout)
-
-
-def _raise_failure(reference: ObjectRef, what: str) -> None:
-    try:
-        ray.get(reference, timeout=60)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).strip()  # of an actor that could not begin, a traceback
-        reason = reason.splitlines()[-1] if error.actor_init_failed else f"the actor died: {reason}"
-        raise ActorFailure(f"{what}: {reason}") from error
+    return [result(reference, what) for reference in references]

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
 from ray import ObjectRef
 
 from actors.placement import Seats
@@ -15,8 +17,8 @@ from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings
 
 
-class StaleWeightsError(RuntimeError):
-    """A sampler was asked for another version of the weights than it holds."""
+class DamagedWeightsError(RuntimeError):
+    """A sampler was sent other weights than the learner made."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Acknowledgement:
     version: int
     checksum: str
     changed_tensors: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """The weights that samplers are to draw with. Version 0 is what the model's files hold, and is not sent."""
+
+    version: int = 0
+    checksum: str = ""
+    weights: Any = None  # an ObjectRef
 
 
 class Sampler(Worker):
@@ -46,11 +57,16 @@ class Sampler(Worker):
         self.version = version
         return Acknowledgement(version, checksum(weights), changed)
 
-    def rollout(self, version: int, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
-        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``version``."""
-        if version != self.version:
-            raise StaleWeightsError(f"asked for weights version {version}, this sampler holds {self.version}")
-        return self.policy.rollout(prompts, seeds, version)
+    def rollout(self, source: Published, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
+        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``.
+
+        A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
+        """
+        if source.version != self.version:
+            receipt = self.set_weights(source.version, ray.get(source.weights))
+            if receipt.checksum != source.checksum:
+                raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
+        return self.policy.rollout(prompts, seeds, source.version)
 
 
 class Samplers(Pool):
@@ -59,7 +75,7 @@ class Samplers(Pool):
     def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
         super().__init__(seats, Sampler, model, sampling, seats.role.device, seats.role.threads)
         self.images_per_call = images_per_call
-        self.version = 0
+        self.published = Published()
 
     def rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Chunk]:
         """One image for each (prompt, seed), in order, as chunks still being drawn."""
@@ -67,11 +83,11 @@ class Samplers(Pool):
         for start in range(0, len(prompts), self.images_per_call):
             part = slice(start, start + self.images_per_call)
             chunk_prompts, chunk_seeds = list(prompts[part]), list(seeds[part])
-            images, trajectory = self.submit("rollout", self.version, chunk_prompts, chunk_seeds, returns=2)
+            images, trajectory = self.submit("rollout", self.published, chunk_prompts, chunk_seeds, returns=2)
             chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory))
         return chunks
 
-    def publish(self, version: int, weights: ObjectRef) -> list[ObjectRef]:
+    def publish(self, version: int, checksum: str, weights: ObjectRef) -> list[ObjectRef]:
         """Send new weights to every sampler. Work submitted from now on asks for this version."""
-        self.version = version
+        self.published = Published(version, checksum, weights)
         return self.everyone("set_weights", version, weights)

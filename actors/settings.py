@@ -39,6 +39,9 @@ class ActorSettings(Settings):
     )
     images_per_call: int = Field(64, ge=1, description="images a sampler draws at once: the unit of work")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for one piece of work")
+    on_node_loss: Literal["continue", "wait"] = Field(
+        "continue", description="go on with the nodes that are left, or wait for another in its place"
+    )
 
 
 class WorkerSettings(Settings):

@@ -12,7 +12,9 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from actors.pool import POLL_SECONDS, ActorFailure
+from actors.failures import result
+from actors.patrol import Patrol
+from actors.pool import POLL_SECONDS
 from actors.settings import mark
 from pipelines.atomic import Files
 from pipelines.tasks import Task, TaskStore, in_order
@@ -31,6 +33,7 @@ class TaskRunner:
     ) -> None:
         self._store = store
         self._timeout = timeout
+        self.patrol = Patrol()  # for whoever waits to send round
         self._device = "cuda" if gpus else "cpu"
         remote: Any = ray.remote(_perform)
         taken = {"num_cpus": cpus, "num_gpus": gpus, "resources": mark(nodes)}
@@ -103,8 +106,7 @@ class TaskRunner:
         more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
         for reference in more:
             task = self._pending.pop(reference)
-            about = _result(reference, task)
-            files = _result(self._references[task.key], task)
+            about, files = result(reference, task.label), result(self._references[task.key], task.label)
             self._store.commit(task, files, about | {"finished_at_ms": int(time.time() * 1000)})
             yield task
             self._release(task)
@@ -119,13 +121,3 @@ def _perform(
     files = work(kind, parameters, list(inputs), device)
     spent = {"wall_seconds": round(time.monotonic() - wall, 4), "cpu_seconds": round(time.process_time() - cpu, 4)}
     return {**spent, "device": device}, files
-
-
-def _result(reference: ObjectRef, task: Task) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        raise ActorFailure(f"{task.label}: {type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayError as error:
-        raise ActorFailure(f"{task.label}: its worker died {_RETRIES + 1} times: {error}") from error

@@ -103,6 +103,17 @@ def resume(run: RunDirectory) -> None:
 
 
 @app.command()
+def sync(run: RunDirectory) -> None:
+    """Deliver to MLflow what an interrupted run left undelivered."""
+    from orchestration.run import sync as deliver
+
+    left = deliver(run.expanduser(), print)
+    print(f"{left} records are left: MLflow is away" if left else "everything is delivered")
+    if left:
+        raise typer.Exit(1)
+
+
+@app.command()
 def lineage(
     run: RunDirectory,
     sample: Annotated[

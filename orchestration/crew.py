@@ -1,7 +1,7 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from ray import ObjectRef
 from actors.captioner import Captioners
 from actors.evaluator import Evaluators
 from actors.learner import Learner, Update
+from actors.patrol import Patrol
 from actors.placement import Room
 from actors.pool import Pool, wait_for
 from actors.reward import Rewards
@@ -18,12 +19,11 @@ from actors.sampler import Acknowledgement, Samplers
 from actors.work import Chunk
 from orchestration.cluster import connected
 from orchestration.config import DdpoConfig
+from orchestration.display import Display
 from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
 from pipelines.locations import portable
 from policies.streams import derive_seed
-
-Activity = Callable[[dict[str, str]], None]
 
 
 class PublishError(RuntimeError):
@@ -33,11 +33,12 @@ class PublishError(RuntimeError):
 class Crew:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
-    def __init__(self, config: DdpoConfig, plan: Plan, show: Activity = lambda _: None) -> None:
+    def __init__(self, config: DdpoConfig, plan: Plan, display: Display) -> None:
         self.config = config
         self.plan = plan
-        self._show = show
+        self._display = display
         self._stack = ExitStack()
+        self._patrol = Patrol()
 
     def __enter__(self) -> Self:
         try:
@@ -54,9 +55,10 @@ class Crew:
         config = _portable(self.config)
         gpus = math.ceil(sum(role.gpus * role.count for role in self.plan.roles) - 1e-6)
         self._stack.enter_context(connected(gpus))
-        room = Room(self.plan.roles)
+        self._room = room = Room(self.plan.roles)
         self._stack.callback(room.leave)
-        room.wait(config.actors.timeout_seconds, lambda: self._show({"actors": "waiting for room on the cluster"}))
+        show = self._display.activity
+        room.wait(config.actors.timeout_seconds, lambda: show({"actors": "waiting for room on the cluster"}))
         seats, model = room.seats(), config.model
         seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
         self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed)
@@ -78,10 +80,15 @@ class Crew:
 
     def wait(self, references: Sequence[ObjectRef], what: str) -> list[Any]:
         """The values of ``references``, while the display shows what each actor does. Bounded; see ``wait_for``."""
-        return wait_for(references, what, self.config.actors.timeout_seconds, self._show_activity)
+        return wait_for(references, what, self.config.actors.timeout_seconds, self._look_after)
 
-    def _show_activity(self) -> None:
-        self._show({name: state for pool in self.pools for name, state in pool.activity().items()})
+    def _look_after(self) -> None:
+        """While waiting: show what each actor does, end those that are stopped, and see that their nodes are there."""
+        self._display.activity({name: state for pool in self.pools for name, state in pool.activity().items()})
+        for ended in self._patrol():
+            self._display.say(f"{ended} had stopped: it was ended, to be replaced")
+        if self.config.actors.on_node_loss == "continue":
+            self._room.check()
 
     def score(self, chunks: Sequence[Chunk]) -> None:
         """Send chunks that are still being drawn on to the captioners and rewards: references only, nothing waits."""
@@ -91,7 +98,9 @@ class Crew:
 
     def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
         """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
-        receipts: list[Acknowledgement] = self.wait(self.samplers.publish(update.version, weights), "sending weights")
+        receipts: list[Acknowledgement] = self.wait(
+            self.samplers.publish(update.version, update.checksum, weights), "sending weights"
+        )
         for number, receipt in enumerate(receipts):
             if receipt.checksum != update.checksum:
                 raise PublishError(

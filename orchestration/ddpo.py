@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.failures import ActorLost
 from orchestration.calibration import calibrate
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
 from orchestration.ddpo_run import DdpoRun, Watch, ignore
 from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
-from orchestration.preflight import Plan, preflight
+from orchestration.preflight import Plan, preflight, replan
 from orchestration.report import Report, fitting_images
 from pipelines.atomic import commit_directory
 from pipelines.learning import LearnerState
@@ -36,73 +37,82 @@ def resume_ddpo(directory: Path, watch: Watch = ignore) -> Path:
 
 
 def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
+    with run:
+        while True:
+            try:
+                with Crew(run.config, plan, run.display) as crew:
+                    return _train(run, crew, plan, watch)
+            except ActorLost as lost:  # one that cannot be replaced: the learner, or several with their node
+                run.roll_back(lost)
+                plan = replan(run.config, plan)
+
+
+def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
     prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
     history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
     held_out_prompts, held_out_seeds = fixed_work(plan.prompts, config.evaluation.images)
+    report = Report(run, held_out_prompts)
 
-    with run, Crew(config, plan, run.display.activity) as crew:
-        report = Report(run, held_out_prompts)
+    def evaluate(images: int) -> Evaluation:
+        with run.stage("evaluate"):
+            return crew.evaluate(held_out_prompts[:images], held_out_seeds[:images])
 
-        def evaluate(images: int) -> Evaluation:
-            with run.stage("evaluate"):
-                return crew.evaluate(held_out_prompts[:images], held_out_seeds[:images])
+    def cpu_seconds() -> float:
+        return crew.cpu_seconds() + time.process_time()
 
-        def cpu_seconds() -> float:
-            return crew.cpu_seconds() + time.process_time()
+    if run.checkpoint is None:
+        micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
+        run.describe(plan.prompts, plan.roles, micro_batch)
+        before = evaluate(config.evaluation.images)
+        report.before(before, calibrate(crew, *fitting_images(config, before)))
+    else:
+        saved = LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"])
+        crew.wait(crew.learner.everyone("restore", saved), "restoring the learner")
+        history.restore(run.checkpoint.state["prompt_statistics"])
+        learned, weights = crew.learner.current()
+        update = crew.wait([learned], "the restored weights")[0]
+        crew.publish(update, weights)
+        run.display.say(f"resumed after step {run.step}")
 
-        if run.checkpoint is None:
-            micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
-            run.describe(plan.prompts, plan.roles, micro_batch)
-            before = evaluate(config.evaluation.images)
-            report.before(before, calibrate(crew, *fitting_images(config, before)))
-        else:
-            saved = LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"])
-            crew.wait(crew.learner.everyone("restore", saved), "restoring the learner")
-            history.restore(run.checkpoint.state["prompt_statistics"])
-            learned, weights = crew.learner.current()
-            update = crew.wait([learned], "the restored weights")[0]
+    held_out: Evaluation | None = None
+    for step in run.remaining_steps():
+        step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
+        seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
+
+        with run.stage("sample"):
+            chunks = crew.samplers.rollout(step_prompts, seeds)
+            crew.score(chunks)
+            images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
+        with run.stage("reward"):
+            rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
+            scores = np.concatenate(rewards)
+            advantage = advantages(scores, step_prompts, config.advantage, history)
+        with run.stage("learn"):
+            learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
+            update = crew.wait([learned], f"step {step + 1}: learning")[0]
+        with run.stage("publish"):
             crew.publish(update, weights)
-            run.display.say(f"resumed after step {run.step}")
 
-        held_out: Evaluation | None = None
-        for step in run.remaining_steps():
-            step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
-            seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
+        metrics = step_metrics(scores, advantage, update, images, step_prompts)
+        done = step + 1
+        if done == training.steps:
+            held_out = evaluate(config.evaluation.images)
+        else:
+            due = config.evaluation.every and done % config.evaluation.every == 0
+            held_out = evaluate(config.evaluation.interim_images) if due else None
+        run.record(step, metrics | (held_out.metrics() if held_out else {}))
 
-            with run.stage("sample"):
-                chunks = crew.samplers.rollout(step_prompts, seeds)
-                crew.score(chunks)
-                images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
-            with run.stage("reward"):
-                rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
-                scores = np.concatenate(rewards)
-                advantage = advantages(scores, step_prompts, config.advantage, history)
-            with run.stage("learn"):
-                learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
-                update = crew.wait([learned], f"step {step + 1}: learning")[0]
-            with run.stage("publish"):
-                crew.publish(update, weights)
+        if run.commit_due():
+            with run.stage("commit"):
+                state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
+                known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
+                run.commit(state.tensors, known, cpu_seconds())
+        if held_out:
+            report.progress(done, held_out)
+        watch(run)
 
-            metrics = step_metrics(scores, advantage, update, images, step_prompts)
-            done = step + 1
-            if done == training.steps:
-                held_out = evaluate(config.evaluation.images)
-            else:
-                due = config.evaluation.every and done % config.evaluation.every == 0
-                held_out = evaluate(config.evaluation.interim_images) if due else None
-            run.record(step, metrics | (held_out.metrics() if held_out else {}))
-
-            if run.commit_due():
-                with run.stage("commit"):
-                    state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
-                    known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
-                    run.commit(state.tensors, known, cpu_seconds())
-            if held_out:
-                report.progress(done, held_out)
-            watch(run)
-
-        after = held_out or evaluate(config.evaluation.images)
-        files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
-        commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
-        return report.finish(after, update.checksum, cpu_seconds())
+    after = held_out or evaluate(config.evaluation.images)
+    files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
+    commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
+    return report.finish(after, update.checksum, cpu_seconds())

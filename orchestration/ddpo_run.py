@@ -7,6 +7,7 @@ MLflow drops points it knows, so each is there once.
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import write_json
-from pipelines.checkpoint import Checkpoint, CheckpointStore
+from pipelines.atomic import write_durably, write_json
+from pipelines.checkpoint import CheckpointStore
 
+_LOSSES = 3  # a run that is thrown back so often to the same commit is not going to get past it
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
@@ -31,21 +33,21 @@ _PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-tran
 class DdpoRun(Run):
     """One DDPO run, new or resumed."""
 
-    def __init__(
-        self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], checkpoint: Checkpoint | None
-    ) -> None:
+    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any]) -> None:
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+        self.checkpoint = checkpoint = self.store.newest()
         self.step = checkpoint.step if checkpoint else 0
         display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
-        self.checkpoint = checkpoint
-        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
             self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
         self.journal = directory / "metrics.jsonl"  # one finished step a line
-        self.history = _read_journal(self.journal, self.step)
+        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
+        self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
         self._pending: list[dict[str, Any]] = []
+        self._losses: list[int] = []  # the steps gone back to, since the run last came further
 
     @classmethod
     def create(cls, config: DdpoConfig) -> Self:
@@ -53,7 +55,7 @@ class DdpoRun(Run):
         directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
         manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), _PACKAGES)
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        return cls(directory, config, manifest | progress, None)
+        return cls(directory, config, manifest | progress)
 
     @classmethod
     def resume(cls, directory: Path) -> Self:
@@ -62,8 +64,7 @@ class DdpoRun(Run):
         if manifest["status"] == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
-        store = CheckpointStore(directory / "checkpoints")
-        return cls(directory.resolve(), config, manifest, store.load() if store.steps() else None)
+        return cls(directory.resolve(), config, manifest)
 
     @staticmethod
     def adopt(config: DdpoConfig, commit: Path) -> None:
@@ -78,8 +79,24 @@ class DdpoRun(Run):
             manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
         write_json(directory / "manifest.json", manifest | {"config": content, "committed_step": step})
 
+    def roll_back(self, lost: Exception) -> None:
+        """Go back to the last commit. Raises ``lost`` if the run comes no further."""
+        self._losses = [step for step in self._losses if step == self.manifest["committed_step"]]
+        if len(self._losses) == _LOSSES:
+            raise lost
+        self._losses.append(self.manifest["committed_step"])
+        self.checkpoint = self.store.newest()
+        self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
+        self._pending = []
+        if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
+            self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
+        self.config = _as_resolved(self.config, self.manifest["resolved"])
+        self.display.say(f"{lost}; going back to {f'step {self.step}' if self.step else 'the start'}")
+
     def opened(self) -> None:
-        """Send again what MLflow may have missed."""
+        """Send again what MLflow may have missed, and tell of damage."""
+        for damage in self.store.damaged:
+            self.display.say(f"warning: {damage}; the commit before it is used")
         if self.manifest.get("adopted"):
             self.tracker.describe(self.manifest["config"], {}, [])
         for line in self.history:
@@ -120,7 +137,8 @@ class DdpoRun(Run):
             **{f"seconds/{name}": seconds for name, seconds in spent.items() if seconds},
             "images_per_second": self.config.training.images_per_step / training,
         }
-        self._pending.append(line)
+        if step == len(self.history) + len(self._pending):
+            self._pending.append(line)
         self.step = step + 1
         self.display.step(self.step, line)
 
@@ -133,13 +151,14 @@ class DdpoRun(Run):
         with self.journal.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in self._pending)
             file.flush()
+            os.fsync(file.fileno())
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
             "cpu_seconds": self._cpu_before + cpu_seconds,
         }
         self.store.commit(self.step, tensors, {**state, **clocks})
-        self.manifest["committed_step"] = self.step
+        self.manifest["committed_step"] = max(self.step, self.manifest["committed_step"])
         self._status("RUNNING")
         for line in self._pending:
             self._deliver(line)
@@ -192,7 +211,7 @@ def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
             line = json.loads(text)
             if line["step"] <= committed:
                 lines.append(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_durably(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
 
 

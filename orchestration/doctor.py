@@ -136,15 +136,14 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
     if uri is None:
         yield Finding("no MLflow server is named (--tracking-uri): a run keeps its own store")
         return
-    from orchestration.tracking import Tracker, TrackingSettings
+    from orchestration.mlflow_store import MlflowStore
 
-    settings = TrackingSettings(uri=uri, experiment="ouroboros-doctor", system_metrics=False)
-    tracker = Tracker(CHECKOUT, settings, "doctor")
-    from mlflow import MlflowClient
-
-    try:
-        tracker.artifact(CHECKOUT / "pyproject.toml")
-        tracker.finish("FINISHED")
-    finally:
-        MlflowClient(tracker.uri).delete_run(tracker.run_id)
+    store = MlflowStore(uri)
+    store.check()
+    with store.named("writing"):
+        run = store.client.create_run(store.experiment("ouroboros-doctor", None))
+        try:
+            store.client.log_artifact(run.info.run_id, str(CHECKOUT / "pyproject.toml"))
+        finally:
+            store.client.delete_run(run.info.run_id)
     yield Finding(f"MLflow at {uri} takes runs and artifacts")

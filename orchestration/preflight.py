@@ -53,6 +53,13 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     return Plan(prompts, roles)
 
 
+def replan(config: DdpoConfig, plan: Plan) -> Plan:
+    """The plan of a run that lost actors: for the nodes that are left, or the same, to wait for others."""
+    if config.actors.on_node_loss == "wait":
+        return plan
+    return preflight(config.model_copy(update={"output_dir": None}))
+
+
 def read_prompts(path: str) -> list[str]:
     """The prompts of a text file, one a line; blank lines and lines that start with # are left out."""
     found = find(path)

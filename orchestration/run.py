@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import psutil
 
 from orchestration.config import ConfigError
 from orchestration.display import Display
-from orchestration.tracking import Ending, Tracker, TrackingSettings
+from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
@@ -40,7 +40,8 @@ class Run:
         self.display.__enter__()
         try:
             known = self.manifest.get("mlflow_run_id")
-            self.tracker = Tracker(self.directory, self._tracking, self.directory.name, known, self.manifest["loop"])
+            name, loop, say = self.directory.name, self.manifest["loop"], self.display.say
+            self.tracker = Tracker(self.directory, self._tracking, name, known, loop, say)
             self.manifest["mlflow_run_id"] = self.tracker.run_id
             self._status("RUNNING")
             self.opened()
@@ -149,6 +150,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{directory} is not a run directory: no readable manifest.json; see 'ouroboros runs list'"
         ) from error
+
+
+def sync(directory: Path, say: Callable[[str], None]) -> int:
+    """Deliver to MLflow what a run that is over left, a sweep's with its trials'. Returns how many records are left.
+
+    One whose process died is closed as KILLED. Raises ConfigError if it is still being run.
+    """
+    manifest = read_manifest(directory)
+    with contextlib.closing(_lock(directory)):
+        left = sum(sync(trial.parent, say) for trial in sorted(directory.glob("trials/*/manifest.json")))
+        died = manifest.get("status") == "RUNNING"
+        open_runs = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")] if died else []
+        settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
+        left += deliver_rest(directory, settings, say, killed=[run for run in open_runs if run])
+        if died:
+            write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
+    return left
 
 
 def git_commit() -> str:

@@ -13,6 +13,7 @@ from orchestration.config import ConfigError
 from orchestration.display import Display, Row
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.sweep_config import BudgetSettings, SweepConfig
+from orchestration.tracking import TrackingSettings, deliver_rest
 from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
 from pipelines.atomic import write_json
 
@@ -132,6 +133,7 @@ class SweepRun(Run):
             manifest = trial.manifest()  # its process may have closed it in the meantime
             if manifest.get("status") == "RUNNING":
                 write_json(trial.directory / "manifest.json", manifest | {"status": "KILLED"})
+            deliver_rest(trial.directory, TrackingSettings(**self.trial_tracking()), self.display.say)
             tags = {} if stopped is None else {"stopped_by": f"{self.config.scheduler.kind} after step {stopped}"}
             for run_id in (*manifest.get("mlflow_children", {}).values(), manifest["mlflow_run_id"]):
                 self.tracker.close(run_id, "KILLED", tags)

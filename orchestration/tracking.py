@@ -1,24 +1,21 @@
 """One run in MLflow: opened once, continued after a resume, closed with the name of how it ended.
 
-Everything goes through the client by run id, so that several runs in one process do not meet. Every call is bounded: a
-server that is away or hangs gives a :class:`TrackingError` within about a minute, never a silent loss. A repeated call
-adds nothing: MLflow drops metric points it holds, a second image of a step is skipped, artifacts are overwritten.
+A new run needs its store at the start. From then on everything goes through an outbox in the run's directory, so a
+server that is away holds up nothing and loses nothing, and what is said again after a resume is there once.
 """
 
 import copy
 import getpass
-import json
-import logging
 import os
 import re
 import shlex
 import shutil
 import sys
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -26,18 +23,20 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
+from orchestration.mlflow_store import MlflowStore, TrackingError
+from orchestration.outbox import Outbox
 from policies.settings import Settings
+
+__all__ = ["FIRST_LOOK", "Ending", "Tracker", "TrackingError", "TrackingSettings", "deliver_rest", "flatten"]
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
-_HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 _MONITOR_SECONDS = 5  # between two system metrics
-_GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server, and for the system metrics to stop
-_VALUE_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 5000, 250  # MLflow's limits
-_BATCH, _METRIC_BATCH = 100, 1000
+_GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server that does not answer
+_STOP_SECONDS = 5.0  # after Ctrl-C, the longest wait for what is still to be delivered
+_DONE_SECONDS = 30.0  # after the end, the longest wait for the next part of it
 FIRST_LOOK = "A first look"  # what matters most: a name that MLflow sorts before all others, whatever their case
 _VIEW = "?workflowType=machine_learning"  # without it, MLflow shows a new visitor its pages for agents, which are empty
-_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _LOOK = f"look at *Model metrics* first, which begin with *{FIRST_LOOK}*, and at `report.html` among the artifacts"
 _EXPERIMENTS = {
     "ddpo": f"**DDPO**: a reward teaches a diffusion model. Of a run, {_LOOK}. Filter by `tags.reward`, `tags.model`.",
@@ -45,10 +44,7 @@ _EXPERIMENTS = {
     f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
     "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
 }
-
-
-class TrackingError(RuntimeError):
-    """MLflow could not be reached, or refused what it was given."""
+_SMALL = 256  # pixels: what MLflow shows of an image before it is asked for all of it
 
 
 class TrackingSettings(Settings):
@@ -82,57 +78,66 @@ class Tracker:
     """One MLflow run, the same one before and after a resume.
 
     ``directory`` is the run directory; ``run_id`` continues a run that is already in the store; ``loop`` names the
-    experiment unless the settings do. Raises TrackingError if the store cannot be reached, or does not know the run.
+    experiment unless the settings do; ``say`` tells people of a store that is away. Raises TrackingError if a new run's
+    store cannot be reached, or a known run's store does not know it; one whose server is away goes on without it.
     """
 
     def __init__(
-        self, directory: Path, settings: TrackingSettings, run_name: str, run_id: str | None = None, loop: str = "ddpo"
+        self,
+        directory: Path,
+        settings: TrackingSettings,
+        run_name: str,
+        run_id: str | None = None,
+        loop: str = "ddpo",
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._database: Path | None = None
-        if settings.uri and settings.uri.startswith("http"):
-            self.uri = settings.uri.rstrip("/")
-            _check_server(self.uri)
-        else:
-            self._database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
-            self._database.parent.mkdir(parents=True, exist_ok=True)
-            self.uri = f"sqlite:///{self._database}"
-        _configure_mlflow()
-        from mlflow import MlflowClient
-
-        with self._named("opening the store"):
-            self._client = MlflowClient(tracking_uri=self.uri)
+        self._directory, self._say = directory, say
+        self._store = MlflowStore(_address(directory, settings))
+        self.uri = self._store.uri
+        self._experiment_id = ""
+        away = None
+        try:
+            self._store.check()
+        except TrackingError as error:
             if run_id is None:
-                self._experiment_id: str = self._experiment(settings.experiment or loop, _EXPERIMENTS.get(loop))
-            self._open(run_id, run_name, _who() | ({"mlflow.parentRunId": settings.parent} if settings.parent else {}))
-        if settings.system_metrics:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            with self._named("starting system metrics"):
-                resumed = run_id is not None
-                self._monitor: Any = SystemMetricsMonitor(
-                    self.run_id, sampling_interval=_MONITOR_SECONDS, resume_logging=resumed, tracking_uri=self.uri
-                )
-                self._monitor.start()
+                raise
+            away = error
+        tags = {"mlflow.parentRunId": settings.parent} if settings.parent else {}
+        if away is None:
+            with self._store.named("opening the store"):
+                if run_id is None:
+                    self._experiment_id = self._store.experiment(settings.experiment or loop, _EXPERIMENTS.get(loop))
+                run_id = self._known_or_new(run_id, run_name, tags)
+        assert run_id is not None
+        self._outbox = Outbox(directory / "outbox", self._store.deliver, say)
+        self._begin(run_id)
+        self._monitor = _SystemMetrics(self) if settings.system_metrics else None
 
     def child(self, name: str, run_id: str | None = None) -> "Tracker":
         """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
         child = copy.copy(self)
-        with self._named(f"opening {name}"):
-            child._open(run_id, name, {**_who(), "mlflow.parentRunId": self.run_id})
+        child._monitor = None
+        if run_id is None:
+            with self._store.named(f"opening {name}"):
+                run_id = child._known_or_new(None, name, {"mlflow.parentRunId": self.run_id})
+        child._begin(run_id)
+        child._is_root = False
         return child
 
-    def _open(self, run_id: str | None, name: str, tags: dict[str, str]) -> None:
-        """Be the run of this id, or a new one."""
+    def _known_or_new(self, run_id: str | None, name: str, tags: dict[str, str]) -> str:
+        client = self._store.client
         if run_id is None:
-            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+            run = client.create_run(self._experiment_id, run_name=name, tags=_who() | tags)
         else:
-            run = self._client.get_run(run_id)
-            self._client.update_run(run_id, status="RUNNING")
-        self.run_id: str = run.info.run_id
+            run = client.get_run(run_id)
         self._experiment_id = run.info.experiment_id
-        self._images = self._logged_images() if run_id else set()
-        self._monitor = None
+        return str(run.info.run_id)
+
+    def _begin(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._is_root = True
         self._finished = False
+        self._put("status", status="RUNNING", timestamp_ms=_now())
 
     def describe(
         self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str], note: str = ""
@@ -142,159 +147,165 @@ class Tracker:
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
         machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
         """
-        from mlflow.entities import Param
-
-        wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in flatten(parameters).items()}
-        with self._named("describing the run"):
-            data = self._client.get_run(self.run_id).data
-            held = data.params
-            changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
-            self._log("params", [Param(k, v) for k, v in wanted.items() if k not in held], _BATCH)
-            self.tags({**tags, **changed, **({_NOTE: note} if note and _NOTE not in data.tags else {})})
-            if prompts:
-                import pandas
-                from mlflow.data.pandas_dataset import from_pandas
-
-                table = pandas.DataFrame({"prompt": list(prompts)})
-                self._log_dataset(from_pandas(table, name="prompts")._to_mlflow_entity())
+        self._put("describe", parameters=flatten(parameters), tags=dict(tags), prompts=list(prompts), note=note)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, in place of what they said."""
-        from mlflow.entities import RunTag
-
-        with self._named("tags"):
-            self._log("tags", [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in tags.items()], _BATCH)
+        self._put("tags", tags=dict(tags))
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
-        """Record a step's numbers. The very same call again adds no point."""
+        """Record a step's numbers. Once told they stand: the same names at the same step again add nothing."""
         self.many_metrics([(step, values, timestamp_ms)])
 
     def many_metrics(self, steps: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
         """Record (step, values, timestamp_ms) of many steps at once."""
-        from mlflow.entities import Metric
-
-        points = [Metric(_key(k), float(v), stamp, step) for step, values, stamp in steps for k, v in values.items()]
-        with self._named("metrics of step " + ", ".join(str(step) for step, _, _ in steps[:3])):
-            self._log("metrics", points, _METRIC_BATCH)
+        self._outbox.put(
+            *(
+                {
+                    "run": self.run_id,
+                    "kind": "metrics",
+                    "once": f"metrics {step} {_digest(*sorted(values))}",
+                    "step": step,
+                    "values": {name: float(value) for name, value in values.items()},
+                    "timestamp_ms": timestamp_ms,
+                }
+                for step, values, timestamp_ms in steps
+                if values
+            )
+        )
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
         """Put ``image`` (height, width, 3) uint8 on the dashboard's step slider, unless the step has one."""
-        key = _key(key)
-        if (key, step) in self._images:
+        once = f"image {key} {step}"
+        if self._outbox.knows(self.run_id, once):
             return
-        with self._named(f"image {key} of step {step}"):
-            self._client.log_image(self.run_id, image, key=key, step=step, synchronous=True)
-        self._images.add((key, step))
+        from PIL import Image
+
+        name = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.run_id} {once}")
+        safe = re.sub(r"[^\w\-. ]", "~", key, flags=re.ASCII)
+        stem = str(self._outbox.directory / f"{safe}+step+{step}+timestamp+{_now()}+{name}")  # as MLflow's log_image
+        picture = Image.fromarray(image)
+        picture.save(f"{stem}.png")
+        picture.thumbnail((_SMALL, _SMALL))
+        picture.save(f"{stem}+compressed.webp")
+        self._put("image", once=once, files=[f"{stem}.png", f"{stem}+compressed.webp"])
 
     def artifact(self, path: Path, under: str = "") -> None:
         """Store a file or a directory as ``under/<its name>``, in place of what was there."""
-        with self._named(f"artifact {path.name}"):
-            self._client.log_artifact(self.run_id, str(path), under or None)
+        if not path.exists():
+            raise TrackingError(f"MLflow at {self.uri}: artifact {path.name} failed: there is no {path}")
+        self._put("artifact", path=str(path.absolute()), under=under)
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record what was trained on: ``digest`` identifies it, ``source`` is its place, ``profile`` what it holds."""
-        from mlflow.entities import Dataset
+        once = f"dataset {name} {digest}"
+        self._put("dataset", once=once, name=name, digest=digest, source=source, profile=dict(profile))
 
-        with self._named(f"dataset {name}"):
-            self._log_dataset(Dataset(name, digest[:36], "local", source, profile=json.dumps(profile)))
+    def drain(self, patience: float = _DONE_SECONDS) -> bool:
+        """Wait until MLflow knows all, or heard nothing for ``patience`` seconds. Returns whether it knows all."""
+        return self._outbox.drain(patience)
 
     def finish(self, status: Ending) -> None:
-        """Close the run and its system metrics, within 10 s even if the server is away. Only the first call counts."""
+        """Close the run; if it is no child, deliver what waits, or say that it waits. Only the first call counts.
+
+        After Ctrl-C it takes seconds, whatever waits and even if the server is away.
+        """
         if self._finished:
             return
         self._finished = True
+        if self._monitor is not None:
+            self._monitor.end()
+        self._put("status", status=status, timestamp_ms=_now())
+        if not self._is_root:
+            return
         try:
-            if self._database is None:
-                _check_server(self.uri, _GOODBYE_SECONDS)
-        finally:
-            if self._monitor is not None:
-                # Its thread (a daemon) may be waiting for a server that is away, so the wait for it has a bound.
-                stopping = threading.Thread(target=self._monitor.finish, daemon=True)
-                stopping.start()
-                stopping.join(_GOODBYE_SECONDS)
-        with self._named(f"closing the run as {status}"):
-            self._client.set_terminated(self.run_id, status=status)
+            self._store.check(_GOODBYE_SECONDS)
+            most = float("inf") if status == "FINISHED" else _STOP_SECONDS
+            self._outbox.drain(min(_DONE_SECONDS, most), most)
+        except TrackingError:
+            pass  # the outbox has told, and what waits is told below
+        self._outbox.close()
+        if self._outbox.waiting:
+            self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
     def close(self, run_id: str, status: Ending, tags: Mapping[str, str]) -> None:
         """Close another run of this store that its own process could not close."""
-        with self._named(f"closing run {run_id}"):
-            for key, value in tags.items():
-                self._client.set_tag(run_id, key, value)
-            self._client.set_terminated(run_id, status=status)
+        self._outbox.put(
+            {"run": run_id, "kind": "tags", "tags": dict(tags)},
+            {"run": run_id, "kind": "status", "status": status, "timestamp_ms": _now()},
+        )
 
     def register(self, name: str, run_id: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
         """Make the artifacts of a run under ``path`` a version of the model ``name``. Returns its models:/ address."""
-        from mlflow.exceptions import MlflowException
-
-        with self._named(f"registering {name}"):
-            try:
-                self._client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            source = f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
-            version = self._client.create_model_version(name, source, run_id, tags=dict(tags)).version
-            self._client.set_registered_model_alias(name, alias, version)
-        return f"models:/{name}/{version}"
+        return self._store.register(name, run_id, path, alias, tags)
 
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
-        if self._database is None:
+        if self._store.is_server:
             return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
         return f"{_program()} ui --backend-store-uri {shlex.quote(self.uri)} --host 127.0.0.1 --port 5000"
 
-    @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        """Turn any failure of the store into a TrackingError that says what failed, where, and why."""
-        try:
-            yield
-        except TrackingError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            raise TrackingError(f"MLflow at {self.uri}: {what} failed: {reason}") from error
+    def _put(self, kind: str, **content: Any) -> None:
+        self._outbox.put({"run": self.run_id, "kind": kind, **content})
 
-    def _experiment(self, name: str, note: str | None) -> str:
-        """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""
-        from mlflow.exceptions import MlflowException
 
-        existing = self._client.get_experiment_by_name(name)
-        if existing is None:
-            place = (self._database.parent / "artifacts").as_uri() if self._database else None
-            tags = {_NOTE: note} if note else {}
-            try:
-                return self._client.create_experiment(name, artifact_location=place, tags=tags)
-            except MlflowException:
-                existing = self._client.get_experiment_by_name(name)  # another run made it in the meantime
-                if existing is None:
-                    raise
-        if existing.lifecycle_stage == "deleted":
-            raise TrackingError(
-                f"MLflow at {self.uri}: experiment {name!r} was deleted; "
-                "restore it or set tracking.experiment to another"
-            )
-        return existing.experiment_id
+class _SystemMetrics(threading.Thread):
+    """The machine's processor, memory, disk, network and GPU, every few seconds, by MLflow's own collectors."""
 
-    def _logged_images(self) -> set[tuple[str, int]]:
-        """(key, step) of the stored images. The ``compressed`` file is written last: it vouches for both."""
-        found = set()
-        for file in self._client.list_artifacts(self.run_id, "images"):
-            match = re.match(r"images/(.+?)[+%]step[+%](\d+)[+%].*compressed", file.path)
-            if match:
-                found.add((re.sub("[~#]", "/", match[1]), int(match[2])))
-        return found
+    def __init__(self, tracker: Tracker) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    def _log(self, kind: str, entities: list[Any], most: int) -> None:
-        """Log ``params``, ``tags`` or ``metrics``, at ``most`` so many in a call."""
-        for start in range(0, len(entities), most):
-            batch: dict[str, Any] = {kind: entities[start : start + most]}
-            self._client.log_batch(self.run_id, **batch)
+        super().__init__(name="SystemMetrics", daemon=True)
+        self._tracker, self._ended = tracker, threading.Event()
+        # MLflow's own thread gives up for good at the first answer that does not come.
+        self._source: Any = SystemMetricsMonitor(
+            tracker.run_id, sampling_interval=_MONITOR_SECONDS, tracking_uri=tracker.uri
+        )
+        self.start()
 
-    def _log_dataset(self, dataset: Any) -> None:
-        from mlflow.entities import DatasetInput, InputTag
+    def run(self) -> None:
+        while not self._ended.wait(self._source.sampling_interval):
+            self._source.collect_metrics()
+            values = {f"system/{name}": value for name, value in self._source.aggregate_metrics().items()}
+            for monitor in self._source.monitors:
+                monitor.clear_metrics()
+            step = int((time.time() - self._tracker._outbox.began) / self._source.sampling_interval)
+            self._tracker.metrics(step, values, _now())
 
-        tag = InputTag("mlflow.data.context", "training")
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+    def end(self) -> None:
+        self._ended.set()
+        self.join(_GOODBYE_SECONDS)
+
+
+def deliver_rest(
+    directory: Path,
+    settings: TrackingSettings,
+    say: Callable[[str], None],
+    patience: float = _DONE_SECONDS,
+    killed: Sequence[str] = (),
+) -> int:
+    """Deliver what the outbox of a run that is over still holds. Returns how many records are left.
+
+    ``killed`` are MLflow runs of it that nobody closed.
+    """
+    if not (directory / "outbox").exists():
+        return 0
+    store = MlflowStore(_address(directory, settings))
+    outbox = Outbox(directory / "outbox", store.deliver, say)
+    end = {"kind": "status", "status": "KILLED", "timestamp_ms": _now()}
+    outbox.put(*({"run": run_id, **end} for run_id in killed))
+    outbox.drain(patience)
+    outbox.close()
+    return outbox.waiting
+
+
+def _address(directory: Path, settings: TrackingSettings) -> str:
+    """Of the store: a server's, or that of a database whose folder is there."""
+    if settings.uri and settings.uri.startswith("http"):
+        return settings.uri.rstrip("/")
+    database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
+    database.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{database}"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -308,51 +319,9 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _configure_mlflow() -> None:
-    """Before MLflow is imported: no telemetry, no chatter on the terminal, a call takes a minute at most."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    import mlflow  # noqa: F401  (it sets the levels of these loggers when it is imported)
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    # Retries are told by the error in the end.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-def _check_server(uri: str, seconds: float = _HEALTH_SECONDS) -> None:
-    """Raise TrackingError unless a server answers at ``uri``; what it answers, the next calls will judge."""
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=seconds):
-            return
-    except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return
-        reason = f"it answers HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-    raise TrackingError(
-        f"MLflow at {uri} cannot be reached: {reason}. "
-        "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
-    )
-
-
 def names_user(uri: str) -> bool:
     """Whether ``uri`` names a user, as in http://user:password@host."""
     return "@" in urlsplit(uri).netloc
-
-
-def _key(name: str) -> str:
-    """``name`` in the characters MLflow allows."""
-    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)[:_KEY_LENGTH]
-
-
-def _text(value: Any, limit: int) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _who() -> dict[str, str]:
@@ -371,3 +340,12 @@ def _program() -> str:
         return "mlflow"
     with_folder = os.path.relpath(own)
     return shlex.quote(str(own) if with_folder.startswith("..") else with_folder)
+
+
+def _digest(*texts: str) -> str:
+    return sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)

@@ -33,6 +33,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory = directory
         self.keep = keep
+        self.damaged: list[str] = []
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
@@ -66,6 +67,21 @@ class CheckpointStore:
                 shutil.rmtree(self.path(later))
         commit_directory(self.path(step), contents, {"schema": manifest["schema"], "step": step})
         return step
+
+    def newest(self) -> Checkpoint | None:
+        """The newest commit that is whole, None if nothing was committed. What is wrong with newer ones: ``damaged``.
+
+        Raises DamagedFiles if none is whole.
+        """
+        self.damaged = []
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except DamagedFiles as error:
+                self.damaged.append(str(error))
+        if self.damaged:
+            raise DamagedFiles("; ".join(self.damaged))
+        return None
 
     def load(self, step: int | None = None) -> Checkpoint:
         """A commit, by default the newest. Raises FileNotFoundError or DamagedFiles."""

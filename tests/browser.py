@@ -8,11 +8,7 @@ import io
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,43 +116,6 @@ def chromium() -> Iterator[Browser]:
             yield Browser(driven)
         finally:
             driven.quit()
-
-
-@contextmanager
-def mlflow_server(directory: Path) -> Iterator[str]:
-    """An MLflow server on a free port that keeps everything in ``directory``. Gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{directory}/server.db",
-        "--artifacts-destination",
-        f"{directory}/stored",
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (directory / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, cwd=directory, stdout=log, stderr=log, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: _answers(uri) or process.poll() is not None, 90, "the MLflow server")
-        assert process.poll() is None, (directory / "server.log").read_text()[-2000:]
-        yield uri
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)  # it leads a process group of its own
-        process.wait(timeout=20)
-
-
-def _answers(uri: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def _clicked(element: Any) -> bool:

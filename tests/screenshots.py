@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.locations import CHECKOUT
-from tests.browser import Browser, chromium, mlflow_server
+from tests.browser import Browser, chromium
+from tests.servers import mlflow_server
 
 RUNS = CHECKOUT / "runs" / "dashboard"
 PICTURES = CHECKOUT / "docs" / "images"
@@ -155,7 +156,8 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "orchestration.cli", *arguments], cwd=CHECKOUT, check=True)
     from mlflow import MlflowClient
 
-    with mlflow_server(RUNS) as uri, chromium() as browser:
+    with mlflow_server(RUNS) as server, chromium() as browser:
+        uri = server.uri
         client, dashboard = MlflowClient(uri), Dashboard(browser, uri, PICTURES)
         ddpo, mad = (client.get_experiment_by_name(name).experiment_id for name in ("ddpo", "mad"))
         slow, fast, loops = (

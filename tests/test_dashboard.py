@@ -9,9 +9,10 @@ import pytest
 
 from orchestration.config import DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
-from tests.browser import Browser, chromium, mlflow_server
+from tests.browser import Browser, chromium
 from tests.models import build_tiny_pipeline
 from tests.screenshots import Dashboard
+from tests.servers import mlflow_server
 
 STEPS, GENERATIONS, SEEDS = 3, 4, 2
 ARMS = {
@@ -28,8 +29,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
-        yield uri
+    with mlflow_server(tmp_path_factory.mktemp("server")) as server:
+        yield server.uri
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,8 @@ def test_the_numbers_of_a_ddpo_report_are_the_summarys(browser: Browser, ddpo: l
 
 def test_the_numbers_of_a_mad_report_are_the_summarys(browser: Browser, mad: Path) -> None:
     browser.open((mad / "report.html").as_uri())
-    browser.wait_for_text("FINISHED", "Does it go MAD?")
+    done = len(ARMS) * SEEDS * GENERATIONS
+    browser.wait_for_text("FINISHED", "Does it go MAD?", f"{done} of {done} generations")
     for name, arm in summary(mad)["arms"].items():
         for metric, found in arm["metrics"].items():
             law = [found["oracle"][-1]] if "oracle" in found else []

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from orchestration.tracking import Tracker, TrackingError, TrackingSettings, flatten
+from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten
+from tests.servers import MlflowServer, mlflow_server
 
 QUIET = TrackingSettings(system_metrics=False)
 
@@ -36,8 +36,10 @@ def directory(tmp_path: Path, empty_store: Path) -> Path:
 
 
 def client_of(tracker: Tracker) -> Any:
+    """A client of its store, once everything was delivered."""
     from mlflow import MlflowClient
 
+    assert tracker.drain()
     return MlflowClient(tracking_uri=tracker.uri)
 
 
@@ -82,6 +84,7 @@ def test_artifacts_lie_beside_the_database(directory: Path) -> None:
     (directory / "curves.png").write_text("picture")
     tracker.artifact(directory / "model", "final")
     tracker.artifact(directory / "curves.png")
+    assert tracker.drain()
     stored = {
         path.relative_to(directory / "artifacts" / tracker.run_id / "artifacts").as_posix()
         for path in (directory / "artifacts").rglob("*")
@@ -154,7 +157,7 @@ def test_system_metrics_are_recorded_and_stop(directory: Path, monkeypatch: pyte
         time.sleep(0.1)
     tracker.finish("FINISHED")
     assert points_of(tracker, "system/cpu_utilization_percentage")
-    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetrics"]
 
 
 def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path: Path) -> None:
@@ -226,70 +229,14 @@ def test_flatten() -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, empty_store: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A real MLflow server on a free port of this machine."""
+def server(tmp_path: Path, empty_store: Path) -> Iterator[MlflowServer]:
     shutil.copy(empty_store, tmp_path / "server.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ),
-        *(
-            "--backend-store-uri",
-            f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination",
-            str(tmp_path / "stored"),
-        ),
-    ]
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(uri, process, tmp_path / "server.log")
-        yield uri, process
-    finally:
-        _end(process)
+    with mlflow_server(tmp_path) as started:
+        yield started
 
 
-def _wait_until_healthy(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server with its workers: it leads a process group of its own."""
-    if process.poll() is None:
-        os.killpg(process.pid, 9)
-    process.wait(timeout=20)
-
-
-def test_a_run_on_a_server(server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    uri, process = server
-    settings = TrackingSettings(uri=uri, experiment="served")
+def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, tmp_path: Path) -> None:
+    settings = TrackingSettings(uri=server.uri, experiment="served")
     first = Tracker(tmp_path / "run", settings, "first")
     first.describe({"seed": 1}, {"kind": "test"}, ["a red seven"])
     first.metrics(1, {"reward/mean": 0.1 + 0.2}, 1000)
@@ -308,14 +255,24 @@ def test_a_run_on_a_server(server: tuple[str, subprocess.Popen[bytes]], tmp_path
     assert [file.path for file in client_of(second).list_artifacts(second.run_id, "source")] == [
         "source/test_tracking.py"
     ]
-    assert second.open_command().startswith(f"{uri}/#/experiments/")
+    assert second.open_command().startswith(f"{server.uri}/#/experiments/")
 
-    _end(process)
+    second.finish("KILLED")
+    server.kill()
+    said: list[str] = []
+    away = Tracker(tmp_path / "run", settings, "first", run_id=first.run_id, say=said.append)
     started = time.monotonic()
-    with pytest.raises(TrackingError, match=f"MLflow at {uri}: metrics of step 3 failed"):
-        second.metrics(3, {"reward/mean": 0.5}, 3000)
-    assert time.monotonic() - started < 60
-    started = time.monotonic()
-    with pytest.raises(TrackingError, match=f"MLflow at {uri} cannot be reached"):
-        second.finish("KILLED")
+    away.metrics(3, {"reward/mean": 0.5}, 3000)
+    away.image("fixed", np.full((8, 8, 3), 100, np.uint8), 3)
+    assert time.monotonic() - started < 1
+    away.finish("KILLED")
     assert time.monotonic() - started < 9
+    assert f"MLflow at {server.uri} cannot be reached" in said[0]
+    assert said[-1].endswith(f"deliver: ouroboros sync {tmp_path / 'run'}")
+
+    server.start()
+    for _ in range(2):
+        assert deliver_rest(tmp_path / "run", settings, said.append, 30) == 0
+        assert points_of(first, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4), (3, 0.5)]
+        assert len(client_of(first).list_artifacts(first.run_id, "images")) == 4
+        assert client_of(first).get_run(first.run_id).info.status == "KILLED"

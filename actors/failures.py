@@ -1,0 +1,66 @@
+"""What can go wrong in an actor or a task, in words: the first cause, and the last lines of its log."""
+
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+
+_LINES = 10  # of a dead process's log
+_GET_SECONDS = 60.0
+
+
+class ActorFailure(RuntimeError):  # noqa: N818
+    """Work that an actor could not do: the role, the first cause, and what to do."""
+
+
+class ActorLost(ActorFailure):
+    """An actor, or what it made, is gone for good: its process, its node, or more restarts than it is given."""
+
+
+def result(reference: Any, what: str) -> Any:
+    """The value of a reference that is ready. Raises ActorFailure if the work failed, ActorLost if its worker did."""
+    try:
+        return ray.get(reference, timeout=_GET_SECONDS)
+    except ray.exceptions.RayError as error:
+        _explain(error, what)
+
+
+def _explain(error: Exception, what: str) -> NoReturn:
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
+    said = " ".join(str(error).split())
+    if getattr(error, "actor_init_failed", False):  # a traceback
+        raise ActorFailure(f"{what}: {str(error).strip().splitlines()[-1]}") from error
+    pid = re.search(r"\bpid: (\d+)|Worker PID: (\d+)", said)
+    words = last_words(int(pid[1] or pid[2])) if pid else []
+    told = "; its last lines: " + " | ".join(words) if words else ""
+    raise ActorLost(f"{what}: {type(error).__name__}: {_short(said)}{told}") from error
+
+
+def last_words(pid: int) -> list[str]:
+    """The last lines of the log of a process that has ended, on whichever node it was; none if it said nothing."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    tail: Any = ray.remote(_tail)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    asked = [tail.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(pid) for place in places]
+    try:
+        return [line for lines in ray.get(asked, timeout=_GET_SECONDS) for line in lines]
+    except (ray.exceptions.RayError, TimeoutError):  # the cluster is going: the cause itself must still be told
+        return []
+
+
+def _tail(pid: int) -> list[str]:
+    """In a worker: what the node's logs hold of a process."""
+    node: Any = ray._private.worker._global_node
+    logs = Path(node.get_logs_dir_path())
+    lines = [line for path in sorted(logs.glob(f"worker-*-{pid}.err")) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith(":")][-_LINES:]  # ":" begins Ray's own marks
+
+
+def _short(text: str) -> str:
+    """Without Ray's advice on how to read its logs."""
+    return text.split(" Some common causes include")[0][:600]

@@ -1,0 +1,62 @@
+"""A real MLflow server that can be killed and started again at the same address."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from tests.network import free_port
+from tests.processes import wait_until
+
+
+class MlflowServer:
+    """A server on loopback that keeps everything in ``directory``. With its workers it is a process group."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Returns once it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.directory}/server.db"]
+        command += ["--artifacts-destination", f"{self.directory}/stored"]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        path, group = self.directory / "server.log", {"start_new_session": True, "cwd": self.directory}
+        with path.open("ab") as log:
+            self.process = process = subprocess.Popen(
+                command, env={**os.environ, **quiet}, stdout=log, stderr=log, **group
+            )
+        wait_until(lambda: self.answers() or process.poll() is not None, 90, "the MLflow server")
+        assert process.poll() is None, path.read_text()[-2000:]
+        return self
+
+    def answers(self) -> bool:
+        """Whether it is there."""
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, with its workers."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=20)
+
+
+@contextmanager
+def mlflow_server(directory: Path) -> Iterator[MlflowServer]:
+    """A server for the length of a block."""
+    server = MlflowServer(directory)
+    try:
+        yield server.start()
+    finally:
+        server.kill()
