@@ -156,6 +156,14 @@ class Outbox:
             self._say(f"warning: {error}. The run goes on; {len(self._waiting)} records wait in {self.directory}")
 
 
+def undelivered(directory: Path) -> bool:
+    """Whether the outbox of a run that is over holds something that MLflow was not told."""
+    records, position = directory / "records.jsonl", directory / "delivered.json"
+    if not (records.exists() and position.exists()):
+        return False
+    return records.read_bytes().count(b"\n") > json.loads(position.read_text())["records"]
+
+
 def _identity(record: Record) -> tuple[str, str]:
     return record["run"], record["once"]
 

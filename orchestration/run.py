@@ -58,8 +58,10 @@ class Run:
         if error is not None and status == "FAILED":
             self.manifest["error"] = f"{type(error).__name__}: {error}"
         try:
-            self._status(status)
-            self.tracker.finish(status)
+            try:  # in this order: a run that its manifest calls finished is not opened again to be closed
+                self.tracker.finish(status)
+            finally:
+                self._status(status)
             if status != "FINISHED":
                 self.display.say(f"{status.lower()}; {self.progress()}")
                 self.display.say(f"go on with: ouroboros resume {self.directory}")

@@ -11,6 +11,7 @@ from ray.tune import Stopper
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError
 from orchestration.display import Display, Row
+from orchestration.outbox import undelivered
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.sweep_config import BudgetSettings, SweepConfig
 from orchestration.tracking import TrackingSettings, deliver_rest
@@ -127,13 +128,16 @@ class SweepRun(Run):
         """Close what trials left open in MLflow: Tune ends a trial's process without asking."""
         for trial in self.trials():
             manifest, stopped = trial.manifest(), trial.known().get("stopped")
-            if manifest.get("status") != "RUNNING" and (stopped is None or trial.known().get("told")):
+            closed = manifest.get("status") != "RUNNING" and (stopped is None or trial.known().get("told"))
+            if closed and not undelivered(trial.directory / "outbox"):
                 continue
             trial.wait_until_free()
+            deliver_rest(trial.directory, TrackingSettings(**self.trial_tracking()), self.display.say)
+            if closed:
+                continue
             manifest = trial.manifest()  # its process may have closed it in the meantime
             if manifest.get("status") == "RUNNING":
                 write_json(trial.directory / "manifest.json", manifest | {"status": "KILLED"})
-            deliver_rest(trial.directory, TrackingSettings(**self.trial_tracking()), self.display.say)
             tags = {} if stopped is None else {"stopped_by": f"{self.config.scheduler.kind} after step {stopped}"}
             for run_id in (*manifest.get("mlflow_children", {}).values(), manifest["mlflow_run_id"]):
                 self.tracker.close(run_id, "KILLED", tags)

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestration.mlflow_store import MlflowStore, TrackingError
-from orchestration.outbox import Outbox
+from orchestration.outbox import Outbox, undelivered
 from policies.settings import Settings
 
 __all__ = ["FIRST_LOOK", "Ending", "Tracker", "TrackingError", "TrackingSettings", "deliver_rest", "flatten"]
@@ -288,7 +288,7 @@ def deliver_rest(
 
     ``killed`` are MLflow runs of it that nobody closed.
     """
-    if not (directory / "outbox").exists():
+    if not killed and not undelivered(directory / "outbox"):
         return 0
     store = MlflowStore(_address(directory, settings))
     outbox = Outbox(directory / "outbox", store.deliver, say)

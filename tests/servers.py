@@ -24,18 +24,30 @@ class MlflowServer:
 
     def start(self) -> Self:
         """Returns once it answers."""
+        self.begin()
+        wait_until(lambda: self.answers() or not self.lives(), 90, "the MLflow server")
+        assert self.lives(), (self.directory / "server.log").read_text()[-2000:]
+        return self
+
+    def begin(self) -> None:
+        """Start it, and do not wait."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.directory}/server.db"]
         command += ["--artifacts-destination", f"{self.directory}/stored"]
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        path, group = self.directory / "server.log", {"start_new_session": True, "cwd": self.directory}
-        with path.open("ab") as log:
-            self.process = process = subprocess.Popen(
-                command, env={**os.environ, **quiet}, stdout=log, stderr=log, **group
+        with (self.directory / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **quiet},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.directory,
             )
-        wait_until(lambda: self.answers() or process.poll() is not None, 90, "the MLflow server")
-        assert process.poll() is None, path.read_text()[-2000:]
-        return self
+
+    def lives(self) -> bool:
+        """Whether its process is there."""
+        return self.process is not None and self.process.poll() is None
 
     def answers(self) -> bool:
         """Whether it is there."""
@@ -47,7 +59,7 @@ class MlflowServer:
 
     def kill(self) -> None:
         """SIGKILL, with its workers."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.lives():
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(timeout=20)
 

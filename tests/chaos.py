@@ -1,0 +1,302 @@
+"""Runs under fire: processes are killed and stopped at random, and the end has to be that of an undisturbed run.
+
+``python -m tests.chaos --faults 100 --seed 0`` makes runs of both loops, disturbs each several times, and compares
+weights, manifests and every point and image in MLflow with a run that nobody touched. It goes on where it was
+interrupted, prints a table of faults and outcomes, and returns how many runs ended otherwise than they should.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from orchestration.run import git_commit
+from tests.models import build_tiny_captioner, build_tiny_pipeline
+from tests.processes import start, wait_until
+from tests.servers import MlflowServer
+
+MARK = "OUROBOROS_CHAOS"  # in the environment of everything that a run starts
+ROLES = {"sampler": "ray::Sampler", "captioner": "ray::CaptionerActor", "reward": "ray::RewardActor"}
+ROLES |= {"learner": "ray::LearnerActor", "evaluator": "ray::EvaluatorActor", "worker": "ray::_perform"}
+FAULTS = {
+    "ddpo": [(r, s) for r in ("sampler", "captioner", "reward", "learner") for s in ("SIGKILL", "SIGSTOP")],
+    "mad": [("worker", "SIGKILL"), ("worker", "SIGSTOP")],
+}
+EVERYWHERE = [("driver", "SIGKILL"), ("driver", "SIGSTOP"), ("MLflow", "SIGKILL")]
+FAULTS_PER_RUN = {"ddpo": 8, "mad": 6}
+_RUN_SECONDS = 900.0  # the longest life of a run, faults and all
+
+
+@dataclass
+class Strike:
+    """One fault: what was hit, how, and how long until the run came further (None: another came first, or it ended)."""
+
+    target: str
+    how: str
+    seconds: float | None = None
+
+
+@dataclass
+class Stage:
+    """What all runs of one chaos share."""
+
+    directory: Path
+    server: MlflowServer
+    arguments: dict[str, list[str]]
+    random: random.Random
+    strikes: list[Strike] = field(default_factory=list)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns how many runs did not end as the undisturbed one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
+    chosen = parser.parse_args(arguments)
+    directory = chosen.directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ[MARK] = str(directory)
+    record = directory / "rounds.jsonl"
+    rounds = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    server = MlflowServer(directory).start()
+    try:
+        arguments_of = {"ddpo": ddpo_arguments(directory, server.uri), "mad": mad_arguments(server.uri)}
+        expected = {loop: undisturbed(directory / loop, arguments_of[loop], server) for loop in arguments_of}
+        while sum(len(each["strikes"]) for each in rounds) < chosen.faults:
+            number = len(rounds)
+            loop = ("ddpo", "mad")[number % 2]
+            left = chosen.faults - sum(len(each["strikes"]) for each in rounds)
+            stage = Stage(directory, server, arguments_of, random.Random(f"{chosen.seed} {number}"))
+            found = disturbed(stage, loop, directory / f"{loop}-{number}", min(left, FAULTS_PER_RUN[loop]))
+            wrong = differences(directory / f"{loop}-{number}", found, expected[loop])
+            line = {"loop": loop, "strikes": [vars(strike) for strike in stage.strikes], "wrong": wrong}
+            rounds.append(line)
+            with record.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(
+                f"round {number}: {loop}, {len(stage.strikes)} faults: {'; '.join(wrong) or 'as undisturbed'}",
+                flush=True,
+            )
+    finally:
+        server.kill()
+    tell(rounds, json.loads((directory / "ddpo" / "typical.json").read_text())["seconds"])
+    return sum(bool(each["wrong"]) for each in rounds)
+
+
+def ddpo_arguments(directory: Path, uri: str) -> list[str]:
+    """A run of a minute: tiny random models, a reward that needs no language."""
+    (directory / "prompts.txt").write_text("a red seven\na blue two\na green one\na red two")
+    if not (directory / "pipeline").exists():
+        build_tiny_pipeline(directory / "pipeline")
+        build_tiny_captioner(directory / "captioner")
+    return [
+        "ddpo",
+        "name=chaos",
+        f"prompts={directory / 'prompts.txt'}",
+        f"model.path={directory / 'pipeline'}",
+        f"captioner.path={directory / 'captioner'}",
+        "reward.function=tests.rewards:redness",
+        "evaluation.evaluator=null",
+        "evaluation.images=12",
+        "evaluation.interim_images=6",
+        "evaluation.every=8",
+        "sampling.steps=6",
+        "training.steps=40",
+        "training.images_per_step=48",
+        "training.images_per_prompt=12",
+        "training.updates_per_step=2",
+        "training.learning_rate=1e-3",
+        "checkpoint.every=1",
+        "actors.images_per_call=6",
+        "actors.learner_threads=1",
+        "tracking.system_metrics=false",
+        f"tracking.uri={uri}",
+    ]
+
+
+def mad_arguments(uri: str) -> list[str]:
+    """An experiment of a minute: two loops of a small diffusion model."""
+    loops = [
+        "arms.plain={rule: fully_synthetic, n_ini: 60}",
+        "arms.fresh={rule: fresh, n_ini: 60, n_real: 20, n_synthetic: 40}",
+    ]
+    small = "{channels: 8, training_steps: 60, sampling_steps: 4}"
+    size = ["name=chaos", "family=diffusion", f"diffusion={small}", "generations=10", "seeds=2", "data.reference=120"]
+    return ["mad", *size, *loops, "tracking.system_metrics=false", f"tracking.uri={uri}"]
+
+
+def undisturbed(directory: Path, arguments: list[str], server: MlflowServer) -> dict[str, Any]:
+    """What a run leaves that nobody touches. Kept, so that it is made once."""
+    kept = directory / "expected.json"
+    if not kept.exists():
+        directory.mkdir(exist_ok=True)
+        began = time.monotonic()
+        process = start([*arguments, f"output_dir={directory / 'run'}"], directory / "log")
+        assert process.wait(timeout=_RUN_SECONDS) == 0, (directory / "log").read_text()
+        steps = committed(directory / "run")
+        (directory / "typical.json").write_text(json.dumps({"seconds": (time.monotonic() - began) / steps}))
+        kept.write_text(json.dumps(leavings(directory / "run", server)))
+    content: dict[str, Any] = json.loads(kept.read_text())
+    return content
+
+
+def disturbed(stage: Stage, loop: str, directory: Path, faults: int) -> dict[str, Any]:
+    """A run with faults, resumed as often as its driver is killed. Returns what it leaves."""
+    log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
+    process = start([*stage.arguments[loop], f"output_dir={directory}"], log)
+    wait_until(lambda: committed(directory) > 0 or process.poll() is not None, 300, f"{loop} begins")
+    kinds = FAULTS[loop] + EVERYWHERE
+    while process.poll() is None or faults:
+        assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
+        if process.poll() not in (None, -signal.SIGKILL):
+            break  # it is done, or stopped by itself
+        if process.poll() == -signal.SIGKILL:
+            process = start(["resume", str(directory)], log)
+        time.sleep(stage.random.uniform(0.0, 4.0))
+        if faults and process.poll() is None:
+            strike = Strike(*stage.random.choice(kinds))
+            if hit(stage, process, strike):
+                faults -= 1
+                stage.strikes.append(strike)
+                if process.poll() is None and stage.random.random() < 0.6:  # else the next may come before it recovers
+                    strike.seconds = _seconds_until_further(directory, process)
+    wait_until(stage.server.answers, 120, "the MLflow server")
+    if process.wait() != 0:
+        return {"exit code": process.returncode}
+    subprocess.run([sys.executable, "-m", "orchestration.cli", "sync", str(directory)], check=True, capture_output=True)
+    return leavings(directory, stage.server)
+
+
+def _seconds_until_further(directory: Path, process: subprocess.Popen[bytes]) -> float | None:
+    """How long a run takes to its next commit; None if it ended before."""
+    came, before = time.monotonic(), committed(directory)
+    wait_until(lambda: committed(directory) > before or process.poll() is not None, 300, f"{directory} goes on")
+    return time.monotonic() - came if committed(directory) > before else None
+
+
+def hit(stage: Stage, process: subprocess.Popen[bytes], strike: Strike) -> bool:
+    """Do it. Returns whether there was something to hit."""
+    if strike.target == "MLflow":
+        stage.server.kill()
+        time.sleep(stage.random.uniform(0.0, 8.0))
+        stage.server.begin()
+        return True
+    victim = process.pid if strike.target == "driver" else _one_of(stage, process, ROLES[strike.target])
+    if victim is None:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(victim, getattr(signal, strike.how))
+        if strike.target == "driver" and strike.how == "SIGSTOP":
+            time.sleep(stage.random.uniform(1.0, 12.0))
+            os.kill(victim, signal.SIGCONT)
+        if strike.target == "driver" and strike.how == "SIGKILL":
+            process.wait()
+        return True
+    return False
+
+
+def _one_of(stage: Stage, process: subprocess.Popen[bytes], title: str) -> int | None:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error, IndexError):
+            if child.cmdline()[0].startswith(title):
+                found.append(child.pid)
+    return stage.random.choice(sorted(found)) if found else None
+
+
+def committed(directory: Path) -> int:
+    """How far a run has come: commits, or tasks that are done."""
+    commits = [int(path.name.removeprefix("step-")) for path in directory.glob("checkpoints/step-*")]
+    return max(commits, default=0) + len(list(directory.glob("tasks/*/manifest.json")))
+
+
+def leavings(directory: Path, server: MlflowServer) -> dict[str, Any]:
+    """Everything of a run that has to be the same, however it came about."""
+    from mlflow import MlflowClient
+
+    summary = json.loads((directory / "summary.json").read_text())
+    manifest = json.loads((directory / "manifest.json").read_text())
+    client = MlflowClient(server.uri)
+    runs = {"run": manifest["mlflow_run_id"], **manifest.get("mlflow_children", {})}
+    told: dict[str, Any] = {}
+    for name, run_id in runs.items():
+        run = client.get_run(run_id)
+        points = {key: [p.step for p in client.get_metric_history(run_id, key)] for key in run.data.metrics}
+        images = [Path(each.path).name.split("+timestamp+")[0] for each in client.list_artifacts(run_id, "images")]
+        told[name] = {"status": run.info.status, "points": points, "images": sorted(images)}
+    results = {
+        task["kind"] + " " + path.parent.name: task["sha256"]
+        for path in sorted(directory.glob("tasks/*/manifest.json"))
+        for task in [json.loads(path.read_text())]
+    }
+    files = {
+        str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest()
+        for path in [*directory.glob("pipeline/**/*.safetensors"), *directory.glob("evaluations/*.npz")]
+    }
+    return {
+        "weights": summary.get("weights_sha256"),
+        "arms": summary.get("arms"),
+        "tasks": results,
+        "files": files,
+        "MLflow": told,
+    }
+
+
+def differences(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What is not as it should be, in words."""
+    found = json.loads(json.dumps(found))
+    wrong = [f"{key} differ" for key in expected if found.get(key) != expected[key]]
+    wrong += [f"exit code {found['exit code']}"] if "exit code" in found else []
+    wrong += [f"left over: {path}" for path in directory.rglob("*.partial")]
+    outbox = directory / "outbox"
+    wrong += [f"not delivered: {path}" for path in [*outbox.glob("*.png"), *outbox.glob("refused.jsonl")]]
+    deadline = time.monotonic() + 120
+    while (orphans := [*_orphans()]) and time.monotonic() < deadline:
+        time.sleep(1)
+    return wrong + [f"orphan: {name}" for name in orphans]
+
+
+def _orphans() -> Iterator[str]:
+    """Processes that a run started and that are still there, but for the server's."""
+    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid not in mine and process.environ().get(MARK) == os.environ[MARK]:
+                yield f"{process.name()} ({process.pid})"
+
+
+def tell(rounds: list[dict[str, Any]], step_seconds: float) -> None:
+    """The table."""
+    table: dict[tuple[str, str, str], list[Any]] = defaultdict(list)
+    for each in rounds:
+        for strike in each["strikes"]:
+            table[each["loop"], strike["target"], strike["how"]].append((strike["seconds"], not each["wrong"]))
+    print(f"\ncommit {git_commit()}\n{len(rounds)} runs; an undisturbed DDPO run takes {step_seconds:.1f} s a step")
+    print(f"{'loop':<6}{'what':<12}{'fault':<10}{'times':>6}{'as undisturbed':>16}{'median s until it goes on':>28}")
+    for (loop, target, how), outcomes in sorted(table.items()):
+        times = [seconds for seconds, _ in outcomes if seconds is not None]
+        typical = f"{median(times):.1f} (of {len(times)})" if times else ""
+        good = sum(good for _, good in outcomes)
+        print(f"{loop:<6}{target:<12}{how:<10}{len(outcomes):>6}{good:>16}{typical:>28}")
+    for number, each in enumerate(rounds):
+        for wrong in each["wrong"]:
+            print(f"WRONG  round {number} ({each['loop']}): {wrong}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
