@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 import ray
 
+from policies.health import SickNumbers
+
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 60.0
 
@@ -29,6 +31,8 @@ def result(reference: Any, what: str) -> Any:
 def _explain(error: Exception, what: str) -> NoReturn:
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, SickNumbers):
+            raise SickNumbers(f"{what}: {cause}") from error
         raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
     said = " ".join(str(error).split())
     if getattr(error, "actor_init_failed", False):  # a traceback

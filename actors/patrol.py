@@ -1,74 +1,101 @@
 """Worker processes that were stopped are ended, so that Ray replaces them.
 
 Ray notices a process that died, but waits without end for one that was stopped (SIGSTOP, a debugger that let go of it).
-So every node looks after its own: a task that finds a stopped worker of this job, and still finds it stopped a moment
-later, kills it. Nodes themselves are watched by Ray.
+So a watchman on every node looks after its neighbours, and the driver after the watchmen. Nodes themselves are Ray's
+business.
 """
 
 import contextlib
 import os
+import threading
 import time
 from typing import Any
 
 import psutil
 import ray
-from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ROUND_SECONDS = 2.0
-_MOMENT_SECONDS = 0.5  # a process that is stopped on purpose for less is left alone
-_LATE_SECONDS = 5.0  # a round that is not back by then was itself stopped: the next one finds it
+_DELAY_SECONDS = 15.0  # a run that is over by then does without
+_ASK_SECONDS = 2.0
+_SILENT_SECONDS = 10.0  # a watchman that does not answer for so long was stopped itself
+_LOOK_SECONDS = 1.0  # a process is ended that is stopped at two looks
+
+
+class Watchman:
+    """The actor: every second it looks for stopped workers of this job among the children of its node's raylet."""
+
+    def __init__(self) -> None:
+        self._ended: list[str] = []
+        # A worker that was started before it was known for which job says ffffffff: it may be somebody else's, whose
+        # work is done again just as well.
+        self._jobs = {os.environ.get("RAY_JOB_ID", ""), ray.get_runtime_context().get_job_id(), "ffffffff"}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def report(self) -> list[str]:
+        """What was ended since the last report, in words."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _watch(self) -> None:
+        before: set[psutil.Process] = set()
+        while True:
+            now = self._stopped()
+            for process in before & now.keys():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+                    self._ended.append(f"{now[process].removeprefix('ray::')} (process {process.pid})")
+            before = set(now)
+            time.sleep(_LOOK_SECONDS)
+
+    def _stopped(self) -> dict[psutil.Process, str]:
+        """Stopped workers, and what they are called."""
+        raylet, found = psutil.Process().parent(), {}
+        for process in raylet.children() if raylet else []:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if process.status() == psutil.STATUS_STOPPED and process.environ().get("RAY_JOB_ID") in self._jobs:
+                    found[process] = process.name()
+        return found
 
 
 class Patrol:
-    """Called again and again by whoever waits, it sends a round to every node every two seconds."""
+    """The driver's watchmen, one on every node. Called again and again by whoever waits."""
 
     def __init__(self) -> None:
-        self._under_way: dict[str, tuple[ObjectRef, float]] = {}
-        self._next = 0.0
+        self._watchmen: dict[str, Any] = {}
+        self._asked: dict[str, tuple[Any, float]] = {}
+        self._next = time.monotonic() + _DELAY_SECONDS
 
     def __call__(self) -> list[str]:
         """What was ended since the last call, in words."""
         now, ended = time.monotonic(), []
-        for node, (reference, since) in list(self._under_way.items()):
-            if ray.wait([reference], timeout=0)[0] or now - since > _LATE_SECONDS:
-                del self._under_way[node]
-                ended += _result(reference)
-        if now >= self._next:
-            self._next = now + ROUND_SECONDS
-            here: Any = ray.remote(_end_stopped)
-            for node in (each["NodeID"] for each in ray.nodes() if each["Alive"]):
-                if node not in self._under_way:
-                    place = NodeAffinitySchedulingStrategy(node, soft=False)
-                    round_there = here.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote()
-                    self._under_way[node] = round_there, now
+        if now < self._next:
+            return []
+        late = now - self._next > _ASK_SECONDS  # this process was itself held up: nobody is silent because of that
+        self._next = now + _ASK_SECONDS
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node in self._watchmen.keys() - alive:
+            del self._watchmen[node], self._asked[node]
+        for node in alive:
+            if node not in self._watchmen:
+                place = NodeAffinitySchedulingStrategy(node, soft=False)
+                watchman: Any = ray.remote(Watchman)
+                self._watchmen[node] = watchman.options(num_cpus=0, max_restarts=-1, scheduling_strategy=place).remote()
+            elif node in self._asked:
+                reference, since = self._asked[node]
+                if not ray.wait([reference], timeout=0)[0]:
+                    if late:
+                        self._asked[node] = reference, now
+                    elif now - since > _SILENT_SECONDS:
+                        ray.kill(self._watchmen[node], no_restart=False)
+                        del self._asked[node]
+                    continue
+                with contextlib.suppress(ray.exceptions.RayError):  # it died: Ray starts another
+                    ended += ray.get(reference)
+            self._asked[node] = self._watchmen[node].report.remote(), now
         return ended
 
-
-def _end_stopped() -> list[str]:
-    """In a worker of some node: end this job's stopped processes there. Returns what they were."""
-    found = _stopped()
-    if found:
-        time.sleep(_MOMENT_SECONDS)
-        found = {process: name for process, name in _stopped().items() if process in found}
-    for process in found:
-        process.kill()
-    return [f"{name.removeprefix('ray::')} (process {process.pid})" for process, name in found.items()]
-
-
-def _stopped() -> dict[psutil.Process, str]:
-    """This job's stopped processes among the children of this node's raylet, and what they are called."""
-    job, raylet = os.environ.get("RAY_JOB_ID"), psutil.Process().parent()
-    found = {}
-    for process in raylet.children() if raylet else []:
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile, or is somebody else's
-            if process.status() == psutil.STATUS_STOPPED and process.environ().get("RAY_JOB_ID") == job:
-                found[process] = process.name()
-    return found
-
-
-def _result(reference: ObjectRef) -> list[str]:
-    try:
-        return list(ray.get(reference, timeout=0))
-    except (ray.exceptions.RayError, TimeoutError):  # its node or its worker is gone: the next round will see
-        return []
+    def end(self) -> None:
+        """Send the watchmen home."""
+        for watchman in self._watchmen.values():
+            with contextlib.suppress(Exception):
+                ray.kill(watchman)

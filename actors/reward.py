@@ -1,5 +1,6 @@
 """Rewards: how good an image is for its prompt."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.settings import RewardSettings
+
+_PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what it asks may be away for a moment
 
 
 class RewardActor(Worker):
@@ -21,9 +24,17 @@ class RewardActor(Worker):
         self.function = load_reward(settings)
 
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:
-        """Scores (batch,) float64. Raises RewardError; nothing is scored as zero."""
-        from pipelines.rewards import score
+        """Scores (batch,) float64. Nothing is scored as zero: a function that fails is asked again, a few times.
 
+        Raises RewardError with its last reason, or SickNumbers.
+        """
+        from pipelines.rewards import RewardError, score
+
+        for pause in _PAUSES:
+            try:
+                return score(self.function, images, prompts, captions)
+            except RewardError:
+                time.sleep(pause)
         return score(self.function, images, prompts, captions)
 
 

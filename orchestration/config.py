@@ -28,7 +28,12 @@ class EvaluationSettings(Settings):
     images: int = Field(1080, ge=1, description="images before and after the run")
     every: int = Field(10, ge=0, description="steps between interim evaluations; 0 for none")
     interim_images: int = Field(180, ge=1)
-    grid_images: int = Field(12, ge=1, description="of these, shown on grids")
+
+    def size_after(self, done: int, steps: int) -> int:
+        """How many images are to be measured when ``done`` of ``steps`` steps are done."""
+        if done == steps:
+            return self.images
+        return self.interim_images if self.every and done % self.every == 0 else 0
 
 
 class CheckpointSettings(Settings):

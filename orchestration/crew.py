@@ -68,6 +68,7 @@ class Crew:
         self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
         pools = (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
         self.pools: list[Pool] = [pool for pool in pools if pool is not None]
+        self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
 

@@ -21,6 +21,7 @@ from orchestration.report import Report, fitting_images
 from pipelines.atomic import commit_directory
 from pipelines.learning import LearnerState
 from policies.advantages import PromptStatistics, advantages
+from policies.health import SickNumbers
 from policies.streams import PromptSchedule, derive_seed
 
 
@@ -84,23 +85,23 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
             chunks = crew.samplers.rollout(step_prompts, seeds)
             crew.score(chunks)
             images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
-        with run.stage("reward"):
-            rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
-            scores = np.concatenate(rewards)
-            advantage = advantages(scores, step_prompts, config.advantage, history)
-        with run.stage("learn"):
-            learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
-            update = crew.wait([learned], f"step {step + 1}: learning")[0]
-        with run.stage("publish"):
-            crew.publish(update, weights)
-
-        metrics = step_metrics(scores, advantage, update, images, step_prompts)
-        done = step + 1
-        if done == training.steps:
-            held_out = evaluate(config.evaluation.images)
+        try:
+            with run.stage("reward"):
+                rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
+                scores = np.concatenate(rewards)
+                advantage = advantages(scores, step_prompts, config.advantage, history)
+        except SickNumbers as sick:
+            metrics = run.spare(sick)
         else:
-            due = config.evaluation.every and done % config.evaluation.every == 0
-            held_out = evaluate(config.evaluation.interim_images) if due else None
+            with run.stage("learn"):
+                learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
+                update = crew.wait([learned], f"step {step + 1}: learning")[0]
+            with run.stage("publish"):
+                crew.publish(update, weights, expect_change=training.on_sick_numbers == "stop")
+            metrics = step_metrics(scores, advantage, update, images, step_prompts)
+
+        measured = config.evaluation.size_after(step + 1, training.steps)
+        held_out = evaluate(measured) if measured else None
         run.record(step, metrics | (held_out.metrics() if held_out else {}))
 
         if run.commit_due():
@@ -109,10 +110,11 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
                 known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
                 run.commit(state.tensors, known, cpu_seconds())
         if held_out:
-            report.progress(done, held_out)
+            report.progress(step + 1, held_out)
         watch(run)
 
     after = held_out or evaluate(config.evaluation.images)
+    update = crew.wait([crew.learner.current()[0]], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
     return report.finish(after, update.checksum, cpu_seconds())

@@ -22,6 +22,7 @@ from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
+from policies.health import SickNumbers
 
 _LOSSES = 3  # a run that is thrown back so often to the same commit is not going to get past it
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
@@ -140,7 +141,18 @@ class DdpoRun(Run):
         if step == len(self.history) + len(self._pending):
             self._pending.append(line)
         self.step = step + 1
+        micro_batch = int(metrics.get("policy/micro_batch", 0))
+        if micro_batch and micro_batch != self.manifest["resolved"]["micro_batch"]:  # from here other rounding errors
+            self.manifest["resolved"]["micro_batch"] = micro_batch
+            self.display.say(f"warning: step {self.step} ran out of memory: micro-batches of {micro_batch} from now on")
         self.display.step(self.step, line)
+
+    def spare(self, sick: SickNumbers) -> dict[str, float]:
+        """Metrics of a step whose numbers allow no update. Raises ``sick`` unless such steps are to be skipped."""
+        if self.config.training.on_sick_numbers == "stop":
+            raise sick
+        self.display.say(f"warning: step {self.step + 1} made no update: {sick}")
+        return {"sick": 1.0}
 
     def commit_due(self) -> bool:
         """Whether the finished step is one to commit after."""

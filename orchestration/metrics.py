@@ -8,6 +8,7 @@ from actors.learner import Update
 from orchestration.evaluation import diversity
 
 _OF_THE_POLICY = ("loss", "approximate_kl", "ratio_mean", "ratio_max", "clip_fraction", "gradient_norm")
+_OF_THE_MACHINE = ("micro_batch", "skipped_updates")
 
 
 def step_metrics(
@@ -25,7 +26,7 @@ def step_metrics(
         "advantage/mean": float(advantage.mean()),
         "advantage/std": float(advantage.std()),
         "advantage/absolute_max": float(np.abs(advantage).max()),
-        **{f"policy/{name}": statistics[name] for name in _OF_THE_POLICY},
+        **{f"policy/{name}": statistics[name] for name in (*_OF_THE_POLICY, *_OF_THE_MACHINE)},
         **({} if spread is None else {"images/diversity": spread}),
         "weights/version": float(update.version),
         "weights/changed_tensors": float(update.changed_tensors),

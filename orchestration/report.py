@@ -15,6 +15,7 @@ from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import write_json
 from policies.streams import derive_seed
 
+_GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
 _MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
 
@@ -24,7 +25,7 @@ class Report:
 
     def __init__(self, run: DdpoRun, prompts: list[str]) -> None:
         self.run = run
-        self.prompts = prompts[: run.config.evaluation.grid_images]
+        self.prompts = prompts[:_GRID_IMAGES]
         self.directory = run.directory / "evaluations"
 
     def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from pipelines.locations import resolve_model
 from pipelines.settings import CaptionerSettings
+from policies.health import SickNumbers
 
 
 class Captioner:
@@ -24,7 +25,7 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
-        """Captions of ``images`` (batch, height, width, 3) uint8. Raises RuntimeError if a caption is empty."""
+        """Captions of ``images`` (batch, height, width, 3) uint8. Raises SickNumbers if a caption is empty."""
         pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
         tokens = self.model.generate(
             pixel_values=pixels, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
@@ -32,5 +33,5 @@ class Captioner:
         captions = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         captions = [text.removeprefix("[DEC]").strip() for text in captions]  # BLIP's own start token survives decoding
         if not all(captions):
-            raise RuntimeError(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
+            raise SickNumbers(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
         return captions

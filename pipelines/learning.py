@@ -13,7 +13,8 @@ from pipelines.diffusion import DiffusionPolicy, load_pipeline
 from pipelines.settings import ModelSettings
 from pipelines.trainable import Weights, exported_weights, from_numpy, load_weights, prepare, to_numpy
 from pipelines.trajectory import Trajectory
-from policies.ddpo import PolicyLearner, SilentUpdateError, UpdateStatistics
+from policies.ddpo import PolicyLearner, UpdateStatistics
+from policies.health import SickNumbers
 from policies.settings import SamplingSettings, TrainingSettings
 
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
@@ -50,7 +51,7 @@ class DiffusionLearner:
     def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
         """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
 
-        Raises ValueError on a trajectory of other weights, RatioError and SilentUpdateError as the policies do.
+        Raises ValueError on a trajectory of other weights, RatioError and SickNumbers as the policies do.
         """
         if trajectory.weights_version != self.weights_version:
             raise ValueError(
@@ -76,10 +77,10 @@ class DiffusionLearner:
         weights, generator = torch.from_numpy(np.array(advantage)).to(device), torch.Generator().manual_seed(seed)
         statistics = self.learner.learn(log_prob, old, weights, schedule.stochastic_steps.cpu(), generator)
         changed = sum(not torch.equal(a, b) for a, b in zip(previous, self.parameters.values(), strict=True))
-        if not changed:
-            raise SilentUpdateError("the step's updates changed no tensor: check learning rate and advantages")
+        if not changed and self.training.on_sick_numbers == "stop":
+            raise SickNumbers("the step's updates changed no tensor: check learning rate and advantages")
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
-            raise SilentUpdateError("a weight is no longer finite: lower the learning rate and resume")
+            raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
         return statistics, changed
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.locations import resolve_model
 from pipelines.settings import BUILT_IN_REWARDS, RewardSettings
+from policies.health import check_finite
 
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
 
@@ -22,7 +23,7 @@ JPEG_QUALITY = 95  # Black et al. 2023, appendix on compressibility
 
 
 class RewardError(RuntimeError):
-    """A reward function failed or did not return one finite number an image. It is never scored as zero."""
+    """A reward function failed or did not return one number an image. It is never scored as zero."""
 
 
 def load_reward(settings: RewardSettings) -> RewardFunction:
@@ -62,16 +63,14 @@ def import_function(path: str, setting: str = "reward.function", built_in: Seque
 def score(
     function: RewardFunction, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None
 ) -> np.ndarray:
-    """Call a reward function and check what it returns: scores (batch,) float64. Raises RewardError."""
+    """Call a reward function and check what it returns: scores (batch,) float64. Raises RewardError or SickNumbers."""
     try:
         scores = np.asarray(function(images, prompts, captions), dtype=np.float64)
     except Exception as error:
         raise RewardError(f"the reward function failed: {type(error).__name__}: {error}") from error
     if scores.shape != (len(images),):
         raise RewardError(f"the reward function returned shape {scores.shape} for {len(images)} images")
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise RewardError(f"the reward of image {bad} (prompt {prompts[bad]!r}) is {scores[bad]}")
+    check_finite(scores, prompts)
     return scores
 
 

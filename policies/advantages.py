@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from policies.health import check_rewards
 from policies.settings import AdvantageSettings
 
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
@@ -45,12 +46,10 @@ def advantages(
     """Advantages (images,) float64 of one step's ``rewards`` (images,), clipped to ±``settings.clip``.
 
     ``history`` is updated with these rewards first, as in the reference implementation of the paper.
-    Raises ValueError on a reward that is not finite.
+    Raises SickNumbers on rewards that are not finite, or all equal.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(rewards).all():
-        bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
-        raise ValueError(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad]}: check the reward function")
+    check_rewards(rewards, prompts)
     history.update(prompts, rewards)
     everything = float(rewards.mean()), float(rewards.std())
     prompt_array = np.asarray(prompts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from policies.health import SickNumbers
 from policies.settings import TrainingSettings
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
@@ -21,10 +22,6 @@ LogProb = Callable[[Tensor, Tensor], Tensor]
 
 class RatioError(RuntimeError):
     """The learner does not reproduce the log-probabilities under which the images were drawn."""
-
-
-class SilentUpdateError(RuntimeError):
-    """An update was not finite, or changed nothing."""
 
 
 def importance_sampling_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
@@ -49,6 +46,8 @@ class UpdateStatistics:
     ratio_max: float
     clip_fraction: float
     gradient_norm: float
+    micro_batch: int
+    skipped_updates: int
     first_update_error: dict[int, float] = field(default_factory=dict)
     """|Δ log p| of the first update, the largest over images, for each denoising step."""
 
@@ -92,14 +91,43 @@ class PolicyLearner:
                 self._update(
                     log_prob, old_log_prob, advantage, members.repeat_interleave(share), picks.flatten(), tally
                 )
-        return tally.summary()
+        return tally.summary(self.micro_batch)
 
     def _update(
         self, log_prob: LogProb, old: Tensor, advantage: Tensor, images: Tensor, steps: Tensor, tally: "_Tally"
     ) -> None:
         """One optimiser update on the transitions (``images``, ``steps``), both (transitions,)."""
         first = tally.updates == 0
+        parts = None
+        while parts is None:  # nothing is changed before the gradients are whole
+            try:
+                parts = self._gradients(log_prob, old, advantage, images, steps)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch = -(-self.micro_batch // 2)
+            if parts is None and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for loss, difference, step in parts:
+            tally.add(loss, difference, step, self.settings.clip_range)
+        if first:
+            tally.check_first_update(self.settings.ratio_tolerance)
+        tally.updates += 1
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        if not torch.isfinite(norm):
+            if self.settings.on_sick_numbers == "stop":
+                raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
+            tally.skipped += 1
+            return
+        self.optimizer.step()
+        tally.gradient_norms.append(float(norm))
+
+    def _gradients(
+        self, log_prob: LogProb, old: Tensor, advantage: Tensor, images: Tensor, steps: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Add up the gradients of an update. Returns loss, Δ log p and denoising steps of every micro-batch."""
         self.optimizer.zero_grad(set_to_none=True)
+        parts = []
         for image, step in zip(images.split(self.micro_batch), steps.split(self.micro_batch), strict=True):
             new = log_prob(image, step)
             reference = old[image, step].to(new)
@@ -109,22 +137,15 @@ class PolicyLearner:
             else:
                 loss = score_function_loss(new, weight)
             (loss.sum() / len(images)).backward()
-            tally.add(loss.detach(), (new - reference).detach(), step, self.settings.clip_range)
-        if first:
-            tally.check_first_update(self.settings.ratio_tolerance)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
-        if not torch.isfinite(norm):
-            raise SilentUpdateError(f"the gradient's norm is {norm.item()}: no update was made")
-        self.optimizer.step()
-        tally.gradient_norms.append(float(norm))
-        tally.updates += 1
+            parts.append((loss.detach(), (new - reference).detach(), step))
+        return parts
 
 
 class _Tally:
     """Running sums over the transitions of one step."""
 
     def __init__(self) -> None:
-        self.updates = 0
+        self.updates = self.skipped = 0
         self.gradient_norms: list[float] = []
         self._losses: list[Tensor] = []
         self._differences: list[Tensor] = []
@@ -151,7 +172,7 @@ class _Tally:
                 "Sampler and learner differ: check weights version, guidance, precision and dropout"
             )
 
-    def summary(self) -> UpdateStatistics:
+    def summary(self, micro_batch: int) -> UpdateStatistics:
         difference = torch.cat(self._differences)
         ratio = difference.exp()
         return UpdateStatistics(
@@ -161,6 +182,8 @@ class _Tally:
             ratio_mean=float(ratio.mean()),
             ratio_max=float(ratio.max()),
             clip_fraction=float(((ratio - 1).abs() > self._clip_range).double().mean()),
-            gradient_norm=sum(self.gradient_norms) / len(self.gradient_norms),
+            gradient_norm=sum(self.gradient_norms) / max(1, len(self.gradient_norms)),
+            micro_batch=micro_batch,
+            skipped_updates=self.skipped,
             first_update_error=self._first_update_error,
         )

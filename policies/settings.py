@@ -56,6 +56,9 @@ class TrainingSettings(Settings):
     micro_batch: int | None = Field(
         None, ge=1, description="transitions in one network call; null: found by the program"
     )
+    on_sick_numbers: Literal["stop", "skip"] = Field(
+        "stop", description="rewards, captions or gradients to learn nothing from: end the run, or leave out the update"
+    )
 
     @property
     def prompts_per_step(self) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from policies.advantages import PromptStatistics, advantages
+from policies.health import SickNumbers
 from policies.settings import AdvantageSettings
 
 PROMPTS = ["cat", "dog", "cat", "dog", "cat", "dog"]
@@ -38,8 +39,14 @@ def test_batch_baseline_normalises_over_all_images() -> None:
     np.testing.assert_allclose(result, (REWARDS - 16.5) / np.sqrt(np.mean((REWARDS - 16.5) ** 2)), atol=1e-5)
 
 
-def test_equal_rewards_give_no_advantage() -> None:
-    np.testing.assert_allclose(compute(np.full(6, 0.7), PROMPTS), 0, atol=1e-6)
+def test_equal_rewards_of_a_prompt_give_no_advantage() -> None:
+    rewards = np.array([0.7 if prompt == "cat" else 0.2 for prompt in PROMPTS])
+    np.testing.assert_allclose(compute(rewards, PROMPTS), 0, atol=1e-6)
+
+
+def test_a_reward_that_says_the_same_of_all_is_sick() -> None:
+    with pytest.raises(SickNumbers, match=r"all 6 rewards are 0\.7"):
+        compute(np.full(6, 0.7), PROMPTS)
 
 
 def test_advantages_are_clipped() -> None:
@@ -56,7 +63,7 @@ def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
     history = PromptStatistics(32, 16)
     rewards = REWARDS.copy()
     rewards[3] = bad
-    with pytest.raises(ValueError, match=r"image 3 \('dog'\)"):
+    with pytest.raises(SickNumbers, match=r"image 3 \('dog'\)"):
         compute(rewards, PROMPTS, history)
     assert history.state() == {}
 

@@ -1,0 +1,23 @@
+"""Numbers that nothing can be learned from, found in the step that made them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class SickNumbers(RuntimeError):  # noqa: N818
+    """Rewards, captions or gradients from which no update should be made."""
+
+
+def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
+    """Raise SickNumbers if one of ``rewards`` (images,) is not finite."""
+    if not np.isfinite(rewards).all():
+        bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        raise SickNumbers(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad]}: check the reward function")
+
+
+def check_rewards(rewards: np.ndarray, prompts: Sequence[str]) -> None:
+    """Raise SickNumbers if one of a step's ``rewards`` (images,) is not finite, or all of them are equal."""
+    check_finite(rewards, prompts)
+    if len(rewards) > 1 and (rewards == rewards[0]).all():
+        raise SickNumbers(f"all {len(rewards)} rewards are {rewards[0]:g}: this reward tells no image from another")
