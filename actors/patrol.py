@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _DELAY_SECONDS = 15.0  # a run that is over by then does without
 _ASK_SECONDS = 2.0
-_SILENT_SECONDS = 10.0  # a watchman that does not answer for so long was stopped itself
+_SILENT_SECONDS = 20.0  # a watchman that does not answer for so long was stopped itself
 _LOOK_SECONDS = 1.0  # a process is ended that is stopped at two looks
 
 

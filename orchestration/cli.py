@@ -272,6 +272,36 @@ def list_command(root: Root = Path("runs")) -> None:
 
 
 @runs_app.command()
+def fork(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="the commit to begin from; without it, the newest")] = None,
+    root: Root = Path("runs"),
+) -> None:
+    """Make a DDPO run that begins at a commit of another, with other settings from there on."""
+    from orchestration.fork import fork as branch
+    from orchestration.runs import find_run
+
+    directory = branch(find_run(run, root).directory, overrides or [], step)
+    print(f"go on with: ouroboros resume {directory}")
+
+
+@runs_app.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    root: Root = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove runs from the disk. What MLflow knows of them stays."""
+    from orchestration.runs import find_run, remove
+
+    found = [find_run(name, root) for name in names]
+    if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
+        for each in found:
+            remove(each)
+
+
+@runs_app.command()
 def show(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
     """Everything about one run."""
     from orchestration.runs import render_show

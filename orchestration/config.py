@@ -78,8 +78,8 @@ def load_config(schema: type[Config], path: Path | None, overrides: Sequence[str
             raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values")
-    for override in overrides:
-        _override(content, override)
+    for each in overrides:
+        override(content, each)
     return validate(schema, content)
 
 
@@ -93,14 +93,15 @@ def validate(schema: type[Config], content: dict[str, Any]) -> Config:
         raise ConfigError("the configuration refers to itself (a YAML alias inside its own anchor)") from error
 
 
-def _override(content: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+def override(content: dict[str, Any], assignment: str) -> None:
+    """Apply ``key.sub=value`` to plain ``content``. Raises ConfigError."""
+    key, separator, text = assignment.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not key=value, such as training.learning_rate=1e-4")
+        raise ConfigError(f"override {assignment!r} is not key=value, such as training.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+        raise ConfigError(f"override {assignment!r}: the value is not YAML") from error
     *parents, last = key.split(".")
     block = content
     for parent in parents:
@@ -108,7 +109,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             block[parent] = {}
         block = block[parent]
         if not isinstance(block, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, it has no keys below it")
+            raise ConfigError(f"override {assignment!r}: {parent!r} is a value, it has no keys below it")
     block[last] = value
 
 

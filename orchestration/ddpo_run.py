@@ -28,7 +28,7 @@ _LOSSES = 3  # a run that is thrown back so often to the same commit is not goin
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
-_PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
+PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
 class DdpoRun(Run):
@@ -54,7 +54,7 @@ class DdpoRun(Run):
     def create(cls, config: DdpoConfig) -> Self:
         """A new run. Its directory appears here, and nothing before."""
         directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
-        manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), _PACKAGES)
+        manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
         return cls(directory, config, manifest | progress)
 
@@ -98,8 +98,8 @@ class DdpoRun(Run):
         """Send again what MLflow may have missed, and tell of damage."""
         for damage in self.store.damaged:
             self.display.say(f"warning: {damage}; the commit before it is used")
-        if self.manifest.get("adopted"):
-            self.tracker.describe(self.manifest["config"], {}, [])
+        if self.manifest.get("adopted") or self.manifest.get("forked_from"):
+            self._introduce([])
         for line in self.history:
             self._deliver(line)
 
@@ -113,12 +113,15 @@ class DdpoRun(Run):
         actors = {role.name: vars(role) for role in roles}
         self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
         self._status("RUNNING")
+        self._introduce(prompts)
+
+    def _introduce(self, prompts: list[str]) -> None:
         config = self.config
         tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.function, "seed": str(config.seed)}
         tags |= {"git_commit": self.manifest["git_commit"], "run_directory": str(self.directory)}
         size = f"{config.training.steps} steps of {config.training.images_per_step} images"
         note = f"**{config.name}**: {size} and `{config.reward.function}` teach `{config.model.path}`."
-        resolved = {"micro_batch": micro_batch, "learner_threads": threads}  # actors are in the manifest and the report
+        resolved = {key: value for key, value in self.manifest["resolved"].items() if key != "actors"}  # too many
         self.tracker.describe({**self.manifest["config"], "resolved": resolved}, tags, prompts, note)
 
     def remaining_steps(self) -> Iterator[int]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -81,8 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
             number = len(rounds)
             loop = ("ddpo", "mad")[number % 2]
             left = chosen.faults - sum(len(each["strikes"]) for each in rounds)
-            stage = Stage(directory, server, arguments_of, random.Random(f"{chosen.seed} {number}"))
-            found = disturbed(stage, loop, directory / f"{loop}-{number}", min(left, FAULTS_PER_RUN[loop]))
+            dice = random.Random(f"{chosen.seed} {number}")
+            stage = Stage(directory, server, arguments_of, dice)
+            kinds = dice.choices(FAULTS[loop] + EVERYWHERE, k=min(left, FAULTS_PER_RUN[loop]))
+            found = disturbed(stage, loop, directory / f"{loop}-{number}", [Strike(*kind) for kind in kinds])
             wrong = differences(directory / f"{loop}-{number}", found, expected[loop])
             line = {"loop": loop, "strikes": [vars(strike) for strike in stage.strikes], "wrong": wrong}
             rounds.append(line)
@@ -98,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     return sum(bool(each["wrong"]) for each in rounds)
 
 
-def ddpo_arguments(directory: Path, uri: str) -> list[str]:
+def ddpo_arguments(directory: Path, uri: str, steps: int = 40) -> list[str]:
     """A run of a minute: tiny random models, a reward that needs no language."""
     (directory / "prompts.txt").write_text("a red seven\na blue two\na green one\na red two")
     if not (directory / "pipeline").exists():
@@ -116,7 +118,7 @@ def ddpo_arguments(directory: Path, uri: str) -> list[str]:
         "evaluation.interim_images=6",
         "evaluation.every=8",
         "sampling.steps=6",
-        "training.steps=40",
+        f"training.steps={steps}",
         "training.images_per_step=48",
         "training.images_per_prompt=12",
         "training.updates_per_step=2",
@@ -155,26 +157,22 @@ def undisturbed(directory: Path, arguments: list[str], server: MlflowServer) -> 
     return content
 
 
-def disturbed(stage: Stage, loop: str, directory: Path, faults: int) -> dict[str, Any]:
+def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike]) -> dict[str, Any]:
     """A run with faults, resumed as often as its driver is killed. Returns what it leaves."""
     log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
     process = start([*stage.arguments[loop], f"output_dir={directory}"], log)
     wait_until(lambda: committed(directory) > 0 or process.poll() is not None, 300, f"{loop} begins")
-    kinds = FAULTS[loop] + EVERYWHERE
-    while process.poll() is None or faults:
+    coming = list(strikes)
+    while process.poll() in (None, -signal.SIGKILL):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
-        if process.poll() not in (None, -signal.SIGKILL):
-            break  # it is done, or stopped by itself
-        if process.poll() == -signal.SIGKILL:
+        if process.poll() is not None:
             process = start(["resume", str(directory)], log)
         time.sleep(stage.random.uniform(0.0, 4.0))
-        if faults and process.poll() is None:
-            strike = Strike(*stage.random.choice(kinds))
-            if hit(stage, process, strike):
-                faults -= 1
-                stage.strikes.append(strike)
-                if process.poll() is None and stage.random.random() < 0.6:  # else the next may come before it recovers
-                    strike.seconds = _seconds_until_further(directory, process)
+        if coming and process.poll() is None and hit(stage, process, coming[0]):
+            strike = coming.pop(0)
+            stage.strikes.append(strike)
+            if process.poll() is None and stage.random.random() < 0.6:  # else the next may come before it recovers
+                strike.seconds = _seconds_until_further(directory, process)
     wait_until(stage.server.answers, 120, "the MLflow server")
     if process.wait() != 0:
         return {"exit code": process.returncode}
@@ -236,7 +234,8 @@ def leavings(directory: Path, server: MlflowServer) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name, run_id in runs.items():
         run = client.get_run(run_id)
-        points = {key: [p.step for p in client.get_metric_history(run_id, key)] for key in run.data.metrics}
+        keys = [key for key in run.data.metrics if not key.startswith("seconds/")]  # a step's time is what it was
+        points = {key: [p.step for p in client.get_metric_history(run_id, key)] for key in keys}
         images = [Path(each.path).name.split("+timestamp+")[0] for each in client.list_artifacts(run_id, "images")]
         told[name] = {"status": run.info.status, "points": points, "images": sorted(images)}
     results = {

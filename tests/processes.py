@@ -16,7 +16,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "orchestration.cli", *arguments],
-        stdout=log.open("wb"),
+        stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
         env=environment,
