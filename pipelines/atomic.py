@@ -59,6 +59,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DamagedFiles(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise DamagedFiles(f"{directory} cannot be read: its {MANIFEST} is not one of a commit")
+    for name in manifest["sha256"]:  # a stranger's may point anywhere
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedFiles(f"{directory} cannot be read: its {MANIFEST} names {name!r}, outside of it")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """A commit is everything or nothing, and damage is noticed."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -131,3 +132,61 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_json(path, {"reward": 0.75})
     assert json.loads(path.read_text()) == {"reward": 0.75}
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_newest_commit_that_is_whole_is_used(store: CheckpointStore) -> None:
+    assert store.newest() is None
+    for step in (1, 2):
+        store.commit(step, TENSORS, {"step": step})
+    path = store.path(2) / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = store.newest()
+    assert found is not None
+    assert found.step == 1
+    assert [str(path) in damage for damage in store.damaged] == [True]
+    (store.path(1) / "state.json").unlink()
+    with pytest.raises(DamagedFiles, match=r"step-000002.*step-000001"):
+        store.newest()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b"])
+def test_a_manifest_that_points_outside_is_refused(store: CheckpointStore, name: str) -> None:
+    store.commit(1, TENSORS, STATE)
+    manifest = json.loads((store.path(1) / "manifest.json").read_text())
+    manifest["sha256"][name] = "0" * 64
+    (store.path(1) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedFiles, match="outside of it"):
+        store.load()
+
+
+def test_two_hundred_damaged_commits_are_refused(store: CheckpointStore) -> None:
+    """A bit turned, bytes cut off, put in or overwritten, in whichever file."""
+    store.commit(1, TENSORS, STATE)
+    whole = {path: path.read_bytes() for path in store.path(1).iterdir()}
+    dice, refused = random.Random(0), 0
+    for _ in range(200):
+        path = dice.choice(sorted(whole))
+        content = bytearray(whole[path])
+        place = dice.randrange(len(content))
+        kind = dice.choice(["turn", "cut", "put in", "overwrite"])
+        if kind == "turn":
+            content[place] ^= 1 << dice.randrange(8)
+        elif kind == "cut":
+            del content[place:]
+        elif kind == "put in":
+            content[place:place] = dice.randbytes(9)
+        else:
+            content[place : place + 40] = dice.randbytes(40)
+        path.write_bytes(content)
+        damage = ""
+        try:
+            loaded = store.load()
+        except DamagedFiles as error:
+            damage = str(error)
+        else:  # only white space or an unused word of the manifest has changed
+            assert loaded.state == STATE
+            assert all(loaded.tensors[name].tobytes() == np.asarray(TENSORS[name]).tobytes() for name in TENSORS)
+        assert not damage or str(store.path(1)) in damage
+        refused += bool(damage)
+        path.write_bytes(whole[path])
+    assert refused > 180

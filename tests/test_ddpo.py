@@ -253,3 +253,51 @@ def test_gradients_are_clipped_to_the_norm() -> None:
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         PolicyLearner([], settings(), 64)
+
+
+def test_an_update_without_a_finite_gradient_may_be_left_out() -> None:
+    policy = LinearPolicy()
+    spoiled = iter([True, False])
+
+    def log_prob(images: Tensor, steps: Tensor) -> Tensor:
+        good = policy.log_prob(images, steps)
+        return good + torch.sqrt(policy.intercept * torch.zeros(len(images))) if next(spoiled) else good
+
+    old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
+    learner = PolicyLearner(policy.parameters, settings(updates_per_step=2, on_sick_numbers="skip"), IMAGES * STEPS)
+    statistics = learner.learn(log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
+    assert statistics.skipped_updates == 1
+    assert policy.intercept.item() != 0.3  # the other one was made
+    assert math.isfinite(policy.intercept.item())
+
+
+@pytest.mark.parametrize("fitting", [1, 5, 20])
+def test_micro_batches_are_halved_until_they_fit_into_memory(fitting: int) -> None:
+    """The gradient is that of a learner that knew from the beginning."""
+    outcomes, used = [], []
+    for first in (64, fitting):
+        torch.manual_seed(0)
+        policy = LinearPolicy()
+
+        def log_prob(images: Tensor, steps: Tensor, policy: LinearPolicy = policy) -> Tensor:
+            if len(images) > fitting:
+                raise torch.OutOfMemoryError
+            return policy.log_prob(images, steps)
+
+        old, advantage = policy.draw(), torch.linspace(-1, 1, IMAGES, dtype=torch.float64)
+        learner = PolicyLearner(policy.parameters, settings(updates_per_step=2), first)
+        statistics = learner.learn(log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
+        outcomes.append([parameter.item() for parameter in policy.parameters])
+        used.append(statistics.micro_batch)
+        assert statistics.ratio_mean == pytest.approx(1, abs=0.1)
+    assert used[0] <= fitting < 2 * used[0] + 1
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-12)
+
+
+def test_a_transition_that_does_not_fit_into_memory_is_an_error() -> None:
+    def log_prob(images: Tensor, steps: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    policy = LinearPolicy()
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(policy, policy.draw(), torch.ones(IMAGES), settings(), log_prob)
