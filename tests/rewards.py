@@ -12,6 +12,11 @@ def redness(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] 
     return (images[..., 0].astype(float) - images[..., 1]).mean(axis=(1, 2)) / 255
 
 
+def the_same(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    """Tells no image from another."""
+    return np.full(len(images), 0.5)
+
+
 def not_a_number(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
     """A reward that failed without saying so."""
     return np.full(len(images), np.nan)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from orchestration.config import DdpoConfig, load_config
+from orchestration.config import ConfigError, DdpoConfig, load_config
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.processes import start, wait_until
 
@@ -179,11 +179,57 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     config = configure(
         overrides, f"output_dir={directory}", "reward.function=tests.rewards:not_a_number", "actors.samplers=1"
     )
-    with pytest.raises(RuntimeError, match=r"RewardError: the reward of image 0 .* is nan"):
+    with pytest.raises(RuntimeError, match=r"the reward of image 0 .* is nan"):
         run_ddpo(config)
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["status"] == "FAILED"
     assert "nan" in manifest["error"]
+
+
+def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    config = configure(
+        overrides,
+        f"output_dir={tmp_path / 'run'}",
+        "reward.function=tests.rewards:the_same",
+        "actors.samplers=1",
+        "training.steps=2",
+        "training.on_sick_numbers=skip",
+    )
+    run_ddpo(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["sick"] for line in lines] == [1, 1]
+    assert summary(tmp_path / "run")["reward_before"] == summary(tmp_path / "run")["reward_after"]
+    stops = configure(overrides, f"output_dir={tmp_path / 'stopped'}", "reward.function=tests.rewards:the_same")
+    with pytest.raises(RuntimeError, match=r"all 24 rewards are 0\.5"):
+        run_ddpo(stops)
+
+
+def test_a_fork_begins_where_its_source_stood(
+    overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orchestration.ddpo import resume_ddpo
+    from orchestration.fork import fork
+
+    same = fork(finished, [f"output_dir={tmp_path / 'same'}"], step=STEPS - 1)
+    resume_ddpo(same)
+    assert summary(same)["weights_sha256"] == summary(finished)["weights_sha256"]
+    assert summary(same)["mlflow_run_id"] != summary(finished)["mlflow_run_id"]
+    past = [(directory / "metrics.jsonl").read_text().splitlines()[: STEPS - 1] for directory in (same, finished)]
+    assert past[0] == past[1]
+    other = fork(finished, [f"output_dir={tmp_path / 'other'}", "training.learning_rate=5e-4"], step=STEPS - 1)
+    resume_ddpo(other)
+    assert summary(other)["weights_sha256"] != summary(finished)["weights_sha256"]
+    for wrong, message in (
+        (["model.lora_rank=4"], "model"),
+        ([f"training.steps={STEPS - 1}"], "stands after 3 already"),
+        ([f"output_dir={finished}"], "holds a run already"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fork(finished, wrong, step=STEPS - 1)
+    with pytest.raises(ConfigError, match=r"no commit of step 1 \(there are: \[3, 4\]\)"):
+        fork(finished, [], step=1)
 
 
 def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: list[str], tmp_path: Path) -> None:
