@@ -38,11 +38,16 @@ class Room:
         self._next_check = self._whole = time.monotonic()
         self._group: Any = None if get_current_placement_group() else placement_group(bundles, strategy="SPREAD")
 
-    def wait(self, timeout: float, meanwhile: Callable[[], None]) -> None:
-        """Return once it is there; ``meanwhile`` is called every second. Raises TimeoutError saying what is missing."""
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float, meanwhile: Callable[[], None], *, for_new_nodes: bool = True) -> None:
+        """Return once it is there; ``meanwhile`` is called every second.
+
+        Raises TimeoutError saying what is missing, and ActorLost if a node goes away unless ``for_new_nodes`` to come.
+        """
+        deadline, nodes = time.monotonic() + timeout, _alive()
         while self._group is not None and not self._group.wait(1):
             meanwhile()
+            if nodes - _alive() and not for_new_nodes:
+                raise ActorLost("a node that this run was planned for is gone")
             if time.monotonic() > deadline:
                 wanted = "; ".join(f"{role.count} × {role.described}" for role in self._roles)
                 names = dict.fromkeys(name for role in self._roles for name in role.demand)
@@ -74,3 +79,8 @@ class Room:
 
     def _place(self, number: int) -> PlacementGroupSchedulingStrategy | None:
         return self._group and PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+
+
+def _alive() -> set[str]:
+    """The nodes that Ray takes to be there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

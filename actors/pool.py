@@ -32,12 +32,12 @@ class Pool:
     """
 
     RESTARTS: ClassVar[int] = 20
-    RETRIES: ClassVar[int] = 5  # of one piece of work: it may be what ends its worker
 
     def __init__(self, seats: Seats, worker: type, *arguments: Any) -> None:
         self.role = role = seats.role
         options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
-        options |= {"max_restarts": self.RESTARTS, "max_task_retries": self.RETRIES if self.RESTARTS else 0}
+        # Without a bound of their own, as Ray tries again and again before it knows that a node is gone.
+        options |= {"max_restarts": self.RESTARTS, "max_task_retries": -1 if self.RESTARTS else 0}
         actor: Any = ray.remote(worker)
         self.members: list[ActorHandle] = [
             actor.options(**options, scheduling_strategy=place).remote(*arguments) for place in seats.places

@@ -57,8 +57,9 @@ class Crew:
         self._stack.enter_context(connected(gpus))
         self._room = room = Room(self.plan.roles)
         self._stack.callback(room.leave)
-        show = self._display.activity
-        room.wait(config.actors.timeout_seconds, lambda: show({"actors": "waiting for room on the cluster"}))
+        stay = config.actors.on_node_loss == "wait"
+        waiting = {"actors": "waiting for room on the cluster"}
+        room.wait(config.actors.timeout_seconds, lambda: self._display.activity(waiting), for_new_nodes=stay)
         seats, model = room.seats(), config.model
         seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
         self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed)

@@ -39,14 +39,14 @@ FUZZ = settings(max_examples=400, deadline=5000, derandomize=True, suppress_heal
 
 def check(schema: Any, path: Path | None, overrides: list[str]) -> None:
     """A configuration, or a ConfigError of one line."""
+    message = None
     try:
         config = load_config(schema, path, overrides)
         if schema is DdpoConfig:
             preflight(config.model_copy(update={"output_dir": None}), Machine(2, 0))
     except ConfigError as error:
-        assert len(str(error)) > 10
-        assert "Traceback" not in str(error)
-        assert "\n" not in str(error)
+        message = str(error)
+    assert message is None or (len(message) > 10 and "\n" not in message)
 
 
 @FUZZ

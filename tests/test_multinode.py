@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -21,6 +22,7 @@ from sklearn.datasets import load_digits
 from orchestration.config import DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
 from pipelines.locations import CHECKOUT
+from tests.processes import wait_until
 
 KINDS = ("first", "second")
 # One node, as ``ray start`` and Ray's own test cluster make them, but on loopback alone. It ends with its input.
@@ -62,10 +64,12 @@ hidden = sys.argv[2:]
 with connected(gpus=0):
     seen = {kind: ray.get(look.options(resources={kind: 0.001}).remote()) for kind in json.loads(sys.argv[1])}
     kinds = {node["NodeID"]: kind for node in ray.nodes() for kind in seen if kind in node["Resources"]}
-    actors = {a["ActorClassName"]: kinds[a["Address"]["NodeID"]] for a in ray._private.state.actors().values()}
+    known = [a for a in ray._private.state.actors().values() if a["ActorClassName"] != "Watchman"]
+    actors = {a["ActorClassName"]: kinds[a["Address"]["NodeID"]] for a in known}
 print(json.dumps({"seen": seen, "actors": actors}))
 """
 TOKEN = secrets.token_hex(32)
+PROCESSES: dict[str, subprocess.Popen[str]] = {}  # by kind, what a node is to this system
 
 
 def environment(address: str | None) -> dict[str, str]:
@@ -101,6 +105,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             node = [*apart, place, sys.executable, "-c", NODE, json.dumps(own)]
             process = stack.enter_context(subprocess.Popen(node, env=environment(None), **pipes))
             assert process.stdout
+            PROCESSES[kind] = process
             return process.stdout.readline().strip()
 
         address = begin("first", include_dashboard=False)
@@ -140,6 +145,15 @@ def ddpo_runs(cluster: str, ray_session: None, tmp_path_factory: pytest.TempPath
     apart = ouroboros("ddpo", *TINY_DDPO, *nodes, f"output_dir={two}", address=cluster)
     assert apart.returncode == 0, apart.stderr
     return [one, two]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from orchestration.ddpo import run_ddpo
+
+    directory = tmp_path_factory.mktemp("undisturbed")
+    settings = [*TINY_DDPO, *FEWER_ACTORS, "training.steps=8", "actors.samplers=2", f"output_dir={directory / 'run'}"]
+    return run_ddpo(load_config(DdpoConfig, None, settings)).parent
 
 
 def read_json(path: Path) -> Any:
@@ -262,3 +276,23 @@ def test_nodes_of_a_kind_that_is_not_there_are_missed_before_anything_starts(clu
     assert refused.returncode == 2
     assert "actors.nodes.sampler is third, but no node advertises a resource of that name" in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_node_is_done_without(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
+    """Last, as the node is gone for good: the run goes back to its last commit on the one that is left."""
+    words = [*TINY_DDPO, *FEWER_ACTORS, "training.steps=8", "actors.samplers=2", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "orchestration.cli", "ddpo", *words]
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(command, env=environment(cluster), cwd=CHECKOUT, stdout=log, stderr=log)
+    wait_until(lambda: (tmp_path / "run/checkpoints").exists() or driver.poll() is not None, 120, "the first commit")
+    family = psutil.Process(PROCESSES["second"].pid).children(recursive=True)
+    names = [child.name() for child in family]
+    for child in family:
+        child.kill()
+    assert driver.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert any("Sampler" in name or "Learner" in name for name in names)  # there was something to lose
+    summaries = [read_json(run / "summary.json") for run in (tmp_path / "run", undisturbed)]
+    assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 9)
+    ]
