@@ -1,6 +1,7 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Self
@@ -22,6 +23,7 @@ from orchestration.config import DdpoConfig
 from orchestration.display import Display
 from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
+from pipelines.learning import LearnerState
 from pipelines.locations import portable
 from policies.streams import derive_seed
 
@@ -127,9 +129,17 @@ class Crew:
 
         return Evaluation.collect(prompts, values("images"), values("captions"), values("scores"), values("verdicts"))
 
+    def restore(self, saved: LearnerState) -> None:
+        """Go on from a learner's state: it is the samplers' too."""
+        self.wait(self.learner.everyone("restore", saved), "restoring the learner")
+        learned, weights = self.learner.current()
+        self.publish(self.wait([learned], "the restored weights")[0], weights)
+
     def cpu_seconds(self) -> float:
-        """CPU time of all actors so far."""
-        return sum(self.wait([s for pool in self.pools for s in pool.everyone("cpu_seconds")], "CPU times"))
+        """CPU time of the driver and of all actors so far."""
+        return time.process_time() + sum(
+            self.wait([s for pool in self.pools for s in pool.everyone("cpu_seconds")], "CPU times")
+        )
 
     def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
         """Images from elsewhere, as chunks ready to be measured."""

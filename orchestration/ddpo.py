@@ -4,7 +4,6 @@ Everything between actors is an object reference; chunks are captioned and score
 driver owns every actor, and a step's state is committed as a whole or not at all.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -59,21 +58,14 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         with run.stage("evaluate"):
             return crew.evaluate(held_out_prompts[:images], held_out_seeds[:images])
 
-    def cpu_seconds() -> float:
-        return crew.cpu_seconds() + time.process_time()
-
     if run.checkpoint is None:
         micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
         run.describe(plan.prompts, plan.roles, micro_batch)
         before = evaluate(config.evaluation.images)
         report.before(before, calibrate(crew, *fitting_images(config, before)))
     else:
-        saved = LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"])
-        crew.wait(crew.learner.everyone("restore", saved), "restoring the learner")
+        crew.restore(LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"]))
         history.restore(run.checkpoint.state["prompt_statistics"])
-        learned, weights = crew.learner.current()
-        update = crew.wait([learned], "the restored weights")[0]
-        crew.publish(update, weights)
         run.display.say(f"resumed after step {run.step}")
 
     held_out: Evaluation | None = None
@@ -108,7 +100,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
             with run.stage("commit"):
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
                 known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
-                run.commit(state.tensors, known, cpu_seconds())
+                run.commit(state.tensors, known, crew.cpu_seconds())
         if held_out:
             report.progress(step + 1, held_out)
         watch(run)
@@ -117,4 +109,4 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     update = crew.wait([crew.learner.current()[0]], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
-    return report.finish(after, update.checksum, cpu_seconds())
+    return report.finish(after, update.checksum, crew.cpu_seconds())
