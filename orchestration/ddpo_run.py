@@ -133,7 +133,7 @@ class DdpoRun(Run):
         """Note the metrics of a finished step. They become durable with the next commit."""
         before, self._seconds_before = self._seconds_before, dict(self.seconds_by_stage)
         spent = {name: total - before.get(name, 0.0) for name, total in self.seconds_by_stage.items()}
-        training = sum(spent[name] for name in ("sample", "reward", "learn", "publish"))
+        training = sum(spent.get(name, 0.0) for name in ("sample", "reward", "learn", "publish"))
         line = {
             "step": step + 1,
             "timestamp_ms": int(time.time() * 1000),

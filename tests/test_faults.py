@@ -30,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(directory: Path, server: MlflowServer) -> list[str]:
-    return chaos.ddpo_arguments(directory, server.uri, steps=16)
+    return chaos.ddpo_arguments(directory, server.uri, steps=32)
 
 
 @pytest.fixture(scope="module")
