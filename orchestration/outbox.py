@@ -113,12 +113,14 @@ class Outbox:
                     return
                 batch = self._batch()
             try:
-                self._deliver(batch)
-            except Refused as error:
-                with (self.directory / "refused.jsonl").open("a") as file:
-                    file.writelines(json.dumps({**record, "why": str(error)}) + "\n" for record in batch)
-                self._say(f"warning: {error}; kept in {file.name}")
-            except Exception as error:  # away, overloaded, not letting us in: all may pass
+                try:
+                    self._deliver(batch)
+                except Refused as error:
+                    with (self.directory / "refused.jsonl").open("a") as file:
+                        file.writelines(json.dumps({**record, "why": str(error)}) + "\n" for record in batch)
+                    self._say(f"warning: {error}; kept in {file.name}")
+                self._note_delivered(len(batch))
+            except Exception as error:  # away, overloaded, not letting us in, a full disk: all may pass
                 self._tell_away(error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing or self._hurry, pause)
@@ -126,7 +128,6 @@ class Outbox:
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             pause = _FIRST_PAUSE
-            self._note_delivered(len(batch))
 
     def _batch(self) -> list[Record]:
         """The next records of one run and kind."""
@@ -140,10 +141,10 @@ class Outbox:
 
     def _note_delivered(self, count: int) -> None:
         with self._changed:
+            write_json(self._position, {"records": self._delivered + count, "began": self.began})
+            self._delivered += count
             for _ in range(count):
                 self._waiting.popleft()
-            self._delivered += count
-            write_json(self._position, {"records": self._delivered, "began": self.began})
             self._changed.notify_all()
         if self._away_since is not None:
             self._away_since = None

@@ -139,7 +139,8 @@ def test_only_the_first_finish_counts(directory: Path) -> None:
 
 
 def test_two_runs_in_one_process_do_not_meet(directory: Path) -> None:
-    one, two = Tracker(directory, QUIET, "one"), Tracker(directory, QUIET, "two")
+    shared = QUIET.model_copy(update={"uri": f"sqlite:///{directory / 'mlflow.db'}"})
+    one, two = (Tracker(directory / name, shared, name) for name in ("one", "two"))
     one.metrics(1, {"reward": 1.0}, 1)
     two.metrics(1, {"reward": 2.0}, 1)
     one.finish("FINISHED")
