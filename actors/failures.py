@@ -33,6 +33,8 @@ def _explain(error: Exception, what: str) -> NoReturn:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, SickNumbers):
             raise SickNumbers(f"{what}: {cause}") from error
+        if isinstance(cause, ray.exceptions.RayError) and cause is not error:  # what it was to work on is gone
+            raise ActorLost(f"{what}: {type(cause).__name__}: {_short(str(cause))}") from error
         raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
     said = " ".join(str(error).split())
     if getattr(error, "actor_init_failed", False):  # a traceback

@@ -74,7 +74,8 @@ class Patrol:
         self._next = now + _ASK_SECONDS
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for node in self._watchmen.keys() - alive:
-            del self._watchmen[node], self._asked[node]
+            del self._watchmen[node]
+            self._asked.pop(node, None)
         for node in alive:
             if node not in self._watchmen:
                 place = NodeAffinitySchedulingStrategy(node, soft=False)
