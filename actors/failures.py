@@ -17,7 +17,7 @@ class ActorFailure(RuntimeError):  # noqa: N818
 
 
 class ActorLost(ActorFailure):
-    """An actor, or what it made, is gone for good: its process, its node, or more restarts than it is given."""
+    """An actor, or what it made, is gone for good: its process, its node, too many restarts, its answer."""
 
 
 def result(reference: Any, what: str) -> Any:

@@ -8,7 +8,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.failures import result
+from actors.failures import ActorLost, result
 from actors.placement import Seats
 from actors.settings import mark
 
@@ -85,8 +85,8 @@ def wait_for(
 ) -> list[Any]:
     """The values of ``references``, in order. ``meanwhile`` is called a few times a second.
 
-    Raises TimeoutError naming ``what`` after ``timeout`` seconds without any of them finishing, and ActorFailure or
-    ActorLost with the first cause as soon as one fails.
+    Raises ActorFailure or ActorLost with the first cause as soon as one fails, and ActorLost after ``timeout`` seconds
+    in which none finished: whoever hangs in its work will not come back from it.
     """
     pending, deadline = list(references), time.monotonic() + timeout
     while pending:
@@ -96,6 +96,6 @@ def wait_for(
         if finished:
             deadline = time.monotonic() + timeout
         elif time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: nothing finished within {timeout:g} s (actors.timeout_seconds)")
+            raise ActorLost(f"{what}: nothing finished within {timeout:g} s (actors.timeout_seconds)")
         meanwhile()
     return [result(reference, what) for reference in references]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from actors.settings import ActorSettings
 from orchestration.tracking import TrackingSettings
+from pipelines.checkpoint import parse_size
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
 from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings
 
@@ -40,7 +41,16 @@ class CheckpointSettings(Settings):
     """Commits of the whole run state."""
 
     every: int = Field(5, ge=1, description="steps between commits")
-    keep: int = Field(2, ge=1)
+    keep: int | str = Field(2, description='newest commits to keep: their number, or what all may take ("20 GB")')
+
+    @field_validator("keep")
+    @classmethod
+    def _is_number_or_size(cls, keep: int | str) -> int | str:
+        if isinstance(keep, int) and keep < 1:
+            raise ValueError("at least 1 commit has to stay")
+        if isinstance(keep, str):
+            parse_size(keep)
+        return keep
 
 
 class DdpoConfig(Settings):

@@ -95,14 +95,14 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None
         run.record(step, metrics | (held_out.metrics() if held_out else {}))
+        if held_out:  # before the commit, after which nothing of this step is done again
+            report.progress(step + 1, held_out)
 
         if run.commit_due():
             with run.stage("commit"):
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
                 known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
                 run.commit(state.tensors, known, crew.cpu_seconds())
-        if held_out:
-            report.progress(step + 1, held_out)
         watch(run)
 
     after = held_out or evaluate(config.evaluation.images)

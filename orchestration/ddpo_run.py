@@ -7,7 +7,6 @@ MLflow drops points it knows, so each is there once.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import write_durably, write_json
+from pipelines.atomic import append_durably, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 from policies.health import SickNumbers
 
@@ -163,10 +162,7 @@ class DdpoRun(Run):
 
     def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
         """Make everything up to the finished step durable, then deliver it."""
-        with self.journal.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._pending)
-            file.flush()
-            os.fsync(file.fileno())
+        append_durably(self.journal, "".join(json.dumps(line) + "\n" for line in self._pending).encode())
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.atomic import write_json
+from pipelines.atomic import append_durably, write_json
 
 Record = dict[str, Any]  # run: MLflow's id; kind; once: what it tells, if it may be told once; what the kind needs
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries
@@ -44,7 +44,6 @@ class Outbox:
         position = json.loads(self._position.read_text())
         self._delivered, self.began = position["records"], position["began"]  # began: seconds since the epoch
         self._waiting = deque(known[self._delivered :])
-        self._file = self._path.open("ab")
         self._changed = threading.Condition()
         self._closing = self._hurry = False
         self._away_since: float | None = None
@@ -70,9 +69,7 @@ class Outbox:
                         continue
                     self._told.add(_identity(record))
                 new.append(record)
-            self._file.writelines(json.dumps(record, default=str).encode() + b"\n" for record in new)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append_durably(self._path, b"".join(json.dumps(record, default=str).encode() + b"\n" for record in new))
             self._waiting.extend(new)
             self._changed.notify_all()
 
@@ -101,7 +98,6 @@ class Outbox:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(_LONGEST_PAUSE if not self._waiting else 0)  # it may hang in a call to a silent server
-        self._file.close()
 
     def _courier(self) -> None:
         pause = _FIRST_PAUSE

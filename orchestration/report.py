@@ -1,5 +1,6 @@
 """What a run leaves to look at: grids of fixed prompts and seeds, curves, before → after, summary, report."""
 
+import io
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
 from orchestration.html_report import read_journal, write_report
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import write_json
+from pipelines.atomic import write_durably, write_json
 from policies.streams import derive_seed
 
 _GRID_IMAGES = 12  # the first of the held-out ones
@@ -104,7 +105,8 @@ class Report:
         self.directory.mkdir(exist_ok=True)
         shown = len(self.prompts)
         images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
-        np.savez(self._path(step, "npz"), images=images)
+        np.savez(packed := io.BytesIO(), images=images)
+        write_durably(self._path(step, "npz"), packed.getvalue())
         write_json(self._path(step, "json"), {**values, "prompts": self.prompts[: len(images)], "captions": captions})
         self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
 

@@ -1,10 +1,12 @@
 """A run's directory: its lock, its manifest, its MLflow run, its clock, and what it shows while it lives."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -22,6 +24,12 @@ from orchestration.display import Display
 from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
+
+
+class DiskError(RuntimeError):
+    """The disk takes no more of a run: it is full, over a quota, broken, or no longer ours to write."""
 
 
 class Run:
@@ -55,6 +63,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = ending(kind)
+        refused = self._refused(error)
+        error = refused or error
         if error is not None and status == "FAILED":
             self.manifest["error"] = f"{type(error).__name__}: {error}"
         try:
@@ -65,9 +75,23 @@ class Run:
             if status != "FINISHED":
                 self.display.say(f"{status.lower()}; {self.progress()}")
                 self.display.say(f"go on with: ouroboros resume {self.directory}")
+        except OSError as unsaid:
+            if refused is None:
+                raise
+            self.display.say(f"warning: how the run ended could not be noted: {unsaid}; {self.progress()}")
         finally:
             self.display.__exit__(None, None, None)
             self._lock.close()
+        if refused:
+            raise refused
+
+    def _refused(self, error: BaseException | None) -> DiskError | None:
+        """What the disk would not take, in words; None if ``error`` is another."""
+        if not isinstance(error, OSError) or error.errno not in _DISK:
+            return None
+        free = shutil.disk_usage(self.directory).free
+        what = f"{error.filename or self.directory}: {error.strerror} ({free / 1e9:.1f} GB free)"
+        return DiskError(f"{what}; the last commit stands: mend that, then 'ouroboros resume {self.directory}'")
 
     def opened(self) -> None:
         """What a loop does once its tracker is there."""

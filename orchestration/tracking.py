@@ -4,6 +4,7 @@ A new run needs its store at the start. From then on everything goes through an 
 server that is away holds up nothing and loses nothing, and what is said again after a resume is there once.
 """
 
+import contextlib
 import copy
 import getpass
 import os
@@ -270,7 +271,8 @@ class _SystemMetrics(threading.Thread):
             for monitor in self._source.monitors:
                 monitor.clear_metrics()
             step = int((time.time() - self._tracker._outbox.began) / self._source.sampling_interval)
-            self._tracker.metrics(step, values, _now())
+            with contextlib.suppress(OSError):  # on a full disk the run itself has more to say
+                self._tracker.metrics(step, values, _now())
 
     def end(self) -> None:
         self._ended.set()

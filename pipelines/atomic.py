@@ -24,6 +24,17 @@ def commit_directory(target: Path, files: Mapping[str, bytes], about: Mapping[st
     """Put ``files`` at ``target``, in place of what was there; ``about`` is kept in the manifest."""
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_directory(aside, files, about)
+    except OSError:  # a full disk is not left fuller
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    _flush_directory(target.parent)
+
+
+def _write_directory(aside: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest = json.dumps({**about, "sha256": hashes}, indent=1).encode()
     folders = {aside} | {(aside / name).parent for name in files}
@@ -33,9 +44,6 @@ def commit_directory(target: Path, files: Mapping[str, bytes], about: Mapping[st
         write_durably(aside / name, content)
     for folder in folders:
         _flush_directory(folder)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
-    _flush_directory(target.parent)
 
 
 def read_directory(directory: Path) -> tuple[Files, dict[str, Any]]:
@@ -78,6 +86,19 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def append_durably(path: Path, content: bytes) -> None:
+    """Add all of ``content`` to a file, or nothing of it if the disk takes no more, and flush it to the disk."""
+    with path.open("ab", buffering=0) as file:
+        before, left = os.fstat(file.fileno()).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _flush_directory(path: Path) -> None:

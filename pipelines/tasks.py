@@ -31,9 +31,12 @@ class Task:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        content = [SCHEMA, self.kind, self.parameters, [task.key for task in self.inputs]]
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:32])
+        object.__setattr__(self, "key", _key(self.kind, self.parameters, [task.key for task in self.inputs]))
+
+
+def _key(kind: str, parameters: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    text = json.dumps([SCHEMA, kind, parameters, inputs], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def in_order(tasks: Iterable[Task]) -> Iterator[Task]:
@@ -77,7 +80,10 @@ class TaskStore:
 
     def about(self, key: str) -> dict[str, Any]:
         """What made a result, when and in how many seconds. Raises DamagedFiles."""
-        return read_manifest(self.path(key))
+        about = read_manifest(self.path(key))
+        if key != _key(*(about.get(part) for part in ("kind", "parameters", "inputs"))):
+            raise DamagedFiles(f"{self.path(key)} holds the result of another task: it was renamed or altered")
+        return about
 
     def forget(self, key: str) -> None:
         """Delete a result's files. What made it stays known, so it counts as done until someone needs the files."""

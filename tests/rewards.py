@@ -1,6 +1,10 @@
 """Somebody's own rewards, named by their import path."""
 
+import os
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -30,3 +34,14 @@ def minus_square(values: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
 def one_number(values: np.ndarray, labels: np.ndarray | None) -> float:
     """Not one number a sample."""
     return 1.0
+
+
+HANG = Path(tempfile.gettempdir()) / f"ouroboros-hang-{os.getuid()}"
+
+
+def hangs_once(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    """:func:`redness`, but a call that finds ``HANG`` takes it away and never comes back."""
+    if HANG.exists():
+        HANG.unlink()
+        time.sleep(3600)
+    return redness(images, prompts, captions)

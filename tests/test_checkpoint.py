@@ -10,7 +10,8 @@ import pytest
 
 from pipelines import atomic
 from pipelines.atomic import DamagedFiles, write_json
-from pipelines.checkpoint import CheckpointStore
+from pipelines.checkpoint import CheckpointStore, QuotaError
+from tests.damage import damaged
 
 TENSORS: dict[str, np.ndarray] = {
     "weight": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32),
@@ -46,6 +47,21 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     assert store.load().step == 10
     with pytest.raises(FileNotFoundError, match=r"no commit of step 2 \(there are: \[9, 10\]\)"):
         store.load(2)
+
+
+def test_commits_stay_within_a_size(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep="1 MB")
+    tensors = {"weight": np.zeros(300_000, np.uint8)}
+    for step in (1, 2, 3, 4, 5):
+        store.commit(step, tensors, {})
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 1_000_000
+    assert store.steps() == [3, 4, 5]
+    with pytest.raises(QuotaError, match=r"0\.0006 GB, .*checkpoint\.keep='1 MB' has to be 0\.0012 GB"):
+        store.commit(6, {"weight": np.zeros(600_000, np.uint8)}, {})
+    assert store.load().step == 5
+    for step in (6, 7):
+        store.commit(step, {"weight": np.zeros(490_000, np.uint8)}, {})
+    assert store.steps() == [6, 7]
 
 
 def test_a_new_store_is_empty(store: CheckpointStore) -> None:
@@ -160,24 +176,12 @@ def test_a_manifest_that_points_outside_is_refused(store: CheckpointStore, name:
 
 
 def test_two_hundred_damaged_commits_are_refused(store: CheckpointStore) -> None:
-    """A bit turned, bytes cut off, put in or overwritten, in whichever file."""
     store.commit(1, TENSORS, STATE)
     whole = {path: path.read_bytes() for path in store.path(1).iterdir()}
     dice, refused = random.Random(0), 0
     for _ in range(200):
         path = dice.choice(sorted(whole))
-        content = bytearray(whole[path])
-        place = dice.randrange(len(content))
-        kind = dice.choice(["turn", "cut", "put in", "overwrite"])
-        if kind == "turn":
-            content[place] ^= 1 << dice.randrange(8)
-        elif kind == "cut":
-            del content[place:]
-        elif kind == "put in":
-            content[place:place] = dice.randbytes(9)
-        else:
-            content[place : place + 40] = dice.randbytes(40)
-        path.write_bytes(content)
+        path.write_bytes(damaged(whole[path], dice))
         damage = ""
         try:
             loaded = store.load()

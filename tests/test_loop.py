@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import pytest
 from PIL import Image
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
+from pipelines.locations import CHECKOUT
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.processes import start, wait_until
+from tests.rewards import HANG
 
 STEPS = 4
 PROMPTS = ("a red seven", "a blue two", "a green one", "a red two", "a blue seven", "a green two")
@@ -230,6 +234,67 @@ def test_a_fork_begins_where_its_source_stood(
             fork(finished, wrong, step=STEPS - 1)
     with pytest.raises(ConfigError, match=r"no commit of step 1 \(there are: \[3, 4\]\)"):
         fork(finished, [], step=1)
+
+
+def test_work_that_hangs_is_done_again(
+    overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orchestration.ddpo import run_ddpo
+
+    directory = tmp_path / "run"
+    own = ["actors.samplers=1", "actors.timeout_seconds=15", "reward.function=tests.rewards:hangs_once"]
+    config = configure(overrides, f"output_dir={directory}", *own)
+    try:
+        run_ddpo(config, lambda run: HANG.touch() if run.step == 2 and len(run._losses) == 0 else None)
+        assert not HANG.exists()
+    finally:
+        HANG.unlink(missing_ok=True)
+    assert "step 3: rewards: nothing finished within 15 s" in capsys.readouterr().out
+    assert summary(directory)["weights_sha256"] == summary(finished)["weights_sha256"]
+    lines = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, STEPS + 1))
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=3m none "$DISK" || exit 7
+"$@" "output_dir=$DISK/run"
+[ $? = 1 ] || exit 8
+ls "$DISK/run/checkpoints"
+mount -o remount,size=50m "$DISK"
+"$PYTHON" -m orchestration.cli resume "$DISK/run" && cp -r "$DISK/run" "$KEPT"
+"""
+
+
+def test_a_full_disk_is_said_and_what_was_committed_stands(
+    overrides: list[str], finished: Path, tmp_path: Path
+) -> None:
+    """A disk of 3 MB, where a third commit has no room beside the two before it, and then a larger one."""
+    alone = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody have a file system view of one's own")
+    (tmp_path / "disk").mkdir()
+    names = {"DISK": str(tmp_path / "disk"), "KEPT": str(tmp_path / "kept"), "PYTHON": sys.executable}
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = [sys.executable, "-m", "orchestration.cli", "ddpo", *overrides, f"tracking.uri={store}"]
+    shell = subprocess.run(
+        [*alone, "sh", "-c", SMALL_DISK, "sh", *run],
+        env=os.environ | names,
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert shell.returncode == 0, shell.stdout + shell.stderr
+    assert "DiskError" in shell.stderr
+    assert "No space left on device (0.0 GB free); the last commit stands" in shell.stderr
+    assert "Traceback" not in shell.stderr
+    assert "step-000001\nstep-000002\n" in shell.stdout
+    assert summary(tmp_path / "kept")["weights_sha256"] == summary(finished)["weights_sha256"]
+    run_id = summary(tmp_path / "kept")["mlflow_run_id"]
+    from mlflow import MlflowClient
+
+    points = MlflowClient(store).get_metric_history(run_id, "reward/mean")
+    assert [point.step for point in points] == list(range(1, STEPS + 1))
 
 
 def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real data: every kind of source gives the same arrays, what is wrong is named, and the reference is never reused."""
 
+import random
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.real_data import DataSettings, RealData, ledger_order, load_real_data, split_reference
+from tests.damage import damaged
 
 
 def picture(seed: int, mode: str = "L", size: tuple[int, int] = (9, 6)) -> Image.Image:
@@ -263,3 +265,20 @@ def test_each_seed_uses_up_the_pool_in_its_own_order() -> None:
         np.testing.assert_array_equal(np.sort(order), np.arange(500))
     assert all((orders[i] == orders[j]).mean() < 0.05 for i, j in [(0, 1), (0, 2), (1, 2)])
     np.testing.assert_array_equal(ledger_order(500, 2), orders[2])
+
+
+def test_two_hundred_damaged_images_are_named_or_read_as_they_were(tmp_path: Path) -> None:
+    """PNG, which has checksums: what a damaged file of another format shows, nobody can tell from what it showed."""
+    path = save(tmp_path / "data" / "0.png", picture(0))
+    whole, expected, dice = path.read_bytes(), load(tmp_path / "data").images, random.Random(0)
+    refused = []
+    for _ in range(200):
+        path.write_bytes(damaged(whole, dice))
+        try:
+            images = load(tmp_path / "data").images
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            np.testing.assert_array_equal(images, expected)
+    assert len(refused) > 160  # the rest lost nothing but the mark of its end
+    assert all("0.png cannot be read" in each for each in refused)

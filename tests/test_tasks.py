@@ -1,11 +1,17 @@
 """Content-addressed tasks: the same work has the same name, and what was done is not done again."""
 
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset, Features, Image, Value
 
+from pipelines.families.registry import packed
 from pipelines.tasks import Task, TaskStore, in_order
+from tests.damage import damaged
 
 
 @pytest.fixture
@@ -70,6 +76,32 @@ def test_damaged_results_are_made_again(store: TaskStore, done: list[Task]) -> N
     (store.path(done[1].key) / "model.bin").write_bytes(b"something else")
     (store.path(done[2].key) / "manifest.json").write_text("{")
     assert store.to_do(done) == {done[1].key, done[2].key}
+
+
+def test_two_hundred_damaged_data_sets_are_made_again(store: TaskStore) -> None:
+    """Samples as they are stored. What is accepted all the same has every file as it was."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    rows = {"image": list(images), "label": list(range(20))}
+    data = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")}))
+    task, files = Task("sample", {"seed": 1}), packed(data.save_to_disk)
+    store.commit(task, files, {})
+    whole = {path: path.read_bytes() for path in store.path(task.key).rglob("*") if path.is_file()}
+    dice, refused = random.Random(0), 0
+    for _ in range(200):
+        path = dice.choice(sorted(whole))
+        path.write_bytes(damaged(whole[path], dice))
+        if store.to_do([task]):
+            refused += 1
+        else:
+            assert store.load(task.key) == files
+        path.write_bytes(whole[path])
+    assert refused > 180
+
+
+def test_a_result_put_in_anothers_place_is_made_again(store: TaskStore, done: list[Task]) -> None:
+    shutil.rmtree(store.path(done[1].key))
+    shutil.copytree(store.path(done[2].key), store.path(done[1].key))
+    assert store.to_do(done) == {done[1].key}
 
 
 def test_forgotten_results_are_made_again_only_for_someone_who_reads_them(store: TaskStore, done: list[Task]) -> None:
