@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from actors.failures import result
+from actors.failures import ActorLost, result
 from actors.patrol import Patrol
 from actors.pool import POLL_SECONDS
 from actors.settings import mark
@@ -45,7 +45,8 @@ class TaskRunner:
     def run(self, tasks: Iterable[Task], meanwhile: Callable[[], None] = lambda: None) -> Iterator[Task]:
         """Yields every task of the graph once its result is stored.
 
-        Raises ActorFailure naming the task that failed, TimeoutError if none finishes for ``timeout`` seconds.
+        Raises ActorFailure naming the task that failed, ActorLost if none finishes for ``timeout`` seconds or a worker
+        died too often. What is stored by then stays, and another runner goes on from it.
         """
         order = list(in_order(tasks))
         to_do = self._store.to_do(order)
@@ -97,10 +98,10 @@ class TaskRunner:
         done: list[ObjectRef] = []
         while not done:
             if time.monotonic() > deadline:
-                first = next(iter(self._pending.values()))
-                raise TimeoutError(
-                    f"{first.label}: nothing finished within {self._timeout:g} s (workers.timeout_seconds)"
-                )
+                first = next(iter(self._pending.values())).label
+                for reference in self._pending:  # whoever hangs in a task would hold its place
+                    ray.cancel(reference, force=True)
+                raise ActorLost(f"{first}: nothing finished within {self._timeout:g} s (workers.timeout_seconds)")
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=POLL_SECONDS)
             meanwhile()
         more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)

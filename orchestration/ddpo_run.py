@@ -23,7 +23,6 @@ from pipelines.atomic import append_durably, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 from policies.health import SickNumbers
 
-_LOSSES = 3  # a run that is thrown back so often to the same commit is not going to get past it
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
@@ -47,7 +46,6 @@ class DdpoRun(Run):
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
         self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
         self._pending: list[dict[str, Any]] = []
-        self._losses: list[int] = []  # the steps gone back to, since the run last came further
 
     @classmethod
     def create(cls, config: DdpoConfig) -> Self:
@@ -81,10 +79,7 @@ class DdpoRun(Run):
 
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""
-        self._losses = [step for step in self._losses if step == self.manifest["committed_step"]]
-        if len(self._losses) == _LOSSES:
-            raise lost
-        self._losses.append(self.manifest["committed_step"])
+        self.withstand(lost, at=self.manifest["committed_step"])
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
         self._pending = []

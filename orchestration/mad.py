@@ -8,6 +8,7 @@ each other, the measuring of one generation beside the training of the next. The
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actors.failures import ActorLost
 from actors.tasks import TaskRunner
 from orchestration.cluster import connected
 from orchestration.config import validate
@@ -18,6 +19,7 @@ from orchestration.mad_run import MadRun
 from orchestration.run import read_manifest
 from pipelines.mad_graph import Chain, Drawn, Generation, RealSource, batch_sizes
 from pipelines.mad_tasks import perform
+from pipelines.tasks import Task
 from policies.data_rules import training_sets
 
 
@@ -25,10 +27,19 @@ def run_mad(config: MadConfig) -> Path:
     """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
     experiment = preflight_mad(config)
     generations = unroll(config, experiment)
-    with MadRun.open(config, experiment, generations) as run, connected(experiment.gpus):
-        runner = TaskRunner(perform, run.store, **experiment.resources)
-        wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
-        for task in runner.run([*experiment.floors.values(), *wanted], lambda: run.watch(runner)):
+    wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
+    with MadRun.open(config, experiment, generations) as run:
+        while True:
+            try:
+                return _perform_all(run, [*experiment.floors.values(), *wanted])
+            except ActorLost as lost:
+                run.go_on(lost)
+
+
+def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
+    with connected(run.experiment.gpus):
+        runner = TaskRunner(perform, run.store, **run.experiment.resources)
+        for task in runner.run(wanted, lambda: run.watch(runner)):
             run.record(task)
         return report(run)
 

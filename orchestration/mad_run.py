@@ -75,6 +75,7 @@ class MadRun(Run):
         self._unsent: dict[str, list[tuple[int, Mapping[str, float], int]]] = defaultdict(list)  # by tracker
         self._flushed_at = time.monotonic()
         self._done = 0
+        self._recorded: set[str] = set()  # keys
         self._wall_before = manifest.get("wall_seconds", 0.0)
 
     @classmethod
@@ -147,7 +148,10 @@ class MadRun(Run):
             self.flush()
 
     def record(self, task: Task) -> None:
-        """Take in the result of a task: show it, and note it for MLflow."""
+        """Take in the result of a task, once: show it, and note it for MLflow."""
+        if task.key in self._recorded:
+            return
+        self._recorded.add(task.key)
         about = self.store.about(task.key)
         for name in ("wall", "cpu"):
             self.seconds_by_stage[f"{task.kind}/{name}"] += about.get(f"{name}_seconds", 0.0)
@@ -156,6 +160,11 @@ class MadRun(Run):
                 self._record_measure(generation, about["finished_at_ms"])
             else:
                 self._record_training_set(generation)
+
+    def go_on(self, lost: Exception) -> None:
+        """After a loss, with what is stored. Raises ``lost`` if the run comes no further."""
+        self.withstand(lost, at=len(self._recorded))
+        self.display.say(f"{lost}; going on with what is stored")
 
     def metrics_of(self, task: Task) -> dict[str, list[float]]:
         """For each metric one value a universe, as a measuring task left them."""

@@ -25,6 +25,7 @@ from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_re
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
+_LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
 
 
@@ -42,6 +43,7 @@ class Run:
         self.display = display
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self._tracking = tracking
+        self._losses: list[int] = []  # where the run stood at each loss since it last came further
         self._wall_before = self._cpu_before = 0.0
 
     def __enter__(self) -> Self:
@@ -99,6 +101,13 @@ class Run:
     def progress(self) -> str:
         """How far the run has come, in words."""
         raise NotImplementedError
+
+    def withstand(self, lost: Exception, at: int) -> None:
+        """Note a loss at ``at`` of the run's way. Raises ``lost`` if the run comes no further."""
+        self._losses = [place for place in self._losses if place == at]
+        if len(self._losses) == _LOSSES:
+            raise lost
+        self._losses.append(at)
 
     def _abandon(self) -> None:
         """Leave no trace of a run that could not begin, so that the same command may be given again."""

@@ -81,7 +81,7 @@ class TaskStore:
     def about(self, key: str) -> dict[str, Any]:
         """What made a result, when and in how many seconds. Raises DamagedFiles."""
         about = read_manifest(self.path(key))
-        if key != _key(*(about.get(part) for part in ("kind", "parameters", "inputs"))):
+        if key != _key(about.get("kind", ""), about.get("parameters", {}), about.get("inputs", [])):
             raise DamagedFiles(f"{self.path(key)} holds the result of another task: it was renamed or altered")
         return about
 

@@ -1,8 +1,9 @@
 """Runs under fire: processes are killed and stopped at random, and the end has to be that of an undisturbed run.
 
-``python -m tests.chaos --faults 100 --seed 0`` makes runs of both loops, disturbs each several times, and compares
-weights, manifests and every point and image in MLflow with a run that nobody touched. It goes on where it was
-interrupted, prints a table of faults and outcomes, and returns how many runs ended otherwise than they should.
+``python -m tests.chaos --faults 100 --seed 0`` makes runs of both loops, on this machine alone and on a cluster whose
+second node is lost again and again, disturbs each several times, and compares weights, manifests and every point and
+image in MLflow with a run that nobody touched. It goes on where it was interrupted, prints a table of faults and
+outcomes, and returns how many runs ended otherwise than they should.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -26,27 +27,36 @@ import psutil
 
 from orchestration.run import git_commit
 from tests.models import build_tiny_captioner, build_tiny_pipeline
+from tests.nodes import Nodes, environment
 from tests.processes import start, wait_until
 from tests.servers import MlflowServer
 
 MARK = "OUROBOROS_CHAOS"  # in the environment of everything that a run starts
 ROLES = {"sampler": "ray::Sampler", "captioner": "ray::CaptionerActor", "reward": "ray::RewardActor"}
-ROLES |= {"learner": "ray::LearnerActor", "evaluator": "ray::EvaluatorActor", "worker": "ray::_perform"}
+ROLES |= {"learner": "ray::LearnerActor", "worker": "ray::_perform", "raylet": "raylet"}
+EVERYWHERE = [("driver", "SIGKILL"), ("driver", "SIGSTOP"), ("MLflow", "SIGKILL"), ("raylet", "SIGKILL")]
 FAULTS = {
-    "ddpo": [(r, s) for r in ("sampler", "captioner", "reward", "learner") for s in ("SIGKILL", "SIGSTOP")],
+    "ddpo": [(role, how) for role in ("sampler", "captioner", "reward", "learner") for how in ("SIGKILL", "SIGSTOP")],
     "mad": [("worker", "SIGKILL"), ("worker", "SIGSTOP")],
+    "ddpo on two nodes": [("node", "SIGKILL")],
 }
-EVERYWHERE = [("driver", "SIGKILL"), ("driver", "SIGSTOP"), ("MLflow", "SIGKILL")]
-FAULTS_PER_RUN = {"ddpo": 8, "mad": 6}
+FAULTS["ddpo"] += EVERYWHERE
+FAULTS["mad"] += EVERYWHERE
+TURNS = ("ddpo", "mad", "ddpo", "ddpo on two nodes")
+FAULTS_PER_RUN = {"ddpo": 8, "mad": 6, "ddpo on two nodes": 3}
 _RUN_SECONDS = 900.0  # the longest life of a run, faults and all
+_TOGETHER = 0.25  # of the faults come right after another, before the run recovers from it
+_STRUCK_UNTIL = 0.8  # of a run: what is hit has still to do something
 
 
 @dataclass
 class Strike:
-    """One fault: what was hit, how, and how long until the run came further (None: another came first, or it ended)."""
+    """One fault: what is hit, how, and once how much of the run is committed. ``seconds`` is how long it was until the
+    run came further; None: another fault came first, or the run ended."""
 
     target: str
     how: str
+    due: int
     seconds: float | None = None
 
 
@@ -58,7 +68,25 @@ class Stage:
     server: MlflowServer
     arguments: dict[str, list[str]]
     random: random.Random
+    nodes: Nodes | None = None
     strikes: list[Strike] = field(default_factory=list)
+    mends: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
+
+    def mend_later(self, strike: Strike, mend: Callable[[], object]) -> None:
+        """After some seconds or, as a quick run would be over by then, some commits."""
+        self.mends.append((time.monotonic() + self.random.uniform(0.0, 10.0), strike.due + 5, mend))
+
+    def mend(self, committed: float = float("inf")) -> None:
+        """What it is time for; by default all."""
+        for moment in [each for each in self.mends if time.monotonic() >= each[0] or committed >= each[1]]:
+            self.mends.remove(moment)
+            moment[2]()
+
+    def replace_node(self) -> None:
+        """A new second node for one that was lost."""
+        assert self.nodes is not None
+        self.nodes.end("second")
+        self.nodes.begin("second")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,15 +105,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         arguments_of = {"ddpo": ddpo_arguments(directory, server.uri), "mad": mad_arguments(server.uri)}
         expected = {loop: undisturbed(directory / loop, arguments_of[loop], server) for loop in arguments_of}
+        arguments_of["ddpo on two nodes"], expected["ddpo on two nodes"] = arguments_of["ddpo"], expected["ddpo"]
         while sum(len(each["strikes"]) for each in rounds) < chosen.faults:
             number = len(rounds)
-            loop = ("ddpo", "mad")[number % 2]
-            left = chosen.faults - sum(len(each["strikes"]) for each in rounds)
+            loop = TURNS[number % len(TURNS)]
             dice = random.Random(f"{chosen.seed} {number}")
-            stage = Stage(directory, server, arguments_of, dice)
-            kinds = dice.choices(FAULTS[loop] + EVERYWHERE, k=min(left, FAULTS_PER_RUN[loop]))
-            found = disturbed(stage, loop, directory / f"{loop}-{number}", [Strike(*kind) for kind in kinds])
-            wrong = differences(directory / f"{loop}-{number}", found, expected[loop])
+            strikes = planned(loop, rounds, expected[loop]["committed"], dice)
+            place = directory / f"{loop.replace(' ', '-')}-{number}"
+            with Nodes() if "nodes" in loop else nullcontext() as nodes:
+                stage = Stage(directory, server, arguments_of, dice, nodes)
+                for name in ("first", "second") if nodes else ():
+                    nodes.begin(name)
+                found = disturbed(stage, loop, place, strikes)
+            wrong = differences(place, found, expected[loop])
             line = {"loop": loop, "strikes": [vars(strike) for strike in stage.strikes], "wrong": wrong}
             rounds.append(line)
             with record.open("a") as file:
@@ -98,6 +130,23 @@ def main(arguments: list[str] | None = None) -> int:
         server.kill()
     tell(rounds, json.loads((directory / "ddpo" / "typical.json").read_text())["seconds"])
     return sum(bool(each["wrong"]) for each in rounds)
+
+
+def planned(loop: str, rounds: Sequence[dict[str, Any]], committed: int, dice: random.Random) -> list[Strike]:
+    """The faults of a run: those that the loop's runs have had least of, at random moments, some of them together."""
+    before = [strike for each in rounds if each["loop"] == loop for strike in each["strikes"]]
+    had = Counter((strike["target"], strike["how"]) for strike in before)
+    kinds: list[tuple[str, str]] = []
+    for _ in range(FAULTS_PER_RUN[loop]):
+        least = min(had[kind] for kind in FAULTS[loop])
+        kinds.append(dice.choice([kind for kind in FAULTS[loop] if had[kind] == least]))
+        had[kinds[-1]] += 1
+    moments = sorted(dice.sample(range(1, round(_STRUCK_UNTIL * committed)), len(kinds)))
+    for number in range(1, len(moments)):
+        if dice.random() < _TOGETHER:
+            moments[number] = moments[number - 1]
+    dice.shuffle(kinds)
+    return [Strike(*kind, due) for kind, due in zip(kinds, moments, strict=True)]
 
 
 def ddpo_arguments(directory: Path, uri: str, steps: int = 40) -> list[str]:
@@ -152,7 +201,7 @@ def undisturbed(directory: Path, arguments: list[str], server: MlflowServer) -> 
         assert process.wait(timeout=_RUN_SECONDS) == 0, (directory / "log").read_text()
         steps = committed(directory / "run")
         (directory / "typical.json").write_text(json.dumps({"seconds": (time.monotonic() - began) / steps}))
-        kept.write_text(json.dumps(leavings(directory / "run", server)))
+        kept.write_text(json.dumps(leavings(directory / "run", server) | {"committed": steps}))
     content: dict[str, Any] = json.loads(kept.read_text())
     return content
 
@@ -160,19 +209,24 @@ def undisturbed(directory: Path, arguments: list[str], server: MlflowServer) -> 
 def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike]) -> dict[str, Any]:
     """A run with faults, resumed as often as its driver is killed. Returns what it leaves."""
     log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
-    process = start([*stage.arguments[loop], f"output_dir={directory}"], log)
-    wait_until(lambda: committed(directory) > 0 or process.poll() is not None, 300, f"{loop} begins")
-    coming = list(strikes)
+    cluster = environment(stage.nodes.address) if stage.nodes else None
+    process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster)
+    coming, struck, stood = list(strikes), 0.0, 0
     while process.poll() in (None, -signal.SIGKILL):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
         if process.poll() is not None:
-            process = start(["resume", str(directory)], log)
-        time.sleep(stage.random.uniform(0.0, 4.0))
-        if coming and process.poll() is None and hit(stage, process, coming[0]):
-            strike = coming.pop(0)
-            stage.strikes.append(strike)
-            if process.poll() is None and stage.random.random() < 0.6:  # else the next may come before it recovers
-                strike.seconds = _seconds_until_further(directory, process)
+            process = start(["resume", str(directory)], log, cluster)
+        now = committed(directory)
+        if stage.strikes and stage.strikes[-1].seconds is None and now > stood:
+            stage.strikes[-1].seconds = time.monotonic() - struck
+        if coming and now >= coming[0].due:
+            time.sleep(stage.random.uniform(0.0, 0.5))  # anywhere within a step
+            if process.poll() is None and hit(stage, process, coming[0]):
+                stage.strikes.append(coming.pop(0))
+                struck, stood = time.monotonic(), committed(directory)
+        stage.mend(now)
+        time.sleep(0.05)
+    stage.mend()
     wait_until(stage.server.answers, 120, "the MLflow server")
     if process.wait() != 0:
         return {"exit code": process.returncode}
@@ -180,39 +234,38 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
     return leavings(directory, stage.server)
 
 
-def _seconds_until_further(directory: Path, process: subprocess.Popen[bytes]) -> float | None:
-    """How long a run takes to its next commit; None if it ended before."""
-    came, before = time.monotonic(), committed(directory)
-    wait_until(lambda: committed(directory) > before or process.poll() is not None, 300, f"{directory} goes on")
-    return time.monotonic() - came if committed(directory) > before else None
-
-
 def hit(stage: Stage, process: subprocess.Popen[bytes], strike: Strike) -> bool:
     """Do it. Returns whether there was something to hit."""
     if strike.target == "MLflow":
+        stage.mend()
         stage.server.kill()
-        time.sleep(stage.random.uniform(0.0, 8.0))
-        stage.server.begin()
-        return True
-    victim = process.pid if strike.target == "driver" else _one_of(stage, process, ROLES[strike.target])
-    if victim is None:
+        stage.mend_later(strike, stage.server.begin)
+    elif strike.target == "node":
+        assert stage.nodes is not None
+        stage.mend()
+        stage.nodes.lose("second")
+        stage.mend_later(strike, stage.replace_node)
+    else:
+        victim = process.pid if strike.target == "driver" else _one_of(stage, process, ROLES[strike.target])
+        if victim is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(victim, getattr(signal, strike.how))
+            if strike.target == "driver" and strike.how == "SIGSTOP":
+                time.sleep(stage.random.uniform(1.0, 12.0))
+                os.kill(victim, signal.SIGCONT)
+            if strike.target == "driver" and strike.how == "SIGKILL":
+                process.wait()
+            return True
         return False
-    with suppress(ProcessLookupError):
-        os.kill(victim, getattr(signal, strike.how))
-        if strike.target == "driver" and strike.how == "SIGSTOP":
-            time.sleep(stage.random.uniform(1.0, 12.0))
-            os.kill(victim, signal.SIGCONT)
-        if strike.target == "driver" and strike.how == "SIGKILL":
-            process.wait()
-        return True
-    return False
+    return True
 
 
 def _one_of(stage: Stage, process: subprocess.Popen[bytes], title: str) -> int | None:
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error, IndexError):
-            if child.cmdline()[0].startswith(title):
+            if child.cmdline()[0].startswith(title) or child.name() == title:
                 found.append(child.pid)
     return stage.random.choice(sorted(found)) if found else None
 
@@ -259,7 +312,7 @@ def leavings(directory: Path, server: MlflowServer) -> dict[str, Any]:
 def differences(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """What is not as it should be, in words."""
     found = json.loads(json.dumps(found))
-    wrong = [f"{key} differ" for key in expected if found.get(key) != expected[key]]
+    wrong = [f"{key} differ" for key in expected if key != "committed" and found.get(key) != expected[key]]
     wrong += [f"exit code {found['exit code']}"] if "exit code" in found else []
     wrong += [f"left over: {path}" for path in directory.rglob("*.partial")]
     outbox = directory / "outbox"
@@ -286,12 +339,12 @@ def tell(rounds: list[dict[str, Any]], step_seconds: float) -> None:
         for strike in each["strikes"]:
             table[each["loop"], strike["target"], strike["how"]].append((strike["seconds"], not each["wrong"]))
     print(f"\ncommit {git_commit()}\n{len(rounds)} runs; an undisturbed DDPO run takes {step_seconds:.1f} s a step")
-    print(f"{'loop':<6}{'what':<12}{'fault':<10}{'times':>6}{'as undisturbed':>16}{'median s until it goes on':>28}")
+    print(f"{'loop':<20}{'what':<12}{'fault':<10}{'times':>6}{'as undisturbed':>16}{'median s until it goes on':>28}")
     for (loop, target, how), outcomes in sorted(table.items()):
         times = [seconds for seconds, _ in outcomes if seconds is not None]
         typical = f"{median(times):.1f} (of {len(times)})" if times else ""
         good = sum(good for _, good in outcomes)
-        print(f"{loop:<6}{target:<12}{how:<10}{len(outcomes):>6}{good:>16}{typical:>28}")
+        print(f"{loop:<20}{target:<12}{how:<10}{len(outcomes):>6}{good:>16}{typical:>28}")
     for number, each in enumerate(rounds):
         for wrong in each["wrong"]:
             print(f"WRONG  round {number} ({each['loop']}): {wrong}")

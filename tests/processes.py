@@ -4,22 +4,24 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.locations import CHECKOUT
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """``ouroboros`` in a process group of its own, as a shell would start it."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment.pop("RAY_ADDRESS", None)
+def start(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """``ouroboros`` in a process group of its own, as a shell would start it; with a Ray of its own, unless
+    ``environment`` says otherwise."""
+    if environment is None:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestration.cli", *arguments],
         stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=environment,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
         cwd=CHECKOUT,
     )
 

@@ -30,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(directory: Path, server: MlflowServer) -> list[str]:
-    return chaos.ddpo_arguments(directory, server.uri, steps=32)
+    return chaos.ddpo_arguments(directory, server.uri, steps=24)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ FAULTS = [
     ("captioner", "SIGSTOP"),
     ("MLflow", "SIGKILL"),
     ("learner", "SIGKILL"),
+    ("raylet", "SIGKILL"),
     ("driver", "SIGKILL"),
 ]
 
@@ -51,6 +52,7 @@ def test_a_run_under_fire_ends_as_an_undisturbed_one(
     directory: Path, arguments: list[str], expected: dict[str, Any], server: MlflowServer
 ) -> None:
     stage = chaos.Stage(directory, server, {"ddpo": arguments}, random.Random(0))
-    found = chaos.disturbed(stage, "ddpo", directory / "run", [chaos.Strike(*fault) for fault in FAULTS])
+    strikes = [chaos.Strike(*fault, due=3 * number) for number, fault in enumerate(FAULTS, start=1)]
+    found = chaos.disturbed(stage, "ddpo", directory / "run", strikes)
     assert [(strike.target, strike.how) for strike in stage.strikes] == FAULTS
     assert not chaos.differences(directory / "run", found, expected)

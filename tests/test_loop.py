@@ -244,8 +244,15 @@ def test_work_that_hangs_is_done_again(
     directory = tmp_path / "run"
     own = ["actors.samplers=1", "actors.timeout_seconds=15", "reward.function=tests.rewards:hangs_once"]
     config = configure(overrides, f"output_dir={directory}", *own)
+    steps: list[int] = []
+
+    def hang_in_the_third_step_once(run: Any) -> None:
+        steps.append(run.step)
+        if steps == [1, 2]:
+            HANG.touch()
+
     try:
-        run_ddpo(config, lambda run: HANG.touch() if run.step == 2 and len(run._losses) == 0 else None)
+        run_ddpo(config, hang_in_the_third_step_once)
         assert not HANG.exists()
     finally:
         HANG.unlink(missing_ok=True)

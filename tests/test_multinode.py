@@ -4,17 +4,13 @@ runs are empty. What a node has, Ray brought there; what a run has, its driver w
 import json
 import os
 import platform
-import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -22,19 +18,10 @@ from sklearn.datasets import load_digits
 from orchestration.config import DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
 from pipelines.locations import CHECKOUT
+from tests.nodes import Nodes, environment
 from tests.processes import wait_until
 
 KINDS = ("first", "second")
-# One node, as ``ray start`` and Ray's own test cluster make them, but on loopback alone. It ends with its input.
-NODE = """
-import json, sys
-from ray._private.node import Node
-from ray._private.parameter import RayParams
-settings = json.loads(sys.argv[1])
-node = Node(RayParams(**settings), head="gcs_address" not in settings, shutdown_at_exit=True, spawn_reaper=True)
-print(node.gcs_address, flush=True)
-sys.stdin.read()
-"""
 # In a mount namespace: $1, the checkout, holds nothing but the Python environment $2; $3, where tests write, is empty.
 APART = """
 set -e
@@ -68,15 +55,6 @@ with connected(gpus=0):
     actors = {a["ActorClassName"]: kinds[a["Address"]["NodeID"]] for a in known}
 print(json.dumps({"seen": seen, "actors": actors}))
 """
-TOKEN = secrets.token_hex(32)
-PROCESSES: dict[str, subprocess.Popen[str]] = {}  # by kind, what a node is to this system
-
-
-def environment(address: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    guarded = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # 127.0.0.1 is not taken for the name of an outer interface
-    return kept | guarded | loopback | ({"RAY_ADDRESS": address} if address else {})
 
 
 def ouroboros(*words: str, address: str) -> subprocess.CompletedProcess[str]:
@@ -87,30 +65,22 @@ def ouroboros(*words: str, address: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a head with the resource ``first``; the other node has ``second``."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head with the resource ``first``; the other node has ``second``."""
     if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system lets nobody have a file system view of one's own")
     hidden = str(tmp_path_factory.getbasetemp())
     apart = [*UNSHARE, "sh", "-c", APART, "sh", str(CHECKOUT), sys.prefix, hidden]
-    common = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 200 * 2**20}
-    common |= {"min_worker_port": 0, "max_worker_port": 0}
-    with ExitStack() as stack:
+    with Nodes(apart) as nodes:
+        for kind in KINDS:
+            nodes.begin(kind)
+        yield nodes
 
-        def begin(kind: str, **settings: Any) -> str:
-            # The path of a Unix socket has to be short, and pytest's own are long.
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
-            own = {**common, **settings, "temp_dir": place, "resources": {kind: 1}}
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            node = [*apart, place, sys.executable, "-c", NODE, json.dumps(own)]
-            process = stack.enter_context(subprocess.Popen(node, env=environment(None), **pipes))
-            assert process.stdout
-            PROCESSES[kind] = process
-            return process.stdout.readline().strip()
 
-        address = begin("first", include_dashboard=False)
-        begin("second", gcs_address=address, node_manager_port=0, dashboard_agent_listen_port=None)
-        yield address
+@pytest.fixture(scope="module")
+def cluster(nodes: Nodes) -> str:
+    """The address."""
+    return nodes.address
 
 
 TINY_DDPO = [
@@ -278,14 +248,14 @@ def test_nodes_of_a_kind_that_is_not_there_are_missed_before_anything_starts(clu
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_node_is_done_without(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_lost_node_is_done_without(nodes: Nodes, undisturbed: Path, tmp_path: Path) -> None:
     """Last, as the node is gone for good: the run goes back to its last commit on the one that is left."""
     words = [*TINY_DDPO, *FEWER_ACTORS, "training.steps=8", "actors.samplers=2", f"output_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "orchestration.cli", "ddpo", *words]
     with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(command, env=environment(cluster), cwd=CHECKOUT, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, env=environment(nodes.address), cwd=CHECKOUT, stdout=log, stderr=log)
     wait_until(lambda: (tmp_path / "run/checkpoints").exists() or driver.poll() is not None, 120, "the first commit")
-    family = psutil.Process(PROCESSES["second"].pid).children(recursive=True)
+    family = nodes.family("second")
     names = [child.name() for child in family]
     for child in family:
         child.kill()
