@@ -1,0 +1,107 @@
+"""What fails in an actor is told by its first cause; what is gone for good is told apart from what failed."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.failures import ActorFailure, ActorLost
+from actors.pool import wait_for
+from actors.tasks import TaskRunner
+from pipelines.atomic import Files
+from pipelines.tasks import Task, TaskStore
+from policies.health import SickNumbers
+
+
+class Member:
+    """Somebody's actor, and its end."""
+
+    def fails(self) -> None:
+        raise ValueError("no such colour")
+
+    def is_sick(self) -> None:
+        raise SickNumbers("the loss is nan")
+
+    def dies(self) -> None:
+        print("the last thing it said", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hangs(self) -> None:
+        time.sleep(3600)
+
+    def put(self) -> list[Any]:
+        import ray
+
+        return [ray.put("something")]
+
+    def get(self, references: list[Any]) -> Any:
+        import ray
+
+        return ray.get(references[0])
+
+
+@pytest.fixture
+def member(ray_session: None) -> Any:
+    import ray
+
+    actor: Any = ray.remote(Member)
+    return actor.options(num_cpus=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        ("fails", ActorFailure, "step 3: ValueError: no such colour"),
+        ("is_sick", SickNumbers, "step 3: the loss is nan"),
+        ("dies", ActorLost, "step 3: .*its last lines: .*the last thing it said"),
+        ("hangs", ActorLost, "step 3: nothing finished within 1 s"),
+    ],
+)
+def test_the_first_cause_is_told(method: str, kind: type[Exception], message: str, member: Any) -> None:
+    actor = member.remote()
+    wait_for([actor.put.remote()], "it begins", 30)
+    with pytest.raises(kind, match=message) as told:
+        wait_for([getattr(actor, method).remote()], "step 3", 1 if method == "hangs" else 60)
+    assert told.type is kind
+
+
+def test_work_on_what_is_gone_is_a_loss_and_no_failure(member: Any) -> None:
+    """As of a sampler that is to take weights whose node is lost."""
+    import ray
+
+    owner, user = member.remote(), member.remote()
+    references = wait_for([owner.put.remote()], "it begins", 30)[0]
+    ray.kill(owner)
+
+    def use_until_it_is_gone() -> None:
+        for _ in range(100):
+            wait_for([user.get.remote(references)], "sending weights", 60)
+            time.sleep(0.1)
+
+    with pytest.raises(ActorLost, match="sending weights: OwnerDiedError"):
+        use_until_it_is_gone()
+
+
+def hangs_if_told(kind: str, parameters: dict[str, Any], inputs: list[Files], device: str) -> Files:
+    if Path(parameters["mark"]).exists():
+        time.sleep(3600)
+    return {"number": b"1"}
+
+
+def test_a_task_that_hangs_gives_its_place_back(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    mark, cpus = tmp_path / "hang", ray.cluster_resources()["CPU"]
+    task = Task("sample", {"mark": str(mark)}, label="sampling G1")
+    store = TaskStore(tmp_path / "tasks")
+    mark.touch()
+    with pytest.raises(ActorLost, match="sampling G1: nothing finished within 5 s"):
+        list(TaskRunner(hangs_if_told, store, cpus, 0, timeout=5).run([task]))
+    mark.unlink()
+    assert list(TaskRunner(hangs_if_told, store, cpus, 0, timeout=60).run([task])) == [task]
+    assert store.load(task.key) == {"number": b"1"}
