@@ -43,13 +43,13 @@ class CheckpointSettings(Settings):
     every: int = Field(5, ge=1, description="steps between commits")
     keep: int | str = Field(2, description='newest commits to keep: their number, or what all may take ("20 GB")')
 
-    @field_validator("keep")
+    @field_validator("keep", mode="before")
     @classmethod
-    def _is_number_or_size(cls, keep: int | str) -> int | str:
-        if isinstance(keep, int) and keep < 1:
-            raise ValueError("at least 1 commit has to stay")
+    def _is_number_or_size(cls, keep: Any) -> Any:
         if isinstance(keep, str):
             parse_size(keep)
+        elif isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError('write how many commits are to be kept, 1 at least, or a size such as "20 GB"')
         return keep
 
 

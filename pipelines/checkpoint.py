@@ -33,7 +33,7 @@ def parse_size(text: str) -> float:
     """Bytes of a size such as "20 GB". Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text)
     if found is None:
-        raise ValueError(f'{text!r} is no size: write, for example, "20 GB" (units: {", ".join(_UNITS)})')
+        raise ValueError(f'write a size such as "20 GB", in {", ".join(_UNITS)}')
     return float(found[1]) * _UNITS[found[2]]
 
 

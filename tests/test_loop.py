@@ -3,6 +3,7 @@
 What it computes does not depend on who computes it, on being interrupted, or on a neighbour.
 """
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import pytest
 from PIL import Image
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.ddpo_run import DdpoRun
+from orchestration.run import DiskError
 from pipelines.locations import CHECKOUT
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.processes import start, wait_until
@@ -302,6 +305,18 @@ def test_a_full_disk_is_said_and_what_was_committed_stands(
 
     points = MlflowClient(store).get_metric_history(run_id, "reward/mean")
     assert [point.step for point in points] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("refusal", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_disk_that_refuses_is_named_and_the_way_on(refusal: int, overrides: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    error = OSError(refusal, os.strerror(refusal), str(directory / "metrics.jsonl"))
+    message = rf"metrics\.jsonl: {os.strerror(refusal)} .*the last commit stands.*ouroboros resume {directory}"
+    with pytest.raises(DiskError, match=message), DdpoRun.create(configure(overrides, f"output_dir={directory}")):
+        raise error
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["status"] == "FAILED"
+    assert re.search(message, manifest["error"])
 
 
 def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: list[str], tmp_path: Path) -> None:
