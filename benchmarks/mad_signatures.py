@@ -60,10 +60,9 @@ def signatures(arms: dict[str, dict[str, np.ndarray]]) -> Any:
     for name, biased in arms.items():
         if name.startswith("fully synthetic, "):
             change, low, high = interval(biased["precision"][:, -1] - biased["precision"][:, 0])
-            yield (
-                low > -0.05,
-                f"2. {name}: precision changes by {change:+.3f} [{low:+.3f}, {high:+.3f}], no fall expected",
-            )
+            text = f"2. {name}: precision changes by {change:+.3f} [{low:+.3f}, {high:+.3f}]"
+            ratio, low, high = paired_ratio(biased["precision"][:, -1], biased["precision"][:, 0])
+            yield low > 1 / SAME, f"{text}, {ratio:.3f} [{low:.3f}, {high:.3f}]-fold; no fall by 20 % expected"
             share, low, high = interval(biased["recall"][:, -1] / biased["recall"][:, 0])
             yield (
                 high < 0.5,
