@@ -42,7 +42,6 @@ FAULTS = [
     ("sampler", "SIGKILL"),
     ("captioner", "SIGSTOP"),
     ("MLflow", "SIGKILL"),
-    ("learner", "SIGKILL"),
     ("raylet", "SIGKILL"),
     ("driver", "SIGKILL"),
 ]
