@@ -40,11 +40,12 @@ class Watchman:
         before: set[psutil.Process] = set()
         while True:
             now = self._stopped()
-            for process in before & now.keys():
+            found = before & now.keys()
+            for process in found:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
                     self._ended.append(f"{now[process].removeprefix('ray::')} (process {process.pid})")
-            before = set(now)
+            before = now.keys() - found  # what was killed may take a moment to be gone
             time.sleep(_LOOK_SECONDS)
 
     def _stopped(self) -> dict[psutil.Process, str]:

@@ -288,7 +288,7 @@ def leavings(directory: Path, server: MlflowServer) -> dict[str, Any]:
     for name, run_id in runs.items():
         run = client.get_run(run_id)
         keys = [key for key in run.data.metrics if not key.startswith("seconds/")]  # a step's time is what it was
-        points = {key: [p.step for p in client.get_metric_history(run_id, key)] for key in keys}
+        points = {key: sorted(p.step for p in client.get_metric_history(run_id, key)) for key in keys}
         images = [Path(each.path).name.split("+timestamp+")[0] for each in client.list_artifacts(run_id, "images")]
         told[name] = {"status": run.info.status, "points": points, "images": sorted(images)}
     results = {
