@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
+    elsewhere = Path(tempfile.gettempdir()) / "ouroboros-chaos"  # what is below runs/ does not go to other nodes
+    parser.add_argument("--directory", type=Path, default=elsewhere)
     chosen = parser.parse_args(arguments)
     directory = chosen.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
