@@ -209,12 +209,12 @@ def undisturbed(directory: Path, arguments: list[str], server: MlflowServer) -> 
 
 
 def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike]) -> dict[str, Any]:
-    """A run with faults, resumed as often as its driver is killed. Returns what it leaves."""
+    """A run with faults, resumed as often as its driver ends by one. Returns what it leaves."""
     log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
     cluster = environment(stage.nodes.address) if stage.nodes else None
     process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster)
     coming, struck, stood = list(strikes), 0.0, 0
-    while process.poll() in (None, -signal.SIGKILL):  # else it is done, or stopped by itself
+    while process.poll() is None or process.poll() in _ends(stage.strikes):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
         if process.poll() is not None:
             process = start(["resume", str(directory)], log, cluster)
@@ -234,6 +234,11 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
         return {"exit code": process.returncode}
     subprocess.run([sys.executable, "-m", "orchestration.cli", "sync", str(directory)], check=True, capture_output=True)
     return leavings(directory, stage.server)
+
+
+def _ends(strikes: Sequence[Strike]) -> list[int]:
+    """The exit codes of a driver that the last fault explains: Ray ends whoever uses the object store of a dead raylet."""
+    return [-signal.SIGKILL, *([1] if strikes and strikes[-1].target == "raylet" else [])]
 
 
 def hit(stage: Stage, process: subprocess.Popen[bytes], strike: Strike) -> bool:
