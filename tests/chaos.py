@@ -237,7 +237,7 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
 
 
 def _ends(strikes: Sequence[Strike]) -> list[int]:
-    """The exit codes of a driver that the last fault explains: Ray ends whoever uses the object store of a dead raylet."""
+    """Exit codes that the last fault explains: Ray ends whoever uses the object store of a dead raylet."""
     return [-signal.SIGKILL, *([1] if strikes and strikes[-1].target == "raylet" else [])]
 
 
