@@ -214,13 +214,13 @@ def test_a_population_copies_the_better(tiny: dict[str, Any], tmp_path: Path) ->
 
 def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(tiny: dict[str, Any], tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
-    content = {**tiny, "search": "optuna", "trials": 2, "fixed": {"training.steps": 4}}
+    content = {**tiny, "search": "optuna", "fixed": {"training.steps": 4}}
     command = ["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"]
-    process = start([*command, "budget.reward_queries=40"], tmp_path / "log")
+    process = start([*command, "budget.reward_queries=60"], tmp_path / "log")
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
     found = summary(directory)
     assert found["budget_spent"]
-    assert 40 <= found["reward_queries"] < 2 * 48
+    assert 60 <= found["reward_queries"] < 3 * 48
     assert "RUNNING" not in statuses(directory).values()
 
     before = finished(directory)
@@ -228,8 +228,8 @@ def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(tiny: dict[str,
     assert again.wait(300) == 0, (tmp_path / "again").read_text()
     assert finished(directory).items() >= before.items()  # what was finished was not run again
     more = summary(directory)
-    assert [each["status"] for each in more["trials"]] == ["FINISHED"] * 2
-    assert more["reward_queries"] == 2 * 48
+    assert [each["status"] for each in more["trials"]] == ["FINISHED"] * 3
+    assert more["reward_queries"] == 3 * 48
     assert {each["name"] for each in found["trials"]} <= {each["name"] for each in more["trials"]}
     assert set(statuses(directory).values()) == {"FINISHED"}
 
