@@ -42,6 +42,7 @@ FAULTS = [
     ("sampler", "SIGKILL"),
     ("captioner", "SIGSTOP"),
     ("MLflow", "SIGKILL"),
+    ("learner", "SIGKILL"),
     ("raylet", "SIGKILL"),
     ("driver", "SIGKILL"),
 ]
