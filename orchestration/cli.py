@@ -37,6 +37,7 @@ Root = Annotated[Path, typer.Option(help="where the runs are")]
 Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="as submit printed it; see 'ouroboros jobs list'")]
 NewId = Annotated[str | None, typer.Option("--id", help="name of the job; without it, one with the time")]
+Trust = Annotated[bool, typer.Option("--trust", help="import the code that the run names, though another began it")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
 
 
@@ -86,7 +87,7 @@ def sweep(
 
 
 @app.command()
-def resume(run: RunDirectory) -> None:
+def resume(run: RunDirectory, trust: Trust = False) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
     from orchestration.run import read_manifest
 
@@ -99,7 +100,7 @@ def resume(run: RunDirectory) -> None:
     else:
         from orchestration.ddpo import resume_ddpo as go_on
 
-    print(go_on(run))
+    print(go_on(run, trusted=trust))
 
 
 @app.command()
@@ -184,7 +185,7 @@ def submit(
     given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
     files = shipped_files(Path.cwd())
     if name == "resume":
-        job = Job.resume(str(given["run"]), job_id)
+        job = Job.resume(str(given["run"]), job_id, given["trust"])
     else:
         if given["config"] not in {None, *files}:
             raise ConfigError(
@@ -226,11 +227,13 @@ def stop(job_id: JobId, address: Address = None) -> None:
 
 
 @jobs_app.command("resume")
-def resume_job(job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True) -> None:
+def resume_job(
+    job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True, trust: Trust = False
+) -> None:
     """Go on with the run that a job made, in a new job."""
     from orchestration.jobs import Job, connect, launch, run_of, shipped_files
 
-    job = Job.resume(run_of(connect(address), job_id), new_id)
+    job = Job.resume(run_of(connect(address), job_id), new_id, trust)
     raise typer.Exit(launch(job, shipped_files(Path.cwd()), address, follow))
 
 
@@ -277,12 +280,13 @@ def fork(
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="the commit to begin from; without it, the newest")] = None,
     root: Root = Path("runs"),
+    trust: Trust = False,
 ) -> None:
     """Make a DDPO run that begins at a commit of another, with other settings from there on."""
     from orchestration.fork import fork as branch
     from orchestration.runs import find_run
 
-    directory = branch(find_run(run, root).directory, overrides or [], step)
+    directory = branch(find_run(run, root).directory, overrides or [], step, trust)
     print(f"go on with: ouroboros resume {directory}")
 
 

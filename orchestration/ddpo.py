@@ -30,9 +30,9 @@ def run_ddpo(config: DdpoConfig, watch: Watch = ignore) -> Path:
     return _loop(DdpoRun.create(config), plan, watch)
 
 
-def resume_ddpo(directory: Path, watch: Watch = ignore) -> Path:
+def resume_ddpo(directory: Path, trusted: bool = False, watch: Watch = ignore) -> Path:
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
-    run = DdpoRun.resume(directory)
+    run = DdpoRun.resume(directory, trusted)
     return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), watch)
 
 

@@ -18,6 +18,7 @@ from actors.settings import Role
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
+from orchestration.seal import check_seal, seal
 from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import append_durably, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
@@ -56,9 +57,11 @@ class DdpoRun(Run):
         return cls(directory, config, manifest | progress)
 
     @classmethod
-    def resume(cls, directory: Path) -> Self:
-        """The run of ``directory``, from its last commit or its start. Raises ConfigError if it is finished."""
+    def resume(cls, directory: Path, trusted: bool) -> Self:
+        """The run of ``directory``, from its last commit or its start. Raises ConfigError if it is finished, or a
+        stranger's that names code and is not ``trusted``."""
         manifest = read_manifest(directory)
+        check_seal(directory, manifest, trusted)
         if manifest["status"] == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
@@ -75,7 +78,8 @@ class DdpoRun(Run):
         step = CheckpointStore(directory / "checkpoints").adopt(commit)
         if content != manifest["config"]:
             manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
-        write_json(directory / "manifest.json", manifest | {"config": content, "committed_step": step})
+        taken = {"config": content, "seal": seal(content), "committed_step": step}
+        write_json(directory / "manifest.json", manifest | taken)
 
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""

@@ -10,20 +10,23 @@ from orchestration.ddpo_run import PACKAGES
 from orchestration.html_report import read_journal
 from orchestration.preflight import preflight
 from orchestration.run import new_directory, new_manifest, read_manifest
+from orchestration.seal import check_seal
 from pipelines.atomic import write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 
 
-def fork(source: Path, overrides: Sequence[str], step: int | None = None) -> Path:
+def fork(source: Path, overrides: Sequence[str], step: int | None = None, trusted: bool = False) -> Path:
     """Make a run from the commit of ``source`` after ``step`` steps, by default the newest. Returns its directory.
 
-    Raises ConfigError if ``source`` is no DDPO run, has no such commit, or is given settings it cannot go on with.
+    Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or is a
+    stranger's that names code and is not ``trusted``.
     """
     manifest, store = read_manifest(source), CheckpointStore(source / "checkpoints")
     if manifest["loop"] != "ddpo":
         raise ConfigError(
             f"{source} is a {manifest['loop']} run: only DDPO runs are forked; MAD's go on with more arms"
         )
+    check_seal(source, manifest, trusted)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
         raise ConfigError(f"{source} has no commit {'' if step is None else f'of step {step} '}(there are: {steps})")

@@ -17,6 +17,7 @@ from orchestration.mad_preflight import Experiment, preflight_mad
 from orchestration.mad_report import report
 from orchestration.mad_run import MadRun
 from orchestration.run import read_manifest
+from orchestration.seal import check_seal
 from pipelines.mad_graph import Chain, Drawn, Generation, RealSource, batch_sizes
 from pipelines.mad_tasks import perform
 from pipelines.tasks import Task
@@ -44,10 +45,11 @@ def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
         return report(run)
 
 
-def resume_mad(directory: Path) -> Path:
-    """Go on with the experiment that ``directory`` holds."""
-    config = validate(MadConfig, read_manifest(directory)["config"] | {"output_dir": str(directory)})
-    return run_mad(config)
+def resume_mad(directory: Path, trusted: bool = False) -> Path:
+    """Go on with the experiment that ``directory`` holds. Raises ConfigError if it is a stranger's that names code."""
+    manifest = read_manifest(directory)
+    check_seal(directory, manifest, trusted)
+    return run_mad(validate(MadConfig, manifest["config"] | {"output_dir": str(directory)}))
 
 
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:

@@ -21,6 +21,7 @@ import psutil
 
 from orchestration.config import ConfigError
 from orchestration.display import Display
+from orchestration.seal import seal
 from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
@@ -174,6 +175,7 @@ def new_manifest(loop: str, name: str, config: dict[str, Any], packages: Sequenc
         "packages": {package: version(package) for package in packages},
         "python": platform.python_version(),
         "config": config,
+        "seal": seal(config),
     }
 
 

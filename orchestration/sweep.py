@@ -9,6 +9,7 @@ from pathlib import Path
 from orchestration.cluster import connected
 from orchestration.config import validate
 from orchestration.run import read_manifest
+from orchestration.seal import check_seal
 from orchestration.sweep_config import SweepConfig
 from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
@@ -29,9 +30,11 @@ def run_sweep(config: SweepConfig) -> Path:
         return report(run, Table.read(run))
 
 
-def resume_sweep(directory: Path) -> Path:
-    """Go on with the sweep that ``directory`` holds."""
-    return run_sweep(validate(SweepConfig, read_manifest(directory)["config"] | {"output_dir": str(directory)}))
+def resume_sweep(directory: Path, trusted: bool = False) -> Path:
+    """Go on with the sweep that ``directory`` holds. Raises ConfigError if it is a stranger's and not ``trusted``."""
+    manifest = read_manifest(directory)
+    check_seal(directory, manifest, trusted)
+    return run_sweep(validate(SweepConfig, manifest["config"] | {"output_dir": str(directory)}))
 
 
 def _search(run: SweepRun) -> Plan:

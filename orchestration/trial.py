@@ -163,7 +163,7 @@ def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool
         with copied.as_directory() as source:
             DdpoRun.adopt(config, Path(source))
     if trial.manifest():
-        resume_ddpo(trial.directory, watch)
+        resume_ddpo(trial.directory, trusted=True, watch=watch)  # the sweep was typed
     else:
         run_ddpo(config, watch)
 
