@@ -53,7 +53,7 @@ class Sampler(Worker):
         """Take new weights. The checksum is computed here, from what arrived."""
         from pipelines.trainable import checksum, load_weights
 
-        changed = load_weights(self.policy.unet, weights)
+        changed = load_weights(self.policy.network, weights)
         self.version = version
         return Acknowledgement(version, checksum(weights), changed)
 

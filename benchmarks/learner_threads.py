@@ -23,13 +23,12 @@ from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from policies.settings import SamplingSettings
 policy = DiffusionPolicy(ModelSettings(), SamplingSettings())
-policy.unet.requires_grad_(True)
-config = policy.unet.config
-latents = torch.randn(320, config.in_channels, config.sample_size, config.sample_size)
-steps, embeddings = torch.full((320,), 500), policy.embed([""]).expand(320, -1, -1)
+policy.network.requires_grad_(True)
+latents = torch.randn(320, *policy.family.latent_shape)
+steps, conditions = torch.full((320,), 500), policy.embed([""] * 320)
 def call():
     started = time.monotonic()
-    policy.predict(latents, steps, embeddings).sum().backward()
+    policy.predict(latents, steps, conditions).sum().backward()
     return time.monotonic() - started
 call()
 print(statistics.median(call() for _ in range(6)))

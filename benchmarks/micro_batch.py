@@ -36,15 +36,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     policy = DiffusionPolicy(ModelSettings(path=arguments.model), SamplingSettings())
-    policy.unet.requires_grad_(True)
-    size, channels = policy.unet.config.sample_size, policy.unet.config.in_channels
+    policy.network.requires_grad_(True)
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(arguments.rounds + 1):
         for batch in SIZES:
-            latents, steps = torch.randn(batch, channels, size, size), torch.full((batch,), 500)
-            embeddings = policy.embed([""]).expand(batch, -1, -1)
+            latents, steps = torch.randn(batch, *policy.family.latent_shape), torch.full((batch,), 500)
+            conditions = policy.embed([""] * batch)
 
-            forward = partial(policy.predict, latents, steps, embeddings)
+            forward = partial(policy.predict, latents, steps, conditions)
             with torch.no_grad():
                 times["forward", batch].append(cpu_milliseconds(forward))
             times["both", batch].append(cpu_milliseconds(lambda call=forward: call().sum().backward()))

@@ -7,6 +7,7 @@ from actors.settings import Role, plan_roles
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.run import check_output
+from pipelines.denoisers import check_family
 from pipelines.locations import check_model, find
 from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
 
@@ -28,6 +29,8 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     try:
         prompts = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
+        if find(config.model.path):  # the hub is asked by whoever loads
+            check_family(config.model.path, config.sampling.guidance_scale)
         if config.captioner.path:
             check_model(config.captioner.path, "config.json", "captioner.path")
             _check_caption_length(config.captioner)

@@ -1,7 +1,7 @@
-"""Stable Diffusion as a policy: images drawn with their trajectories, and the log-probability of stored transitions.
+"""A diffusion model as a policy: images drawn with their trajectories, and the outputs behind their log-probabilities.
 
 An image is a function of (weights, prompt, seed): each has its own CPU generator, read in the order in which a stock
-``StableDiffusionPipeline(generator=[…], eta=…)`` reads it, so the stock pipeline draws the very same images.
+pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
 """
 
 from collections.abc import Sequence
@@ -11,89 +11,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.locations import resolve_model
+from pipelines.denoisers import check_family, load_family
+from pipelines.denoisers.family import Conditions
 from pipelines.settings import ModelSettings
 from pipelines.trajectory import Trajectory
-from policies.denoising import DenoisingSchedule
 from policies.settings import SamplingSettings
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The ``StableDiffusionPipeline`` of a directory or hub name, with a DDIM scheduler, without a safety checker.
-
-    A safety checker would blacken images and so poison the reward. ``clip_sample`` and thresholding are switched off:
-    they change the mean of the step and its log-probability would be wrong.
-    """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        resolve_model(path),
-        torch_dtype=dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        module.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingSchedule:
-    """The tables of a diffusers ``DDIMScheduler`` for ``sampling.steps`` steps, by the scheduler's own arithmetic."""
-    scheduler.set_timesteps(sampling.steps)
-    timesteps = scheduler.timesteps.to("cpu", torch.int64)
-    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    previous = timesteps - scheduler.config.num_train_timesteps // sampling.steps
-    final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
-    return DenoisingSchedule(
-        timesteps=timesteps,
-        alpha=alphas[timesteps],
-        alpha_previous=torch.where(previous >= 0, alphas[previous.clamp(min=0)], final),
-        eta=sampling.eta,
-        prediction_type=scheduler.config.prediction_type,
-    )
-
-
 class DiffusionPolicy:
-    """A Stable Diffusion pipeline on one device, bound to its sampling settings."""
+    """A pipeline of any family on one device, bound to its sampling settings. Raises ValueError if they do not fit."""
 
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu") -> None:
         self.device = torch.device(device)
         # Kept here because diffusers' own property walks every module at every call.
         self.dtype: torch.dtype = getattr(torch, model.dtype)
-        self.pipeline = load_pipeline(model.path, self.dtype).to(self.device)
+        self.family = load_family(model.path, self.dtype)
+        check_family(model.path, sampling.guidance_scale)
+        self.family.pipeline.to(self.device)
         self.sampling = sampling
-        self.schedule = denoising_schedule(self.pipeline.scheduler, sampling).to(self.device)
-        self._embeddings: dict[str, Tensor] = {}
+        self.schedule = self.family.schedule(sampling).to(self.device)
+        self._conditions: dict[str, Conditions] = {}
 
     @property
-    def unet(self) -> Any:
+    def network(self) -> Any:
         """The trained network."""
-        return self.pipeline.unet
+        return self.family.network
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (prompts, tokens, width). Each is computed once, alone, so it never depends on a batch."""
+    def embed(self, prompts: Sequence[str]) -> Conditions:
+        """The prompts' conditions. Each is computed once, alone, so it never depends on a batch."""
         for prompt in prompts:
-            if prompt not in self._embeddings:
+            if prompt not in self._conditions:
                 with torch.no_grad():
-                    embedding, _ = self.pipeline.encode_prompt(prompt, self.device, 1, False)
-                self._embeddings[prompt] = embedding[0].clone()
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+                    encoded = self.family.encode(prompt, self.device)
+                self._conditions[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+        known = [self._conditions[prompt] for prompt in prompts]
+        return {name: torch.stack([each[name] for each in known]) for name in known[0]}
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The network's output (batch, channels, height, width), guided if ``guidance_scale`` > 1.
 
         The unconditional half (the empty prompt) rides in the same call, in sampling and in training alike.
         """
         inputs = latents.to(self.dtype)
         if self.sampling.guidance_scale == 1:
-            return self.unet(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
-        empty = self.embed([""]).expand_as(embeddings)
-        doubled, text = (inputs.repeat(2, 1, 1, 1), timesteps.repeat(2)), torch.cat([empty, embeddings])
-        unconditional, conditional = self.unet(*doubled, encoder_hidden_states=text, return_dict=False)[0].chunk(2)
+            return self.family.forward(inputs, timesteps, conditions)
+        empty = self.embed([""])
+        both = {name: torch.cat([empty[name].expand_as(given), given]) for name, given in conditions.items()}
+        output = self.family.forward(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        unconditional, conditional = output.chunk(2)
         return unconditional + self.sampling.guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
@@ -101,31 +66,24 @@ class DiffusionPolicy:
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
     ) -> tuple[np.ndarray, Trajectory]:
         """One image for each (prompt, seed): images (batch, height, width, 3) uint8 and their trajectory."""
+        family, schedule, eta = self.family, self.schedule, self.sampling.eta
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
-        scheduler.set_timesteps(self.sampling.steps)
-        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
 
         def noise() -> Tensor:
-            drawn = torch.stack([torch.randn(shape, generator=generator, dtype=self.dtype) for generator in generators])
-            return drawn.to(self.device)
+            drawn = [torch.randn(family.latent_shape, generator=each, dtype=self.dtype) for each in generators]
+            return torch.stack(drawn).to(self.device)
 
-        embeddings = self.embed(prompts)
-        latents = noise() * scheduler.init_noise_sigma
-        stochastic = set(self.schedule.stochastic_steps.tolist())
+        family.schedule(self.sampling)  # a scheduler forgets its steps where another has used it
+        conditions = self.embed(prompts)
+        latents = noise() * getattr(family.pipeline.scheduler, "init_noise_sigma", 1.0)
+        stochastic = set(schedule.stochastic_steps.tolist())
         path, log_probs = [latents], []
-        for step, timestep in enumerate(self.schedule.timesteps.tolist()):
-            times = torch.full((len(prompts),), timestep, device=self.device)
-            output = self.predict(latents, times, embeddings)
-            index, drawn = torch.full((len(prompts),), step, device=self.device), noise()
-            following = scheduler.step(
-                output, timestep, latents, eta=self.sampling.eta, variance_noise=drawn, return_dict=False
-            )[0]
-            if not torch.isfinite(following).all():  # its float32 1 − ᾱ − σ² can round below 0, and the root to nan
-                mean = self.schedule.mean(latents, output, index)
-                following = (mean + self.schedule.sigma[step] * drawn).to(self.dtype)
+        for step, timestep in enumerate(schedule.timesteps):
+            output = self.predict(latents, timestep.expand(len(prompts)), conditions)
+            following = family.step(schedule, step, latents, output, noise(), eta)
             if step in stochastic:
-                log_probs.append(self.schedule.log_prob(latents, following, output, index))
+                index = torch.full((len(prompts),), step, device=self.device)
+                log_probs.append(schedule.log_prob(latents, following, output, index))
             else:
                 log_probs.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=self.device))
             latents = following
@@ -136,7 +94,5 @@ class DiffusionPolicy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8."""
-        vae = self.pipeline.vae
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-        images = self.pipeline.image_processor.postprocess(pixels, output_type="np")
-        return (images * 255).round().astype(np.uint8)
+        pixels = (self.family.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        return (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)

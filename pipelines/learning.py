@@ -1,4 +1,4 @@
-"""The learner's side of a diffusion model: a UNet being trained by DDPO, its optimiser and its state."""
+"""The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from pipelines.diffusion import DiffusionPolicy, load_pipeline
+from pipelines.denoisers import load_family
+from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from pipelines.trainable import Weights, exported_weights, from_numpy, load_weights, prepare, to_numpy
 from pipelines.trajectory import Trajectory
@@ -29,7 +30,7 @@ class LearnerState:
 
 
 class DiffusionLearner:
-    """DDPO on a Stable Diffusion UNet."""
+    """DDPO on the network of a diffusion model."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class DiffusionLearner:
         self.model = model
         self.training = training
         self.policy = DiffusionPolicy(model, sampling, device)
-        self.parameters = prepare(self.policy.unet, model)
+        self.parameters = prepare(self.policy.network, model)
         self.micro_batch = training.micro_batch or self._find_micro_batch()
         self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch)
         self.weights_version = 0
@@ -61,13 +62,14 @@ class DiffusionLearner:
         device, schedule = self.policy.device, self.policy.schedule
         latents = torch.from_numpy(np.array(trajectory.latents)).to(device)
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
-        embeddings = self.policy.embed(list(unique))
+        conditions = self.policy.embed(list(unique))
         owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
 
         def log_prob(images: Tensor, steps: Tensor) -> Tensor:
             images, steps = images.to(device), steps.to(device)
             before, after = latents[images, steps], latents[images, steps + 1]
-            output = self.policy.predict(before, schedule.timesteps[steps], embeddings[owner[images]])
+            told = {name: table[owner[images]] for name, table in conditions.items()}
+            output = self.policy.predict(before, schedule.timesteps[steps], told)
             return schedule.log_prob(before, after, output, steps, self.training.log_density)
 
         old = torch.from_numpy(np.array(trajectory.log_probs)).to(device)
@@ -85,8 +87,8 @@ class DiffusionLearner:
         return statistics, changed
 
     def weights(self) -> Weights:
-        """What samplers need, under the plain UNet's names."""
-        return exported_weights(self.policy.unet)
+        """What samplers need, under the plain network's names."""
+        return exported_weights(self.policy.network)
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments."""
@@ -114,9 +116,9 @@ class DiffusionLearner:
 
     def merged_pipeline(self) -> Any:
         """A stock pipeline with the present weights, LoRA merged."""
-        pipeline = load_pipeline(self.model.path, getattr(torch, self.model.dtype))
-        load_weights(pipeline.unet, self.weights())
-        return pipeline
+        family = load_family(self.model.path, getattr(torch, self.model.dtype))
+        load_weights(family.network, self.weights())
+        return family.pipeline
 
     def save(self, directory: str | Path) -> None:
         """Write a diffusers directory of :meth:`merged_pipeline`."""
@@ -139,9 +141,8 @@ class DiffusionLearner:
 
     def _activation_bytes(self) -> int:
         """Bytes one transition keeps for the backward pass, counted in a real forward pass."""
-        config, device = self.policy.pipeline.unet.config, self.policy.device
-        shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        weights = {parameter.data_ptr() for parameter in self.policy.unet.parameters()}
+        device, shape = self.policy.device, (1, *self.policy.family.latent_shape)
+        weights = {parameter.data_ptr() for parameter in self.policy.network.parameters()}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:

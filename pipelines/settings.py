@@ -17,13 +17,13 @@ BUILT_IN_REWARDS = (
 
 
 class ModelSettings(Settings):
-    """The diffusion model: a Stable Diffusion pipeline, from a directory or the hub."""
+    """The diffusion model: a pipeline of a known family (``pipelines/denoisers``), from a directory or the hub."""
 
     path: str = Field("models/digits/pipeline", description="directory or hub name")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lora_rank: int = Field(0, ge=0, description="0 trains the whole UNet")
+    lora_rank: int = Field(0, ge=0, description="0 trains the whole network")
     lora_targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), description="UNet modules LoRA binds to"
+        ("to_q", "to_k", "to_v", "to_out.0"), description="modules of the network that LoRA binds to"
     )
 
 

@@ -1,4 +1,4 @@
-"""What of a UNet is trained, what of it travels to the samplers, and how each is named, counted and verified."""
+"""What of a network is trained, what of it travels to the samplers, and how each is named, counted and verified."""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,38 +22,38 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def prepare(unet: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
-    """Make ``unet`` trainable, whole or by LoRA, and return the trained parameters by name.
+def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
+    """Make ``network`` trainable, whole or by LoRA, and return the trained parameters by name.
 
     LoRA starts at the identity and has no dropout, which would make the first update's ratio differ from 1.
     Raises ValueError if a LoRA target binds to no module.
     """
     if model.lora_rank:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
-        names = [name for name, _ in unet.named_modules()]
+        names = [name for name, _ in network.named_modules()]
         for target in model.lora_targets:
             if not any(name == target or name.endswith("." + target) for name in names):
-                raise ValueError(f"LoRA target {target!r} matches no module of the UNet")
+                raise ValueError(f"LoRA target {target!r} matches no module of the network")
         rank, targets = model.lora_rank, list(model.lora_targets)
         lora = LoraConfig(
             r=rank, lora_alpha=rank, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=targets
         )
-        unet.add_adapter(lora)  # type: ignore[operator]
+        inject_adapter_in_model(lora, network)
     else:
-        unet.requires_grad_(True)
-    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+        network.requires_grad_(True)
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
-def exported_weights(unet: nn.Module) -> Weights:
-    """The trained weights under the plain UNet's names, LoRA merged (W + BA): samplers run at full speed."""
-    if not hasattr(unet, "peft_config"):
-        return {name: to_numpy(parameter) for name, parameter in unet.named_parameters() if parameter.requires_grad}
+def exported_weights(network: nn.Module) -> Weights:
+    """The trained weights under the plain network's names, LoRA merged (W + BA): samplers run at full speed."""
     from peft.tuners.lora import LoraLayer
 
+    if not any(isinstance(module, LoraLayer) for module in network.modules()):
+        return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
     merged: Weights = {}
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
             merged[f"{name}.weight"] = to_numpy(layer.weight + module.get_delta_weight("default"))
@@ -61,9 +61,9 @@ def exported_weights(unet: nn.Module) -> Weights:
 
 
 @torch.no_grad()
-def load_weights(unet: nn.Module, weights: Mapping[str, np.ndarray]) -> int:
-    """Write ``weights`` into a plain UNet. Returns how many tensors changed. Raises KeyError on an unknown name."""
-    parameters = dict(unet.named_parameters())
+def load_weights(network: nn.Module, weights: Mapping[str, np.ndarray]) -> int:
+    """Write ``weights`` into a plain network. Returns how many tensors changed. Raises KeyError on an unknown name."""
+    parameters = dict(network.named_parameters())
     changed = 0
     for name, array in weights.items():
         tensor = from_numpy(array, parameters[name].dtype).to(parameters[name].device)

@@ -1,9 +1,10 @@
 """Genuine diffusers and transformers models with random weights, small enough to be built in a test."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
 WORDS = (
@@ -32,26 +33,12 @@ def build_tiny_pipeline(
     the default models', whose last step lands on the image and has no density.
     """
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
     tokenizer = _clip_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_TEXT_WIDTH,
-            intermediate_size=2 * _TEXT_WIDTH,
-            projection_dim=_TEXT_WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=_TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            initializer_factor=10.0,  # CLIP starts so close to zero that all prompts would look alike
-        )
-    )
+    text_encoder = _text_encoder(CLIPTextModel, tokenizer)
     unet = UNet2DConditionModel(
         sample_size=image_size // 2,
         block_out_channels=(16, 16),
@@ -61,14 +48,6 @@ def build_tiny_pipeline(
         cross_attention_dim=_TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=8,
-    )
-    autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=image_size,
     )
     spacing = {
         "epsilon": {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
@@ -83,7 +62,7 @@ def build_tiny_pipeline(
         **spacing,
     )
     StableDiffusionPipeline(
-        vae=autoencoder,
+        vae=_autoencoder(image_size),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -92,6 +71,102 @@ def build_tiny_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_xl(directory: Path, seed: int = 0) -> Path:
+    """Save a ``StableDiffusionXLPipeline`` of 16 px that predicts ε. Returns ``directory``."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = _clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * _TEXT_WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + _TEXT_WIDTH,
+    )
+    StableDiffusionXLPipeline(
+        vae=_autoencoder(16),
+        text_encoder=_text_encoder(CLIPTextModel, tokenizer),
+        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            clip_sample=False,
+        ),
+        add_watermarker=False,
+    ).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_sd3(directory: Path, seed: int = 0) -> Path:
+    """Save a ``StableDiffusion3Pipeline`` of 16 px without T5. Returns ``directory``."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = _clip_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * _TEXT_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * _TEXT_WIDTH,
+        pos_embed_max_size=8,
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_autoencoder(16, shift_factor=0.1),
+        text_encoder=_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_pixels(directory: Path, seed: int = 0) -> Path:
+    """Save a ``DDPMPipeline`` of 8 px, without a prompt. Returns ``directory``."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        **blocks,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(directory)
     return directory
 
 
@@ -142,6 +217,41 @@ def build_tiny_captioner(directory: Path, image_size: int = 16, seed: int = 0) -
     model.save_pretrained(directory)
     BlipProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(directory)
     return directory
+
+
+def _autoencoder(image_size: int, shift_factor: float | None = None) -> "AutoencoderKL":
+    """Its latents are half as wide as its images."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=image_size,
+        shift_factor=shift_factor,
+    )
+
+
+def _text_encoder(kind: Any, tokenizer: "CLIPTokenizer") -> Any:
+    from transformers import CLIPTextConfig
+
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=_TEXT_WIDTH,
+            intermediate_size=2 * _TEXT_WIDTH,
+            projection_dim=_TEXT_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=_TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_factor=10.0,  # CLIP starts so close to zero that all prompts would look alike
+        )
+    )
 
 
 def _clip_tokenizer() -> "CLIPTokenizer":

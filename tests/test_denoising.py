@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from scipy.stats import norm
 
-from pipelines.diffusion import denoising_schedule
+from pipelines.denoisers.ddim import denoising_schedule
 from policies.denoising import DenoisingSchedule
 from policies.settings import SamplingSettings
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from pipelines.checkpoint import CheckpointStore
-from pipelines.diffusion import DiffusionPolicy, load_pipeline
+from pipelines.denoisers import load_family
+from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner, LearnerState
 from pipelines.settings import ModelSettings
 from pipelines.trainable import checksum, load_weights
@@ -54,7 +55,7 @@ def draw(sampler: DiffusionPolicy, version: int = 0) -> Trajectory:
 
 @functools.cache
 def plain_unet_names(path: str) -> tuple[str, ...]:
-    return tuple(name for name, _ in load_pipeline(path).unet.named_modules())
+    return tuple(name for name, _ in load_family(path, torch.float32).network.named_modules())
 
 
 def test_restored_learner_goes_on_bit_for_bit(model: ModelSettings, sampler: DiffusionPolicy, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_restored_learner_goes_on_bit_for_bit(model: ModelSettings, sampler: Dif
     resumed = make_learner(model, seed=99)
     resumed.restore(LearnerState(commit.tensors, commit.state["version"]))
     assert checksum(resumed.weights()) == checksum(learner.weights())
-    load_weights(sampler.unet, learner.weights())
+    load_weights(sampler.network, learner.weights())
     trajectory = draw(sampler, version=1)
     for each in (learner, resumed):
         each.learn(trajectory, ADVANTAGE, seed=2)
@@ -84,7 +85,7 @@ def test_optimizer_moments_matter(model: ModelSettings, sampler: DiffusionPolicy
     assert moments == {"step", "exp_avg", "exp_avg_sq"}
     parameters = {key: value for key, value in state.tensors.items() if key.startswith("parameter/")}
     forgetful.restore(LearnerState(parameters, 1))
-    load_weights(sampler.unet, learner.weights())
+    load_weights(sampler.network, learner.weights())
     trajectory = draw(sampler, version=1)
     for each in (learner, forgetful):
         each.learn(trajectory, ADVANTAGE, seed=2)
@@ -102,7 +103,7 @@ def test_sampler_and_learner_agree_after_a_transfer(model: ModelSettings, sample
     """The ratio is 1 again on the images of the second version, LoRA merged in the sampler and not in the learner."""
     learner = make_learner(model)
     learner.learn(draw(sampler), ADVANTAGE, seed=1)
-    assert load_weights(sampler.unet, learner.weights()) > 0
+    assert load_weights(sampler.network, learner.weights()) > 0
     statistics, _ = learner.learn(draw(sampler, version=1), ADVANTAGE, seed=2)
     assert sorted(statistics.first_update_error) == [0, 1, 2]
     assert max(statistics.first_update_error.values()) < 1e-5
@@ -118,12 +119,12 @@ def test_images_of_other_weights_are_refused(model: ModelSettings, sampler: Diff
 def test_weights_are_counted_and_summed_as_they_travel(model: ModelSettings, sampler: DiffusionPolicy) -> None:
     learner = make_learner(model)
     before = learner.weights()
-    assert load_weights(sampler.unet, before) == 0
+    assert load_weights(sampler.network, before) == 0
     _, changed = learner.learn(draw(sampler), ADVANTAGE, seed=1)
     after = learner.weights()
     differing = [name for name in before if not np.array_equal(before[name], after[name])]
-    assert load_weights(sampler.unet, after) == len(differing) > 0
-    assert load_weights(sampler.unet, after) == 0
+    assert load_weights(sampler.network, after) == len(differing) > 0
+    assert load_weights(sampler.network, after) == 0
     assert changed > 0
     assert checksum(before) != checksum(after)
     assert checksum(after) == checksum(learner.weights()) == checksum(dict(reversed(after.items())))
@@ -146,14 +147,14 @@ def test_checksum_covers_names_shapes_types_and_bytes() -> None:
 
 def test_an_unknown_weight_is_refused(sampler: DiffusionPolicy) -> None:
     with pytest.raises(KeyError, match=r"no\.such\.weight"):
-        load_weights(sampler.unet, {"no.such.weight": np.zeros(1, np.float32)})
+        load_weights(sampler.network, {"no.such.weight": np.zeros(1, np.float32)})
 
 
 def test_full_fine_tuning_changes_everything_that_has_a_gradient(tiny_v_pipeline: Path) -> None:
     model = ModelSettings(path=str(tiny_v_pipeline))
     learner = make_learner(model)
     names = set(learner.parameters)
-    assert names == {name for name, _ in learner.policy.unet.named_parameters()}
+    assert names == {name for name, _ in learner.policy.network.named_parameters()}
     before = learner.weights()
     _, changed = learner.learn(draw(DiffusionPolicy(model, SAMPLING)), ADVANTAGE, seed=1)
     after = learner.weights()
@@ -164,7 +165,7 @@ def test_full_fine_tuning_changes_everything_that_has_a_gradient(tiny_v_pipeline
 
 
 def test_only_the_unet_is_trained_and_nothing_drops_out(model: ModelSettings) -> None:
-    pipeline = make_learner(model).policy.pipeline
+    pipeline = make_learner(model).policy.family.pipeline
     assert not any(p.requires_grad for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters())
     dropouts = [module for module in pipeline.unet.modules() if isinstance(module, torch.nn.Dropout)]
     assert dropouts
@@ -191,7 +192,7 @@ def test_lora_that_would_bind_to_nothing_is_refused(tiny_v_pipeline: Path, targe
 
 def test_lora_starts_at_the_base_model(tiny_v_pipeline: Path) -> None:
     learner = make_learner(ModelSettings(path=str(tiny_v_pipeline), lora_rank=4, lora_targets=LORA_TARGETS))
-    plain = load_pipeline(str(tiny_v_pipeline)).unet
+    plain = load_family(str(tiny_v_pipeline), torch.float32).network
     assert load_weights(plain, learner.weights()) == 0
 
 
@@ -202,7 +203,7 @@ def test_merged_lora_is_the_network_that_was_trained(tiny_v_pipeline: Path) -> N
     latents, times, embeddings = torch.randn(4, 4, 8, 8), torch.tensor([999, 500, 100, 1]), sampler.embed(BATCH[:4])
     with torch.no_grad():
         base = sampler.predict(latents, times, embeddings)
-        load_weights(sampler.unet, learner.weights())
+        load_weights(sampler.network, learner.weights())
         merged = sampler.predict(latents, times, embeddings)
         trained = learner.policy.predict(latents, times, embeddings)
     assert (trained - base).abs().max() > 1e-3
@@ -215,7 +216,7 @@ def test_what_is_saved_draws_the_same_in_the_stock_pipeline(
     learner = make_learner(model)
     trajectory = draw(sampler)
     learner.learn(trajectory, ADVANTAGE, seed=1)
-    load_weights(sampler.unet, learner.weights())
+    load_weights(sampler.network, learner.weights())
     images, after = sampler.rollout(BATCH, SEEDS)
     assert np.abs(after.latents[:, -1] - trajectory.latents[:, -1]).max() > 1e-2
     learner.save(str(tmp_path))

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from pipelines.captioner import Captioner
-from pipelines.diffusion import DiffusionPolicy, load_pipeline
+from pipelines.denoisers import load_family
+from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import CaptionerSettings, ModelSettings
 from pipelines.trajectory import Trajectory
@@ -115,7 +116,7 @@ def test_clipping_of_the_scheduler_is_switched_off(tiny_pipeline: Path, tmp_path
     shutil.copytree(tiny_pipeline, tmp_path / "clipping")
     path = tmp_path / "clipping" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True, "thresholding": True}))
-    config = load_pipeline(str(tmp_path / "clipping")).scheduler.config
+    config = load_family(str(tmp_path / "clipping"), torch.float32).pipeline.scheduler.config
     assert (config.clip_sample, config.thresholding) == (False, False)
     assert config.prediction_type == "epsilon"
 

@@ -1,0 +1,53 @@
+"""What UNets have in common: they are sampled by DDIM."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.denoisers.family import Family
+from policies.denoising import DenoisingSchedule
+from policies.schedule import Schedule
+from policies.settings import SamplingSettings
+
+
+def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingSchedule:
+    """The tables of a diffusers ``DDIMScheduler`` for ``sampling.steps`` steps, by the scheduler's own arithmetic."""
+    scheduler.set_timesteps(sampling.steps)
+    timesteps = scheduler.timesteps.to("cpu", torch.int64)
+    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    previous = timesteps - scheduler.config.num_train_timesteps // sampling.steps
+    final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
+    return DenoisingSchedule(
+        timesteps=timesteps,
+        alpha=alphas[timesteps],
+        alpha_previous=torch.where(previous >= 0, alphas[previous.clamp(min=0)], final),
+        eta=sampling.eta,
+        prediction_type=scheduler.config.prediction_type,
+    )
+
+
+class DdimFamily(Family):
+    """UNets that predict ε, v or x_0."""
+
+    @staticmethod
+    def scheduler(config: Any) -> Any:
+        """DDIM. Clipping and thresholding would change the mean of the step, and its log-probability would be wrong."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+
+    def schedule(self, sampling: SamplingSettings) -> DenoisingSchedule:
+        """The tables of the pipeline's scheduler."""
+        return denoising_schedule(self.pipeline.scheduler, sampling)
+
+    def step(self, schedule: Schedule, step: int, latents: Tensor, output: Tensor, noise: Tensor, eta: float) -> Tensor:
+        """The scheduler's own step, so that the stock pipeline draws the very same images."""
+        timestep = int(schedule.timesteps[step])
+        following = self.pipeline.scheduler.step(
+            output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False
+        )[0]
+        if torch.isfinite(following).all():
+            return following
+        # Its float32 1 − ᾱ − σ² can round below 0, and the root to nan.
+        return super().step(schedule, step, latents, output, noise, eta)

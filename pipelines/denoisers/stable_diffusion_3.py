@@ -1,0 +1,50 @@
+"""Stable Diffusion 3: a rectified flow by a transformer, sampled as an SDE (:mod:`policies.flow_matching`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.denoisers.family import Conditions, Family, decode_latents
+from policies.flow_matching import FlowSchedule
+from policies.settings import SamplingSettings
+
+
+class StableDiffusion3(Family):
+    """With or without the third text encoder, T5: where its files are not there, its tokens are zeros."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    network_name = "transformer"
+
+    @staticmethod
+    def scheduler(config: Any) -> Any:
+        """The flow's own times. Raises ValueError where they depend on more than their number."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if config.get("use_dynamic_shifting"):
+            raise ValueError("scheduler: use_dynamic_shifting is not supported; set it to false and choose a shift")
+        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+
+    def schedule(self, sampling: SamplingSettings) -> FlowSchedule:
+        """``sampling.eta`` is the SDE's noise level."""
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(sampling.steps)
+        return FlowSchedule(scheduler.timesteps.cpu(), scheduler.sigmas.to("cpu", torch.float64), sampling.eta)
+
+    def encode(self, prompt: str, device: torch.device) -> Conditions:
+        """Hidden states (tokens, width) of all encoders, and those of both CLIPs as a whole (width,)."""
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states[0], "pooled_projections": pooled[0]}
+
+    def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity ε − x_0."""
+        return self.network(hidden_states=latents, timestep=timesteps, **conditions, return_dict=False)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Through the autoencoder."""
+        return decode_latents(self.pipeline.vae, latents)
+
+
+FAMILY = StableDiffusion3
