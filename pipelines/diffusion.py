@@ -79,7 +79,7 @@ class DiffusionPolicy:
         stochastic = set(schedule.stochastic_steps.tolist())
         path, log_probs = [latents], []
         for step, timestep in enumerate(schedule.timesteps):
-            output = self.predict(latents, timestep.expand(len(prompts)), conditions)
+            output = self.predict(latents, timestep.repeat(len(prompts)), conditions)
             following = family.step(schedule, step, latents, output, noise(), eta)
             if step in stochastic:
                 index = torch.full((len(prompts),), step, device=self.device)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from policies.schedule import Schedule, over
+from policies.schedule import Schedule
 from policies.settings import SamplingSettings
 
 Conditions = dict[str, Tensor]  # what the network is told of each prompt: name → (prompts, …)
@@ -70,7 +70,7 @@ class Family(ABC):
         """x_{t−1} = μ + σ · ``noise``."""
         index = torch.full((len(latents),), step, device=latents.device)
         mean = schedule.mean(latents, output, index)
-        return (mean + over(schedule.sigma, index, latents) * noise).to(latents.dtype)
+        return (mean + schedule.sigma[step] * noise).to(latents.dtype)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
