@@ -53,11 +53,15 @@ class LearnerActor(Worker):
     def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, dict[str, np.ndarray]]:
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
         statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
-        return self._update(changed, dataclasses.asdict(statistics))
+        return self._update(self.learner.weights(), changed, dataclasses.asdict(statistics))
 
     def current(self) -> tuple[Update, dict[str, np.ndarray]]:
-        """The weights as they are."""
-        return self._update(0, {})
+        """The weights to draw with, as they are."""
+        return self._update(self.learner.weights(), 0, {})
+
+    def averaged(self) -> tuple[Update, dict[str, np.ndarray]]:
+        """The weights to evaluate and to save: their average over steps, if there is one."""
+        return self._update(self.learner.averaged_weights(), 0, {})
 
     def state(self) -> Any:
         """A :class:`pipelines.learning.LearnerState`."""
@@ -71,10 +75,11 @@ class LearnerActor(Worker):
         """The files of a diffusers directory of the current weights, LoRA merged."""
         return packed(self.learner.save)
 
-    def _update(self, changed: int, statistics: dict[str, Any]) -> tuple[Update, dict[str, np.ndarray]]:
+    def _update(
+        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any]
+    ) -> tuple[Update, dict[str, np.ndarray]]:
         from pipelines.trainable import checksum
 
-        weights = self.learner.weights()
         return Update(self.learner.weights_version, checksum(weights), changed, statistics), weights
 
 
@@ -103,3 +108,7 @@ class Learner(Pool):
     def current(self) -> tuple[ObjectRef, ObjectRef]:
         """References of an :class:`Update` that changed nothing and of the present weights."""
         return tuple(self.submit("current", returns=2))
+
+    def averaged(self) -> tuple[ObjectRef, ObjectRef]:
+        """The same of what is evaluated and saved."""
+        return tuple(self.submit("averaged", returns=2))

@@ -32,7 +32,8 @@ class Acknowledgement:
 
 @dataclass(frozen=True)
 class Published:
-    """The weights that samplers are to draw with. Version 0 is what the model's files hold, and is not sent."""
+    """The weights that samplers are to draw with. Version 0 is what the model's files hold, and is not sent; −v is the
+    average of the versions up to v."""
 
     version: int = 0
     checksum: str = ""

@@ -102,20 +102,29 @@ class Crew:
 
     def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
         """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
-        receipts: list[Acknowledgement] = self.wait(
-            self.samplers.publish(update.version, update.checksum, weights), "sending weights"
-        )
-        for number, receipt in enumerate(receipts):
-            if receipt.checksum != update.checksum:
-                raise PublishError(
-                    f"sampler {number} received other weights than version {update.version}: checksums differ"
-                )
+        for number, receipt in enumerate(self._send(update.version, update.checksum, weights)):
             if expect_change and not receipt.changed_tensors:
                 raise PublishError(f"weights version {update.version} changed no tensor of sampler {number}")
 
+    def _send(self, version: int, checksum: str, weights: ObjectRef) -> list[Acknowledgement]:
+        """Every sampler's receipt. Raises PublishError unless all came whole."""
+        receipts = self.wait(self.samplers.publish(version, checksum, weights), "sending weights")
+        for number, receipt in enumerate(receipts):
+            if receipt.checksum != checksum:
+                raise PublishError(f"sampler {number} received other weights than version {version}: checksums differ")
+        return receipts
+
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
-        """Draw, caption, score and judge one image for each fixed (prompt, seed)."""
-        return self.measure(self.samplers.rollout(prompts, seeds), prompts)
+        """Draw, caption, score and judge one image for each fixed (prompt, seed), with averaged weights if they are."""
+        drawing = self.samplers.published
+        if self.config.training.ema_decay and drawing.version:
+            learned, weights = self.learner.averaged()
+            average: Update = self.wait([learned], "averaged weights")[0]
+            self._send(-average.version, average.checksum, weights)
+        evaluation = self.measure(self.samplers.rollout(prompts, seeds), prompts)
+        if self.samplers.published is not drawing:
+            self._send(drawing.version, drawing.checksum, drawing.weights)
+        return evaluation
 
     def measure(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""

@@ -50,7 +50,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
 def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
     prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
-    history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
+    history = PromptStatistics(config.advantage.history_size)
     held_out_prompts, held_out_seeds = fixed_work(plan.prompts, config.evaluation.images)
     report = Report(run, held_out_prompts)
 
@@ -106,7 +106,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         watch(run)
 
     after = held_out or evaluate(config.evaluation.images)
-    update = crew.wait([crew.learner.current()[0]], "the final weights")[0]
+    update = crew.wait([crew.learner.averaged()[0]], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
     return report.finish(after, update.checksum, crew.cpu_seconds())

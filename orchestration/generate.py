@@ -47,8 +47,11 @@ def _open(source: Path, sampling: SamplingSettings | None) -> Any:
     if step is None and (run / "pipeline" / "model_index.json").is_file():
         return DiffusionPolicy(config.model.model_copy(update={"path": str(run / "pipeline")}), sampling)
     from pipelines.learning import DiffusionLearner, LearnerState
+    from pipelines.trainable import load_weights
 
     commit = CheckpointStore(run / "checkpoints").load(step)
     learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
     learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
-    return learner.policy
+    policy = DiffusionPolicy(config.model, sampling)
+    load_weights(policy.network, learner.averaged_weights())
+    return policy

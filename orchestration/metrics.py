@@ -7,8 +7,8 @@ import numpy as np
 from actors.learner import Update
 from orchestration.evaluation import diversity
 
-_OF_THE_POLICY = ("loss", "approximate_kl", "ratio_mean", "ratio_max", "clip_fraction", "gradient_norm")
-_OF_THE_MACHINE = ("micro_batch", "skipped_updates")
+_OF_THE_UPDATE = ("loss", "gradient_norm", "micro_batch", "skipped_updates")
+_OF_THE_RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")  # None without one
 
 
 def step_metrics(
@@ -26,7 +26,8 @@ def step_metrics(
         "advantage/mean": float(advantage.mean()),
         "advantage/std": float(advantage.std()),
         "advantage/absolute_max": float(np.abs(advantage).max()),
-        **{f"policy/{name}": statistics[name] for name in (*_OF_THE_POLICY, *_OF_THE_MACHINE)},
+        **{f"policy/{name}": statistics[name] for name in _OF_THE_UPDATE},
+        **{f"policy/{name}": statistics[name] for name in _OF_THE_RATIO if statistics[name] is not None},
         **({} if spread is None else {"images/diversity": spread}),
         "weights/version": float(update.version),
         "weights/changed_tensors": float(update.changed_tensors),

@@ -81,12 +81,13 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def stochastic_steps(config: DdpoConfig) -> int:
-    """Denoising steps that have a density: all, or all but the last if the scheduler ends on ᾱ = 1, where σ = 0."""
+def learnable_steps(config: DdpoConfig) -> int:
+    """Denoising steps to learn from. The last has no density if the scheduler ends on the image, where σ = 0."""
     directory = find(config.model.path)
     path = directory / "scheduler" / "scheduler_config.json" if directory else None
     ends_clean = path is not None and path.is_file() and json.loads(path.read_text()).get("set_alpha_to_one", True)
-    return config.sampling.steps - 1 if ends_clean else config.sampling.steps
+    steps = config.sampling.steps
+    return len(config.training.learnable_steps(steps, range(steps - ends_clean)))
 
 
 def _check_evaluator(path: str, prompts: list[str]) -> None:
@@ -115,10 +116,10 @@ def _check_caption_length(captioner: CaptionerSettings) -> None:
 
 def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     training, evaluation = config.training, config.evaluation
-    if not stochastic_steps(config):
+    if not learnable_steps(config):
         raise ValueError(
             f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from: the scheduler of "
-            f"{config.model.path} makes the last one deterministic; ask for at least 2"
+            f"{config.model.path} makes the last one deterministic; ask for at least 2, or widen timestep_window"
         )
     if training.prompts_per_step > len(prompts):
         wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"
@@ -126,8 +127,6 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     if config.advantage.baseline == "group" and training.images_per_prompt < 2:
         remedy = "set training.images_per_prompt to 2 or more"
         raise ValueError(f"advantage.baseline group compares images of one prompt: {remedy}")
-    if config.advantage.history_minimum > config.advantage.history_size:
-        raise ValueError("advantage.history_minimum is larger than advantage.history_size")
     if evaluation.interim_images > evaluation.images:
         raise ValueError("evaluation.interim_images is larger than evaluation.images")
 
@@ -135,8 +134,8 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
 def describe(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory."""
     training, sampling = config.training, config.sampling
-    stochastic = stochastic_steps(config)
-    share = training.timesteps_per_image(stochastic)
+    learnable = learnable_steps(config)
+    share = training.timesteps_per_image(learnable)
     transitions = training.images_per_update * share
     per_step = training.images_per_step * sampling.steps
     guided = " (twice for guidance)" if sampling.guidance_scale > 1 else ""
@@ -145,7 +144,7 @@ def describe(config: DdpoConfig, plan: Plan) -> str:
         f"  {training.prompts_per_step} prompts × {training.images_per_prompt} images = "
         f"{training.images_per_step} images a step, {training.steps * training.images_per_step:,} in all",
         f"  {training.updates_per_step * training.inner_epochs} updates a step, each of {training.images_per_update} "
-        f"images × {share} of {stochastic} stochastic timesteps = {transitions} transitions",
+        f"images × {share} of {learnable} learnable timesteps = {transitions} transitions",
         f"  {per_step:,} network evaluations to sample a step, "
         f"{training.images_per_step * share * training.inner_epochs:,} with gradient to learn{guided}",
         f"  {-(-training.images_per_step // config.actors.images_per_call)} pieces of work of up to "

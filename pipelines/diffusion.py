@@ -47,19 +47,23 @@ class DiffusionPolicy:
         known = [self._conditions[prompt] for prompt in prompts]
         return {name: torch.stack([each[name] for each in known]) for name in known[0]}
 
-    def predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The network's output (batch, channels, height, width), guided if ``guidance_scale`` > 1.
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance_scale: float | None = None
+    ) -> Tensor:
+        """The network's output (batch, channels, height, width), guided if ``guidance_scale`` (by default the
+        sampling's) is above 1.
 
         The unconditional half (the empty prompt) rides in the same call, in sampling and in training alike.
         """
         inputs = latents.to(self.dtype)
-        if self.sampling.guidance_scale == 1:
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        if scale == 1:
             return self.family.forward(inputs, timesteps, conditions)
         empty = self.embed([""])
         both = {name: torch.cat([empty[name].expand_as(given), given]) for name, given in conditions.items()}
         output = self.family.forward(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
         unconditional, conditional = output.chunk(2)
-        return unconditional + self.sampling.guidance_scale * (conditional - unconditional)
+        return unconditional + scale * (conditional - unconditional)
 
     @torch.no_grad()
     def rollout(

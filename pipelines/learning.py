@@ -1,5 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ from torch import Tensor
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
-from pipelines.trainable import Weights, exported_weights, from_numpy, load_weights, prepare, to_numpy
+from pipelines.trainable import Weights, copied, exported_weights, from_numpy, load_weights, prepare, swapped, to_numpy
 from pipelines.trajectory import Trajectory
-from policies.ddpo import PolicyLearner, UpdateStatistics
+from policies.ddpo import policy_gradient
+from policies.forward_process import negative_aware, reward_weighted
 from policies.health import SickNumbers
+from policies.learner import PolicyLearner, UpdateStatistics
+from policies.rollouts import Network, Rollouts
 from policies.settings import SamplingSettings, TrainingSettings
+
+OBJECTIVES = {
+    "importance_sampling": policy_gradient,
+    "score_function": policy_gradient,
+    "reward_weighted": reward_weighted,
+    "negative_aware": negative_aware,
+}
 
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
 
@@ -42,11 +53,13 @@ class DiffusionLearner:
     ) -> None:
         torch.manual_seed(seed)  # LoRA's initial weights
         self.model = model
-        self.training = training
+        self.sampling, self.training = sampling, training
         self.policy = DiffusionPolicy(model, sampling, device)
         self.parameters = prepare(self.policy.network, model)
         self.micro_batch = training.micro_batch or self._find_micro_batch()
         self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch)
+        self.first = copied(self.parameters) if training.kl_weight else {}
+        self.average = copied(self.parameters) if training.ema_decay else {}
         self.weights_version = 0
 
     def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
@@ -59,40 +72,71 @@ class DiffusionLearner:
                 f"the images were drawn by weights version {trajectory.weights_version}, the learner holds "
                 f"{self.weights_version}: at depth 0 they must be the same"
             )
-        device, schedule = self.policy.device, self.policy.schedule
-        latents = torch.from_numpy(np.array(trajectory.latents)).to(device)
-        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
-        conditions = self.policy.embed(list(unique))
-        owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
-
-        def log_prob(images: Tensor, steps: Tensor) -> Tensor:
-            images, steps = images.to(device), steps.to(device)
-            before, after = latents[images, steps], latents[images, steps + 1]
-            told = {name: table[owner[images]] for name, table in conditions.items()}
-            output = self.policy.predict(before, schedule.timesteps[steps], told)
-            return schedule.log_prob(before, after, output, steps, self.training.log_density)
-
-        old = torch.from_numpy(np.array(trajectory.log_probs)).to(device)
-        if self.training.log_density == "sum":
-            old = old * latents[0, 0].numel()
-        previous = [parameter.detach().clone() for parameter in self.parameters.values()]
-        weights, generator = torch.from_numpy(np.array(advantage)).to(device), torch.Generator().manual_seed(seed)
-        statistics = self.learner.learn(log_prob, old, weights, schedule.stochastic_steps.cpu(), generator)
-        changed = sum(not torch.equal(a, b) for a, b in zip(previous, self.parameters.values(), strict=True))
+        schedule, training = self.policy.schedule, self.training
+        before = copied(self.parameters)
+        objective = OBJECTIVES[training.objective](self._rollouts(trajectory, advantage, before, seed), training)
+        steps = training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist())
+        generator = torch.Generator().manual_seed(seed)
+        statistics = self.learner.learn(objective, len(advantage), torch.tensor(steps), generator)
+        changed = sum(not torch.equal(before[name], value) for name, value in self.parameters.items())
         if not changed and self.training.on_sick_numbers == "stop":
             raise SickNumbers("the step's updates changed no tensor: check learning rate and advantages")
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
             raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
+        for name, mean in self.average.items():
+            mean.lerp_(self.parameters[name].detach(), 1 - training.ema_decay)
         return statistics, changed
 
+    def _rollouts(
+        self, trajectory: Trajectory, advantage: np.ndarray, drawn_by: dict[str, Tensor], seed: int
+    ) -> Rollouts:
+        """Everything of ``trajectory`` on the device, and the network with three sets of weights."""
+        device, schedule = self.policy.device, self.policy.schedule
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
+        conditions = self.policy.embed(list(unique))
+        owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
+        guidance = 1.0 if self.training.on_forward_process else self.sampling.guidance_scale
+
+        def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
+            told = {name: table[owner[images]] for name, table in conditions.items()}
+            return self.policy.predict(latents, schedule.timesteps[steps], told, guidance)
+
+        def under(values: dict[str, Tensor]) -> Network:
+            def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
+                with torch.no_grad(), swapped(self.parameters, values):
+                    return network(latents, steps, images)
+
+            return other
+
+        latents, log_probs, weights = (
+            torch.from_numpy(np.array(each)).to(device)
+            for each in (trajectory.latents, trajectory.log_probs, advantage)
+        )
+        if self.training.log_density == "sum":
+            log_probs = log_probs * latents[0, 0].numel()
+        behaviour = under(self.average if self._draws_average else drawn_by)
+        tables = schedule, latents, log_probs, weights
+        return Rollouts(*tables, network, under(self.first), behaviour, seed, self.training.log_density)
+
+    @property
+    def _draws_average(self) -> bool:
+        """DiffusionNFT's old policy, which draws, is the average; elsewhere the learned weights draw."""
+        return bool(self.average) and self.training.objective == "negative_aware"
+
     def weights(self) -> Weights:
-        """What samplers need, under the plain network's names."""
-        return exported_weights(self.policy.network)
+        """What samplers draw with, under the plain network's names."""
+        return self.averaged_weights() if self._draws_average else exported_weights(self.policy.network)
+
+    def averaged_weights(self) -> Weights:
+        """What is evaluated and saved: the average over steps, or the weights themselves."""
+        with swapped(self.parameters, self.average) if self.average else nullcontext():
+            return exported_weights(self.policy.network)
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments."""
         tensors = {f"parameter/{name}": to_numpy(parameter) for name, parameter in self.parameters.items()}
+        tensors |= {f"average/{name}": to_numpy(mean) for name, mean in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = to_numpy(torch.as_tensor(value))
@@ -104,6 +148,9 @@ class DiffusionLearner:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(from_numpy(state.tensors[f"parameter/{name}"], parameter.dtype))
+            for name, mean in self.average.items():
+                kept = state.tensors.get(f"average/{name}", state.tensors[f"parameter/{name}"])
+                mean.copy_(from_numpy(kept, mean.dtype))
         for key, array in state.tensors.items():
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
@@ -115,9 +162,9 @@ class DiffusionLearner:
         self.weights_version = state.weights_version
 
     def merged_pipeline(self) -> Any:
-        """A stock pipeline with the present weights, LoRA merged."""
+        """A stock pipeline with :meth:`averaged_weights`, LoRA merged."""
         family = load_family(self.model.path, getattr(torch, self.model.dtype))
-        load_weights(family.network, self.weights())
+        load_weights(family.network, self.averaged_weights())
         return family.pipeline
 
     def save(self, directory: str | Path) -> None:
@@ -129,7 +176,8 @@ class DiffusionLearner:
 
         Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
         """
-        share = self.training.timesteps_per_image(len(self.policy.schedule.stochastic_steps))
+        stochastic = self.policy.schedule.stochastic_steps.tolist()
+        share = self.training.timesteps_per_image(len(self.training.learnable_steps(self.sampling.steps, stochastic)))
         transitions = self.training.images_per_update * share
         if self.policy.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.policy.device).total_memory // 2

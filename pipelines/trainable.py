@@ -1,7 +1,8 @@
 """What of a network is trained, what of it travels to the samplers, and how each is named, counted and verified."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -43,6 +44,28 @@ def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]
     else:
         network.requires_grad_(True)
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """``parameters`` hold ``values`` in this block: the same network with other weights."""
+    kept = copied(parameters)
+    _fill(parameters, values)
+    try:
+        yield
+    finally:
+        _fill(parameters, kept)
+
+
+def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What they hold now."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 
 class PromptStatistics:
     """The last rewards of every prompt (Black et al. 2023, section 5.1 and their per-prompt tracker)."""
 
-    def __init__(self, size: int, minimum: int) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.minimum = minimum
         self._rewards: dict[str, deque[float]] = {}
 
     def update(self, prompts: Sequence[str], rewards: np.ndarray) -> None:
@@ -25,9 +24,9 @@ class PromptStatistics:
             self._rewards.setdefault(prompt, deque(maxlen=self.size)).append(float(reward))
 
     def mean_and_std(self, prompt: str) -> tuple[float, float] | None:
-        """Mean and standard deviation of a prompt's rewards, or None while too few are known."""
+        """Mean and standard deviation of a prompt's rewards, or None while fewer than half of ``size`` are known."""
         rewards = self._rewards.get(prompt, ())
-        if len(rewards) < self.minimum:
+        if len(rewards) < self.size / 2:
             return None
         return float(np.mean(rewards)), float(np.std(rewards))
 

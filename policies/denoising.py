@@ -45,6 +45,13 @@ class DenoisingSchedule(Schedule):
         alpha = over(self.alpha, steps, clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
+    def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """ε, v = √ᾱ ε − √(1 − ᾱ) x_0 (Salimans and Ho, 2202.00512), or x_0."""
+        alpha = over(self.alpha, steps, clean)
+        if self.prediction_type == "v_prediction":
+            return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        return noise if self.prediction_type == "epsilon" else clean
+
     def _parts(self, latents: Tensor, network_output: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """x̂_0 and ε̂, of which x_t consists."""
         x_t, output, alpha = latents.double(), network_output.double(), over(self.alpha, steps, latents)

@@ -39,6 +39,10 @@ class FlowSchedule(Schedule):
         """x̂_0 = x_t − t v."""
         return latents.double() - over(self.times, steps, latents) * network_output.double()
 
+    def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """v = ε − x_0."""
+        return noise - clean
+
     def diffuse(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """(1 − t) x_0 + t ε."""
         time = over(self.times, steps, clean)

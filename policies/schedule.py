@@ -45,6 +45,10 @@ class Schedule(ABC):
         """The x_0 that the network's output stands for, float64."""
 
     @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """What the network was trained to answer to :meth:`diffuse` of the same."""
+
+    @abstractmethod
     def diffuse(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """x_t of the forward process: ``clean`` x_0 and ``noise`` mixed as they are at the start of the step."""
 

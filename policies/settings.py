@@ -1,5 +1,6 @@
 """Settings of the DDPO algorithm. Importable without torch."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,8 +27,9 @@ class AdvantageSettings(Settings):
         "group",
         description="normalise by the prompt's images of this step, by its history over steps, or by all images",
     )
-    history_size: int = Field(32, ge=2, description="rewards remembered for each prompt (history)")
-    history_minimum: int = Field(16, ge=2, description="below this many, the whole step's statistics are used")
+    history_size: int = Field(
+        32, ge=2, description="rewards remembered for each prompt (history); below half, the step's statistics are used"
+    )
     clip: float = Field(10.0, gt=0, description="advantages are clipped to ± this")
 
 
@@ -42,7 +44,19 @@ class TrainingSettings(Settings):
     timestep_fraction: float = Field(
         1.0, gt=0, le=1, description="random share of each image's timesteps to learn from"
     )
-    objective: Literal["importance_sampling", "score_function"] = "importance_sampling"
+    timestep_window: tuple[float, float] = Field(
+        (0.0, 1.0), description="part of the denoising to learn from: 0 is noise, 1 the image"
+    )
+    objective: Literal["importance_sampling", "score_function", "reward_weighted", "negative_aware"] = Field(
+        "importance_sampling", description="DDPO_IS, DDPO_SF, reward-weighted regression, DiffusionNFT"
+    )
+    objective_beta: float = Field(
+        1.0, gt=0, description="β of reward_weighted (sharpness of the weights) and negative_aware (length of its step)"
+    )
+    kl_weight: float = Field(0.0, ge=0, description="weight of the KL to the first model, for DDPO_IS and DDPO_SF")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="of an average over steps: what is evaluated and saved; 0: the weights themselves"
+    )
     clip_range: float = Field(1e-4, gt=0, description="PPO's ε; its meaning depends on log_density")
     log_density: Literal["mean", "sum"] = Field(
         "mean", description="reduction of the log-density over channels and pixels; published clip ranges mean 'mean'"
@@ -68,9 +82,20 @@ class TrainingSettings(Settings):
     def images_per_update(self) -> int:
         return self.images_per_step // self.updates_per_step
 
-    def timesteps_per_image(self, stochastic_steps: int) -> int:
-        """How many of an image's ``stochastic_steps`` (those with a density) an update learns from."""
-        return max(1, round(self.timestep_fraction * stochastic_steps))
+    @property
+    def on_forward_process(self) -> bool:
+        """Whether images are noised anew to learn from them, instead of going back the way they came."""
+        return self.objective in ("reward_weighted", "negative_aware")
+
+    def learnable_steps(self, steps: int, stochastic: Sequence[int]) -> list[int]:
+        """Which of ``steps`` denoising steps may be learned from: those in the window, and with a density if needed."""
+        first, last = (round(end * steps) for end in self.timestep_window)
+        candidates = range(steps) if self.on_forward_process else stochastic
+        return [step for step in candidates if first <= step < last]
+
+    def timesteps_per_image(self, learnable: int) -> int:
+        """How many of an image's ``learnable`` steps an update learns from."""
+        return max(1, round(self.timestep_fraction * learnable))
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainingSettings":
@@ -84,6 +109,10 @@ class TrainingSettings(Settings):
                 f"images_per_step ({self.images_per_step}) must be a multiple of "
                 f"updates_per_step ({self.updates_per_step})"
             )
+        if not 0 <= self.timestep_window[0] < self.timestep_window[1] <= 1:
+            raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
+        if self.kl_weight and self.on_forward_process:
+            raise ValueError(f"kl_weight: objective {self.objective} has no density to take it of; set it to 0")
         if self.objective == "score_function" and self.updates_per_step * self.inner_epochs > 1:
             raise ValueError(
                 "objective score_function is on-policy: set updates_per_step and inner_epochs to 1, "

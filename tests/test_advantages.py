@@ -15,7 +15,7 @@ def compute(
     rewards: np.ndarray, prompts: list[str], history: PromptStatistics | None = None, **keys: object
 ) -> np.ndarray:
     settings = AdvantageSettings(**keys)  # type: ignore[arg-type]
-    history = history or PromptStatistics(settings.history_size, settings.history_minimum)
+    history = history or PromptStatistics(settings.history_size)
     return advantages(rewards, prompts, settings, history)
 
 
@@ -60,7 +60,7 @@ def test_advantages_are_clipped() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
-    history = PromptStatistics(32, 16)
+    history = PromptStatistics(32)
     rewards = REWARDS.copy()
     rewards[3] = bad
     with pytest.raises(SickNumbers, match=r"image 3 \('dog'\)"):
@@ -69,8 +69,8 @@ def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
 
 
 def test_history_baseline_falls_back_to_the_step_until_enough_is_known() -> None:
-    history = PromptStatistics(size=8, minimum=4)
-    keys = {"baseline": "history", "history_size": 8, "history_minimum": 4}
+    history = PromptStatistics(size=8)
+    keys = {"baseline": "history", "history_size": 8}
     first = compute(REWARDS, PROMPTS, history, **keys)
     np.testing.assert_allclose(first, compute(REWARDS, PROMPTS, baseline="batch"))
     second = compute(np.array([4.0]), ["cat"], history, **keys)
@@ -79,7 +79,7 @@ def test_history_baseline_falls_back_to_the_step_until_enough_is_known() -> None
 
 
 def test_history_forgets_the_oldest_and_keeps_fractions() -> None:
-    history = PromptStatistics(size=3, minimum=2)
+    history = PromptStatistics(size=3)
     history.update(["cat"], np.array([1]))  # an integer first must not make later rewards integers
     history.update(["cat"] * 3, np.array([0.25, 0.5, 0.75]))
     assert history.state() == {"cat": [0.25, 0.5, 0.75]}
@@ -88,9 +88,9 @@ def test_history_forgets_the_oldest_and_keeps_fractions() -> None:
 
 
 def test_history_goes_on_after_a_restore() -> None:
-    history = PromptStatistics(size=4, minimum=2)
+    history = PromptStatistics(size=4)
     history.update(PROMPTS, REWARDS)
-    resumed = PromptStatistics(size=4, minimum=2)
+    resumed = PromptStatistics(size=4)
     resumed.restore(history.state())
     for statistics in (history, resumed):
         statistics.update(["cat", "cat", "bird"], np.array([7.0, 8.0, 9.0]))

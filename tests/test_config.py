@@ -54,7 +54,9 @@ WRONG = {
     ),
     "a group of one": (["training.images_per_prompt=1", "training.images_per_step=128"], "images of one prompt"),
     "interim larger than all": (["evaluation.interim_images=2000"], "interim_images"),
-    "history shorter than its minimum": (["advantage.history_minimum=64"], "history_minimum"),
+    "a window without steps": (["training.timestep_window=[0.95, 1.0]"], "no step with a density"),
+    "a window backwards": (["training.timestep_window=[0.5, 0.2]"], "is not a part of 0 to 1"),
+    "a divergence without densities": (["training.objective=negative_aware", "training.kl_weight=0.1"], "no density"),
     "missing prompts": (["prompts=no/such/file.txt"], "no file"),
     "prompts that are a directory": (["prompts=configs"], "no file"),
     "missing model": (["model.path=no_such_model"], "no directory"),
@@ -168,7 +170,7 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     printed = capsys.readouterr().out
     assert "12 prompts × 8 images = 96 images a step" in printed
     assert "3 × sampler" in printed
-    assert "4 of 9 stochastic timesteps" in printed
+    assert "4 of 9 learnable timesteps" in printed
     assert "GB" in printed
     assert not ray.is_initialized()
 

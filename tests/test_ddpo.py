@@ -2,14 +2,17 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from policies.ddpo import LogProb, PolicyLearner, RatioError, importance_sampling_loss
+from policies.ddpo import importance_sampling_loss, score_function_loss
 from policies.health import SickNumbers
+from policies.learner import PolicyLearner, RatioError, UpdateStatistics
+from policies.rollouts import Objective
 from policies.settings import TrainingSettings
 
 IMAGES, STEPS, SIGMA = 64, 6, 0.5
@@ -46,6 +49,29 @@ class LinearPolicy:
         return torch.arange(IMAGES).repeat_interleave(STEPS), torch.arange(STEPS).repeat(IMAGES)
 
 
+LogProb = Callable[[Tensor, Tensor], Tensor]
+
+
+def objective_of(log_prob: LogProb, old: Tensor, advantage: Tensor, training: TrainingSettings) -> Objective:
+    """The objectives of policies without a denoising schedule."""
+
+    def objective(images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        new = log_prob(images, steps)
+        reference, weight = old[images, steps].to(new), advantage[images].to(new)
+        if training.objective == "score_function":
+            return score_function_loss(new, weight), (new - reference).detach()
+        return importance_sampling_loss(new, reference, weight, training.clip_range), (new - reference).detach()
+
+    return objective
+
+
+def step(
+    learner: PolicyLearner, log_prob: LogProb, old: Tensor, advantage: Tensor, steps: Tensor, generator: torch.Generator
+) -> UpdateStatistics:
+    objective = objective_of(log_prob, old, advantage, learner.settings)
+    return learner.learn(objective, len(advantage), steps, generator)
+
+
 def learn(
     policy: LinearPolicy,
     old: Tensor,
@@ -58,7 +84,7 @@ def learn(
 ) -> PolicyLearner:
     learner = PolicyLearner(policy.parameters, training, micro_batch)
     steps = torch.arange(STEPS) if steps is None else steps
-    learner.learn(log_prob or policy.log_prob, old, advantage, steps, torch.Generator().manual_seed(seed))
+    step(learner, log_prob or policy.log_prob, old, advantage, steps, torch.Generator().manual_seed(seed))
     return learner
 
 
@@ -115,7 +141,7 @@ def test_a_tight_clip_holds_the_policy_near_the_one_that_drew() -> None:
         old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
         training = settings(clip_range=clip_range, inner_epochs=30, learning_rate=1e-3)
         learner = PolicyLearner(policy.parameters, training, 1024)
-        statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+        statistics = step(learner, policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
         divergence[clip_range], clipped[clip_range] = statistics.approximate_kl, statistics.clip_fraction
     assert 0 < divergence[1e-3] < divergence[0.9] / 10
     assert clipped[1e-3] > 0.2
@@ -142,7 +168,7 @@ def test_mean_moves_to_the_optimum(objective: str, updates: int) -> None:
         advantage = (reward - reward.mean()) / reward.std()
         with torch.no_grad():
             old = log_prob(torch.arange(256), torch.zeros(256, dtype=torch.int64))[:, None]
-        learner.learn(log_prob, old, advantage, torch.zeros(1, dtype=torch.int64), generator)
+        step(learner, log_prob, old, advantage, torch.zeros(1, dtype=torch.int64), generator)
         visited.append(mean.item())
     assert sum(visited[-40:]) / 40 == pytest.approx(3.0, abs=0.1)
     assert max(visited) < 3.5
@@ -180,7 +206,7 @@ def test_only_the_first_update_must_reproduce_the_images() -> None:
     policy = LinearPolicy()
     old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
     learner = PolicyLearner(policy.parameters, settings(updates_per_step=4, learning_rate=0.1), 64)
-    statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+    statistics = step(learner, policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
     assert statistics.first_update_error == {step: pytest.approx(0, abs=1e-12) for step in range(STEPS)}
     assert statistics.ratio_max > 1.01
 
@@ -245,7 +271,7 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     policy = LinearPolicy()
     old, advantage = policy.draw(), 100 * torch.randn(IMAGES, dtype=torch.float64)
     learner = PolicyLearner(policy.parameters, settings(max_gradient_norm=0.01), 64)
-    statistics = learner.learn(policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+    statistics = step(learner, policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
     assert statistics.gradient_norm > 1  # the norm before clipping is what is reported
     assert math.hypot(*(float(p.grad) for p in policy.parameters)) == pytest.approx(0.01, rel=1e-3)  # type: ignore[arg-type]
 
@@ -265,7 +291,7 @@ def test_an_update_without_a_finite_gradient_may_be_left_out() -> None:
 
     old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
     learner = PolicyLearner(policy.parameters, settings(updates_per_step=2, on_sick_numbers="skip"), IMAGES * STEPS)
-    statistics = learner.learn(log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
+    statistics = step(learner, log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
     assert statistics.skipped_updates == 1
     assert policy.intercept.item() != 0.3  # the other one was made
     assert math.isfinite(policy.intercept.item())
@@ -286,7 +312,7 @@ def test_micro_batches_are_halved_until_they_fit_into_memory(fitting: int) -> No
 
         old, advantage = policy.draw(), torch.linspace(-1, 1, IMAGES, dtype=torch.float64)
         learner = PolicyLearner(policy.parameters, settings(updates_per_step=2), first)
-        statistics = learner.learn(log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
+        statistics = step(learner, log_prob, old, advantage, torch.arange(STEPS), torch.Generator().manual_seed(0))
         outcomes.append([parameter.item() for parameter in policy.parameters])
         used.append(statistics.micro_batch)
         assert statistics.ratio_mean == pytest.approx(1, abs=0.1)

@@ -258,3 +258,58 @@ def test_micro_batches_shrink_with_the_memory_of_the_machine(
     memory = type("Memory", (), {"total": 8 * 10 * kept})
     monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
     assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch
+
+
+def averaging(model: ModelSettings, **keys: object) -> DiffusionLearner:
+    training = TRAINING.model_copy(update={"ema_decay": 0.75, **keys})
+    return DiffusionLearner(model, SAMPLING, training, seed=0)
+
+
+def test_the_average_follows_the_weights(model: ModelSettings, sampler: DiffusionPolicy, tmp_path: Path) -> None:
+    learner = averaging(model)
+    values = [{name: value.detach().clone() for name, value in learner.parameters.items()}]
+    for version in range(2):
+        learner.learn(draw(sampler, version), ADVANTAGE, seed=version)
+        values.append({name: value.detach().clone() for name, value in learner.parameters.items()})
+        load_weights(sampler.network, learner.weights())
+    for name, mean in learner.average.items():
+        expected = 0.75 * (0.75 * values[0][name] + 0.25 * values[1][name]) + 0.25 * values[2][name]
+        torch.testing.assert_close(mean, expected)
+    current, average = checksum(learner.weights()), checksum(learner.averaged_weights())
+    assert current != average
+    assert checksum(learner.weights()) == current  # looking at the average leaves the weights as they are
+    resumed = averaging(model)
+    resumed.restore(learner.state())
+    assert (checksum(resumed.weights()), checksum(resumed.averaged_weights())) == (current, average)
+    learner.save(tmp_path)
+    saved = dict(load_family(str(tmp_path), torch.float32).network.named_parameters())
+    assert checksum({name: saved[name].numpy() for name in learner.weights()}) == average
+
+
+@pytest.mark.parametrize("objective", ["reward_weighted", "negative_aware"])
+def test_objectives_on_the_forward_process(model: ModelSettings, sampler: DiffusionPolicy, objective: str) -> None:
+    """They learn, have no ratio, and where DiffusionNFT keeps an average, it is the average that draws."""
+    learner = averaging(model, objective=objective)
+    statistics, changed = learner.learn(draw(sampler), ADVANTAGE, seed=0)
+    assert changed > 0
+    assert statistics.loss > 0
+    assert (statistics.ratio_mean, statistics.approximate_kl, statistics.first_update_error) == (None, None, {})
+    draws_average = checksum(learner.weights()) == checksum(learner.averaged_weights())
+    assert draws_average == (objective == "negative_aware")
+
+
+def test_the_reference_is_the_first_network(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    learner = DiffusionLearner(model, SAMPLING, TRAINING.model_copy(update={"kl_weight": 1.0}), seed=0)
+    trajectory = draw(sampler)
+    first = {name: value.detach().clone() for name, value in learner.parameters.items()}
+    learner.learn(trajectory, ADVANTAGE, seed=0)
+    rollouts = learner._rollouts(trajectory, ADVANTAGE, first, seed=0)
+    images, steps = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    latents = rollouts.latents[images, steps]
+    with torch.no_grad():
+        now = rollouts.network(latents, steps, images)
+        base = sampler.predict(latents, sampler.schedule.timesteps[steps], sampler.embed(BATCH))
+    for frozen in (rollouts.reference, rollouts.behaviour):
+        torch.testing.assert_close(frozen(latents, steps, images), base, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(now, base, rtol=1e-4, atol=1e-4)
+    assert not rollouts.reference(latents, steps, images).requires_grad

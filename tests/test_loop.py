@@ -52,6 +52,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "training.updates_per_step=2",
         "training.timestep_fraction=0.5",
         "training.learning_rate=1e-3",
+        "training.ema_decay=0.5",
         "checkpoint.every=1",
         "actors.images_per_call=5",
         "actors.learner_threads=1",

@@ -1,0 +1,169 @@
+"""The update: an objective's gradients summed over transitions, clipped, and one optimiser step.
+
+Gradients are summed over transitions anyway, so timesteps are folded into the batch: an update is one bag of
+transitions, computed in micro-batches of whatever size the device likes best.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from policies.health import SickNumbers
+from policies.rollouts import Objective
+from policies.settings import TrainingSettings
+
+Part = tuple[Tensor, Tensor | None, Tensor]
+
+
+class RatioError(RuntimeError):
+    """The learner does not reproduce the log-probabilities under which the images were drawn."""
+
+
+@dataclass
+class UpdateStatistics:
+    """What one call of :meth:`PolicyLearner.learn` did, averaged over its transitions and updates. What is of the
+    ratio, objectives without one leave at None."""
+
+    loss: float
+    gradient_norm: float
+    micro_batch: int
+    skipped_updates: int
+    approximate_kl: float | None = None
+    ratio_mean: float | None = None
+    ratio_max: float | None = None
+    clip_fraction: float | None = None
+    first_update_error: dict[int, float] = field(default_factory=dict)
+    """|Δ log p| of the first update, the largest over images, for each denoising step."""
+
+
+class PolicyLearner:
+    """Updates ``parameters``. Knows nothing of diffusion: an objective gives the loss of each transition."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: TrainingSettings, micro_batch: int) -> None:
+        if not parameters:
+            raise ValueError("there is nothing to train: no parameter was given")
+        self.parameters = list(parameters)
+        self.settings = settings
+        self.micro_batch = micro_batch
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    def learn(
+        self,
+        objective: Objective,
+        images: int,
+        steps: Tensor,
+        generator: torch.Generator,
+    ) -> UpdateStatistics:
+        """One step's updates on so many ``images``.
+
+        ``steps`` (S,): the denoising steps to learn from. ``generator`` shuffles images and picks each image's share of
+        the steps. Raises :class:`RatioError` before the first update if the policy does not reproduce the
+        log-probabilities that the images were drawn with.
+        """
+        tally = _Tally(self.settings.clip_range)
+        settings = self.settings
+        share = settings.timesteps_per_image(len(steps))
+        for _ in range(settings.inner_epochs):
+            order = torch.randperm(images, generator=generator)
+            for members in order.chunk(settings.updates_per_step):
+                picks = torch.stack(
+                    [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
+                )
+                self._update(objective, members.repeat_interleave(share), picks.flatten(), tally)
+        return tally.summary(self.micro_batch)
+
+    def _update(self, objective: Objective, images: Tensor, steps: Tensor, tally: "_Tally") -> None:
+        """One optimiser update on the transitions (``images``, ``steps``), both (transitions,)."""
+        first = tally.updates == 0
+        parts = None
+        while parts is None:  # nothing is changed before the gradients are whole
+            try:
+                parts = self._gradients(objective, images, steps)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                self.micro_batch = -(-self.micro_batch // 2)
+            if parts is None and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        for loss, difference, step in parts:
+            tally.add(loss, difference, step)
+        if first:
+            tally.check_first_update(self.settings.ratio_tolerance)
+        tally.updates += 1
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        if not torch.isfinite(norm):
+            if self.settings.on_sick_numbers == "stop":
+                raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
+            tally.skipped += 1
+            return
+        self.optimizer.step()
+        tally.gradient_norms.append(float(norm))
+
+    def _gradients(self, objective: Objective, images: Tensor, steps: Tensor) -> list[Part]:
+        """Add up the gradients of an update. Returns loss, Δ log p and denoising steps of every micro-batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: list[Part] = []
+        for image, step in zip(images.split(self.micro_batch), steps.split(self.micro_batch), strict=True):
+            loss, difference = objective(image, step)
+            (loss.sum() / len(images)).backward()
+            parts.append((loss.detach(), difference, step))
+        return parts
+
+
+class _Tally:
+    """Running sums over the transitions of one step."""
+
+    def __init__(self, clip_range: float) -> None:
+        self.updates = self.skipped = 0
+        self.gradient_norms: list[float] = []
+        self._losses: list[Tensor] = []
+        self._differences: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._first_update_error: dict[int, float] = {}
+        self._clip_range = clip_range
+
+    def add(self, loss: Tensor, difference: Tensor | None, steps: Tensor) -> None:
+        self._losses.append(loss)
+        if difference is not None:
+            self._differences.append(difference)
+            self._steps.append(steps)
+
+    def check_first_update(self, tolerance: float) -> None:
+        if not self._differences:
+            return
+        # NaN compares as smaller than anything: as infinity it is the worst that it is.
+        difference = torch.cat(self._differences).abs().nan_to_num(nan=torch.inf).cpu()
+        steps = torch.cat(self._steps).cpu()
+        self._first_update_error = {int(s): float(difference[steps == s].max()) for s in steps.unique()}
+        worst = max(self._first_update_error, key=lambda s: self._first_update_error[s])
+        if not self._first_update_error[worst] <= tolerance:
+            raise RatioError(
+                f"before any update the log-probability at denoising step {worst} differs by "
+                f"{self._first_update_error[worst]:.3g} nats from the stored one (allowed: {tolerance:.3g}). "
+                "Sampler and learner differ: check weights version, guidance, precision and dropout"
+            )
+
+    def summary(self, micro_batch: int) -> UpdateStatistics:
+        return UpdateStatistics(
+            loss=float(torch.cat(self._losses).mean()),
+            gradient_norm=sum(self.gradient_norms) / max(1, len(self.gradient_norms)),
+            micro_batch=micro_batch,
+            skipped_updates=self.skipped,
+            first_update_error=self._first_update_error,
+            **(self._of_the_ratio() if self._differences else {}),
+        )
+
+    def _of_the_ratio(self) -> dict[str, float]:
+        difference = torch.cat(self._differences)
+        ratio = difference.exp()
+        return {
+            # Schulman's low-variance estimate of KL(old ‖ new): E[(r − 1) − log r].
+            "approximate_kl": float((ratio - 1 - difference).mean()),
+            "ratio_mean": float(ratio.mean()),
+            "ratio_max": float(ratio.max()),
+            "clip_fraction": float(((ratio - 1).abs() > self._clip_range).double().mean()),
+        }
