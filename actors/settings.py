@@ -2,24 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from policies.settings import Settings
 
+ROLES = ("sampler", "captioner", "reward", "learner", "evaluator")
 NODE_SHARE = 0.001  # of the resource that marks a kind of node, for each actor or task: 1 is enough for a thousand
 Offer = Mapping[str, float]  # resource → amount, what one node has
-
-
-class NodeSettings(Settings):
-    """The kind of node for each role: the name of a Ray resource that such nodes advertise; null: any node."""
-
-    sampler: str | None = Field(None, min_length=1)
-    captioner: str | None = Field(None, min_length=1)
-    reward: str | None = Field(None, min_length=1)
-    learner: str | None = Field(None, min_length=1)
-    evaluator: str | None = Field(None, min_length=1)
 
 
 class ActorSettings(Settings):
@@ -28,10 +19,13 @@ class ActorSettings(Settings):
     samplers: int = Field(2, ge=1)
     captioners: int = Field(1, ge=1)
     rewards: int = Field(1, ge=1)
+    learners: int = Field(1, ge=1, description="processes that share each update, on a GPU each where there are GPUs")
     placement: Literal["shared", "spread"] = Field(
         "shared", description="all roles share what there is by fractions, or each takes whole CPUs and GPUs"
     )
-    nodes: NodeSettings = NodeSettings()
+    nodes: dict[str, Annotated[str, Field(min_length=1)] | None] = Field(
+        {}, description="role → the Ray resource that marks its kind of node; null or none: any node"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
     sampler_threads: int = Field(1, ge=1, description="CPU threads of a sampler")
     learner_threads: int | None = Field(
@@ -42,6 +36,14 @@ class ActorSettings(Settings):
     on_node_loss: Literal["continue", "wait"] = Field(
         "continue", description="go on with the nodes that are left, or wait for another in its place"
     )
+
+    @field_validator("nodes")
+    @classmethod
+    def _are_of_roles(cls, nodes: dict[str, str | None]) -> dict[str, str | None]:
+        for name in nodes:
+            if name not in ROLES:
+                raise ValueError(f"there is no role {name!r}, only {', '.join(ROLES)}")
+        return nodes
 
 
 class WorkerSettings(Settings):
@@ -109,10 +111,10 @@ def plan_roles(
     if settings.device == "cuda" and not gpus:
         raise ValueError("actors.device is cuda, but no GPU was found: set actors.device=auto or cpu")
     counts = {"sampler": settings.samplers, "captioner": settings.captioners * captioner, "reward": settings.rewards}
-    counts |= {"learner": 1, "evaluator": int(evaluator)}
+    counts |= {"learner": settings.learners, "evaluator": int(evaluator)}
     counts = {name: count for name, count in counts.items() if count}
     for name in counts:
-        check_kind(f"actors.nodes.{name}", getattr(settings.nodes, name), offers)
+        check_kind(f"actors.nodes.{name}", settings.nodes.get(name), offers)
     # Several nodes hold fewer fractions than their sum would: shares shrink until every actor has a place.
     for crowding in range(sum(counts.values()) if settings.placement == "shared" else 1):
         roles = _roles(settings, counts, cpus, gpus, offers, crowding)
@@ -132,23 +134,30 @@ def plan_roles(
 def _roles(
     settings: ActorSettings, counts: Mapping[str, int], cpus: int, gpus: int, offers: Sequence[Offer], crowding: int
 ) -> list[Role]:
-    home = settings.nodes.learner
+    home = settings.nodes.get("learner")
     widest = max(1, *(int(offer.get("CPU", 0)) for offer in offers if home is None or home in offer))
-    threads = {"sampler": settings.sampler_threads, "learner": settings.learner_threads or min(widest, 8)}
+    together = -(-counts["learner"] // len(offers))  # learners of a node
+    own = settings.learner_threads or max(1, min(widest // together, 8))
+    threads = {"sampler": settings.sampler_threads, "learner": own}
     gpu_roles = {"sampler", "captioner", "learner"} & set(counts) if gpus and settings.device != "cpu" else set()
     total, on_gpu = sum(counts.values()), sum(counts[name] for name in gpu_roles)
     shared = settings.placement == "shared"
     cpu = int(100 * min(1.0, cpus / total) / (1 + crowding)) / 100
-    gpu = 1 / (-(-on_gpu // gpus) + crowding) if shared and on_gpu else 1.0
+    # NCCL wants a card for each learner: more than half of it, and the other roles get along with what that leaves.
+    apart = counts["learner"] if on_gpu and counts["learner"] > 1 else 0
+    if apart > gpus:
+        raise ValueError(f"actors.learners is {apart} and each needs a GPU of its own, but there are {gpus}")
+    gpu = (0.49 if apart else 1) / (-(-(on_gpu - apart) // gpus) + crowding) if shared and on_gpu else 1.0
+    gpus_of = dict.fromkeys(gpu_roles, gpu) | ({"learner": 0.51} if apart and shared else {})
     return [
         Role(
             name,
             count,
             cpu if shared else float(threads.get(name, 1)),
-            gpu if name in gpu_roles else 0.0,
+            gpus_of.get(name, 0.0),
             threads.get(name, 1),
             "cuda" if name in gpu_roles else "cpu",
-            getattr(settings.nodes, name),
+            settings.nodes.get(name),
         )
         for name, count in counts.items()
     ]

@@ -25,6 +25,29 @@ def test_models_share_gpus_so_that_every_one_can_be_placed(gpus: int) -> None:
     assert {role.name for role in roles if role.gpus} == {"sampler", "captioner", "learner"}
 
 
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+def test_learners_that_work_together_have_a_card_each(gpus: int) -> None:
+    for placement in ("shared", "spread"):
+        settings = ActorSettings(learners=2, samplers=1 if placement == "spread" else 3, placement=placement)
+        roles = {role.name: role for role in plan_roles(settings, cpus=32, gpus=max(gpus, 4 * (placement == "spread")))}
+        assert roles["learner"].count == 2
+        assert 0.5 < roles["learner"].gpus <= 1
+        if placement == "shared":  # beside a learner, and on every other card, is room for its part of the others
+            others = roles["sampler"].count + roles["captioner"].count
+            assert gpus * int((1 - roles["learner"].gpus) / roles["sampler"].gpus + 1e-9) >= others
+    with pytest.raises(ValueError, match=r"actors\.learners is 9 and each needs a GPU of its own, but there are"):
+        plan_roles(ActorSettings(learners=9), cpus=32, gpus=gpus)
+
+
+def test_learners_share_the_cpus_of_a_node() -> None:
+    def threads(learners: int, nodes: int) -> int:
+        offers = [{"CPU": 4.0}] * nodes
+        roles = plan_roles(ActorSettings(learners=learners), cpus=4 * nodes, gpus=0, offers=offers)
+        return next(role.threads for role in roles if role.name == "learner")
+
+    assert [threads(*each) for each in ((1, 1), (2, 1), (3, 1), (2, 2), (9, 1))] == [4, 2, 1, 4, 1]
+
+
 def test_sampler_threads_do_not_depend_on_how_many_there_are() -> None:
     threads = {
         next(r.threads for r in plan_roles(ActorSettings(samplers=n), cpus=8, gpus=0) if r.name == "sampler")

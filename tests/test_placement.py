@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.settings import ActorSettings, NodeSettings, Offer, Role, WorkerSettings, plan_roles
+from actors.settings import ActorSettings, Offer, Role, WorkerSettings, plan_roles
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
@@ -30,7 +30,7 @@ def test_shares_are_cut_so_that_nodes_hold_their_actors() -> None:
     three = [{"CPU": 1.0}] * 3  # shares of 3/5 would leave two of five actors without a node
     roles = plan(ActorSettings(samplers=1), *three)
     assert all(0 < role.cpus <= 0.5 for role in roles.values())
-    crowded = ActorSettings(samplers=3, nodes=NodeSettings(sampler="preemptible", captioner="preemptible"))
+    crowded = ActorSettings(samplers=3, nodes={"sampler": "preemptible", "captioner": "preemptible"})
     roles = plan(crowded, HEAD, STABLE, SPOT)
     assert 4 * roles["sampler"].gpus <= 1
     assert roles["sampler"].gpus == roles["learner"].gpus > 0
@@ -38,7 +38,7 @@ def test_shares_are_cut_so_that_nodes_hold_their_actors() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_every_actor_finds_its_kind_of_node(count: int) -> None:
-    nodes = NodeSettings(learner="stable", sampler="preemptible")
+    nodes = {"learner": "stable", "sampler": "preemptible"}
     roles = plan(ActorSettings(samplers=count, nodes=nodes), HEAD, STABLE, *[SPOT] * count)
     assert roles["learner"].demand["stable"] == roles["sampler"].demand["preemptible"] == 0.001
     assert set(roles["reward"].demand) == {"CPU"}
@@ -47,7 +47,7 @@ def test_every_actor_finds_its_kind_of_node(count: int) -> None:
 
 def test_the_learners_threads_are_those_of_a_node_not_of_the_cluster() -> None:
     assert plan(ActorSettings(), *[{"CPU": 2.0}] * 5)["learner"].threads == 2
-    assert plan(ActorSettings(nodes=NodeSettings(learner="preemptible")), STABLE, SPOT)["learner"].threads == 4
+    assert plan(ActorSettings(nodes={"learner": "preemptible"}), STABLE, SPOT)["learner"].threads == 4
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_runs_where() -> None:
     assert "8 threads, on cuda, stable nodes" in shown
     assert "2 × sampler: " in shown
     assert "on cuda, preemptible nodes" in shown
-    with pytest.raises(ConfigError, match=r"did you mean 'actors\.nodes\.sampler'"):
+    with pytest.raises(ConfigError, match=r"actors\.nodes: there is no role 'samplers', only sampler, captioner"):
         load_config(DdpoConfig, None, ["actors.nodes.samplers=preemptible"])
 
 

@@ -1,0 +1,113 @@
+"""Learners that make each update together: all know the same transitions, and each computes a part of them.
+
+Data parallelism by ``torch.distributed``, written so that nobody waits for one who does not come: whether to go on, to
+try again or to stop follows from what all of them found, and every wait has a bound.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PeerLost(RuntimeError):  # noqa: N818
+    """Another learner of the group is gone, or did not come in time."""
+
+
+class DivergedError(RuntimeError):
+    """Learners that began alike and made the same updates hold different weights."""
+
+
+@contextlib.contextmanager
+def exchanging() -> Iterator[None]:
+    """What ``torch.distributed`` raises in this block for a lost peer is raised as PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:  # Gloo's have no type of their own
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise PeerLost(f"an exchange between learners failed: {str(error).splitlines()[0]}") from error
+        raise
+
+
+class Group:
+    """The ``rank``-th of ``size`` learners. Alone, nothing is sent."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def join(cls, host: str, port: int, rank: int, size: int, device: str, timeout: float) -> "Group":
+        """Meet the others at a ``TCPStore``. ``timeout`` (seconds) bounds this and every later exchange.
+
+        Gloo carries what is on CPUs, NCCL what is on GPUs; both use the network by which the store is reached.
+        """
+        import psutil
+        import torch.distributed as dist
+
+        with socket.create_connection((host, port), timeout) as connection:
+            own = connection.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == own for address in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+        bound = datetime.timedelta(seconds=timeout)
+        options: dict[str, Any] = {"backend": "gloo"}
+        if device == "cuda":
+            options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", torch.cuda.current_device())}
+        store = dist.TCPStore(host, port, is_master=False, timeout=bound)
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=bound, **options)
+        return cls(rank, size)
+
+    def share(self, *columns: Tensor) -> tuple[list[Tensor], int]:
+        """This learner's part of each of ``columns`` (transitions,), and how many of its rows are real.
+
+        All parts are ⌈transitions / size⌉ long, so that all make the same calls of a sharded network; what the last
+        ones lack is filled up with the first transition.
+        """
+        count = len(columns[0])
+        each = -(-count // self.size)
+        rows = torch.arange(self.rank * each, (self.rank + 1) * each)
+        part = torch.where(rows < count, rows, 0)
+        return [column[part] for column in columns], int((rows < count).sum())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all, which have one shape, joined along their first dimension in the order of ranks."""
+        if self.size == 1:
+            return tensor
+        whole = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
+        with exchanging():
+            torch.distributed.all_gather_into_tensor(whole, tensor.contiguous())
+        return whole
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether any learner raised each of ``flags``."""
+        own = torch.tensor([flags], dtype=torch.uint8)
+        return self.gather(own).any(dim=0).tolist()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up everybody's gradients, in place. Those of sharded parameters have been added up on their way back."""
+        if self.size == 1:
+            return
+        from torch.distributed.tensor import DTensor
+
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+        with exchanging():
+            for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+
+    def check_same(self, checksum: str) -> None:
+        """Raise DivergedError, in all learners, unless all have the same ``checksum`` (hexadecimal digits)."""
+        own = torch.frombuffer(bytearray.fromhex(checksum), dtype=torch.uint8)
+        digests = self.gather(own[None])
+        strangers = (digests != digests[0]).any(dim=1).nonzero().flatten().tolist()
+        if strangers:
+            raise DivergedError(
+                f"after the same updates learners {strangers} hold other weights than learner 0: are all nodes of one "
+                "kind, with the same versions of torch?"
+            )
