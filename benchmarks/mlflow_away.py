@@ -1,4 +1,4 @@
-"""What an MLflow server that is away costs a run: one with it against one whose server is killed for its middle third.
+"""What an MLflow server that is away costs a run: one with it against one that cannot reach it in its middle third.
 
 ``python -m benchmarks.mlflow_away [DIRECTORY] [PAIRS]`` runs pairs of DDPO runs, the one or the other first in turn, or
 goes on with them, and prints each pair's wall times, the median ratio, and whether MLflow holds the same afterwards.
@@ -13,7 +13,7 @@ from statistics import median
 from orchestration.run import git_commit
 from tests.chaos import committed, ddpo_arguments, leavings
 from tests.processes import start, wait_until
-from tests.servers import MlflowServer
+from tests.servers import Gate, MlflowServer
 
 STEPS = 60
 BOUND = 1.05  # on the median ratio
@@ -25,11 +25,12 @@ def main(directory: Path, pairs: int) -> int:
     record = directory / "pairs.jsonl"
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     server = MlflowServer(directory).start()
+    gate = Gate(server).open()
     try:
         for number in range(len(done), pairs):
             pair = {}
             for away in (False, True) if number % 2 == 0 else (True, False):
-                pair["away" if away else "present"] = run(directory / f"{number}-{away}", server, away=away)
+                pair["away" if away else "present"] = run(directory / f"{number}-{away}", gate, away=away)
             done.append(pair)
             with record.open("a") as file:
                 file.write(json.dumps(pair) + "\n")
@@ -47,12 +48,12 @@ def main(directory: Path, pairs: int) -> int:
     return sum(not good for good in kept.values())
 
 
-def run(directory: Path, server: MlflowServer, *, away: bool) -> dict[str, object]:
+def run(directory: Path, gate: Gate, *, away: bool) -> dict[str, object]:
     """One run: its wall time, and all it left."""
     for old in (directory, Path(f"{directory}.log")):  # of a benchmark that was interrupted
         if old.exists():
             old.rename(f"{old}.{time.time_ns()}")
-    words = ddpo_arguments(server.directory, server.uri, STEPS)
+    words = ddpo_arguments(gate.server.directory, gate.uri, STEPS)
     began = time.monotonic()
     process = start([*words, f"output_dir={directory}"], Path(f"{directory}.log"))
 
@@ -61,11 +62,11 @@ def run(directory: Path, server: MlflowServer, *, away: bool) -> dict[str, objec
 
     if away:
         reach(1 / 3)
-        server.kill()
+        gate.shut()
         reach(2 / 3)
-        server.begin()
+        gate.open()
     assert process.wait(timeout=600) == 0, Path(f"{directory}.log").read_text()
-    return {"seconds": time.monotonic() - began, "left": json.dumps(leavings(directory, server), sort_keys=True)}
+    return {"seconds": time.monotonic() - began, "left": json.dumps(leavings(directory, gate.server), sort_keys=True)}
 
 
 if __name__ == "__main__":
