@@ -1,8 +1,8 @@
 """One whole DDPO step with every role on one card: how long, and how much memory.
 
 ``python -m benchmarks.one_gpu`` builds Stable Diffusion 1.5's shape (``--shape sd3``: Stable Diffusion 3 medium's,
-without T5) and BLIP-base's with random weights, draws 64 images of 512 pixels in 50 steps (SD 3: 28), captions and
-scores them, learns from them by LoRA with weights of ``--dtype``, and gives the sampler what it learned, twice. It needs
+without T5) and BLIP-base's with random weights. Twice it draws 64 images of 512 pixels in 50 steps (SD 3: 28), captions
+and scores them, learns from them by LoRA with weights of ``--dtype``, and gives the sampler what was learned. It takes
 neither Ray nor a network. ``--shape tiny --device cpu --dtype float32`` goes the same way in seconds.
 """
 
