@@ -188,19 +188,19 @@ class DiffusionLearner:
         return -(-transitions // calls)  # calls of equal size
 
     def _activation_bytes(self) -> int:
-        """Bytes one transition keeps for the backward pass, counted in a real forward pass."""
-        device, shape = self.policy.device, (1, *self.policy.family.latent_shape)
+        """Bytes that one transition more keeps for the backward pass, counted in real forward passes."""
+        device, shape = self.policy.device, self.policy.family.latent_shape
         weights = {parameter.data_ptr() for parameter in self.policy.network.parameters()}
-        kept: dict[int, int] = {}
+        kept: list[dict[int, int]] = [{}, {}]
 
         def keep(tensor: Tensor) -> Tensor:
             if tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+                kept[count - 1][tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = self.policy.predict(
-                torch.zeros(shape, device=device), self.policy.schedule.timesteps[:1], self.policy.embed([""])
-            )
-        del output
-        return sum(kept.values())
+        for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                times, told = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
+                output = self.policy.predict(torch.zeros(count, *shape, device=device), times, told)
+            del output
+        return max(1, sum(kept[1].values()) - sum(kept[0].values()))

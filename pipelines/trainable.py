@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +25,11 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
 
 
 def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
-    """Make ``network`` trainable, whole or by LoRA, and return the trained parameters by name.
-
-    LoRA starts at the identity and has no dropout, which would make the first update's ratio differ from 1.
-    Raises ValueError if a LoRA target binds to no module.
-    """
+    """Make ``network`` trainable, whole or by LoRA, and return the trained parameters by name. Raises ValueError."""
     if model.lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
+        from pipelines.lora import attach
 
-        names = [name for name, _ in network.named_modules()]
-        for target in model.lora_targets:
-            if not any(name == target or name.endswith("." + target) for name in names):
-                raise ValueError(f"LoRA target {target!r} matches no module of the network")
-        rank, targets = model.lora_rank, list(model.lora_targets)
-        lora = LoraConfig(
-            r=rank, lora_alpha=rank, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=targets
-        )
-        inject_adapter_in_model(lora, network)
+        attach(network, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
     else:
         network.requires_grad_(True)
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -62,25 +51,26 @@ def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-@torch.no_grad()
 def _fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+    for name, parameter in parameters.items():  # .data: autograd need not know, as all is put back before it looks
+        parameter.data.copy_(values[name])
+
+
+def lora_layers(network: nn.Module) -> dict[str, Any]:
+    """The :class:`pipelines.lora.Merged` layers of ``network`` by name."""
+    if not hasattr(network, "peft_config"):
+        return {}
+    from pipelines.lora import Merged
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, Merged)}
 
 
 @torch.no_grad()
 def exported_weights(network: nn.Module) -> Weights:
     """The trained weights under the plain network's names, LoRA merged (W + BA): samplers run at full speed."""
-    from peft.tuners.lora import LoraLayer
-
-    if not any(isinstance(module, LoraLayer) for module in network.modules()):
-        return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
-    merged: Weights = {}
-    for name, module in network.named_modules():
-        if isinstance(module, LoraLayer):
-            layer = module.get_base_layer()
-            merged[f"{name}.weight"] = to_numpy(layer.weight + module.get_delta_weight("default"))
-    return merged
+    if layers := lora_layers(network):
+        return {f"{name}.weight": to_numpy(layer.whole()) for name, layer in layers.items()}
+    return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()

@@ -1,0 +1,146 @@
+"""LoRA as one weight W + scale · BA computes what peft's two paths compute, and is gone when it is switched off."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.diffusion import DiffusionPolicy
+from pipelines.settings import ModelSettings
+from pipelines.trainable import copied, exported_weights, load_weights, prepare, swapped
+from policies.settings import SamplingSettings
+from tests.models import PROMPTS
+
+SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
+TARGETS = ("to_q", "to_out.0", "net.2", "conv1", "conv_shortcut", "proj_in", "time_emb_proj")  # 3×3, 1×1 and linear
+
+
+def lora(path: Path, **more: object) -> ModelSettings:
+    return ModelSettings.model_validate({"path": str(path), "lora_rank": 4, "lora_targets": TARGETS, **more})
+
+
+def prepared(model: ModelSettings, seed: int = 0) -> tuple[DiffusionPolicy, dict[str, Tensor]]:
+    """A policy whose LoRA, if it has one, is away from the identity, as after training."""
+    torch.manual_seed(seed)
+    policy = DiffusionPolicy(model, SAMPLING)
+    parameters = prepare(policy.network, model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return policy, dict(parameters)
+
+
+def peft_itself(model: ModelSettings, parameters: dict[str, Tensor], alpha: float) -> DiffusionPolicy:
+    """The same LoRA in peft's own layers, which compute W x + scale · B A x."""
+    from peft import LoraConfig
+
+    policy = DiffusionPolicy(model, SAMPLING)
+    policy.network.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=list(TARGETS)))
+    own = dict(policy.network.named_parameters())
+    assert {name for name, each in own.items() if each.requires_grad} == parameters.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            own[name].copy_(parameter)
+    return policy
+
+
+def log_prob(policy: DiffusionPolicy) -> Callable[[], Tensor]:
+    """Log-probabilities (3,) of one transition at each step that has a density."""
+    torch.manual_seed(1)
+    before, after = torch.randn(2, 3, 4, 8, 8)
+    steps = policy.schedule.stochastic_steps
+    embeddings = policy.embed(PROMPTS)
+
+    def call() -> Tensor:
+        output = policy.predict(before, policy.schedule.timesteps[steps], embeddings)
+        return policy.schedule.log_prob(before, after, output, steps, "mean")
+
+    return call
+
+
+@pytest.mark.parametrize("alpha", [4.0, 6.0])
+def test_outputs_log_probabilities_and_gradients_are_pefts(tiny_v_pipeline: Path, alpha: float) -> None:
+    """Log-probabilities to 1e-6 relative, the gradient of all LoRA parameters to 1e-5 relative."""
+    model = lora(tiny_v_pipeline, lora_alpha=alpha)
+    policy, parameters = prepared(model)
+    other = peft_itself(model, parameters, alpha)
+    merged, unmerged = log_prob(policy)(), log_prob(other)()
+    torch.testing.assert_close(merged, unmerged, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        assert (merged - log_prob(DiffusionPolicy(model, SAMPLING))()).abs().min() > 1e-3
+    for each in (merged, unmerged):
+        each.sum().backward()
+    theirs = dict(other.network.named_parameters())
+    ours = torch.cat([each.grad.flatten() for each in parameters.values() if each.grad is not None])
+    expected = torch.cat([each.grad.flatten() for name in parameters if (each := theirs[name]).grad is not None])
+    assert ours.shape == expected.shape == (sum(each.numel() for each in parameters.values()),)
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+    assert not any(each.grad is not None for each in policy.network.parameters() if not each.requires_grad)
+
+
+def test_a_sampler_computes_the_learners_bits(tiny_v_pipeline: Path) -> None:
+    """The learner's weight is the sampler's, so the first update's ratio is as exact as without LoRA."""
+    model = lora(tiny_v_pipeline, lora_alpha=2.5)
+    policy, _ = prepared(model)
+    sampler = DiffusionPolicy(model, SAMPLING)
+    assert load_weights(sampler.network, exported_weights(policy.network)) == len(exported_weights(policy.network)) > 7
+    with torch.no_grad():
+        torch.testing.assert_close(log_prob(sampler)(), log_prob(policy)(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_reference_is_where_training_began(tiny_v_pipeline: Path, rank: int) -> None:
+    """For LoRA and for the whole network, also in the middle of a pass, whose gradient does not notice."""
+    model = lora(tiny_v_pipeline, lora_rank=rank)
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(model, SAMPLING)
+    parameters, call = prepare(policy.network, model), log_prob(policy)
+    with torch.no_grad():
+        base = call()
+    first = copied(parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    trained = call()
+    trained.sum().backward()
+    expected = {name: parameter.grad for name, parameter in parameters.items()}
+    policy.network.zero_grad(set_to_none=True)
+    again = call()
+    with torch.no_grad(), swapped(parameters, first):
+        then = call()
+    again.sum().backward()
+    torch.testing.assert_close(then, base, rtol=0, atol=0)
+    assert not then.requires_grad
+    assert (trained - base).abs().max() > 1e-3
+    torch.testing.assert_close(call(), trained, rtol=0, atol=0)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)
+        assert parameter.requires_grad
+
+
+def test_the_reference_is_left_when_something_fails(tiny_v_pipeline: Path) -> None:
+    policy, parameters = prepared(lora(tiny_v_pipeline))
+    call, zeros = log_prob(policy), {name: torch.zeros_like(each) for name, each in parameters.items()}
+    expected = call()
+    with pytest.raises(RuntimeError, match="lost"), swapped(parameters, zeros):
+        raise RuntimeError("lost")
+    torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+
+
+def test_a_small_step_survives_a_coarse_type(tiny_v_pipeline: Path) -> None:
+    """A and B are float32 in a bfloat16 network: a step of 1e-4 on a weight of 1 would be rounded away."""
+    policy, parameters = prepared(lora(tiny_v_pipeline, dtype="bfloat16"))
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    weights = exported_weights(policy.network)
+    sampler = DiffusionPolicy(lora(tiny_v_pipeline, dtype="bfloat16"), SAMPLING)
+    load_weights(sampler.network, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(log_prob(sampler)(), log_prob(policy)(), rtol=0, atol=0)
+
+
+def test_a_target_that_is_no_matrix_is_refused(tiny_v_pipeline: Path) -> None:
+    with pytest.raises(ValueError, match="Target module GroupNorm"):
+        prepared(lora(tiny_v_pipeline, lora_targets=("norm1",)))
