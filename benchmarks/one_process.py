@@ -1,4 +1,5 @@
 """A DDPO run in one process, without Ray: for a search of settings, when CPU seconds tell more than wall time.
+
     python -m benchmarks.one_process --config configs/ddpo/digits-lora.yaml [--out FILE] [key=value …]
 
 It computes what ``ouroboros ddpo`` computes (same prompts, seeds, calls and updates), and prints a line an evaluation.
@@ -103,7 +104,7 @@ def main() -> None:
             found = run.evaluate(measured).metrics()
             line = {"step": step + 1, "images": measured, **numbers, **found, "cpu_seconds": dict(run.spent)}
             names = ("evaluator/full", "evaluator/digit", "evaluation/reward", "evaluation/diversity")
-            shown = "  ".join(f"{name.split('/')[1]} {found[name]:.3f}" for name in names)
+            shown = "  ".join(f"{name.split('/')[1]} {found[name]:.3f}" for name in names if name in found)
             shown += f"  clipped {numbers['clip_fraction']:.2f}  kl {numbers['approximate_kl']:.2e}"
             shown += f"  ratio off by {numbers['first_update_error']:.1e}"
             print(f"step {step + 1:>3}  {shown}  CPU s {sum(run.spent.values()):.0f}", flush=True)
