@@ -21,11 +21,10 @@ from policies.settings import SamplingSettings
 
 
 def pefts(policy: DiffusionPolicy, model: ModelSettings) -> None:
-    """LoRA in peft's own layers, which compute W x + scale · B A x."""
+    """LoRA in peft's own layers, which compute W x + B A x."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    alpha = model.lora_alpha or model.lora_rank
-    config = LoraConfig(r=model.lora_rank, lora_alpha=alpha, target_modules=list(model.lora_targets))
+    config = LoraConfig(r=model.lora_rank, lora_alpha=model.lora_rank, target_modules=list(model.lora_targets))
     inject_adapter_in_model(config, policy.network)
 
 

@@ -1,6 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ from torch import Tensor
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
-from pipelines.trainable import Weights, copied, exported_weights, from_numpy, load_weights, prepare, swapped, to_numpy
+from pipelines.trainable import (
+    Weights,
+    copied,
+    exported_adapter,
+    exported_weights,
+    from_numpy,
+    load_weights,
+    prepare,
+    swapped,
+    to_numpy,
+)
 from pipelines.trajectory import Trajectory
 from policies.ddpo import policy_gradient
 from policies.forward_process import negative_aware, reward_weighted
@@ -30,6 +40,7 @@ OBJECTIVES = {
 }
 
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
+LORA_DIRECTORY = "lora"  # of a pipeline: its pytorch_lora_weights.safetensors
 
 
 @dataclass(frozen=True)
@@ -130,8 +141,12 @@ class DiffusionLearner:
 
     def averaged_weights(self) -> Weights:
         """What is evaluated and saved: the average over steps, or the weights themselves."""
-        with swapped(self.parameters, self.average) if self.average else nullcontext():
+        with self._averaging():
             return exported_weights(self.policy.network)
+
+    def _averaging(self) -> AbstractContextManager[None]:
+        """In this block the network holds what is evaluated and saved."""
+        return swapped(self.parameters, self.average) if self.average else nullcontext()
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments."""
@@ -168,8 +183,14 @@ class DiffusionLearner:
         return family.pipeline
 
     def save(self, directory: str | Path) -> None:
-        """Write a diffusers directory of :meth:`merged_pipeline`."""
-        self.merged_pipeline().save_pretrained(directory, safe_serialization=True)
+        """Write a diffusers directory of :meth:`merged_pipeline`, and below it LoRA alone, for the base's pipeline."""
+        pipeline = self.merged_pipeline()
+        pipeline.save_pretrained(directory, safe_serialization=True)
+        with self._averaging():
+            layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
+        if layers and hasattr(pipeline, "save_lora_weights"):
+            named = {f"{self.policy.family.network_name}_lora_layers": layers}
+            pipeline.save_lora_weights(Path(directory) / LORA_DIRECTORY, **named)
 
     def _find_micro_batch(self) -> int:
         """Transitions a network call: as many as fit into memory, at most an update's or ``LARGEST_MICRO_BATCH``.

@@ -1,12 +1,11 @@
-"""LoRA (Hu et al., 2106.09685) computed as one weight, W + scale · BA, where peft computes two paths.
+"""LoRA (Hu et al., 2106.09685) computed as one weight, W + BA, where peft computes two paths.
 
-A layer costs what it costs without LoRA plus one small product a call, whatever the batch, and its sampler, which holds
-the merged weight, computes the same to the bit. peft configures, initialises and names; alpha / rank is the scale.
+A layer costs what it costs without LoRA plus one small product a call, whatever the batch, and a sampler, which holds
+the merged weight, computes the same to the bit. peft configures, initialises and names. The scale, alpha / rank, is 1.
 """
 
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
@@ -17,15 +16,14 @@ class Merged:
     """What both kinds of layers share."""
 
     def whole(self: Any) -> Tensor:
-        """W + scale · BA in W's shape and type, added up in float32 if LoRA's parameters are."""
+        """W + BA in W's shape and type, added up in float32."""
         weight: Tensor = self.get_base_layer().weight
-        a, b, scale = self.factors()
-        return (weight + scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)).to(weight.dtype)
+        a, b = self.factors()
+        return (weight + (b.flatten(1) @ a.flatten(1)).view_as(weight)).to(weight.dtype)
 
-    def factors(self: Any) -> tuple[Tensor, Tensor, float]:
-        """A (rank, inputs, …), B (outputs, rank, …) and the scale."""
-        (name,) = self.active_adapters
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+    def factors(self: Any) -> tuple[Tensor, Tensor]:
+        """A (rank, inputs, …) and B (outputs, rank, …)."""
+        return self.lora_A["default"].weight, self.lora_B["default"].weight
 
 
 class MergedLinear(Merged, Linear):
@@ -43,7 +41,7 @@ class MergedConv2d(Merged, Conv2d):
         return layer._conv_forward(inputs, self.whole(), layer.bias)
 
 
-def attach(network: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+def attach(network: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
     """Bind LoRA to ``targets``, to begin at the identity; its parameters are float32 whatever the network's type.
 
     There is no dropout, which would make the first update's ratio differ from 1. Raises ValueError if a target
@@ -54,25 +52,10 @@ def attach(network: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]
         if not any(name == target or name.endswith("." + target) for name in names):
             raise ValueError(f"LoRA target {target!r} matches no module of the network")
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        init_lora_weights="gaussian",
-        target_modules=list(targets),
+        r=rank, lora_alpha=rank, lora_dropout=0.0, init_lora_weights="gaussian", target_modules=list(targets)
     )
     config._register_custom_module({nn.Linear: MergedLinear, nn.Conv2d: MergedConv2d})
     inject_adapter_in_model(config, network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-@torch.no_grad()
-def adapter(network: nn.Module) -> dict[str, Tensor]:
-    """LoRA's A and B under peft's names, the scale moved into B: alpha = rank, which loaders take for granted."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, Merged):
-            a, b, scale = module.factors()
-            tensors |= {f"{name}.lora_A.weight": a.clone(), f"{name}.lora_B.weight": b * scale}
-    return tensors

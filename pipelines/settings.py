@@ -21,8 +21,7 @@ class ModelSettings(Settings):
 
     path: str = Field("models/digits/pipeline", description="directory or hub name")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lora_rank: int = Field(0, ge=0, description="0 trains the whole network")
-    lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is this / lora_rank; null: 1")
+    lora_rank: int = Field(0, ge=0, description="0 trains the whole network; the scale of LoRA is 1 (alpha = rank)")
     lora_targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), description="modules of the network that LoRA binds to"
     )

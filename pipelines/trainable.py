@@ -29,7 +29,7 @@ def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]
     if model.lora_rank:
         from pipelines.lora import attach
 
-        attach(network, model.lora_rank, model.lora_alpha or model.lora_rank, model.lora_targets)
+        attach(network, model.lora_rank, model.lora_targets)
     else:
         network.requires_grad_(True)
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -71,6 +71,16 @@ def exported_weights(network: nn.Module) -> Weights:
     if layers := lora_layers(network):
         return {f"{name}.weight": to_numpy(layer.whole()) for name, layer in layers.items()}
     return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def exported_adapter(network: nn.Module) -> Weights:
+    """LoRA's A and B under peft's names; alpha = rank, which is what loaders take for granted. Empty without LoRA."""
+    factors = {name: layer.factors() for name, layer in lora_layers(network).items()}
+    return {
+        f"{name}.lora_{half}.weight": to_numpy(each)
+        for name, pair in factors.items()
+        for half, each in zip("AB", pair, strict=True)
+    }
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
-"""LoRA as one weight W + scale · BA computes what peft's two paths compute, and is gone when it is switched off."""
+"""LoRA as one weight W + BA computes what peft's two paths compute, and is gone when it is switched off."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from pipelines.diffusion import DiffusionPolicy
+from pipelines.learning import DiffusionLearner
 from pipelines.settings import ModelSettings
 from pipelines.trainable import copied, exported_weights, load_weights, prepare, swapped
-from policies.settings import SamplingSettings
+from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
@@ -33,12 +36,12 @@ def prepared(model: ModelSettings, seed: int = 0) -> tuple[DiffusionPolicy, dict
     return policy, dict(parameters)
 
 
-def peft_itself(model: ModelSettings, parameters: dict[str, Tensor], alpha: float) -> DiffusionPolicy:
-    """The same LoRA in peft's own layers, which compute W x + scale · B A x."""
+def peft_itself(model: ModelSettings, parameters: dict[str, Tensor]) -> DiffusionPolicy:
+    """The same LoRA in peft's own layers, which compute W x + B A x."""
     from peft import LoraConfig
 
     policy = DiffusionPolicy(model, SAMPLING)
-    policy.network.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=list(TARGETS)))
+    policy.network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(TARGETS)))
     own = dict(policy.network.named_parameters())
     assert {name for name, each in own.items() if each.requires_grad} == parameters.keys()
     with torch.no_grad():
@@ -61,12 +64,11 @@ def log_prob(policy: DiffusionPolicy) -> Callable[[], Tensor]:
     return call
 
 
-@pytest.mark.parametrize("alpha", [4.0, 6.0])
-def test_outputs_log_probabilities_and_gradients_are_pefts(tiny_v_pipeline: Path, alpha: float) -> None:
+def test_outputs_log_probabilities_and_gradients_are_pefts(tiny_v_pipeline: Path) -> None:
     """Log-probabilities to 1e-6 relative, the gradient of all LoRA parameters to 1e-5 relative."""
-    model = lora(tiny_v_pipeline, lora_alpha=alpha)
+    model = lora(tiny_v_pipeline)
     policy, parameters = prepared(model)
-    other = peft_itself(model, parameters, alpha)
+    other = peft_itself(model, parameters)
     merged, unmerged = log_prob(policy)(), log_prob(other)()
     torch.testing.assert_close(merged, unmerged, rtol=1e-6, atol=0)
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_outputs_log_probabilities_and_gradients_are_pefts(tiny_v_pipeline: Path
 
 def test_a_sampler_computes_the_learners_bits(tiny_v_pipeline: Path) -> None:
     """The learner's weight is the sampler's, so the first update's ratio is as exact as without LoRA."""
-    model = lora(tiny_v_pipeline, lora_alpha=2.5)
+    model = lora(tiny_v_pipeline)
     policy, _ = prepared(model)
     sampler = DiffusionPolicy(model, SAMPLING)
     assert load_weights(sampler.network, exported_weights(policy.network)) == len(exported_weights(policy.network)) > 7
@@ -144,3 +146,28 @@ def test_a_small_step_survives_a_coarse_type(tiny_v_pipeline: Path) -> None:
 def test_a_target_that_is_no_matrix_is_refused(tiny_v_pipeline: Path) -> None:
     with pytest.raises(ValueError, match="Target module GroupNorm"):
         prepared(lora(tiny_v_pipeline, lora_targets=("norm1",)))
+
+
+def test_lora_alone_in_the_bases_stock_pipeline_draws_the_same(tiny_v_pipeline: Path, tmp_path: Path) -> None:
+    """To one level of 255: the stock pipeline computes two paths, the sampler one."""
+    model = lora(tiny_v_pipeline)
+    learner = DiffusionLearner(model, SAMPLING, TrainingSettings(micro_batch=8), seed=0)
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    learner.save(tmp_path)
+    base, sampler = DiffusionPolicy(model, SAMPLING), DiffusionPolicy(model, SAMPLING)
+    load_weights(sampler.network, learner.weights())
+    seeds = [3, 1, 2]
+    (shown, _), (unlearned, _) = (each.rollout(PROMPTS, seeds) for each in (sampler, base))
+    assert np.abs(shown.astype(int) - unlearned).max() > 9
+
+    stock = StableDiffusionPipeline.from_pretrained(tiny_v_pipeline, safety_checker=None)
+    stock.load_lora_weights(tmp_path / "lora")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call = {"generator": generators, "num_inference_steps": 4, "eta": 1.0, "guidance_scale": 2.0}
+    drawn = np.stack([np.asarray(image) for image in stock(list(PROMPTS), **call).images]).astype(int)
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert np.abs(drawn - shown).max() <= 1
+    assert (drawn == shown).mean() > 0.99
