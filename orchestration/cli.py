@@ -306,6 +306,20 @@ def rm(
 
 
 @runs_app.command()
+def register(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="name of the registered model")],
+    alias: Annotated[str, typer.Option(help="what this version is called from now on")] = "best",
+    root: Root = Path("runs"),
+) -> None:
+    """Make the pipeline of a finished DDPO run a version of an MLflow model."""
+    from orchestration.run import register as enter
+    from orchestration.runs import find_run
+
+    print(enter(find_run(run, root).directory, name, alias, print))
+
+
+@runs_app.command()
 def show(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
     """Everything about one run."""
     from orchestration.runs import render_show

@@ -17,7 +17,6 @@ from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight, replan
 from orchestration.report import Report, fitting_images
-from pipelines.atomic import commit_directory
 from pipelines.learning import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
@@ -108,5 +107,4 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     after = held_out or evaluate(config.evaluation.images)
     update = crew.wait([crew.learner.averaged()[0]], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
-    commit_directory(run.directory / "pipeline", files, {"weights_sha256": update.checksum})
-    return report.finish(after, update.checksum, crew.cpu_seconds())
+    return report.finish(after, update.checksum, files, crew.cpu_seconds())

@@ -150,7 +150,7 @@ class MlflowStore:
         return existing.experiment_id
 
     def register(self, name: str, run: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
-        """Make the artifacts of a run under ``path`` a version of the model ``name``. Returns its models:/ address."""
+        """Make a run's artifacts at ``path`` its version of the model ``name``. Returns that version's address."""
         from mlflow.exceptions import MlflowException
 
         with self.named(f"registering {name}"):
@@ -160,7 +160,8 @@ class MlflowStore:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             source = f"{self.client.get_run(run).info.artifact_uri}/{path}"
-            version = self.client.create_model_version(name, source, run, tags=dict(tags)).version
+            known = self.client.search_model_versions(f"name='{name}' and run_id='{run}'")
+            version = (known or [self.client.create_model_version(name, source, run, tags=dict(tags))])[0].version
             self.client.set_registered_model_alias(name, alias, version)
         return f"models:/{name}/{version}"
 

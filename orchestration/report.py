@@ -12,8 +12,8 @@ from orchestration.config import DdpoConfig
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
 from orchestration.html_report import read_journal, write_report
-from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import write_durably, write_json
+from orchestration.tracking import FIRST_LOOK, flatten
+from pipelines.atomic import Files, commit_directory, write_durably, write_json
 from policies.streams import derive_seed
 
 _GRID_IMAGES = 12  # the first of the held-out ones
@@ -49,8 +49,8 @@ class Report:
         """An interim measure."""
         self._keep(step, evaluation, evaluation.metrics())
 
-    def finish(self, after: Evaluation, weights_sha256: str, cpu_seconds: float) -> Path:
-        """Figures, artifacts and the summary. Returns the path of summary.json."""
+    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, cpu_seconds: float) -> Path:
+        """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         self._keep(run.step, after, values)
         figures = draw(run.directory)
@@ -58,23 +58,23 @@ class Report:
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
         gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
         run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
-        path = run.summarise(
-            {
-                "reward_before": before["evaluation/reward"],
-                "reward_after": values["evaluation/reward"],
-                "evaluator_accuracy_before": before.get("evaluator/full"),
-                "evaluator_accuracy_after": values.get("evaluator/full"),
-                "agreement_before": before.get("evaluator/agreement"),
-                "agreement_after": values.get("evaluator/agreement"),
-                "diversity_before": before.get("evaluation/diversity"),
-                "diversity_after": values.get("evaluation/diversity"),
-                "evaluation_images": len(after.images),
-                "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
-                "weights_sha256": weights_sha256,
-                "pipeline": str(run.directory / "pipeline"),
-            },
-            cpu_seconds,
-        )
+        facts = {
+            "reward_before": before["evaluation/reward"],
+            "reward_after": values["evaluation/reward"],
+            "evaluator_accuracy_before": before.get("evaluator/full"),
+            "evaluator_accuracy_after": values.get("evaluator/full"),
+            "agreement_before": before.get("evaluator/agreement"),
+            "agreement_after": values.get("evaluator/agreement"),
+            "diversity_before": before.get("evaluation/diversity"),
+            "diversity_after": values.get("evaluation/diversity"),
+            "evaluation_images": len(after.images),
+            "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
+            "weights_sha256": weights_sha256,
+            "pipeline": str(run.directory / "pipeline"),
+        }
+        files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
+        commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
+        path = run.summarise(facts, cpu_seconds)
         run.tracker.artifact(figures)
         run.tracker.artifact(run.directory / "pipeline")
         run.tracker.artifact(run.store.path(run.step), "checkpoints")
@@ -82,6 +82,25 @@ class Report:
         run.tracker.artifact(write_report(run.directory, "FINISHED"))
         self._say_result(before, values, figures)
         return path
+
+    def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
+        """What model hubs show of a pipeline: README.md and its pictures."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        config, loader = self.run.config, FileSystemLoader(Path(__file__).parent)
+        page = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        blocks = config.model_dump(mode="json", include={"model", "reward", "sampling", "training", "advantage"})
+        text = page.get_template("model_card.md").render(
+            config=config,
+            settings={key: json.dumps(value) for key, value in flatten(blocks).items()},
+            facts=facts,
+            prompts=list(dict.fromkeys(self.prompts)),
+            lora=lora,
+            commit=self.run.manifest["git_commit"],
+            mlflow_run=self.run.tracker.run_id,
+        )
+        pictures = {name: (figures / name).read_bytes() for name in ("before_after.png", "curves.png")}
+        return {"README.md": text.encode(), **pictures}
 
     def _say_result(self, before: dict[str, Any], after: dict[str, float], figures: Path) -> None:
         say = self.run.display.say

@@ -22,7 +22,7 @@ import psutil
 from orchestration.config import ConfigError
 from orchestration.display import Display
 from orchestration.seal import seal
-from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest
+from orchestration.tracking import Ending, Tracker, TrackingError, TrackingSettings, deliver_rest, register_pipeline
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
@@ -204,6 +204,19 @@ def sync(directory: Path, say: Callable[[str], None]) -> int:
         if died:
             write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
     return left
+
+
+def register(directory: Path, name: str, alias: str, say: Callable[[str], None]) -> str:
+    """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``. Returns its models:/ address."""
+    manifest, pipeline = read_manifest(directory), directory / "pipeline"
+    if manifest.get("status") != "FINISHED" or not pipeline.exists():
+        raise ConfigError(f"{directory} has no pipeline to register: it is not a finished DDPO run")
+    if left := sync(directory, say):
+        raise TrackingError(f"{left} records are to be delivered before {name} can be registered: MLflow is away")
+    summary = json.loads((directory / "summary.json").read_text())
+    tags = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
+    settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
+    return register_pipeline(directory, settings, manifest["mlflow_run_id"], name, alias, tags)
 
 
 def git_commit() -> str:

@@ -171,7 +171,7 @@ def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
     return figures
 
 
-def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str | None:
+def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str:
     """The best point's best trial as a version of an MLflow model, with the alias "best"."""
     assert table.best is not None
     mine = [each for each in table.outcomes if each.trial.point == table.best.point and each.trial.seed < FRESH_SEEDS]
@@ -180,12 +180,8 @@ def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | Non
     tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
     if confirmation:
         tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
-    known = run.manifest.get("registered", {})
     run_id = first.trial.manifest()["mlflow_run_id"]
-    if run_id not in known:
-        name = str(run.config.register_as)
-        run.manifest["registered"] = {run_id: run.tracker.register(name, run_id, "pipeline", "best", tags)}
-    return str(run.manifest["registered"][run_id])
+    return run.tracker.register(str(run.config.register_as), run_id, "pipeline", "best", tags)
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

@@ -28,7 +28,16 @@ from orchestration.mlflow_store import MlflowStore, TrackingError
 from orchestration.outbox import Outbox, undelivered
 from policies.settings import Settings
 
-__all__ = ["FIRST_LOOK", "Ending", "Tracker", "TrackingError", "TrackingSettings", "deliver_rest", "flatten"]
+__all__ = [
+    "FIRST_LOOK",
+    "Ending",
+    "Tracker",
+    "TrackingError",
+    "TrackingSettings",
+    "deliver_rest",
+    "flatten",
+    "register_pipeline",
+]
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
@@ -299,6 +308,13 @@ def deliver_rest(
     outbox.drain(patience)
     outbox.close()
     return outbox.waiting
+
+
+def register_pipeline(
+    directory: Path, settings: TrackingSettings, run_id: str, name: str, alias: str, tags: Mapping[str, str]
+) -> str:
+    """Make the pipeline of a run that is over a version of the model ``name``. Returns its models:/ address."""
+    return MlflowStore(_address(directory, settings)).register(name, run_id, "pipeline", alias, tags)
 
 
 def _address(directory: Path, settings: TrackingSettings) -> str:

@@ -40,7 +40,6 @@ OBJECTIVES = {
 }
 
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
-LORA_DIRECTORY = "lora"  # of a pipeline: its pytorch_lora_weights.safetensors
 
 
 @dataclass(frozen=True)
@@ -183,14 +182,14 @@ class DiffusionLearner:
         return family.pipeline
 
     def save(self, directory: str | Path) -> None:
-        """Write a diffusers directory of :meth:`merged_pipeline`, and below it LoRA alone, for the base's pipeline."""
+        """Write a diffusers directory of :meth:`merged_pipeline`, and LoRA alone in its ``lora/``, for the base's."""
         pipeline = self.merged_pipeline()
         pipeline.save_pretrained(directory, safe_serialization=True)
         with self._averaging():
             layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
         if layers and hasattr(pipeline, "save_lora_weights"):
             named = {f"{self.policy.family.network_name}_lora_layers": layers}
-            pipeline.save_lora_weights(Path(directory) / LORA_DIRECTORY, **named)
+            pipeline.save_lora_weights(Path(directory) / "lora", **named)
 
     def _find_micro_batch(self) -> int:
         """Transitions a network call: as many as fit into memory, at most an update's or ``LARGEST_MICRO_BATCH``.

@@ -319,7 +319,11 @@ def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: lis
 
 
 def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: None, tmp_path: Path) -> None:
+    """What it leaves: LoRA that gives the base's stock pipeline the run's images, a card, a model for the registry."""
+    from mlflow import MlflowClient
+
     from orchestration.ddpo import run_ddpo
+    from orchestration.run import register
 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     config = load_config(
@@ -338,6 +342,7 @@ def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: 
             "training.images_per_step=8",
             "training.images_per_prompt=4",
             "training.steps=2",
+            "training.learning_rate=3e-2",
             "evaluation.evaluator=null",
             "evaluation.images=6",
             "evaluation.interim_images=6",
@@ -346,8 +351,51 @@ def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: 
         ],
     )
     run_ddpo(config)
-    assert summary(tmp_path / "run")["steps"] == 2
-    assert np.load(tmp_path / "run" / "evaluations" / "step-000002.npz")["images"].shape == (6, 64, 64, 3)
+    run = tmp_path / "run"
+    assert summary(run)["steps"] == 2
+    before, shown = (np.load(run / "evaluations" / f"step-00000{n}.npz")["images"].astype(int) for n in (0, 2))
+    assert shown.shape == (6, 64, 64, 3)
+    assert np.abs(shown - before).max() > 9
+
+    drawn = drawn_by_the_base_with_lora(tmp_path / "pipeline", run / "pipeline" / "lora")
+    assert np.abs(drawn - shown).max() <= 1
+    assert (drawn == shown).mean() > 0.99
+
+    card = (run / "pipeline" / "README.md").read_text()
+    facts = summary(run)
+    assert f"| reward | {facts['reward_before']:.3f} | {facts['reward_after']:.3f} |" in card
+    assert f"`{tmp_path / 'pipeline'}`, by LoRA," in card
+    assert "| `training.learning_rate` | 0.03 |" in card
+    assert facts["weights_sha256"] in card
+    assert all(f"    {prompt}\n" in card for prompt in PROMPTS)
+    assert all((run / "pipeline" / name).exists() for name in re.findall(r"\((\w+\.png)\)", card))
+
+    said: list[str] = []
+    address = register(run, "tiny-lora", "champion", said.append)
+    assert register(run, "tiny-lora", "champion", said.append) == address == "models:/tiny-lora/1"
+    client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("tiny-lora", "champion")
+    assert version.run_id == facts["mlflow_run_id"]
+    assert version.tags["weights_sha256"] == facts["weights_sha256"]
+    artifacts = {file.path for file in client.list_artifacts(version.run_id, "pipeline")}
+    assert {"pipeline/README.md", "pipeline/curves.png", "pipeline/lora", "pipeline/model_index.json"} <= artifacts
+    (run / "manifest.json").write_text((run / "manifest.json").read_text().replace("FINISHED", "KILLED"))
+    with pytest.raises(ConfigError, match="it is not a finished DDPO run"):
+        register(run, "tiny-lora", "champion", said.append)
+
+
+def drawn_by_the_base_with_lora(base: Path, adapter: Path) -> np.ndarray:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from orchestration.evaluation import fixed_work
+
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipeline.load_lora_weights(adapter)
+    prompts, seeds = fixed_work(PROMPTS, 6)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call = {"generator": generators, "num_inference_steps": 3, "eta": 1.0, "guidance_scale": 3.0}
+    return np.round(pipeline(prompts, **call, output_type="np").images * 255).astype(int)
 
 
 def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Path, tmp_path: Path) -> None:
