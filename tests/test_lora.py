@@ -14,7 +14,7 @@ from pipelines.learning import DiffusionLearner
 from pipelines.settings import ModelSettings
 from pipelines.trainable import copied, exported_weights, load_weights, prepare, swapped
 from policies.settings import SamplingSettings, TrainingSettings
-from tests.models import PROMPTS
+from tests.models import PROMPTS, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 TARGETS = ("to_q", "to_out.0", "net.2", "conv1", "conv_shortcut", "proj_in", "time_emb_proj")  # 3×3, 1×1 and linear
@@ -171,3 +171,32 @@ def test_lora_alone_in_the_bases_stock_pipeline_draws_the_same(tiny_v_pipeline: 
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     assert np.abs(drawn - shown).max() <= 1
     assert (drawn == shown).mean() > 0.99
+
+
+@pytest.mark.parametrize("build", [build_tiny_xl, build_tiny_sd3, build_tiny_pixels])
+def test_lora_of_other_families(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A UNet of two text encoders, a transformer with patches, a UNet on pixels, which has no loader."""
+    targets = ("to_q", "to_out.0", "conv1") if build is not build_tiny_sd3 else ("to_q", "net.2", "pos_embed.proj")
+    model = lora(build(tmp_path / "base"), lora_targets=targets)
+    sampling = SAMPLING.model_copy(update={"guidance_scale": 1.0})
+    learner = DiffusionLearner(model, sampling, TrainingSettings(micro_batch=8), seed=0)
+    with torch.no_grad():
+        for parameter in learner.parameters.values():
+            parameter.normal_(std=0.1)
+    learner.save(tmp_path / "out")
+
+    def output(policy: DiffusionPolicy) -> Tensor:
+        torch.manual_seed(1)
+        latents, times = torch.randn(2, *policy.family.latent_shape), policy.schedule.timesteps[:2]
+        with torch.no_grad():
+            return policy.predict(latents, times, policy.embed(PROMPTS[:2]))
+
+    trained, base = output(learner.policy), DiffusionPolicy(model, sampling)
+    merged = DiffusionPolicy(model.model_copy(update={"path": str(tmp_path / "out")}), sampling)
+    torch.testing.assert_close(output(merged), trained, rtol=0, atol=0)
+    assert (output(base) - trained).abs().max() > 1e-2
+    if build is build_tiny_pixels:
+        assert not (tmp_path / "out" / "lora").exists()
+    else:
+        base.family.pipeline.load_lora_weights(tmp_path / "out" / "lora")
+        torch.testing.assert_close(output(base), trained, rtol=0, atol=1e-5)
