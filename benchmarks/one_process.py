@@ -8,7 +8,9 @@ It computes what ``ouroboros ddpo`` computes (same prompts, seeds, calls and upd
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,9 +82,33 @@ class OneProcess:
         clock.append(time.process_time())
         for name, seconds in zip(self.spent, np.diff(clock), strict=True):
             self.spent[name] += float(seconds)
-        first = max(statistics.first_update_error.values())
-        numbers = {"reward": float(scores.mean()), "first_update_error": first}
-        return numbers | {key: getattr(statistics, key) for key in ("clip_fraction", "approximate_kl", "gradient_norm")}
+        numbers = {"reward": float(scores.mean()), "gradient_norm": statistics.gradient_norm}
+        if statistics.first_update_error:  # of the objectives that have a ratio
+            numbers |= {"clipped": statistics.clip_fraction or 0.0, "kl": statistics.approximate_kl or 0.0}
+            numbers["first_update_error"] = max(statistics.first_update_error.values())
+        return numbers
+
+
+def train(config: DdpoConfig) -> Iterator[dict[str, Any]]:
+    """A whole run. Yields a line for each evaluation, the first before anything is learned."""
+    run = OneProcess(config)
+    training = config.training
+    schedule = PromptSchedule(run.prompts, training.prompts_per_step, config.seed)
+    history = PromptStatistics(config.advantage.history_size)
+    numbers: dict[str, float] = {}
+    for step in range(training.steps + 1):
+        if step:
+            numbers = run.train(step - 1, schedule, history)
+        if measured := config.evaluation.size_after(step, training.steps):
+            found = run.evaluate(measured).metrics()
+            yield {"step": step, "images": measured, **numbers, **found, "cpu_seconds": sum(run.spent.values())}
+
+
+def told(line: dict[str, Any]) -> str:
+    """A line for people."""
+    names = ("evaluator/full", "evaluator/digit", "evaluation/reward", "evaluation/diversity", "clipped", "kl")
+    shown = "  ".join(f"{name.split('/')[-1]} {line[name]:.3g}" for name in names if name in line)
+    return f"step {line['step']:>3}  {shown}  CPU s {line['cpu_seconds']:.0f}"
 
 
 def main() -> None:
@@ -93,24 +119,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(DdpoConfig, arguments.config, arguments.overrides)
-    run = OneProcess(config)
-    training = config.training
-    schedule = PromptSchedule(run.prompts, training.prompts_per_step, config.seed)
-    history = PromptStatistics(config.advantage.history_size, config.advantage.history_minimum)
     print(f"commit {git_commit()}, seed {config.seed}, {' '.join(arguments.overrides)}", flush=True)
-    for step in range(training.steps):
-        numbers = run.train(step, schedule, history)
-        if measured := config.evaluation.size_after(step + 1, training.steps):
-            found = run.evaluate(measured).metrics()
-            line = {"step": step + 1, "images": measured, **numbers, **found, "cpu_seconds": dict(run.spent)}
-            names = ("evaluator/full", "evaluator/digit", "evaluation/reward", "evaluation/diversity")
-            shown = "  ".join(f"{name.split('/')[1]} {found[name]:.3f}" for name in names if name in found)
-            shown += f"  clipped {numbers['clip_fraction']:.2f}  kl {numbers['approximate_kl']:.2e}"
-            shown += f"  ratio off by {numbers['first_update_error']:.1e}"
-            print(f"step {step + 1:>3}  {shown}  CPU s {sum(run.spent.values()):.0f}", flush=True)
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps({"seed": config.seed, "settings": arguments.overrides, **line}) + "\n")
+    for line in train(config):
+        print(told(line), flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps({"seed": config.seed, "settings": arguments.overrides, **line}) + "\n")
 
 
 if __name__ == "__main__":
