@@ -27,7 +27,7 @@ class DiffusionPolicy:
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.family = load_family(model.path, self.dtype)
         check_family(model.path, sampling.guidance_scale)
-        self.family.pipeline.to(self.device)
+        self.network.to(self.device)  # the other parts come when they are needed
         self.sampling = sampling
         self.schedule = self.family.schedule(sampling).to(self.device)
         self._conditions: dict[str, Conditions] = {}
@@ -38,12 +38,18 @@ class DiffusionPolicy:
         return self.family.network
 
     def embed(self, prompts: Sequence[str]) -> Conditions:
-        """The prompts' conditions. Each is computed once, alone, so it never depends on a batch."""
-        for prompt in prompts:
-            if prompt not in self._conditions:
-                with torch.no_grad():
+        """The prompts' conditions. Each is computed once, alone, so it never depends on a batch; the text encoders take
+        memory of the device only while they compute."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
+        if unknown:
+            for encoder in self.family.text_encoders:
+                encoder.to(self.device)
+            with torch.no_grad():
+                for prompt in unknown:
                     encoded = self.family.encode(prompt, self.device)
-                self._conditions[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+                    self._conditions[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+            for encoder in self.family.text_encoders:
+                encoder.to("cpu")
         known = [self._conditions[prompt] for prompt in prompts]
         return {name: torch.stack([each[name] for each in known]) for name in known[0]}
 

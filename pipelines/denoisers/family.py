@@ -49,6 +49,12 @@ class Family(ABC):
         return getattr(self.pipeline, self.network_name)
 
     @property
+    def text_encoders(self) -> list[nn.Module]:
+        """What :meth:`encode` computes with."""
+        parts = self.pipeline.components.items()
+        return [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)"""
         config = self.network.config
@@ -79,6 +85,7 @@ class Family(ABC):
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Latents through an autoencoder, scaled back by its own configuration."""
+    vae.to(latents.device)  # the first time: a learner never decodes
     config, latents = vae.config, latents.to(vae.dtype)
     if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
         mean, std = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std))
