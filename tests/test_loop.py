@@ -22,7 +22,7 @@ from PIL import Image
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.ddpo_run import DdpoRun
 from orchestration.run import DiskError
-from tests.models import build_tiny_captioner, build_tiny_pipeline
+from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
 
@@ -396,6 +396,23 @@ def drawn_by_the_base_with_lora(base: Path, adapter: Path) -> np.ndarray:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call = {"generator": generators, "num_inference_steps": 3, "eta": 1.0, "guidance_scale": 3.0}
     return np.round(pipeline(prompts, **call, output_type="np").images * 255).astype(int)
+
+
+def test_a_flow_learns_without_densities(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
+    """Stable Diffusion 3 by DiffusionNFT, drawn by the averaged weights; no number of a ratio is told."""
+    from orchestration.ddpo import run_ddpo
+
+    more = [f"output_dir={tmp_path / 'run'}", f"model.path={build_tiny_sd3(tmp_path / 'flow')}", "actors.samplers=1"]
+    more += ["training.objective=negative_aware", "training.steps=2", "sampling.eta=0.7", "sampling.guidance_scale=2"]
+    run_ddpo(configure(overrides, *more))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["policy/loss"] > 0 and line["weights/changed_tensors"] > 0 for line in lines)
+    assert not any("ratio" in key or "first_update" in key or "kl" in key for line in lines for key in line)
+    assert json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())["_class_name"].endswith(
+        "3Pipeline"
+    )
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "negative_aware" in report
 
 
 def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Path, tmp_path: Path) -> None:
