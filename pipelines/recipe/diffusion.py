@@ -135,11 +135,6 @@ def build_scheduler() -> "DDIMScheduler":
     )
 
 
-def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
-    """Token ids (n, 16), padded as the pipeline pads them."""
-    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
 def train_diffusion(
     autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", seed: int, progress: Callable[[str], None]
 ) -> Checkpoints:
@@ -148,12 +143,9 @@ def train_diffusion(
     A yielded model goes on changing once the next checkpoint is asked for: save or measure it first.
     """
     torch.manual_seed(seed)
-    model = build_model(tokenizer)
-    trainer = _train(model, autoencoder, tokenizer, seed, STEPS)
-    for step, average, loss in trainer:
-        if step % CHECKPOINT_EVERY == 0:
-            progress(f"diffusion: step {step}/{STEPS}, loss {loss:.4f}")
-            yield step, average
+    for step, average, loss in _train(build_model(tokenizer), autoencoder, tokenizer, seed, STEPS, CHECKPOINT_EVERY):
+        progress(f"diffusion: step {step}/{STEPS}, loss {loss:.4f}")
+        yield step, average
 
 
 def loosen_digits(
@@ -168,11 +160,10 @@ def loosen_digits(
     The model keeps drawing clean digits but comes to trust the digit word less, as it would after web captions. Yields
     as :func:`train_diffusion` does, with steps counted from ``STEPS``.
     """
-    trainer = _train(deepcopy(model), autoencoder, tokenizer, seed + 1, LOOSENING_STEPS, wrong_digits=WRONG_DIGITS)
-    for step, average, loss in trainer:
-        if step % LOOSENING_CHECKPOINT_EVERY == 0:
-            progress(f"diffusion: loosening step {step}/{LOOSENING_STEPS}, loss {loss:.4f}")
-            yield STEPS + step, average
+    sizes = LOOSENING_STEPS, LOOSENING_CHECKPOINT_EVERY, WRONG_DIGITS
+    for step, average, loss in _train(deepcopy(model), autoencoder, tokenizer, seed + 1, *sizes):
+        progress(f"diffusion: loosening step {step}/{LOOSENING_STEPS}, loss {loss:.4f}")
+        yield STEPS + step, average
 
 
 def _train(
@@ -181,12 +172,13 @@ def _train(
     tokenizer: "CLIPTokenizer",
     seed: int,
     steps: int,
+    every: int,
     wrong_digits: float = 0.0,
 ) -> Iterator[tuple[int, TextToLatents, float]]:
-    """Trains ``model`` on the ``train`` split; after each step its number, the averaged model and the recent loss."""
+    """Trains ``model`` on the ``train`` split; every so many steps: their number, averaged model, recent loss."""
     generator = torch.Generator().manual_seed(seed)
     batches = DigitBatches("train")
-    tokens = tokenize(tokenizer, [*all_prompts(), ""])
+    tokens = tokenizer([*all_prompts(), ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     scheduler = build_scheduler()
     average = deepcopy(model).eval().requires_grad_(False)
     model.train().requires_grad_(True)
@@ -214,7 +206,8 @@ def _train(
         warmup.step()
         _update_average(average, model, decay=min(EMA_DECAY, step / (step + 10)))
         running_loss += 0.01 * (loss.item() - running_loss)
-        yield step, average, running_loss
+        if step % every == 0:
+            yield step, average, running_loss
 
 
 @torch.no_grad()
@@ -240,27 +233,13 @@ def assemble_pipeline(
     )
 
 
-@torch.inference_mode()
 def draw_images(
     pipeline: "StableDiffusionPipeline", prompts: list[str], seed: int, guidance_scale: float
 ) -> np.ndarray:
     """Samples by diffusers' own DDIM, ``DRAWING_STEPS`` at η = 1: uint8 (n, 16, 16, 3). Scale 1 is unguided."""
+    pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(DRAWING_STEPS)
-    unprompted = pipeline.text_encoder(tokenize(pipeline.tokenizer, [""])).last_hidden_state
-    images = []
-    for start in range(0, len(prompts), DRAWING_BATCH):
-        tokens = tokenize(pipeline.tokenizer, prompts[start : start + DRAWING_BATCH])
-        text = pipeline.text_encoder(tokens).last_hidden_state
-        latents = torch.randn(len(tokens), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
-        for timestep in scheduler.timesteps:
-            v = pipeline.unet(latents, timestep, text).sample
-            if guidance_scale != 1.0:
-                v_unprompted = pipeline.unet(latents, timestep, unprompted.expand_as(text)).sample
-                v = v_unprompted + guidance_scale * (v - v_unprompted)
-            latents = scheduler.step(v, timestep, latents, eta=1.0, generator=generator).prev_sample
-        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        images.append(pixels.permute(0, 2, 3, 1).numpy())
-    return np.concatenate(images)
+    options = {"num_inference_steps": DRAWING_STEPS, "eta": 1.0, "guidance_scale": guidance_scale, "output_type": "np"}
+    batches = [prompts[start : start + DRAWING_BATCH] for start in range(0, len(prompts), DRAWING_BATCH)]
+    images = np.concatenate([pipeline(batch, generator=generator, **options).images for batch in batches])
+    return np.rint(images * 255).astype(np.uint8)
