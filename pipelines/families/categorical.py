@@ -5,18 +5,17 @@ A sampling bias λ sharpens: it draws with probabilities ∝ p^(1/λ).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from pipelines.families import Samples
+from pipelines.families import Arrays, Samples
 from pipelines.families.settings import CategoricalSettings
 from policies.streams import derive_seed
 
 
 @dataclass(frozen=True)
-class CategoricalGenerator:
+class CategoricalGenerator(Arrays):
     """``probabilities`` (universes, categories) float64. Samples are category numbers, values (universes, n)."""
 
     probabilities: np.ndarray
@@ -62,16 +61,3 @@ class CategoricalGenerator:
             "entropy": -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1),
             "categories_left": np.count_nonzero(p, axis=1).astype(np.float64),
         }
-
-    def save(self, directory: Path) -> None:
-        """Write the probabilities."""
-        from safetensors.numpy import save_file
-
-        save_file({"probabilities": self.probabilities}, directory / "model.safetensors")
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Self:
-        """Read the probabilities."""
-        from safetensors.numpy import load_file
-
-        return cls(**load_file(directory / "model.safetensors"))

@@ -5,19 +5,18 @@ The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from pipelines.families import Samples
+from pipelines.families import Arrays, Samples
 from pipelines.families.settings import GaussianSettings
 from policies.effective_samples import wasserstein_squared
 from policies.streams import derive_seed
 
 
 @dataclass(frozen=True)
-class GaussianGenerator:
+class GaussianGenerator(Arrays):
     """``mean`` (universes, d) and ``covariance`` (universes, d, d), float64."""
 
     mean: np.ndarray
@@ -65,19 +64,6 @@ class GaussianGenerator:
             "mean_square": np.mean(self.mean**2, axis=1),
             "log_det": np.where(singular, np.nan, np.log(np.where(eigenvalues > 0, eigenvalues, 1)).sum(axis=1)),
         }
-
-    def save(self, directory: Path) -> None:
-        """Write the moments."""
-        from safetensors.numpy import save_file
-
-        save_file({"mean": self.mean, "covariance": self.covariance}, directory / "model.safetensors")
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Self:
-        """Read the moments."""
-        from safetensors.numpy import load_file
-
-        return cls(**load_file(directory / "model.safetensors"))
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -7,12 +7,11 @@ generation's own seed and run to convergence or 50 iterations. A sampling bias Î
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from pipelines.families import Samples
+from pipelines.families import Arrays, Samples
 from pipelines.families.settings import MixtureSettings
 from policies.streams import derive_seed
 
@@ -22,7 +21,7 @@ _ITERATIONS, _TOLERANCE, _LEAST_VARIANCE = 50, 1e-3, 1e-9
 
 
 @dataclass(frozen=True)
-class MixtureGenerator:
+class MixtureGenerator(Arrays):
     """``weights`` (universes, k), ``means`` (universes, k, 2), ``variances`` (universes, k); the truth's ``modes``."""
 
     weights: np.ndarray
@@ -64,19 +63,6 @@ class MixtureGenerator:
             spread = np.sqrt(bias * variances[chosen])[:, None]
             drawn.append(means[chosen] + spread * stream.standard_normal((count, 2)))
         return Samples(np.stack(drawn))
-
-    def save(self, directory: Path) -> None:
-        """Write the components."""
-        from safetensors.numpy import save_file
-
-        save_file(vars(self), directory / "model.safetensors")
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Self:
-        """Read the components."""
-        from safetensors.numpy import load_file
-
-        return cls(**load_file(directory / "model.safetensors"))
 
 
 def _fit_one(
