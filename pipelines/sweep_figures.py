@@ -2,54 +2,46 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pipelines.figures import _FAINT, _INK, _LINES, _dress, _save, _sheet
 
 Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each trial that has one
 
-_DPI, _MAP = 160, "viridis"
-_INK, _FAINT = "#1f2430", "#8b93a1"
+_MAP = "viridis"
 
 
 def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str] = ()) -> None:
     """One panel a setting: every trial's metric, and the mean at each value that several trials share."""
-    import matplotlib.pyplot as plt
-
-    keys = list(tried[0][0])
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.9 * rows), squeeze=False, sharey=True)
-    for axes, key in zip(panels.flat, keys, strict=False):
+    keys, values = list(tried[0][0]), np.array([value for _, value in tried])
+    figure, panels = _sheet(len(keys), 3, 3.6, 2.9)
+    for number, (axes, key) in enumerate(zip(panels, keys, strict=True)):
         places, labels = _places([point[key] for point, _ in tried])
-        values = np.array([value for _, value in tried])
-        axes.scatter(places, values, s=22, color="#3b6fd4", alpha=0.7, linewidth=0)
+        _dress(axes, "", key, "" if number % 3 else metric, integer=False, ticks=5)
+        axes.scatter(places, values, s=22, color=_LINES["blue"], alpha=0.7, linewidth=0)
         shared = [place for place in np.unique(places) if (places == place).sum() > 1]
         if shared:
             axes.plot(shared, [values[places == place].mean() for place in shared], color=_INK, linewidth=1.2)
-        _label_axis(axes, key, labels)
+        if labels is not None:
+            axes.set_xticks(range(len(labels)), labels)
         if key in logarithmic:
             axes.set_xscale("log")
-    for axes in list(panels.flat)[len(keys) :]:
-        axes.set_visible(False)
-    for row in panels:
-        row[0].set_ylabel(metric)
+        axes.sharey(panels[0])
     _save(figure, path)
 
 
 def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str] = ()) -> None:
     """One line a trial through all of its settings to its metric, which colours it."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
     keys = [*tried[0][0], metric]
     columns = [[point[key] for point, _ in tried] for key in keys[:-1]] + [[value for _, value in tried]]
     values = np.array(columns[-1], dtype=float)
-    colours = plt.get_cmap(_MAP)(Normalize(values.min(), values.max() or 1)(values))
-    figure, axes = plt.subplots(figsize=(1.6 + 1.9 * len(keys), 3.6))
+    colours = colormaps[_MAP](Normalize(values.min(), values.max() or 1)(values))
+    figure, (axes,) = _sheet(1, 1, 1.6 + 1.9 * len(keys), 3.6)
     heights = []
     for index, (key, column) in enumerate(zip(keys, columns, strict=True)):
         places, labels = _places(column)
@@ -66,14 +58,12 @@ def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Seq
     axes.set_xticks(range(len(keys)), keys, fontsize=8)
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(keys) - 0.55)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
     _save(figure, path)
 
 
 def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -> None:
     """The mean metric over the plane of two settings, with its number in each cell."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
     columns, rows = (sorted({point[key] for point, _ in tried}) for key in (across, up))
@@ -84,7 +74,7 @@ def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -
             mean[row, column] = np.mean(cell) if cell else np.nan
     known = mean[np.isfinite(mean)]
     scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
-    figure, axes = plt.subplots(figsize=(2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows)))
+    figure, (axes,) = _sheet(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
     picture = axes.imshow(mean, origin="lower", aspect="auto", cmap=_MAP, norm=scale)
     for (row, column), value in np.ndenumerate(mean):
         if np.isfinite(value):
@@ -107,22 +97,5 @@ def _places(column: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
     return np.array([labels.index(str(value)) for value in column], dtype=float), labels
 
 
-def _label_axis(axes: "Axes", key: str, labels: list[str] | None) -> None:
-    axes.set_xlabel(key)
-    axes.grid(color=_FAINT, alpha=0.25, linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if labels is not None:
-        axes.set_xticks(range(len(labels)), labels)
-
-
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=_DPI)
-    plt.close(figure)
