@@ -8,37 +8,30 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from actors.settings import WorkerSettings
 from orchestration.config import explain
 from orchestration.tracking import TrackingSettings
-from pipelines.families.settings import DiffusionSettings, GanSettings
+from pipelines.families import settings as families
+from pipelines.families.registry import CLOSED_FORM, SETTINGS
 from pipelines.real_data import DataSettings
-from policies.exact_laws import Covariance
 from policies.mad_settings import LoopSettings
 from policies.settings import Settings
 
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
 
-class ArmSettings(LoopSettings):
+class ArmSettings(LoopSettings, families.GaussianSettings, families.CategoricalSettings, families.MixtureSettings):
     """What arms can differ in: the loop, and the generator that runs through it."""
 
     family: Family = "gaussian"
-    dimension: int = Field(1, ge=1, description="gaussian: d")
-    covariance: Covariance = Field("unbiased", description="gaussian: divide by N − 1, or by N")
-    categories: int = Field(10, ge=2, description="categorical: how many")
-    modes: int = Field(25, ge=4, description="mixture: a square number")
-    gan: GanSettings = GanSettings()
-    diffusion: DiffusionSettings = DiffusionSettings()
+    gan: families.GanSettings = families.GanSettings()
+    diffusion: families.DiffusionSettings = families.DiffusionSettings()
 
     def family_settings(self, classes: int = 0) -> dict[str, Any]:
         """The settings of this arm's family, as plain content; ``classes`` is how many the real images have."""
-        if self.family == "gaussian":
-            return {"dimension": self.dimension, "covariance": self.covariance}
-        if self.family == "categorical":
-            return {"categories": self.categories}
-        if self.family == "mixture":
-            return {"modes": self.modes}
+        if self.family in CLOSED_FORM:
+            return self.model_dump(mode="json", include=set(SETTINGS[self.family].model_fields))
+        content: dict[str, Any] = getattr(self, self.family).model_dump(mode="json")
         if self.family == "diffusion":  # a small training set may lack the last class
-            return self.diffusion.model_dump(mode="json") | {"classes": self.diffusion.classes or classes}
-        return self.gan.model_dump(mode="json")
+            content["classes"] = content["classes"] or classes
+        return content
 
 
 class DeriveSettings(Settings):

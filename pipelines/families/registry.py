@@ -11,7 +11,7 @@ from pipelines.families import Generator
 from pipelines.families import settings as families
 from policies.settings import Settings
 
-_SETTINGS: dict[str, type[Settings]] = {
+SETTINGS: dict[str, type[Settings]] = {
     "gaussian": families.GaussianSettings,
     "categorical": families.CategoricalSettings,
     "mixture": families.MixtureSettings,
@@ -30,7 +30,7 @@ def generator_class(family: str) -> Any:
 
 def family_settings(family: str, content: Mapping[str, Any]) -> Settings:
     """A family's settings from plain content."""
-    return _SETTINGS[family](**content)
+    return SETTINGS[family](**content)
 
 
 def packed(save: Callable[[Path], Any]) -> Files:
