@@ -122,7 +122,9 @@ def plan_roles(
             raise ValueError(f"{sum(counts.values())} actors cannot share {cpus} CPUs: ask for fewer samplers")
         homeless = _homeless(roles, offers)
         if homeless is None:
-            return roles
+            # Ray seats in this order, always on the fullest GPU that has enough: two halves take a card before a
+            # learner finds .51 of it, and it would wait for ever.
+            return sorted(roles, key=lambda role: -role.gpus)
     needed_cpus, needed_gpus = (sum(r.count * getattr(r, each) for r in roles) for each in ("cpus", "gpus"))
     raise ValueError(
         f"the actors need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs, there are {cpus} and {gpus}; no node has room "

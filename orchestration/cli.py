@@ -29,7 +29,7 @@ jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help
 app.add_typer(jobs_app, name="jobs")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
-File = Annotated[Path | None, typer.Option(help="YAML file; without it, all defaults")]
+File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
@@ -43,14 +43,21 @@ Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what t
 
 @app.command()
 def ddpo(
-    overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
+    overrides: Overrides = None,
+    config: File = None,
+    dry_run: DryRun = False,
+    tracking_uri: Server = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="with --dry-run: plan for so many, there or not")] = None,
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
+    from orchestration.cluster import imagine_machine
     from orchestration.preflight import describe, preflight
 
     settings = _read(DdpoConfig, config, overrides, tracking_uri)
     if dry_run:
-        return _print_plan(settings, describe(settings, preflight(settings)))
+        return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
+    if gpus:
+        raise ConfigError("--gpus goes with --dry-run: a run takes the GPUs that there are")
     from orchestration.ddpo import run_ddpo
 
     print(run_ddpo(settings))
@@ -187,10 +194,9 @@ def submit(
     if name == "resume":
         job = Job.resume(str(given["run"]), job_id, given["trust"])
     else:
-        if given["config"] not in {None, *files}:
-            raise ConfigError(
-                f"{given['config']} is not a file that a job gets, by its path from here: see docs/jobs.md"
-            )
+        for path in given["config"] or ():
+            if path not in files:
+                raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
         settings = _read(schemas[name], given["config"], given["overrides"], given["tracking_uri"])
         job = Job.start(words, settings, output_root, job_id)
     raise typer.Exit(launch(job, files, address, follow))
@@ -335,9 +341,11 @@ def compare(names: Annotated[list[str], typer.Argument(metavar="RUN...")], root:
     Console().print(render_compare(names, root))
 
 
-def _read(schema: type[Config], path: Path | None, overrides: list[str] | None, tracking_uri: str | None) -> Config:
+def _read(
+    schema: type[Config], paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None
+) -> Config:
     server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-    return load_config(schema, path, [*(overrides or []), *server])
+    return load_config(schema, paths, [*(overrides or []), *server])
 
 
 def _print_plan(settings: BaseModel, description: str) -> None:

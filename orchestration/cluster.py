@@ -44,6 +44,12 @@ class Machine:
     offers: tuple[Offer, ...] = ()  # what each node has of these and of other resources; none: it is one node
 
 
+def imagine_machine(gpus: int) -> Machine:
+    """One that a plan can be made for though it is not there: nodes of up to 8 GPUs, 12 CPUs with each GPU."""
+    nodes = [min(8, gpus - first) for first in range(0, gpus, 8)]
+    return Machine(12 * gpus, gpus, tuple({"CPU": 12 * node, "GPU": node} for node in nodes))
+
+
 def find_machine(device: str) -> Machine:
     """The cluster that would be joined, or this machine. Starts nothing; torch is asked only if there is a driver."""
     if external_address() or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):

@@ -76,21 +76,31 @@ Config = TypeVar("Config", bound=BaseModel)
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-def load_config(schema: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` (YAML; None: all defaults), apply ``key.sub=value`` overrides, validate. Raises ConfigError."""
-    content: Any = {}
-    if path is not None:
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except OSError as error:
-            raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values")
+def load_config(schema: type[Config], paths: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML files ``paths`` (none: all defaults), apply ``key.sub=value`` overrides, validate.
+
+    Of several files a later one wins, key by key within each block. Raises ConfigError.
+    """
+    content: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, Path) else paths or ():
+        for key, block in _read(path).items():
+            both = isinstance(block, dict) and isinstance(content.get(key), dict)
+            content[key] = {**content[key], **block} if both else block
     for each in overrides:
         override(content, each)
     return validate(schema, content)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values")
+    return content
 
 
 def validate(schema: type[Config], content: dict[str, Any]) -> Config:

@@ -5,7 +5,7 @@ import platform
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +34,7 @@ class Finding:
         return Text.assemble(("FIX  ", "bold red"), f"{self.text}: {self.fix}")
 
 
-def examine(address: str | None, tracking_uri: str | None, config: Path | None) -> Iterator[Finding]:
+def examine(address: str | None, tracking_uri: str | None, config: Path | Sequence[Path] | None) -> Iterator[Finding]:
     """Every finding, as it is made. Raises ConfigError if ``config`` is not a DDPO configuration."""
     settings = load_config(DdpoConfig, config, [f"tracking.uri={tracking_uri}"] if tracking_uri else [])
     checks: dict[str, Callable[[], Iterator[Finding]]] = {

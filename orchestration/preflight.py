@@ -1,27 +1,26 @@
 """Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.settings import Role, plan_roles
+from actors.settings import Offer, Role, plan_roles
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig
+from orchestration.memory_plan import memory_plan
 from orchestration.run import check_output
 from pipelines.denoisers import check_family
 from pipelines.locations import check_model, find
 from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PROCESS_MEMORY = 0.6e9  # bytes of an actor that has imported torch, diffusers and transformers
-LORA_SHARE = 0.02  # of the UNet's size, at usual ranks
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be started: its prompts and its actors."""
+    """A run that can be started: its prompts, its actors, and the nodes that they are to fit on."""
 
     prompts: list[str]
     roles: list[Role]
+    offers: Sequence[Offer]
 
 
 def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
@@ -48,12 +47,13 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
         parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
-        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=machine.offers)
+        offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
+        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Plan(prompts, roles)
+    return Plan(prompts, roles, offers)
 
 
 def replan(config: DdpoConfig, plan: Plan) -> Plan:
@@ -152,26 +152,4 @@ def describe(config: DdpoConfig, plan: Plan) -> str:
         "actors",
     ]
     lines += [f"  {role.count} × {role.described}" for role in plan.roles]
-    return "\n".join([*lines, "memory (estimate)", *_memory(config, plan.roles)])
-
-
-def _memory(config: DdpoConfig, roles: list[Role]) -> list[str]:
-    directory = find(config.model.path)
-    if directory is None:
-        return ["  unknown until the model has been fetched from the hub"]
-    scale = BYTES[config.model.dtype] / BYTES["float32"]  # the files are taken to be float32
-    unet, vae, text_encoder = (
-        scale * sum(file.stat().st_size for file in (directory / part).glob("*.safetensors"))
-        for part in ("unet", "vae", "text_encoder")
-    )
-    pipeline = unet + vae + text_encoder
-    # The learner keeps the trained share four times more: gradient, two moments of Adam, the step's starting point.
-    trained = unet * (LORA_SHARE if config.model.lora_rank else 1.0)
-    weights = {"sampler": pipeline, "learner": pipeline + 4 * trained}
-    lines, total = [], 0.0
-    for role in roles:
-        held = weights.get(role.name, 0.0)
-        each = PROCESS_MEMORY + held
-        total += role.count * each
-        lines.append(f"  {role.count} × {role.name}: {each / 1e9:.2f} GB, {held / 1e6:.0f} MB of it weights")
-    return [*lines, f"  together {total / 1e9:.1f} GB, activations apart"]
+    return "\n".join([*lines, "memory (estimate)", *memory_plan(config, plan.roles, plan.offers)])
