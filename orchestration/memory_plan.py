@@ -40,7 +40,9 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     model, size = counts[config.model.path], BYTES[config.model.dtype]
     weights = size * (model.total() - model["lora"] - model["latent"])
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
-    trained = adapter or size * (model["unet"] + model["transformer"])
+    network, autoencoder = size * (model["unet"] + model["transformer"]), size * model["vae"]
+    trained = adapter or network
+    on_card = {role.name for role in roles if role.device == "cuda"}
     path = config.training.images_per_step * (config.sampling.steps + 1) * model["latent"] * BYTES["float32"]
     others = {
         "captioner": counts[config.captioner.path],
@@ -53,8 +55,8 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
         "average": trained * (config.training.ema_decay > 0),
     }
     held: dict[str, dict[str, float]] = {
-        "sampler": {"weights": weights},
-        "learner": {"weights": weights + adapter, **learning},
+        "sampler": {"weights": network + autoencoder if "sampler" in on_card else weights},
+        "learner": {"weights": (network if "learner" in on_card else weights) + adapter, **learning},
         **{name: {"weights": BYTES["float32"] * count.total()} for name, count in others.items()},
     }
     total = {role.name: sum(held[role.name].values()) for role in roles}
@@ -64,6 +66,10 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
         lines.append(f"  {role.count} × {role.name} on {role.device}: {total[role.name] / 1e9:.3g} GB ({parts or '–'})")
     everything = sum(role.count * (total[role.name] + PROCESS) for role in roles)
     lines.append(f"  together {everything / 1e9:.1f} GB, {PROCESS / 1e9:.1f} GB of each a process; activations apart")
+    if on_card and (waiting := weights - network - autoencoder):
+        lines.append(
+            f"  text encoders wait on the host: {waiting / 1e9:.3g} GB, of a GPU only while prompts are encoded"
+        )
     for names, cards in Counter(map(tuple, _cards(roles, offers))).items():
         shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody"
         lines.append(f"  {cards} × GPU with {shared}: {sum(total[name] for name in names) / 1e9:.3g} GB")
