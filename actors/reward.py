@@ -18,7 +18,7 @@ class RewardActor(Worker):
     """The actor: a reward function and whatever model it holds."""
 
     def __init__(self, settings: RewardSettings, threads: int) -> None:
-        super().__init__(threads)
+        super().__init__(threads, uses_torch=settings.needs_captions)  # for the encoder; another may do without
         from pipelines.rewards import load_reward
 
         self.function = load_reward(settings)
