@@ -47,17 +47,15 @@ def ddpo(
     config: File = None,
     dry_run: DryRun = False,
     tracking_uri: Server = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="with --dry-run: plan for so many, there or not")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="a dry run for so many, there or not")] = None,
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
     from orchestration.cluster import imagine_machine
     from orchestration.preflight import describe, preflight
 
     settings = _read(DdpoConfig, config, overrides, tracking_uri)
-    if dry_run:
+    if dry_run or gpus:
         return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
-    if gpus:
-        raise ConfigError("--gpus goes with --dry-run: a run takes the GPUs that there are")
     from orchestration.ddpo import run_ddpo
 
     print(run_ddpo(settings))

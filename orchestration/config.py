@@ -83,24 +83,20 @@ def load_config(schema: type[Config], paths: Path | Sequence[Path] | None, overr
     """
     content: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, Path) else paths or ():
-        for key, block in _read(path).items():
+        try:
+            blocks = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(blocks, dict):
+            raise ConfigError(f"config {path} holds a {type(blocks).__name__}, not keys and values")
+        for key, block in blocks.items():
             both = isinstance(block, dict) and isinstance(content.get(key), dict)
             content[key] = {**content[key], **block} if both else block
     for each in overrides:
         override(content, each)
     return validate(schema, content)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: Any = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {path} holds a {type(content).__name__}, not keys and values")
-    return content
 
 
 def validate(schema: type[Config], content: dict[str, Any]) -> Config:

@@ -7,7 +7,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+import yaml
 from safetensors import safe_open
 
 from actors.settings import Offer, Role
@@ -16,64 +18,36 @@ from pipelines.locations import find
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 0.6e9  # bytes of an actor that has imported torch, diffusers and transformers
-# Of models on the hub: parameters of each part, of LoRA on the default targets for each rank, and numbers of a latent.
-_SD_1 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480, "lora": 199_296, "latent": 16_384}
-_SD_3 = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
-_HUB = {
-    "CompVis/stable-diffusion-v1-4": _SD_1,
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD_1,
-    "stabilityai/stable-diffusion-2-1": _SD_1
-    | {"unet": 865_910_724, "text_encoder": 340_387_840, "lora": 207_488, "latent": 36_864},
-    "stabilityai/stable-diffusion-xl-base-1.0": _SD_1
-    | {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "lora": 1_451_520, "latent": 65_536},
-    "stabilityai/stable-diffusion-3-medium-diffusers": _SD_3
-    | {"transformer": 2_028_328_000, "lora": 294_912, "latent": 262_144},
-    "stabilityai/stable-diffusion-3.5-medium": _SD_3
-    | {"transformer": 2_243_171_520, "lora": 454_656, "latent": 262_144},
-    "Salesforce/blip-image-captioning-base": {"captioner": 223_971_644},
-}
+KNOWN = Path(__file__).with_name("known_models.yaml")
 
 
 def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer]) -> list[str]:
-    """Lines for people, in GB (1e9 bytes)."""
-    counts = {path: _count(path, config.model.lora_targets) for path in (config.model.path, config.captioner.path)}
-    model, size = counts[config.model.path], BYTES[config.model.dtype]
-    weights = size * (model.total() - model["lora"] - model["latent"])
+    """Lines for people, in GB (1e9 bytes). What follows a role in brackets are the parts of its sum."""
+    training, size = config.training, BYTES[config.model.dtype]
+    model, captioner = _count(config.model.path, config.model.lora_targets), _count(config.captioner.path)
+    encoders = sum(count for part, count in model.items() if part.startswith("text_encoder"))
+    network, vae, text = (size * count for count in (model["unet"] + model["transformer"], model["vae"], encoders))
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
-    network, autoencoder = size * (model["unet"] + model["transformer"]), size * model["vae"]
     trained = adapter or network
-    on_card = {role.name for role in roles if role.device == "cuda"}
-    path = config.training.images_per_step * (config.sampling.steps + 1) * model["latent"] * BYTES["float32"]
-    others = {
-        "captioner": counts[config.captioner.path],
-        "reward": _count(config.reward.encoder),
-        "evaluator": _count(config.evaluation.evaluator),
-    }
-    learning = {"gradient": trained, "optimiser": 2 * trained, "start of the step": trained, "trajectories": path}
-    learning |= {
-        "first model": trained * (config.training.kl_weight > 0),
-        "average": trained * (config.training.ema_decay > 0),
-    }
-    held: dict[str, dict[str, float]] = {
-        "sampler": {"weights": network + autoencoder if "sampler" in on_card else weights},
-        "learner": {"weights": (network if "learner" in on_card else weights) + adapter, **learning},
-        **{name: {"weights": BYTES["float32"] * count.total()} for name, count in others.items()},
-    }
-    total = {role.name: sum(held[role.name].values()) for role in roles}
-    lines = [f"  {path}: neither here nor known, so left out" for path, count in counts.items() if path and not count]
+    latents = training.images_per_step * (config.sampling.steps + 1) * model["latent"] * BYTES["float32"]
+    drawing = {"network": network, "autoencoder": vae, "text encoders": text}
+    learning = drawing | {"LoRA": adapter, "gradient": trained, "optimiser": 2 * trained, "start of the step": trained}
+    learning |= {"first model": trained * bool(training.kl_weight), "average": trained * bool(training.ema_decay)}
+    learning |= {"trajectories": latents}
+    captioning = {"weights": BYTES["float32"] * captioner.total()}
+    held = {"sampler": drawing, "learner": learning, "captioner": captioning}
+    away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments
+    lines, cards = [], Counter(map(tuple, _cards(roles, offers)))
     for role in roles:
-        parts = ", ".join(f"{name} {amount / 1e9:.3g}" for name, amount in held[role.name].items() if amount)
-        lines.append(f"  {role.count} × {role.name} on {role.device}: {total[role.name] / 1e9:.3g} GB ({parts or '–'})")
-    everything = sum(role.count * (total[role.name] + PROCESS) for role in roles)
-    lines.append(f"  together {everything / 1e9:.1f} GB, {PROCESS / 1e9:.1f} GB of each a process; activations apart")
-    if on_card and (waiting := weights - network - autoencoder):
-        lines.append(
-            f"  text encoders wait on the host: {waiting / 1e9:.3g} GB, of a GPU only while prompts are encoded"
-        )
-    for names, cards in Counter(map(tuple, _cards(roles, offers))).items():
+        parts = {name: amount / 1e9 for name, amount in held.get(role.name, {}).items() if amount}
+        shown = ", ".join(f"{name} {amount:.3g}" for name, amount in parts.items()) or "models not counted"
+        lines.append(f"  {role.count} × {role.name} on {role.device}: {sum(parts.values()):.3g} GB ({shown})")
+    for names, count in cards.items():
         shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody"
-        lines.append(f"  {cards} × GPU with {shared}: {sum(total[name] for name in names) / 1e9:.3g} GB")
-    return lines
+        most, least = (sum(sum(held[n].values()) - out.get(n, 0) for n in names) / 1e9 for out in ({}, away))
+        lines.append(f"  {count} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
+    everything = sum(role.count * (PROCESS + sum(held.get(role.name, {}).values())) for role in roles) / 1e9
+    return [*lines, f"  together {everything:.1f} GB, of it {PROCESS / 1e9} GB for each process; activations apart"]
 
 
 def _count(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
@@ -81,7 +55,7 @@ def _count(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
     counts: Counter[str] = Counter()
     directory = find(path) if path else None
     if directory is None:
-        return Counter(_HUB.get(path or ""))
+        return Counter(yaml.safe_load(KNOWN.read_text()).get(path))
     for file in (*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")):
         part = file.parent.name
         if ".fp16." in file.name or part == "safety_checker":  # not loaded

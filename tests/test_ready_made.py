@@ -48,7 +48,7 @@ def test_sets_of_one_paper_have_the_same_animals() -> None:
 @pytest.mark.parametrize(
     ("task", "scale", "recipe"),
     [  # a recipe brings a model that is not for digits
-        each for each in product(TASKS, SCALES, [None, *RECIPES]) if each[0] != "digits" or not each[2]
+        each for each in product(TASKS, SCALES, [None, *RECIPES]) if not (each[0].startswith("digits") and each[2])
     ],
 )
 def test_every_combination_can_be_planned(
@@ -59,7 +59,7 @@ def test_every_combination_can_be_planned(
     config = load_config(DdpoConfig, files)
     gpus = int(scale.split("-")[0])
     text = describe(config, preflight(config, imagine_machine(gpus)))
-    assert "left out" not in text  # every model is known
+    assert not re.search(r"(sampler|learner|captioner) on \w+: 0 GB", text)  # every model is known
     cards = {words: int(n) for n, words in re.findall(r"(\d+) × GPU with (.*):", text)}
     assert sum(cards.values()) == gpus
     placed = sum(n * sum(map(int, re.findall(r"\d+", words))) for words, n in cards.items())
@@ -89,8 +89,8 @@ def test_files_are_given_one_after_another(monkeypatch: pytest.MonkeyPatch, caps
     assert "samplers: 1\n" in printed
     assert "3 × captioner" in printed
     assert "GPU with" in printed
-    assert command(["ddpo", *files, "--gpus", "2"], monkeypatch) == 2
-    assert "--gpus goes with --dry-run" in capsys.readouterr().err
+    assert command(["ddpo", *files, "--gpus", "2"], monkeypatch) == 0  # no run takes GPUs that are not there
+    assert "GPU with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", [0, 3])
