@@ -59,28 +59,15 @@ def build_tokenizer() -> "CLIPTokenizer":
     """A CLIP tokenizer whose byte-pair merges were learnt on the 180 captions."""
     import json
 
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    learner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    learner.decoder = decoders.ByteLevel()
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner.train_from_iterator(
-        all_prompts(),
-        trainers.BpeTrainer(
-            vocab_size=4096,
-            initial_alphabet=letters,
-            # A byte may end a word too; without these a word unseen in the captions would be lost.
-            special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters)],
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
-    model = json.loads(learner.to_str())["model"]
+    letters = sorted(ByteLevel.alphabet())
+    # A byte may end a word too; without these a word unseen in the captions would be lost.
+    ends = [f"{letter}</w>" for letter in letters]
+    options = {"initial_alphabet": letters, "end_of_word_suffix": "</w>", "show_progress": False}
+    learnt = CLIPTokenizer().train_new_from_iterator(all_prompts(), 4096, new_special_tokens=ends, **options)
+    model = json.loads(learnt.backend_tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
 
