@@ -26,7 +26,7 @@ class Worker:
                 gc.freeze()
                 gc.enable()
 
-        cls.__init__ = make  # type: ignore[method-assign]
+        cls.__init__ = make  # type: ignore[method-assign, assignment]
 
     def __init__(self, threads: int, uses_torch: bool = True) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that somebody's own function imports later
