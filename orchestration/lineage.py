@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from orchestration.config import ConfigError, validate
@@ -13,6 +12,7 @@ from orchestration.mad import chain
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import contents, seed_blocks
 from orchestration.run import read_manifest
+from orchestration.runs import plain_table
 from pipelines.families.registry import CLOSED_FORM
 from pipelines.mad_graph import Generation, RealSource, image_source
 from pipelines.tasks import TaskStore
@@ -62,22 +62,19 @@ def render_lineage(directory: Path, sample: str) -> RenderableType:
     seeds = next(block for block in blocks if seed in block)
     generations = list(chain(name, arm, seeds, config.generations, source))[:number]
     store, last = TaskStore(directory / "tasks"), generations[-1]
-    lines = [
-        Text(f"{name}, seed {seed}, generation {number}" + ("" if row is None else f", sample {row}"), style="bold")
-    ]
+    title = f"{name}, seed {seed}, generation {number}" + ("" if row is None else f", sample {row}")
+    lines = [Text(title, style="bold")]
     if row is not None:
         if last.drawn is None:
             raise ConfigError(f"{sample}: no later generation reads samples of generation {number}, so none were drawn")
         if row >= last.count:
             raise ConfigError(f"{sample}: generation {number} drew {last.count} samples, counted from 0")
         how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, stream sampling/{number}"
-        stored = (
-            f"stored in {store.path(last.drawn.key)}" if last.drawn is not last.fit else "drawn again where it is read"
-        )
+        again = last.drawn is last.fit
+        stored = "drawn again where it is read" if again else f"stored in {store.path(last.drawn.key)}"
         lines.append(Text(f"{how}; {stored}"))
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("generation", "trained on", "real", "real through", "distinct real samples behind", "model"):
-        table.add_column(heading, overflow="fold")
+    headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
+    table = plain_table(*headings)
     for generation, behind in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
         through = float(np.arange(len(behind.hops)) @ behind.hops)
         table.add_row(

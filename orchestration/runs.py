@@ -8,7 +8,6 @@ import difflib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,53 +27,36 @@ _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED"
 _ABSENT = "–"
 
 
-@dataclass(frozen=True)
 class RunInfo:
-    """What a run directory tells; None where it does not (yet)."""
+    """What a run directory tells; None where it does not (yet). Without a summary, results are of the steps so far."""
 
-    directory: Path
-    name: str
-    loop: str | None
-    status: str
-    created: str | None
-    committed_step: int | None
-    total_steps: int | None
-    reward_before: float | None
-    reward_after: float | None
-    accuracy_before: float | None
-    accuracy_after: float | None
-    wall_seconds: float | None
-    manifest: dict[str, Any]
-    summary: dict[str, Any]
+    def __init__(self, directory: Path) -> None:
+        manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
+        steps = [_json(line) for line in _text(directory / "metrics.jsonl").splitlines()]
+        rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
+        begun, ended = _ends(steps, "timestamp_ms")
+        elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000
+
+        def result(key: str, fallback: float | None) -> float | None:
+            return _number(summary.get(key)) if key in summary else fallback
+
+        self.directory, self.manifest, self.summary = directory, manifest, summary
+        self.name = str(manifest.get("name") or directory.name)
+        self.loop = _exactly(str, manifest.get("loop"))
+        self.status = _exactly(str, manifest.get("status")) or "unreadable"
+        self.created = _exactly(str, manifest.get("created"))
+        self.committed_step = _exactly(int, manifest.get("committed_step"))
+        self.total_steps = _exactly(int, manifest.get("total_steps"))
+        self.reward_before = result("reward_before", rewards[0])
+        self.reward_after = result("reward_after", rewards[1])
+        self.accuracy_before = result("evaluator_accuracy_before", accuracies[0])
+        self.accuracy_after = result("evaluator_accuracy_after", accuracies[1])
+        self.wall_seconds = result("wall_seconds", elapsed)
 
 
 def read_run(directory: Path) -> RunInfo:
-    """A run directory; without a summary, results are those of the steps so far."""
-    manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
-    steps = [_json(line) for line in _text(directory / "metrics.jsonl").splitlines()]
-    rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
-    begun, ended = _ends(steps, "timestamp_ms")
-    elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000
-
-    def result(key: str, fallback: float | None) -> float | None:
-        return _number(summary.get(key)) if key in summary else fallback
-
-    return RunInfo(
-        directory=directory,
-        name=str(manifest.get("name") or directory.name),
-        loop=_exactly(str, manifest.get("loop")),
-        status=_exactly(str, manifest.get("status")) or "unreadable",
-        created=_exactly(str, manifest.get("created")),
-        committed_step=_exactly(int, manifest.get("committed_step")),
-        total_steps=_exactly(int, manifest.get("total_steps")),
-        reward_before=result("reward_before", rewards[0]),
-        reward_after=result("reward_after", rewards[1]),
-        accuracy_before=result("evaluator_accuracy_before", accuracies[0]),
-        accuracy_after=result("evaluator_accuracy_after", accuracies[1]),
-        wall_seconds=result("wall_seconds", elapsed),
-        manifest=manifest,
-        summary=summary,
-    )
+    """A run directory."""
+    return RunInfo(directory)
 
 
 def list_runs(root: Path) -> list[RunInfo]:
@@ -109,7 +91,7 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     """A table of runs."""
     if not runs:
         return Text("no runs", style="dim")
-    table = _table("run", "status")
+    table = plain_table("run", "status")
     for heading in ("step", "reward", "held-out", "wall"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
@@ -160,7 +142,7 @@ def _arms(arms: Mapping[str, Any]) -> Table:
     """What became of each arm of a MAD experiment."""
     shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
     present = [metric for metric in shown if any(metric in arm["metrics"] for arm in arms.values())]
-    table = _table("arm", "goes MAD", *present)
+    table = plain_table("arm", "goes MAD", *present)
     for name, arm in arms.items():
         means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
         changes = [_change(_number(mean[0]), _number(mean[-1])) if mean else _ABSENT for mean in means]
@@ -174,7 +156,7 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     Raises ConfigError if one of them does not exist.
     """
     runs = [find_run(name, root) for name in names]
-    table = _table("", *(run.directory.name for run in runs))
+    table = plain_table("", *(run.directory.name for run in runs))
     table.columns[0].style = "dim"
     facts = [_facts(run) for run in runs]
     for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
@@ -241,7 +223,8 @@ def _plain(value: Any) -> Text:
     return Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _table(*headings: str) -> Table:
+def plain_table(*headings: str) -> Table:
+    """A table without lines, whose cells fold where they are too wide."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, overflow="fold")

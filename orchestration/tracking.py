@@ -28,17 +28,6 @@ from orchestration.mlflow_store import MlflowStore, TrackingError
 from orchestration.outbox import Outbox, undelivered
 from policies.settings import Settings
 
-__all__ = [
-    "FIRST_LOOK",
-    "Ending",
-    "Tracker",
-    "TrackingError",
-    "TrackingSettings",
-    "deliver_rest",
-    "flatten",
-    "register_pipeline",
-]
-
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
 _MONITOR_SECONDS = 5  # between two system metrics
@@ -62,9 +51,7 @@ class TrackingSettings(Settings):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    uri: str | None = Field(
-        default=None, description="MLflow server (http://…) or sqlite:///file; null: SQLite in the run directory"
-    )
+    uri: str | None = Field(None, description="http://server or sqlite:///file; null: SQLite in the run directory")
     experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
     parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
