@@ -27,15 +27,7 @@ Source = Literal["real_fixed", "real_fresh", "previous", "earlier"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _SUPPLY: dict[str, Supply] = {"fresh": "fresh"}  # other rules use one fixed real set unless told otherwise
-_FIXED_ONLY = (
-    "real_only",
-    "fully_synthetic",
-    "augmentation",
-    "accumulate",
-    "accumulate_subsample",
-    "iterative_retraining",
-    "weighted_mixture",
-)
+_SUPPLIED = ("fresh", "curated", "verified", "memory")  # rules whose real samples need not be one fixed set
 
 
 class FreshSchedule(Settings):
@@ -87,7 +79,7 @@ class LoopSettings(Settings):
             )
         if self.rule == "fresh" and self.real_supply == "fixed":
             raise ValueError("rule fresh draws new real data: for the same real set each time use rule=augmentation")
-        if self.real_supply not in (None, "fixed") and self.rule in _FIXED_ONLY:
+        if self.real_supply not in (None, "fixed") and self.rule not in _SUPPLIED:
             raise ValueError(f"rule {self.rule} uses one fixed real set: leave real_supply out, or use rule=fresh")
         if self.rule == "accumulate_subsample" and self.real_weight != 1:
             raise ValueError("rule accumulate_subsample draws all samples alike: leave real_weight out")
