@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -76,7 +75,6 @@ class MadRun(Run):
         self._flushed_at = time.monotonic()
         self._done = 0
         self._recorded: set[str] = set()  # keys
-        self._wall_before = manifest.get("wall_seconds", 0.0)
 
     @classmethod
     def open(cls, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> Self:
@@ -119,17 +117,15 @@ class MadRun(Run):
         known.update({name: tracker.run_id for name, tracker in self._trackers.items()})
         self._status("RUNNING")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.manifest["wall_seconds"] = self.wall_seconds()
         try:
-            if kind is None:  # else the next session sends everything, and this one has to end now
+            if error[0] is None:  # else the next session sends everything, and this one has to end now
                 self.flush()
             for tracker in self._trackers.values():
-                tracker.finish(ending(kind))
+                tracker.finish(ending(error[0]))
         finally:
-            super().__exit__(kind, error, trace)
+            super().__exit__(*error)
 
     def progress(self) -> str:
         """How many generations are measured."""
@@ -198,11 +194,9 @@ class MadRun(Run):
     def _record_training_set(self, generation: Generation) -> None:
         """Tell MLflow what a generation was trained on."""
         names = [f"{generation.arm} · seed {seed}" for seed in generation.seeds]
-        for name in (
-            names
-            if names[0] in self._trackers
-            else [generation.arm] * (generation.seeds[0] == self.config.seed_list[0])
-        ):
+        if names[0] not in self._trackers:
+            names = [generation.arm] if generation.seeds[0] == self.config.seed_list[0] else []
+        for name in names:
             profile = {"training set": contents(generation.manifest), "samples": generation.manifest.size}
             place = str(self.store.path(generation.fit.key))
             self._trackers[name].dataset(f"generation {generation.number:03d}", generation.fit.key, place, profile)

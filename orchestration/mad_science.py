@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -103,27 +104,25 @@ def comparisons(config: MadConfig, values: Mapping[str, Values]) -> dict[str, An
     arms = config.resolved_arms
     found: dict[str, Any] = {}
     for metric in DISTANCES:
-        for small, a in arms.items():
-            for large, b in arms.items():
-                if metric in values[small] and metric in values[large] and _differ_in_n_ini(a, b):
-                    pair = values[small][metric], values[large][metric]
-                    ratio = paired_ratio(limit(pair[0]), limit(pair[1]))
-                    found.setdefault("n_ini", []).append(
-                        {
-                            "arms": [small, large],
-                            "metric": metric,
-                            "forgetting_time": forgetting_time(*pair),
-                            "final_ratio": dict(zip(("mean", "low", "high"), ratio, strict=True)),
-                        }
-                    )
+        for small, large in permutations([name for name in arms if metric in values[name]], 2):
+            if _differ_in_n_ini(arms[small], arms[large]):
+                pair = values[small][metric], values[large][metric]
+                mean, low, high = paired_ratio(limit(pair[0]), limit(pair[1]))
+                told: dict[str, Any] = {
+                    "arms": [small, large],
+                    "metric": metric,
+                    "forgetting_time": forgetting_time(*pair),
+                }
+                told["final_ratio"] = {"mean": mean, "low": low, "high": high}
+                found.setdefault("n_ini", []).append(told)
         series = fresh_series(config, values, metric)
         if series is not None:
-            correlation = rank_correlation(*series)
+            rho, low, high = rank_correlation(*series)
             found["fresh_fraction"] = {
                 "metric": metric,
                 "fractions": series[0].tolist(),
                 "final": series[1].tolist(),
-                "rank_correlation": dict(zip(("rho", "low", "high"), correlation, strict=True)),
+                "rank_correlation": {"rho": rho, "low": low, "high": high},
             }
     return found
 

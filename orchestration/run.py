@@ -45,7 +45,7 @@ class Run:
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self._tracking = tracking
         self._losses: list[int] = []  # where the run stood at each loss since it last came further
-        self._wall_before = self._cpu_before = 0.0
+        self._wall_before, self._cpu_before = manifest.get("wall_seconds", 0.0), 0.0
 
     def __enter__(self) -> Self:
         self.display.__enter__()

@@ -59,7 +59,6 @@ class SweepRun(Run):
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
-        self._wall_before = manifest.get("wall_seconds", 0.0)
         self.budget = Budget(config.budget, self._wall_before)
 
     @classmethod

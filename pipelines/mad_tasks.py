@@ -14,14 +14,7 @@ import numpy as np
 from pipelines.atomic import Files
 from pipelines.drawing import draw
 from pipelines.families import Generator, Samples
-from pipelines.families.registry import (
-    CLOSED_FORM,
-    family_settings,
-    generator_class,
-    load_generator,
-    packed,
-    unpacked,
-)
+from pipelines.families.registry import CLOSED_FORM, family_settings, generator_class, load_generator, packed, unpacked
 from pipelines.real_data import ledger_order
 from policies.data_rules import REAL, Manifest, Part
 from policies.streams import derive_seed
@@ -78,12 +71,11 @@ def _reference_points(family: str, parameters: Parameters, stream: str = "refere
 def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """Train a generation's model on the samples of its manifest."""
     family, seeds = parameters["family"], parameters["seeds"]
+    settings = family_settings(family, parameters["settings"])
     start = load_generator(family, inputs[-1], device) if parameters["fine_tunes"] else None
     data, ids = _training_set(parameters, inputs)
     streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
-    model = generator_class(family).fit(
-        family_settings(family, parameters["settings"]), data, streams, start=start, device=device
-    )
+    model = generator_class(family).fit(settings, data, streams, start=start, device=device)
     files = packed(model.save)
     if family not in CLOSED_FORM:
         files["training_set.json"] = json.dumps(ids).encode()
@@ -96,9 +88,7 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
 
     model = load_generator(parameters["family"], inputs[0], device)
     count, seeds, bias = parameters["count"], parameters["seeds"], parameters["sampling_bias"]
-    if (
-        parameters["role"] == "evaluation"
-    ):  # the same latent seeds at every generation, so that pictures can be compared
+    if parameters["role"] == "evaluation":  # the same latent seeds at every generation: pictures can be compared
         drawn = model.sample(count, [derive_seed(seed, "evaluation") for seed in seeds], bias)
     else:
         extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
@@ -123,9 +113,8 @@ def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> File
     from pipelines.features import train_extractor
 
     real = read_real_data(inputs[0])
-    extractor = train_extractor(
-        real["pool"], real["pool_labels"], parameters["classes"], derive_seed(0, "extractor"), device
-    )
+    seed, classes = derive_seed(0, "extractor"), parameters["classes"]
+    extractor = train_extractor(real["pool"], real["pool_labels"], classes, seed, device)
     return {**packed(extractor.save), "about.json": json.dumps({"sha256": extractor.sha256}).encode()}
 
 
@@ -192,21 +181,15 @@ def _write(metrics: Mapping[str, list[float]], histogram: Sequence[float] | None
 def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samples, list[dict[str, Any]]]:
     """The samples that a manifest names, part after part; and their ids in the first universe."""
     manifest = Manifest.from_json(parameters["manifest"])
-    held = [
-        _held(parameters, part, source, inputs)
-        for part, source in zip(manifest.parts, parameters["sources"], strict=True)
-    ]
+    parts = zip(manifest.parts, parameters["sources"], strict=True)
+    held = [_held(parameters, part, source, inputs) for part, source in parts]
     rows = [  # of each universe, for each part: a subsample takes other numbers of each in every universe
         [row - each.first for row, each in zip(manifest.rows(seed), held, strict=True)] for seed in parameters["seeds"]
     ]
 
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack(
-            [
-                np.concatenate([array[u][row] for array, row in zip(arrays, mine, strict=True)])
-                for u, mine in enumerate(rows)
-            ]
-        )
+        universes = [[array[u][row] for array, row in zip(arrays, mine, strict=True)] for u, mine in enumerate(rows)]
+        return np.stack([np.concatenate(parts) for parts in universes])
 
     labels = [each.samples.labels for each in held if each.samples.labels is not None]
     weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])

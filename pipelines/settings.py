@@ -38,8 +38,7 @@ class RewardSettings(Settings):
     """What is rewarded."""
 
     function: str = Field(
-        "sentence_cosine",
-        description=f"one of {', '.join(BUILT_IN_REWARDS)}, or an import path 'module:function'",
+        "sentence_cosine", description=f"one of {', '.join(BUILT_IN_REWARDS)}, or an import path 'module:function'"
     )
     encoder: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
 
