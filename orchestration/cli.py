@@ -122,9 +122,7 @@ def sync(run: RunDirectory) -> None:
 @app.command()
 def lineage(
     run: RunDirectory,
-    sample: Annotated[
-        str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION/NUMBER, or without its last parts")
-    ],
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION, or with a /NUMBER")],
 ) -> None:
     """Walk from a sample of a MAD run back to the real data."""
     from orchestration.lineage import render_lineage

@@ -147,11 +147,9 @@ def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files]]:
             f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
             "or put the images of each class into a sub-directory"
         )
-    if config.data.reference < _LEAST_REFERENCE:
-        raise ValueError(
-            f"data.reference is {config.data.reference}: metrics need {_LEAST_REFERENCE} real samples or more"
-        )
-    pool, reference = split_reference(real, config.data.reference)
+    if (wanted := config.data.reference) < _LEAST_REFERENCE:
+        raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
+    pool, reference = split_reference(real, wanted)
     classes = int(real.labels.max()) + 1
     source = image_source(real.sha256, len(reference), len(pool), classes)
     assert source.data is not None
@@ -186,13 +184,8 @@ def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tupl
     if workers.device == "cuda" and not machine.gpus:
         raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
     on_gpu = machine.gpus > 0 and workers.device != "cpu" and any(family not in CLOSED_FORM for family in families)
-    gpus = 1 / workers.tasks_per_gpu if on_gpu else 0.0
-    return machine.gpus if on_gpu else 0, {
-        "cpus": workers.cpus_per_task,
-        "gpus": gpus,
-        "timeout": workers.timeout_seconds,
-        "nodes": workers.nodes,
-    }
+    taken = {"cpus": workers.cpus_per_task, "gpus": 1 / workers.tasks_per_gpu if on_gpu else 0.0}
+    return machine.gpus if on_gpu else 0, taken | {"timeout": workers.timeout_seconds, "nodes": workers.nodes}
 
 
 def _check_output(config: MadConfig) -> None:

@@ -97,9 +97,8 @@ def draw(run: MadRun) -> Path:
     for metric in DISTANCES:
         series = fresh_series(config, run.values, metric)
         if series is not None:
-            mad_figures.fresh_fraction_curve(
-                directory / "fresh_fraction.png", *series, floors.get(metric), _TITLES[metric]
-            )
+            path, floor = directory / "fresh_fraction.png", floors.get(metric)
+            mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric])
     for name in arms:
         _draw_samples(run, name, directory)
     return directory

@@ -108,12 +108,9 @@ def comparisons(config: MadConfig, values: Mapping[str, Values]) -> dict[str, An
             if _differ_in_n_ini(arms[small], arms[large]):
                 pair = values[small][metric], values[large][metric]
                 mean, low, high = paired_ratio(limit(pair[0]), limit(pair[1]))
-                told: dict[str, Any] = {
-                    "arms": [small, large],
-                    "metric": metric,
-                    "forgetting_time": forgetting_time(*pair),
-                }
-                told["final_ratio"] = {"mean": mean, "low": low, "high": high}
+                told: dict[str, Any] = {"arms": [small, large], "metric": metric}
+                told |= {"forgetting_time": forgetting_time(*pair)}
+                told |= {"final_ratio": {"mean": mean, "low": low, "high": high}}
                 found.setdefault("n_ini", []).append(told)
         series = fresh_series(config, values, metric)
         if series is not None:

@@ -100,12 +100,8 @@ class SweepRun(Run):
 
     def trial_tracking(self) -> dict[str, Any]:
         """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
-        return {
-            "uri": self.tracker.uri,
-            "experiment": self._tracking.experiment or "sweep",
-            "system_metrics": False,
-            "parent": self.tracker.run_id,
-        }
+        store = {"uri": self.tracker.uri, "experiment": self._tracking.experiment or "sweep"}
+        return {**store, "system_metrics": False, "parent": self.tracker.run_id}
 
     def ended(self, trial: Trial, step: int | None) -> None:
         """Note and show how a trial ended: done, stopped by the scheduler after ``step`` steps, failed, or put off."""

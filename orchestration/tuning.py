@@ -101,9 +101,8 @@ class Ends(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """It returned, or was stopped after its last report."""
-        self._run.ended(
-            self._plan.resolve(trial.config, _number(trial.trial_id)), (trial.last_result or {}).get("step")
-        )
+        step = (trial.last_result or {}).get("step")
+        self._run.ended(self._plan.resolve(trial.config, _number(trial.trial_id)), step)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """It raised, or its process died."""
