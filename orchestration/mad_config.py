@@ -17,7 +17,7 @@ from policies.settings import Settings
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
 
-class ArmSettings(LoopSettings, families.GaussianSettings, families.CategoricalSettings, families.MixtureSettings):
+class ArmSettings(families.MixtureSettings, families.CategoricalSettings, families.GaussianSettings, LoopSettings):
     """What arms can differ in: the loop, and the generator that runs through it."""
 
     family: Family = "gaussian"
