@@ -156,20 +156,14 @@ class Tracker:
 
     def many_metrics(self, steps: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
         """Record (step, values, timestamp_ms) of many steps at once."""
-        self._outbox.put(
-            *(
-                {
-                    "run": self.run_id,
-                    "kind": "metrics",
-                    "once": f"metrics {step} {_digest(*sorted(values))}",
-                    "step": step,
-                    "values": {name: float(value) for name, value in values.items()},
-                    "timestamp_ms": timestamp_ms,
-                }
-                for step, values, timestamp_ms in steps
-                if values
-            )
-        )
+        records = []
+        for step, values, timestamp_ms in steps:
+            if values:
+                once = f"metrics {step} {_digest(*sorted(values))}"
+                numbers = {name: float(value) for name, value in values.items()}
+                record = {"run": self.run_id, "kind": "metrics", "once": once, "step": step, "values": numbers}
+                records.append(record | {"timestamp_ms": timestamp_ms})
+        self._outbox.put(*records)
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
         """Put ``image`` (height, width, 3) uint8 on the dashboard's step slider, unless the step has one."""

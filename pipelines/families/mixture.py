@@ -48,9 +48,8 @@ class MixtureGenerator(Arrays):
         cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = ""
     ) -> Self:
         """Maximise the likelihood by EM from k-means++; weighted samples are resampled by their weights."""
-        fitted = [
-            _fit_one(settings, points, data.weights, seed) for points, seed in zip(data.values, seeds, strict=True)
-        ]
+        universes = zip(data.values, seeds, strict=True)
+        fitted = [_fit_one(settings, points, data.weights, seed) for points, seed in universes]
         weights, means, variances = (np.stack(each) for each in zip(*fitted, strict=True))
         return cls(weights, means, variances, mode_centres(settings.modes))
 
