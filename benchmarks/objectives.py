@@ -21,8 +21,8 @@ from orchestration.run import git_commit
 SETTINGS = {
     "importance_sampling": [],
     "score_function": ["training.updates_per_step=1", "training.learning_rate=2e-4"],
-    "negative_aware": [],
-    "reward_weighted": ["training.objective_beta=1.0"],
+    "negative_aware": ["training.learning_rate=3e-4"],
+    "reward_weighted": ["training.objective_beta=3.0"],
 }
 LABELS = {
     "importance_sampling": "DDPO_IS",
