@@ -6,10 +6,17 @@ from typing import Any, NoReturn
 
 import ray
 
+from policies.group import ShortOfMemoryError
 from policies.health import SickNumbers
 
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 60.0
+MARKS_OF_A_PEER = (
+    "gloo/transport",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+)  # torch.distributed's errors
 
 
 class ActorFailure(RuntimeError):  # noqa: N818
@@ -18,6 +25,10 @@ class ActorFailure(RuntimeError):  # noqa: N818
 
 class ActorLost(ActorFailure):
     """An actor, or what it made, is gone for good: its process, its node, too many restarts, its answer."""
+
+
+class MicroBatchTooLarge(ActorLost):
+    """Learners that cannot go on as they are: the run begins anew from its last commit, with half of it."""
 
 
 def result(reference: Any, what: str) -> Any:
@@ -29,10 +40,14 @@ def result(reference: Any, what: str) -> Any:
 
 
 def _explain(error: Exception, what: str) -> NoReturn:
+    if any(mark in str(error) for mark in MARKS_OF_A_PEER):
+        raise ActorLost(f"{what}: another learner is gone or late: {str(error).strip().splitlines()[-1]}") from error
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, SickNumbers):
             raise SickNumbers(f"{what}: {cause}") from error
+        if isinstance(cause, ShortOfMemoryError):
+            raise MicroBatchTooLarge(f"{what}: {cause}") from error
         if isinstance(cause, ray.exceptions.RayError) and cause is not error:  # what it was to work on is gone
             raise ActorLost(f"{what}: {type(cause).__name__}: {_short(str(cause))}") from error
         raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from ray import ObjectRef
 
 from actors.placement import Seats
@@ -30,7 +31,7 @@ class Update:
 
 
 class LearnerActor(Worker):
-    """The actor: a UNet in training and its optimiser."""
+    """The actor: a network in training and its optimiser, or one of several that make each update together."""
 
     def __init__(
         self,
@@ -40,11 +41,14 @@ class LearnerActor(Worker):
         seed: int,
         device: str,
         threads: int,
+        meeting: tuple[Any, ...] = (),
     ) -> None:
         super().__init__(threads)
         from pipelines.learning import DiffusionLearner
+        from policies.group import Group
 
-        self.learner = DiffusionLearner(model, sampling, training, seed, device)
+        self.group = Group.join(*meeting) if meeting else Group()
+        self.learner = DiffusionLearner(model, sampling, training, seed, device, self.group)
 
     def micro_batch(self) -> int:
         """Transitions a network call, as found or given: part of the run's manifest."""
@@ -72,7 +76,7 @@ class LearnerActor(Worker):
         self.learner.restore(state)
 
     def pipeline(self) -> Files:
-        """The files of a diffusers directory of the current weights, LoRA merged."""
+        """The files of a diffusers directory of the current weights, LoRA merged; of the first learner, others none."""
         return packed(self.learner.save)
 
     def _update(
@@ -80,13 +84,16 @@ class LearnerActor(Worker):
     ) -> tuple[Update, dict[str, np.ndarray]]:
         from pipelines.trainable import checksum
 
-        return Update(self.learner.weights_version, checksum(weights), changed, statistics), weights
+        digest = checksum(weights)
+        self.group.check_same(digest)
+        first = self.group.rank == 0  # whose weights travel
+        return Update(self.learner.weights_version, digest, changed, statistics), weights if first else {}
 
 
 class Learner(Pool):
-    """The learner's handle: one member today, whatever grows behind it tomorrow.
+    """The learner's handle: members that are all told the same and answer the same, and of whom the first is heard.
 
-    Its work follows from all that it did before: a run that loses it goes back to the last commit.
+    Their work follows from all that they did before: a run that loses one of them goes back to the last commit.
     """
 
     RESTARTS = 0
@@ -98,17 +105,32 @@ class Learner(Pool):
         sampling: SamplingSettings,
         training: TrainingSettings,
         seed: int,
+        timeout: float,
     ) -> None:
-        super().__init__(seats, LearnerActor, model, sampling, training, seed, seats.role.device, seats.role.threads)
+        role, self._timeout, self._store = seats.role, timeout, None
+        if role.count > 1:
+            from policies.group import meeting_place
 
-    def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[ObjectRef, ObjectRef]:
-        """References of the :class:`Update` and of the new weights."""
-        return tuple(self.submit("learn", advantage, seed, *(chunk.trajectory for chunk in chunks), returns=2))
+            self._store = meeting_place(ray.util.get_node_ip_address())
+        super().__init__(seats, LearnerActor, model, sampling, training, seed, role.device, role.threads)
 
-    def current(self) -> tuple[ObjectRef, ObjectRef]:
-        """References of an :class:`Update` that changed nothing and of the present weights."""
-        return tuple(self.submit("current", returns=2))
+    def _of_its_own(self, number: int) -> tuple[Any, ...]:
+        if self._store is None:
+            return ()
+        return ((self._store.host, self._store.port, number, self.role.count, self.role.device, self._timeout),)
 
-    def averaged(self) -> tuple[ObjectRef, ObjectRef]:
+    def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[list[ObjectRef], ObjectRef]:
+        """References of every member's :class:`Update`, and of the new weights."""
+        return self._together("learn", advantage, seed, *(chunk.trajectory for chunk in chunks))
+
+    def current(self) -> tuple[list[ObjectRef], ObjectRef]:
+        """References of every member's :class:`Update` that changed nothing, and of the present weights."""
+        return self._together("current")
+
+    def averaged(self) -> tuple[list[ObjectRef], ObjectRef]:
         """The same of what is evaluated and saved."""
-        return tuple(self.submit("averaged", returns=2))
+        return self._together("averaged")
+
+    def _together(self, method: str, *arguments: Any) -> tuple[list[ObjectRef], ObjectRef]:
+        updates, weights = zip(*self.everyone(method, *arguments, returns=2), strict=True)
+        return list(updates), weights[0]

@@ -40,9 +40,14 @@ class Pool:
         options |= {"max_restarts": self.RESTARTS, "max_task_retries": -1 if self.RESTARTS else 0}
         actor: Any = ray.remote(worker)
         self.members: list[ActorHandle] = [
-            actor.options(**options, scheduling_strategy=place).remote(*arguments) for place in seats.places
+            actor.options(**options, scheduling_strategy=place).remote(*arguments, *self._of_its_own(number))
+            for number, place in enumerate(seats.places)
         ]
         self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]
+
+    def _of_its_own(self, number: int) -> tuple[Any, ...]:
+        """What the worker of a member is given besides what all are."""
+        return ()
 
     def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Give one call to the least busy member. Returns its reference, or a list of ``returns`` references."""
@@ -52,12 +57,12 @@ class Pool:
         self._pending[index][references if returns == 1 else references[0]] = method
         return references
 
-    def everyone(self, method: str, *arguments: Any) -> list[ObjectRef]:
-        """The same call to every member."""
-        references = [getattr(member, method).remote(*arguments) for member in self.members]
-        for pending, reference in zip(self._pending, references, strict=True):
-            pending[reference] = method
-        return references
+    def everyone(self, method: str, *arguments: Any, returns: int = 1) -> list[Any]:
+        """The same call to every member. Returns what :meth:`submit` does, for each."""
+        calls = [getattr(member, method).options(num_returns=returns).remote(*arguments) for member in self.members]
+        for pending, references in zip(self._pending, calls, strict=True):
+            pending[references if returns == 1 else references[0]] = method
+        return calls
 
     def activity(self) -> dict[str, str]:
         """What each member does now."""

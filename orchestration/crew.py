@@ -64,7 +64,8 @@ class Crew:
         room.wait(config.actors.timeout_seconds, lambda: self._display.activity(waiting), for_new_nodes=stay)
         seats, model = room.seats(), config.model
         seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
-        self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed)
+        timeout = config.actors.timeout_seconds
+        self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
         self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(seats["reward"], config.reward)
         self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
@@ -119,7 +120,7 @@ class Crew:
         drawing = self.samplers.published
         if self.config.training.ema_decay and drawing.version:
             learned, weights = self.learner.averaged()
-            average: Update = self.wait([learned], "averaged weights")[0]
+            average: Update = self.wait(learned, "averaged weights")[0]
             self._send(-average.version, average.checksum, weights)
         evaluation = self.measure(self.samplers.rollout(prompts, seeds), prompts)
         if self.samplers.published is not drawing:
@@ -140,9 +141,11 @@ class Crew:
 
     def restore(self, saved: LearnerState) -> None:
         """Go on from a learner's state: it is the samplers' too."""
-        self.wait(self.learner.everyone("restore", saved), "restoring the learner")
+        import ray
+
+        self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
         learned, weights = self.learner.current()
-        self.publish(self.wait([learned], "the restored weights")[0], weights)
+        self.publish(self.wait(learned, "the restored weights")[0], weights)
 
     def cpu_seconds(self) -> float:
         """CPU time of the driver and of all actors so far."""

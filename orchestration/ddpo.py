@@ -86,7 +86,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         else:
             with run.stage("learn"):
                 learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
-                update = crew.wait([learned], f"step {step + 1}: learning")[0]
+                update = crew.wait(learned, f"step {step + 1}: learning")[0]
             with run.stage("publish"):
                 crew.publish(update, weights, expect_change=training.on_sick_numbers == "stop")
             metrics = step_metrics(scores, advantage, update, images, step_prompts)
@@ -105,6 +105,6 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         watch(run)
 
     after = held_out or evaluate(config.evaluation.images)
-    update = crew.wait([crew.learner.averaged()[0]], "the final weights")[0]
+    update = crew.wait(crew.learner.averaged()[0], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     return report.finish(after, update.checksum, files, crew.cpu_seconds())

@@ -83,12 +83,16 @@ class DdpoRun(Run):
 
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""
+        from actors.failures import MicroBatchTooLarge  # whoever lost something has imported Ray
+
         self.withstand(lost, at=self.manifest["committed_step"])
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
         self._pending = []
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
             self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
+        if isinstance(lost, MicroBatchTooLarge):
+            self.manifest["resolved"]["micro_batch"] = -(-self.manifest["resolved"]["micro_batch"] // 2)
         self.config = _as_resolved(self.config, self.manifest["resolved"])
         self.display.say(f"{lost}; going back to {f'step {self.step}' if self.step else 'the start'}")
 
@@ -107,9 +111,9 @@ class DdpoRun(Run):
 
     def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
         """Record what was resolved at the start, and tell MLflow what this run is."""
-        threads = next(role.threads for role in roles if role.name == "learner")
-        actors = {role.name: vars(role) for role in roles}
-        self.manifest["resolved"] = {"micro_batch": micro_batch, "learner_threads": threads, "actors": actors}
+        learner = next(role for role in roles if role.name == "learner")
+        resolved = {"micro_batch": micro_batch, "learners": learner.count, "learner_threads": learner.threads}
+        self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
         self._status("RUNNING")
         self._introduce(prompts)
 
@@ -142,10 +146,13 @@ class DdpoRun(Run):
         if step == len(self.history) + len(self._pending):
             self._pending.append(line)
         self.step = step + 1
-        micro_batch = int(metrics.get("policy/micro_batch", 0))
-        if micro_batch and micro_batch != self.manifest["resolved"]["micro_batch"]:  # from here other rounding errors
-            self.manifest["resolved"]["micro_batch"] = micro_batch
-            self.display.say(f"warning: step {self.step} ran out of memory: micro-batches of {micro_batch} from now on")
+        resolved = self.manifest["resolved"]
+        for name in ("micro_batch", "learners"):
+            before = resolved.setdefault(name, 1)  # the number of learners, in a run that began before there were any
+            now = resolved[name] = int(metrics.get(f"policy/{name}", before))
+            if now != before:
+                change = f"warning: from step {self.step} on {name} is {now}, no longer {before}"
+                self.display.say(f"{change}: what follows is equal up to rounding")
         self.display.step(self.step, line)
 
     def spare(self, sick: SickNumbers) -> dict[str, float]:

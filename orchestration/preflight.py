@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,10 +58,19 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
 
 
 def replan(config: DdpoConfig, plan: Plan) -> Plan:
-    """The plan of a run that lost actors: for the nodes that are left, or the same, to wait for others."""
+    """The plan of a run that lost actors: for the nodes that are left, if need be with fewer learners, or the same, to
+    wait for others."""
     if config.actors.on_node_loss == "wait":
         return plan
-    return preflight(config.model_copy(update={"output_dir": None}))
+
+    def with_learners(count: int) -> Plan:
+        actors = config.actors.model_copy(update={"learners": count})
+        return preflight(config.model_copy(update={"output_dir": None, "actors": actors}))
+
+    for count in range(config.actors.learners, 1, -1):
+        with contextlib.suppress(ConfigError):
+            return with_learners(count)
+    return with_learners(1)
 
 
 def read_prompts(path: str) -> list[str]:

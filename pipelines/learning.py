@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
+from pipelines.sharding import own_part, placed_as, shard, unsharded
 from pipelines.trainable import (
     Weights,
     copied,
@@ -27,6 +28,7 @@ from pipelines.trainable import (
 from pipelines.trajectory import Trajectory
 from policies.ddpo import policy_gradient
 from policies.forward_process import negative_aware, reward_weighted
+from policies.group import Group, gathered
 from policies.health import SickNumbers
 from policies.learner import PolicyLearner, UpdateStatistics
 from policies.rollouts import Network, Rollouts
@@ -39,6 +41,7 @@ OBJECTIVES = {
     "negative_aware": negative_aware,
 }
 
+SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
 
 
@@ -51,7 +54,11 @@ class LearnerState:
 
 
 class DiffusionLearner:
-    """DDPO on the network of a diffusion model."""
+    """DDPO on the network of a diffusion model, alone or as one of a ``group`` whose members are all told the same.
+
+    ``sharding``: whether they share out weights, gradients and optimiser state; None: where these do not fit on one
+    device. Then weights and state are gathered: all have to ask for them, and to save, at the same time.
+    """
 
     def __init__(
         self,
@@ -60,14 +67,21 @@ class DiffusionLearner:
         training: TrainingSettings,
         seed: int,
         device: str = "cpu",
+        group: Group | None = None,
+        sharding: bool | None = None,
     ) -> None:
         torch.manual_seed(seed)  # LoRA's initial weights
         self.model = model
         self.sampling, self.training = sampling, training
+        self.group = group = group or Group()
         self.policy = DiffusionPolicy(model, sampling, device)
         self.parameters = prepare(self.policy.network, model)
-        self.micro_batch = training.micro_batch or self._find_micro_batch()
-        self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch)
+        self.micro_batch = self._find_micro_batch()
+        group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
+        if group.sharded:
+            shard(self.policy.network, group.size)
+            self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
+        self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch, group)
         self.first = copied(self.parameters) if training.kl_weight else {}
         self.average = copied(self.parameters) if training.ema_decay else {}
         self.weights_version = 0
@@ -88,10 +102,13 @@ class DiffusionLearner:
         steps = training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist())
         generator = torch.Generator().manual_seed(seed)
         statistics = self.learner.learn(objective, len(advantage), torch.tensor(steps), generator)
-        changed = sum(not torch.equal(before[name], value) for name, value in self.parameters.items())
+        pairs = [(own_part(before[name]), own_part(value)) for name, value in self.parameters.items()]
+        sick = not all(torch.isfinite(after).all() for _, after in pairs)
+        *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
+        changed = sum(different)
         if not changed and self.training.on_sick_numbers == "stop":
             raise SickNumbers("the step's updates changed no tensor: check learning rate and advantages")
-        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+        if sick:
             raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
         for name, mean in self.average.items():
@@ -136,11 +153,14 @@ class DiffusionLearner:
 
     def weights(self) -> Weights:
         """What samplers draw with, under the plain network's names."""
-        return self.averaged_weights() if self._draws_average else exported_weights(self.policy.network)
+        if self._draws_average:
+            return self.averaged_weights()
+        with unsharded(self.policy.network):
+            return exported_weights(self.policy.network)
 
     def averaged_weights(self) -> Weights:
         """What is evaluated and saved: the average over steps, or the weights themselves."""
-        with self._averaging():
+        with self._averaging(), unsharded(self.policy.network):
             return exported_weights(self.policy.network)
 
     def _averaging(self) -> AbstractContextManager[None]:
@@ -148,12 +168,17 @@ class DiffusionLearner:
         return swapped(self.parameters, self.average) if self.average else nullcontext()
 
     def state(self) -> LearnerState:
-        """Trained parameters and the optimiser's moments."""
-        tensors = {f"parameter/{name}": to_numpy(parameter) for name, parameter in self.parameters.items()}
-        tensors |= {f"average/{name}": to_numpy(mean) for name, mean in self.average.items()}
+        """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
+        held: dict[str, Any] = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
+        held |= {f"average/{name}": mean for name, mean in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = to_numpy(torch.as_tensor(value))
+                held[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        tensors = {}
+        for key, value in held.items():
+            whole = gathered(value)
+            if self.group.rank == 0:
+                tensors[key] = to_numpy(whole)
         return LearnerState(tensors, self.weights_version)
 
     def restore(self, state: LearnerState) -> None:
@@ -161,51 +186,73 @@ class DiffusionLearner:
         moments: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(from_numpy(state.tensors[f"parameter/{name}"], parameter.dtype))
+                parameter.copy_(placed_as(from_numpy(state.tensors[f"parameter/{name}"], parameter.dtype), parameter))
             for name, mean in self.average.items():
                 kept = state.tensors.get(f"average/{name}", state.tensors[f"parameter/{name}"])
-                mean.copy_(from_numpy(kept, mean.dtype))
+                mean.copy_(placed_as(from_numpy(kept, mean.dtype), mean))
         for key, array in state.tensors.items():
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
-                device = "cpu" if moment == "step" else self.policy.device
-                dtype = torch.float32 if moment == "step" else self.parameters[name].dtype
-                moments.setdefault(name, {})[moment] = from_numpy(array, dtype).to(device)
+                like = self.parameters[name]
+                value = from_numpy(array, torch.float32 if moment == "step" else like.dtype)
+                # AdamW keeps its count of steps on the CPU, and whole.
+                moments.setdefault(name, {})[moment] = value if moment == "step" else placed_as(value, like)
         for name, values in moments.items():
             self.learner.optimizer.state[self.parameters[name]] = values
         self.weights_version = state.weights_version
 
-    def merged_pipeline(self) -> Any:
-        """A stock pipeline with :meth:`averaged_weights`, LoRA merged."""
+    def merged_pipeline(self, weights: Weights | None = None) -> Any:
+        """A stock pipeline with ``weights``, by default :meth:`averaged_weights`, LoRA merged."""
         family = load_family(self.model.path, getattr(torch, self.model.dtype))
-        load_weights(family.network, self.averaged_weights())
+        load_weights(family.network, self.averaged_weights() if weights is None else weights)
         return family.pipeline
 
     def save(self, directory: str | Path) -> None:
-        """Write a diffusers directory of :meth:`merged_pipeline`, and LoRA alone in its ``lora/``, for the base's."""
-        pipeline = self.merged_pipeline()
-        pipeline.save_pretrained(directory, safe_serialization=True)
-        with self._averaging():
+        """Write a diffusers directory of :meth:`merged_pipeline`, and LoRA alone in its ``lora/``, for the base's.
+
+        The first of a group writes.
+        """
+        weights = self.averaged_weights()
+        with self._averaging(), unsharded(self.policy.network):
             layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
+        if self.group.rank:
+            return
+        pipeline = self.merged_pipeline(weights)
+        pipeline.save_pretrained(directory, safe_serialization=True)
         if layers and hasattr(pipeline, "save_lora_weights"):
             named = {f"{self.policy.family.network_name}_lora_layers": layers}
             pipeline.save_lora_weights(Path(directory) / "lora", **named)
 
     def _find_micro_batch(self) -> int:
-        """Transitions a network call: as many as fit into memory, at most an update's or ``LARGEST_MICRO_BATCH``.
+        """Transitions a network call: as many as fit into memory, at most a learner's part of an update or
+        ``LARGEST_MICRO_BATCH``. Gradient checkpointing is switched on where not even ``SMALL_MICRO_BATCH`` fit.
 
         Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
         """
+        network, given = self.policy.network, self.training.micro_batch
         stochastic = self.policy.schedule.stochastic_steps.tolist()
         share = self.training.timesteps_per_image(len(self.training.learnable_steps(self.sampling.steps, stochastic)))
-        transitions = self.training.images_per_update * share
+        transitions = -(-self.training.images_per_update * share // self.group.size)
+        fitting = self._memory() // self._activation_bytes()
+        few = fitting < min(given or SMALL_MICRO_BATCH, SMALL_MICRO_BATCH, transitions)
+        if self.group.any(few and getattr(network, "_supports_gradient_checkpointing", False))[0]:
+            network.enable_gradient_checkpointing()
+            fitting = self._memory() // self._activation_bytes()
+        calls = -(-transitions // min(max(1, fitting), LARGEST_MICRO_BATCH))
+        found = given or -(-transitions // calls)  # calls of equal size
+        return int(self.group.gather(torch.tensor([found])).min())
+
+    def _memory(self) -> int:
+        """Bytes of the device that activations may take, and that weights may with all that training adds to them."""
         if self.policy.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.policy.device).total_memory // 2
-        else:
-            memory = psutil.virtual_memory().total // 8
-        fitting = max(1, memory // self._activation_bytes())
-        calls = -(-transitions // min(fitting, LARGEST_MICRO_BATCH))
-        return -(-transitions // calls)  # calls of equal size
+            return torch.cuda.get_device_properties(self.policy.device).total_memory // 2
+        return psutil.virtual_memory().total // 8
+
+    def _is_too_large(self) -> bool:
+        """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""
+        copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay)
+        parameters = list(self.policy.network.parameters())
+        return sum(p.nbytes * (copies if p.requires_grad else 1) for p in parameters) > self._memory()
 
     def _activation_bytes(self) -> int:
         """Bytes that one transition more keeps for the backward pass, counted in real forward passes."""
@@ -219,8 +266,11 @@ class DiffusionLearner:
             return tensor
 
         for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                times, told = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
-                output = self.policy.predict(torch.zeros(count, *shape, device=device), times, told)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    times, told = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
+                    output = self.policy.predict(torch.zeros(count, *shape, device=device), times, told)
+            except torch.OutOfMemoryError:
+                return self._memory() + 1
             del output
         return max(1, sum(kept[1].values()) - sum(kept[0].values()))

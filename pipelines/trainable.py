@@ -100,7 +100,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return tensor.cpu().numpy().copy()
+    return tensor.to("cpu", copy=True).numpy()  # of a copy: FSDP frees the storage of what was gathered
 
 
 def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:

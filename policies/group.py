@@ -1,37 +1,40 @@
 """Learners that make each update together: all know the same transitions, and each computes a part of them.
 
 Data parallelism by ``torch.distributed``, written so that nobody waits for one who does not come: whether to go on, to
-try again or to stop follows from what all of them found, and every wait has a bound.
+try again or to stop follows from what all of them found, and every wait has a bound. What a lost peer or a wait that is
+over raises is torch's own.
 """
 
-import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class PeerLost(RuntimeError):  # noqa: N818
-    """Another learner of the group is gone, or did not come in time."""
-
-
 class DivergedError(RuntimeError):
     """Learners that began alike and made the same updates hold different weights."""
 
 
-@contextlib.contextmanager
-def exchanging() -> Iterator[None]:
-    """What ``torch.distributed`` raises in this block for a lost peer is raised as PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:  # Gloo's have no type of their own
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise PeerLost(f"an exchange between learners failed: {str(error).splitlines()[0]}") from error
-        raise
+class ShortOfMemoryError(RuntimeError):
+    """A learner ran out of memory while the others waited for its part of a sharded network: all must begin anew."""
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. All learners have to ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def meeting_place(host: str) -> "torch.distributed.TCPStore":
+    """Where learners find each other: listens on ``host`` alone, at a port of the system's choice, while kept."""
+    listener = socket.create_server((host, 0))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return torch.distributed.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 class Group:
@@ -40,6 +43,7 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self.sharded = False  # whether the calls of the network are exchanges themselves
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, size: int, device: str, timeout: float) -> "Group":
@@ -80,10 +84,9 @@ class Group:
         """The tensors of all, which have one shape, joined along their first dimension in the order of ranks."""
         if self.size == 1:
             return tensor
-        whole = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
-        with exchanging():
-            torch.distributed.all_gather_into_tensor(whole, tensor.contiguous())
-        return whole
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
     def any(self, *flags: bool) -> list[bool]:
         """Whether any learner raised each of ``flags``."""
@@ -97,9 +100,8 @@ class Group:
         from torch.distributed.tensor import DTensor
 
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-        with exchanging():
-            for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+        for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
 
     def check_same(self, checksum: str) -> None:
         """Raise DivergedError, in all learners, unless all have the same ``checksum`` (hexadecimal digits)."""

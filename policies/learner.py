@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from policies.group import Group, ShortOfMemoryError, gathered
 from policies.health import SickNumbers
 from policies.rollouts import Objective
 from policies.settings import TrainingSettings
-
-Part = tuple[Tensor, Tensor | None, Tensor]
 
 
 class RatioError(RuntimeError):
@@ -29,6 +28,7 @@ class UpdateStatistics:
     loss: float
     gradient_norm: float
     micro_batch: int
+    learners: int
     skipped_updates: int
     approximate_kl: float | None = None
     ratio_mean: float | None = None
@@ -39,14 +39,22 @@ class UpdateStatistics:
 
 
 class PolicyLearner:
-    """Updates ``parameters``. Knows nothing of diffusion: an objective gives the loss of each transition."""
+    """Updates ``parameters``, alone or as one of a ``group`` whose members are all told the same. Knows nothing of
+    diffusion: an objective gives the loss of each transition."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: TrainingSettings, micro_batch: int) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        settings: TrainingSettings,
+        micro_batch: int,
+        group: Group | None = None,
+    ) -> None:
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(parameters)
         self.settings = settings
         self.micro_batch = micro_batch
+        self.group = group or Group()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -74,27 +82,34 @@ class PolicyLearner:
                     [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
                 )
                 self._update(objective, members.repeat_interleave(share), picks.flatten(), tally)
-        return tally.summary(self.micro_batch)
+        return tally.summary(self.micro_batch, self.group.size)
 
     def _update(self, objective: Objective, images: Tensor, steps: Tensor, tally: "_Tally") -> None:
         """One optimiser update on the transitions (``images``, ``steps``), both (transitions,)."""
         first = tally.updates == 0
         parts = None
         while parts is None:  # nothing is changed before the gradients are whole
+            shortage = ""  # the error itself would keep what its frames hold
             try:
                 parts = self._gradients(objective, images, steps)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                if self.group.sharded:
+                    raise ShortOfMemoryError(f"micro-batches of {self.micro_batch} do not fit into memory") from error
+                shortage = str(error) or "out of memory"
+            if self.group.any(bool(shortage))[0]:
                 if self.micro_batch == 1:
-                    raise
-                self.micro_batch = -(-self.micro_batch // 2)
-            if parts is None and torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        for loss, difference, step in parts:
-            tally.add(loss, difference, step)
+                    raise torch.OutOfMemoryError(shortage or "another learner has no memory for one transition")
+                parts, self.micro_batch = None, -(-self.micro_batch // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        self.group.sum_gradients(self.parameters)
+        loss, difference = parts
+        together = [self.group.gather(each)[: len(images)] for each in (loss, difference) if each is not None]
+        tally.add(steps, *together)
         if first:
             tally.check_first_update(self.settings.ratio_tolerance)
         tally.updates += 1
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        norm = gathered(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm))
         if not torch.isfinite(norm):
             if self.settings.on_sick_numbers == "stop":
                 raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
@@ -103,15 +118,19 @@ class PolicyLearner:
         self.optimizer.step()
         tally.gradient_norms.append(float(norm))
 
-    def _gradients(self, objective: Objective, images: Tensor, steps: Tensor) -> list[Part]:
-        """Add up the gradients of an update. Returns loss, Δ log p and denoising steps of every micro-batch."""
+    def _gradients(self, objective: Objective, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add up the gradients of this learner's part of an update. Returns its transitions' loss and Δ log p."""
         self.optimizer.zero_grad(set_to_none=True)
-        parts: list[Part] = []
+        count, losses, differences = len(images), [], []
+        (images, steps), real = self.group.share(images, steps)
         for image, step in zip(images.split(self.micro_batch), steps.split(self.micro_batch), strict=True):
             loss, difference = objective(image, step)
-            (loss.sum() / len(images)).backward()
-            parts.append((loss.detach(), difference, step))
-        return parts
+            (loss[: max(0, real)].sum() / count).backward()
+            real -= len(loss)
+            losses.append(loss.detach())
+            if difference is not None:
+                differences.append(difference)
+        return torch.cat(losses), torch.cat(differences) if differences else None
 
 
 class _Tally:
@@ -126,7 +145,7 @@ class _Tally:
         self._first_update_error: dict[int, float] = {}
         self._clip_range = clip_range
 
-    def add(self, loss: Tensor, difference: Tensor | None, steps: Tensor) -> None:
+    def add(self, steps: Tensor, loss: Tensor, difference: Tensor | None = None) -> None:
         self._losses.append(loss)
         if difference is not None:
             self._differences.append(difference)
@@ -147,11 +166,12 @@ class _Tally:
                 "Sampler and learner differ: check weights version, guidance, precision and dropout"
             )
 
-    def summary(self, micro_batch: int) -> UpdateStatistics:
+    def summary(self, micro_batch: int, learners: int) -> UpdateStatistics:
         return UpdateStatistics(
             loss=float(torch.cat(self._losses).mean()),
             gradient_norm=sum(self.gradient_norms) / max(1, len(self.gradient_norms)),
             micro_batch=micro_batch,
+            learners=learners,
             skipped_updates=self.skipped,
             first_update_error=self._first_update_error,
             **(self._of_the_ratio() if self._differences else {}),

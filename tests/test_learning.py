@@ -254,10 +254,27 @@ def test_micro_batches_shrink_with_the_memory_of_the_machine(
 ) -> None:
     model, training = ModelSettings(path=str(tiny_pipeline)), TrainingSettings(updates_per_step=1)
     wide = DiffusionLearner(model, SAMPLING, training, seed=0)
-    kept = wide._activation_bytes()
-    memory = type("Memory", (), {"total": 8 * 10 * kept})
+    taken = wide._activation_bytes()
+    memory = type("Memory", (), {"total": 8 * 10 * taken})
     monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
     assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch
+
+
+def test_activations_are_computed_twice_where_memory_is_small(
+    model: ModelSettings, sampler: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which gives the same bits, and room for a micro-batch that there was none for."""
+    usual = make_learner(model)
+    taken = usual._activation_bytes()
+    memory = type("Memory", (), {"total": 8 * 3 * taken})
+    monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
+    small = make_learner(model)
+    assert [each.policy.network.is_gradient_checkpointing for each in (usual, small)] == [False, True]
+    assert small._activation_bytes() < 0.8 * taken
+    trajectory = draw(sampler)
+    for each in (usual, small):
+        each.learn(trajectory, ADVANTAGE, seed=1)
+    assert checksum(small.weights()) == checksum(usual.weights())
 
 
 def averaging(model: ModelSettings, **keys: object) -> DiffusionLearner:

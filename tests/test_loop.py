@@ -3,6 +3,7 @@
 What it computes does not depend on who computes it, on being interrupted, or on a neighbour.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.ddpo_run import DdpoRun
 from orchestration.run import DiskError
+from pipelines.checkpoint import CheckpointStore
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
@@ -236,6 +238,37 @@ def test_a_fork_begins_where_its_source_stood(
             fork(finished, wrong, step=STEPS - 1)
     with pytest.raises(ConfigError, match=r"no commit of step 1 \(there are: \[3, 4\]\)"):
         fork(finished, [], step=1)
+
+
+def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
+    overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orchestration.ddpo import resume_ddpo
+    from orchestration.fork import fork
+
+    directory = fork(finished, [f"output_dir={tmp_path / 'run'}", "actors.learners=2", "actors.samplers=1"], step=3)
+
+    def kill_one_when_all_is_learned(run: DdpoRun) -> None:
+        learners = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                learners += [process] * process.cmdline()[0].startswith("ray::LearnerActor")
+        assert len(learners) == 2
+        learners[1].kill()
+
+    resume_ddpo(directory, watch=kill_one_when_all_is_learned)
+    said = capsys.readouterr().out
+    assert "from step 4 on learners is 2, no longer 1" in said
+    assert "going back to step 4" in said
+    line = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["policy/learners"] == 2
+    assert max(value for key, value in line.items() if key.startswith("first_update_error/")) < 1e-5
+    one, two = (CheckpointStore(each / "checkpoints").load(STEPS).tensors for each in (finished, directory))
+    assert one.keys() == two.keys()
+    flat = [
+        np.concatenate([each[name].ravel() for name in sorted(each) if "parameter/" in name]) for each in (one, two)
+    ]
+    assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[0])
 
 
 def test_work_that_hangs_is_done_again(

@@ -1,0 +1,239 @@
+"""Learners that make each update together: the numbers of one, whether weights are whole in each or sharded."""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.failures import MARKS_OF_A_PEER
+from pipelines.diffusion import DiffusionPolicy
+from pipelines.learning import DiffusionLearner, LearnerState
+from pipelines.settings import ModelSettings
+from pipelines.trainable import checksum
+from pipelines.trajectory import Trajectory
+from policies.group import DivergedError, Group, ShortOfMemoryError, gathered, meeting_place
+from policies.health import SickNumbers
+from policies.learner import PolicyLearner, RatioError
+from policies.settings import SamplingSettings, TrainingSettings
+from tests.models import PROMPTS, build_tiny_sd3
+
+SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
+BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
+ADVANTAGE = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+# 6 images × 2 steps in one update: 12 transitions, 6 or 4 for each learner, in calls of 5.
+ONE_UPDATE = TrainingSettings(
+    micro_batch=5,
+    images_per_step=6,
+    images_per_prompt=2,
+    updates_per_step=1,
+    timestep_fraction=0.5,
+    max_gradient_norm=1e9,
+    clip_range=0.1,
+)
+TEN_UPDATES = ONE_UPDATE.model_copy(
+    update={
+        "updates_per_step": 2,
+        "inner_epochs": 5,
+        "max_gradient_norm": 1.0,
+        "clip_range": 1e-3,
+        "kl_weight": 0.1,  # for which other weights are put in and out of the network
+        "ema_decay": 0.5,
+    }
+)
+AT_ANY_RATIO = {"ratio_tolerance": float("inf")}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Processes that have imported what learners need, and nothing more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(3) as processes:
+        yield processes
+
+
+def together(pool: Pool, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``work(group, *arguments)`` returns in each of ``size`` learners."""
+    outcomes = what_comes_of(pool, size, work, *arguments)
+    for error in outcomes:
+        if isinstance(error, Exception):
+            raise error
+    return outcomes
+
+
+def what_comes_of(pool: Pool, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The same, with the errors that are raised there."""
+    store = meeting_place("127.0.0.1")
+    calls = [(store.port, rank, size, work, arguments) for rank in range(size)]
+    return pool.starmap_async(_member, calls, chunksize=1).get(timeout=300)
+
+
+def _member(port: int, rank: int, size: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    group = Group.join("127.0.0.1", port, rank, size, "cpu", timeout=200.0) if size > 1 else Group()
+    try:
+        return work(group, *arguments)
+    except (RuntimeError, ValueError) as error:
+        return error
+    finally:
+        if size > 1:
+            torch.distributed.destroy_process_group()
+
+
+@dataclasses.dataclass
+class Outcome:
+    statistics: dict[str, Any]
+    changed: int
+    gradients: dict[str, np.ndarray]
+    held: int
+    weights: str
+    state: LearnerState
+
+
+def learn(
+    group: Group,
+    model: ModelSettings,
+    training: TrainingSettings,
+    trajectory: Trajectory,
+    sharding: bool = False,
+    state: LearnerState | None = None,
+) -> Outcome:
+    """In a learner: one step, from the beginning or from ``state``."""
+    learner = DiffusionLearner(model, SAMPLING, training, seed=0, group=group, sharding=sharding)
+    assert group.sharded == (sharding and group.size > 1)
+    if state is not None:
+        learner.restore(state)
+    statistics, changed = learner.learn(trajectory, ADVANTAGE, seed=1)
+    parameters = learner.parameters
+    held = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in learner.policy.network.parameters())
+    gradients = {name: gathered(p.grad).numpy() for name, p in parameters.items() if p.grad is not None}
+    return Outcome(
+        dataclasses.asdict(statistics), changed, gradients, held, checksum(learner.weights()), learner.state()
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tiny_v_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSettings]:
+    unet, transformer = str(tiny_v_pipeline), str(build_tiny_sd3(tmp_path_factory.mktemp("sd3")))
+    return {
+        "unet": ModelSettings(path=unet),
+        "unet, lora": ModelSettings(path=unet, lora_rank=4, lora_targets=("to_q", "to_out.0", "conv1")),
+        "transformer": ModelSettings(path=transformer),
+        "transformer, lora": ModelSettings(path=transformer, lora_rank=4, lora_targets=("to_q", "to_k", "proj_out")),
+    }
+
+
+def draw(model: ModelSettings) -> Trajectory:
+    return DiffusionPolicy(model, SAMPLING).rollout(BATCH, list(range(len(BATCH))))[1]
+
+
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """‖one − other‖ / ‖other‖ over all tensors."""
+    assert one.keys() == other.keys()
+    vectors = [np.concatenate([each[name].ravel().astype(float) for name in sorted(each)]) for each in (one, other)]
+    return float(np.linalg.norm(vectors[0] - vectors[1]) / np.linalg.norm(vectors[1]))
+
+
+def numbers(outcome: Outcome) -> dict[str, float]:
+    """The statistics that all numbers of learners have in common."""
+    return {name: each for name, each in outcome.statistics.items() if name not in ("learners", "first_update_error")}
+
+
+@pytest.mark.parametrize("kind", ["unet", "unet, lora", "transformer", "transformer, lora"])
+def test_two_and_three_learners_have_the_gradient_of_one(kind: str, models: Any, pool: Pool) -> None:
+    model, trajectory = models[kind], draw(models[kind])
+    alone = learn(Group(), model, ONE_UPDATE, trajectory)
+    assert np.linalg.norm(np.concatenate([gradient.ravel() for gradient in alone.gradients.values()])) > 1e-4
+    for size, sharding in ((2, False), (3, False), (3, True)):
+        outcomes = together(pool, size, learn, model, ONE_UPDATE, trajectory, sharding)
+        first = outcomes[0]
+        assert numbers(first) == pytest.approx(numbers(alone), rel=1e-5, abs=1e-7)
+        assert first.statistics["first_update_error"].keys() == alone.statistics["first_update_error"].keys()
+        assert first.statistics["learners"] == size
+        for outcome in outcomes:
+            assert distance(outcome.gradients, alone.gradients) < 1e-5, (size, sharding)
+            assert outcome.statistics == first.statistics
+            assert outcome.weights == first.weights
+            assert outcome.changed == alone.changed
+        if sharding:  # each holds its part, some of which is filled up to equal sizes
+            assert first.held < 1.3 * alone.held / size
+
+
+@pytest.mark.parametrize("kind", ["unet", "unet, lora"])
+def test_after_ten_updates_all_learners_are_equal_and_others_go_on(kind: str, models: Any, pool: Pool) -> None:
+    """From the state of three to two who share weights out, and from theirs to two who do not."""
+    model, trajectory = models[kind], draw(models[kind])
+    later, training = dataclasses.replace(trajectory, weights_version=1), ONE_UPDATE.model_copy(update=AT_ANY_RATIO)
+    alone = learn(Group(), model, TEN_UPDATES, trajectory)
+    assert alone.statistics["clip_fraction"] > 0
+    for size, sharding in ((3, False), (2, True)):
+        outcomes = together(pool, size, learn, model, TEN_UPDATES, trajectory, sharding)
+        assert len({outcome.weights for outcome in outcomes}) == 1
+        assert [len(outcome.state.tensors) > 0 for outcome in outcomes] == [True, False, False][:size]
+        state = outcomes[0].state
+        assert distance(state.tensors, alone.state.tensors) < 1e-3
+        assert numbers(outcomes[0]) == pytest.approx(numbers(alone), rel=1e-2)
+        here = learn(Group(), model, training, later, state=state)
+        there = together(pool, 2, learn, model, training, later, not sharding, state)[0]
+        assert distance(there.gradients, here.gradients) < 1e-5
+        assert distance(there.state.tensors, here.state.tensors) < 1e-5
+
+
+def test_what_one_learner_finds_all_raise(models: Any, pool: Pool) -> None:
+    trajectory = draw(models["unet"])
+    trajectory.log_probs[5] += 1e-3  # the last learner's
+    for outcome in what_comes_of(pool, 3, learn, models["unet"], ONE_UPDATE, trajectory):
+        assert isinstance(outcome, RatioError)
+        assert "differs by 0.001 nats" in str(outcome)
+    trajectory.log_probs[5] -= 1e-3
+    trajectory.latents[5] = np.nan
+    with_any_ratio = ONE_UPDATE.model_copy(update=AT_ANY_RATIO)
+    for outcome in what_comes_of(pool, 3, learn, models["unet"], with_any_ratio, trajectory):
+        assert isinstance(outcome, SickNumbers)
+        assert "gradient's norm is nan" in str(outcome)
+
+
+def shrink(group: Group, sharded: bool) -> Any:
+    """In a learner: an update of 16 transitions, of which the second learner's memory takes two at a time."""
+    group.sharded = sharded
+    weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def objective(images: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if group.rank == 1 and len(images) > 2:
+            raise torch.OutOfMemoryError
+        return weight * images.double(), None
+
+    settings = TrainingSettings(images_per_step=16, updates_per_step=1)
+    learner = PolicyLearner([weight], settings, micro_batch=8, group=group)
+    statistics = learner.learn(objective, 16, torch.arange(1), torch.Generator().manual_seed(0))
+    return statistics.micro_batch, statistics.gradient_norm, statistics.loss
+
+
+def test_all_learners_make_smaller_calls_if_one_has_to(pool: Pool) -> None:
+    assert together(pool, 2, shrink, False) == [(2, 7.5, 7.5)] * 2
+    error = next(each for each in what_comes_of(pool, 2, shrink, True) if isinstance(each, ShortOfMemoryError))
+    assert "micro-batches of 8" in str(error)
+
+
+def disagree(group: Group) -> None:
+    group.check_same(f"{int(group.rank == 1):02x}" * 32)
+
+
+def leave_alone(group: Group) -> Any:
+    if group.rank == 0:
+        return group.any(True)
+
+
+def test_learners_that_differ_or_do_not_come_are_named(pool: Pool) -> None:
+    for outcome in what_comes_of(pool, 3, disagree):
+        assert isinstance(outcome, DivergedError)
+        assert "learners [1] hold other weights than learner 0" in str(outcome)
+    lost = what_comes_of(pool, 2, leave_alone)[0]
+    assert isinstance(lost, RuntimeError)
+    assert any(mark in str(lost) for mark in MARKS_OF_A_PEER)
