@@ -50,15 +50,15 @@ AT_ANY_RATIO = {"ratio_tolerance": float("inf")}
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    """Processes that have imported what learners need, and nothing more."""
+def pool() -> Iterator[list[Pool]]:
+    """A process for each rank, as torch remembers which it was, that has imported what learners need and no more."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(3) as processes:
-        yield processes
+    with context.Pool(1) as first, context.Pool(1) as second, context.Pool(1) as third:
+        yield [first, second, third]
 
 
-def together(pool: Pool, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def together(pool: list[Pool], size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``work(group, *arguments)`` returns in each of ``size`` learners."""
     outcomes = what_comes_of(pool, size, work, *arguments)
     for error in outcomes:
@@ -67,11 +67,11 @@ def together(pool: Pool, size: int, work: Callable[..., Any], *arguments: Any) -
     return outcomes
 
 
-def what_comes_of(pool: Pool, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def what_comes_of(pool: list[Pool], size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The same, with the errors that are raised there."""
     store = meeting_place("127.0.0.1")
-    calls = [(store.port, rank, size, work, arguments) for rank in range(size)]
-    return pool.starmap_async(_member, calls, chunksize=1).get(timeout=300)
+    calls = [pool[rank].apply_async(_member, (store.port, rank, size, work, arguments)) for rank in range(size)]
+    return [call.get(timeout=300) for call in calls]
 
 
 def _member(port: int, rank: int, size: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -146,7 +146,7 @@ def numbers(outcome: Outcome) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", ["unet", "unet, lora", "transformer", "transformer, lora"])
-def test_two_and_three_learners_have_the_gradient_of_one(kind: str, models: Any, pool: Pool) -> None:
+def test_two_and_three_learners_have_the_gradient_of_one(kind: str, models: Any, pool: list[Pool]) -> None:
     model, trajectory = models[kind], draw(models[kind])
     alone = learn(Group(), model, ONE_UPDATE, trajectory)
     assert np.linalg.norm(np.concatenate([gradient.ravel() for gradient in alone.gradients.values()])) > 1e-4
@@ -166,7 +166,7 @@ def test_two_and_three_learners_have_the_gradient_of_one(kind: str, models: Any,
 
 
 @pytest.mark.parametrize("kind", ["unet", "unet, lora"])
-def test_after_ten_updates_all_learners_are_equal_and_others_go_on(kind: str, models: Any, pool: Pool) -> None:
+def test_after_ten_updates_all_learners_are_equal_and_others_go_on(kind: str, models: Any, pool: list[Pool]) -> None:
     """From the state of three to two who share weights out, and from theirs to two who do not."""
     model, trajectory = models[kind], draw(models[kind])
     later, training = dataclasses.replace(trajectory, weights_version=1), ONE_UPDATE.model_copy(update=AT_ANY_RATIO)
@@ -185,7 +185,7 @@ def test_after_ten_updates_all_learners_are_equal_and_others_go_on(kind: str, mo
         assert distance(there.state.tensors, here.state.tensors) < 1e-5
 
 
-def test_what_one_learner_finds_all_raise(models: Any, pool: Pool) -> None:
+def test_what_one_learner_finds_all_raise(models: Any, pool: list[Pool]) -> None:
     trajectory = draw(models["unet"])
     trajectory.log_probs[5] += 1e-3  # the last learner's
     for outcome in what_comes_of(pool, 3, learn, models["unet"], ONE_UPDATE, trajectory):
@@ -215,7 +215,7 @@ def shrink(group: Group, sharded: bool) -> Any:
     return statistics.micro_batch, statistics.gradient_norm, statistics.loss
 
 
-def test_all_learners_make_smaller_calls_if_one_has_to(pool: Pool) -> None:
+def test_all_learners_make_smaller_calls_if_one_has_to(pool: list[Pool]) -> None:
     assert together(pool, 2, shrink, False) == [(2, 7.5, 7.5)] * 2
     error = next(each for each in what_comes_of(pool, 2, shrink, True) if isinstance(each, ShortOfMemoryError))
     assert "micro-batches of 8" in str(error)
@@ -230,7 +230,7 @@ def leave_alone(group: Group) -> Any:
         return group.any(True)
 
 
-def test_learners_that_differ_or_do_not_come_are_named(pool: Pool) -> None:
+def test_learners_that_differ_or_do_not_come_are_named(pool: list[Pool]) -> None:
     for outcome in what_comes_of(pool, 3, disagree):
         assert isinstance(outcome, DivergedError)
         assert "learners [1] hold other weights than learner 0" in str(outcome)
