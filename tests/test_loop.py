@@ -24,6 +24,7 @@ from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.ddpo_run import DdpoRun
 from orchestration.run import DiskError
 from pipelines.checkpoint import CheckpointStore
+from policies.health import SickNumbers
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
@@ -34,7 +35,7 @@ PROMPTS = ("a red seven", "a blue two", "a green one", "a red two", "a blue seve
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of seconds: tiny random models, a reward that needs no language."""
+    """A run of seconds: tiny random models, a reward that needs no language, one store (a new one takes a second)."""
     directory = tmp_path_factory.mktemp("loop")
     (directory / "prompts.txt").write_text("\n".join(PROMPTS))
     return [
@@ -58,6 +59,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "checkpoint.every=1",
         "actors.images_per_call=5",
         "actors.learner_threads=1",
+        f"tracking.uri=sqlite:///{directory / 'mlflow.db'}",
         "tracking.system_metrics=false",
     ]
 
@@ -122,7 +124,7 @@ def test_the_journal_has_every_step_once(finished: Path) -> None:
 def test_mlflow_holds_the_run(finished: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    client = MlflowClient(json.loads((finished / "manifest.json").read_text())["config"]["tracking"]["uri"])
     run_id = summary(finished)["mlflow_run_id"]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -209,9 +211,9 @@ def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_s
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["sick"] for line in lines] == [1, 1]
     assert summary(tmp_path / "run")["reward_before"] == summary(tmp_path / "run")["reward_after"]
-    stops = configure(overrides, f"output_dir={tmp_path / 'stopped'}", "reward.function=tests.rewards:the_same")
-    with pytest.raises(RuntimeError, match=r"all 24 rewards are 0\.5"):
-        run_ddpo(stops)
+    stops = DdpoRun.create(configure(overrides, f"output_dir={tmp_path / 'stopped'}"))
+    with pytest.raises(SickNumbers, match="all rewards are alike"):
+        stops.spare(SickNumbers("all rewards are alike"))
 
 
 def test_a_fork_begins_where_its_source_stood(
@@ -453,8 +455,9 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
 
     neighbour_directory, directory = tmp_path / "neighbour", tmp_path / "interrupted"
     log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"
-    neighbour = start(["ddpo", *overrides, f"output_dir={neighbour_directory}"], neighbour_log)
-    process = start(["ddpo", *overrides, f"output_dir={directory}"], log)
+    own = ["ddpo", *overrides, "tracking.uri=null"]
+    neighbour = start([*own, f"output_dir={neighbour_directory}"], neighbour_log)
+    process = start([*own, f"output_dir={directory}"], log)
     try:
         wait_until((directory / "manifest.json").exists, 120, "the beginning of the run")
         second = tmp_path / "second.txt"
@@ -500,7 +503,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
 
 def test_ctrl_c_while_ray_starts_leaves_no_process(overrides: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    process = start(["ddpo", *overrides, f"output_dir={tmp_path / 'run'}"], log)
+    process = start(["ddpo", *overrides, "tracking.uri=null", f"output_dir={tmp_path / 'run'}"], log)
 
     def raylet_runs() -> bool:
         return any("raylet" in child.name() for child in psutil.Process(process.pid).children(recursive=True))
