@@ -301,10 +301,10 @@ def test_work_that_hangs_is_done_again(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB of its own."""
+    """A disk of 4 MB of its own."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
         pytest.skip("this system lets only an administrator mount a disk")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
