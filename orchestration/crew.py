@@ -23,7 +23,7 @@ from orchestration.config import DdpoConfig
 from orchestration.display import Display
 from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
-from pipelines.learning import LearnerState
+from pipelines.checkpoint import LearnerState
 from pipelines.locations import portable
 from policies.streams import derive_seed
 

@@ -17,7 +17,7 @@ from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight, replan
 from orchestration.report import Report, fitting_images
-from pipelines.learning import LearnerState
+from pipelines.checkpoint import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
 from policies.streams import PromptSchedule, derive_seed

@@ -29,6 +29,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class LearnerState:
+    """Everything that learning needs to go on as if it had never stopped."""
+
+    tensors: dict[str, np.ndarray]
+    weights_version: int
+
+
 def parse_size(text: str) -> float:
     """Bytes of a size such as "20 GB". Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text)

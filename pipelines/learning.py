@@ -1,7 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from pipelines.checkpoint import LearnerState
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
@@ -43,14 +43,6 @@ OBJECTIVES = {
 
 SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """Everything that learning needs to go on as if it had never stopped."""
-
-    tensors: dict[str, np.ndarray]
-    weights_version: int
 
 
 class DiffusionLearner:
