@@ -6,8 +6,7 @@ from typing import Any, NoReturn
 
 import ray
 
-from policies.group import ShortOfMemoryError
-from policies.health import SickNumbers
+from policies.health import ShortOfMemoryError, SickNumbers
 
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 60.0

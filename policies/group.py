@@ -19,10 +19,6 @@ class DivergedError(RuntimeError):
     """Learners that began alike and made the same updates hold different weights."""
 
 
-class ShortOfMemoryError(RuntimeError):
-    """A learner ran out of memory while the others waited for its part of a sharded network: all must begin anew."""
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded. All learners have to ask."""
     from torch.distributed.tensor import DTensor

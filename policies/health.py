@@ -9,6 +9,10 @@ class SickNumbers(RuntimeError):  # noqa: N818
     """Rewards, captions or gradients from which no update should be made."""
 
 
+class ShortOfMemoryError(RuntimeError):
+    """A learner ran out of memory while the others waited for its part of a sharded network: all must begin anew."""
+
+
 def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
     """Raise SickNumbers if one of ``rewards`` (images,) is not finite."""
     if not np.isfinite(rewards).all():

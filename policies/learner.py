@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from policies.group import Group, ShortOfMemoryError, gathered
-from policies.health import SickNumbers
+from policies.group import Group, gathered
+from policies.health import ShortOfMemoryError, SickNumbers
 from policies.rollouts import Objective
 from policies.settings import TrainingSettings
 

@@ -17,8 +17,8 @@ from pipelines.learning import DiffusionLearner, LearnerState
 from pipelines.settings import ModelSettings
 from pipelines.trainable import checksum
 from pipelines.trajectory import Trajectory
-from policies.group import DivergedError, Group, ShortOfMemoryError, gathered, meeting_place
-from policies.health import SickNumbers
+from policies.group import DivergedError, Group, gathered, meeting_place
+from policies.health import ShortOfMemoryError, SickNumbers
 from policies.learner import PolicyLearner, RatioError
 from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_sd3
