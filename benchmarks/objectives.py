@@ -1,9 +1,9 @@
 """Every objective on the digits at equal images: what a reward query teaches.
 
 ``python -m benchmarks.objectives [DIRECTORY]`` trains each objective with three seeds on 30 steps of
-configs/ddpo/digits.yaml (one process, no Ray), or goes on where it was interrupted, prints the held-out accuracy against
-reward queries, and draws it to DIRECTORY/objectives.png. Each objective has the settings that it does best with among
-those tried (docs/algorithms.md).
+configs/ddpo/digits.yaml (one process, no Ray), or goes on where it was interrupted, prints the held-out accuracy
+against reward queries, and draws it to DIRECTORY/objectives.png. Each objective has the settings that it does best with
+among those tried (docs/algorithms.md).
 """
 
 import json
