@@ -84,7 +84,7 @@ def draw(path: Path, steps: list[int], curves: dict[str, list[list[dict[str, Any
         (drawn,) = axes.plot(queries, values.mean(axis=0), label=LABELS[name])
         axes.fill_between(queries, values.min(axis=0), values.max(axis=0), alpha=0.2, color=drawn.get_color())
     axes.set(xlabel="reward queries", ylabel="held-out accuracy", title=f"digits, {SEEDS} seeds")
-    axes.legend()
+    axes.legend(loc="lower right", ncols=2)
     figure.savefig(path, dpi=150)
 
 
