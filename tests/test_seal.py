@@ -52,6 +52,15 @@ def test_a_strangers_run_executes_nothing(
     assert not (stranger / "executed").exists()
 
 
+@pytest.mark.parametrize("name", ["strangers_code:9", "strangers_code:a-b", "évil:f", "strangers_code: f"])
+def test_no_form_of_the_name_gets_through(stranger: Path, name: str) -> None:
+    """The module would be imported before the function is looked for."""
+    manifest_in(stranger, "ddpo", {"reward": {"function": name}}, None)
+    with pytest.raises(ConfigError, match="names code to import"):
+        resume_ddpo(stranger)
+    assert not (stranger / "executed").exists()
+
+
 def test_trust_imports_it(stranger: Path) -> None:
     manifest_in(stranger, "mad", MAD, None)
     with pytest.raises(ConfigError, match="cannot be called"):  # it is read, and is no function
