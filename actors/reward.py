@@ -1,14 +1,16 @@
-"""Rewards: how good an image is for its prompt."""
+"""Rewards: how good an image is for its prompt. Every reward function has actors of its own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from actors.placement import Seats
 from actors.pool import Pool
+from actors.settings import reward_roles
 from actors.work import Chunk
 from actors.worker import Worker
+from pipelines.rewards.options import RewardOptions
 from pipelines.settings import RewardSettings
 
 _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what it asks may be away for a moment
@@ -17,11 +19,11 @@ _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what
 class RewardActor(Worker):
     """The actor: a reward function and whatever model it holds."""
 
-    def __init__(self, settings: RewardSettings, threads: int) -> None:
-        super().__init__(threads, uses_torch=settings.needs_captions)  # for the encoder; another may do without
+    def __init__(self, name: str, options: RewardOptions, device: str, threads: int) -> None:
+        super().__init__(threads, uses_torch=options.needs_captions or options.on_gpu)  # another may do without
         from pipelines.rewards import load_reward
 
-        self.function = load_reward(settings)
+        self.name, self.function = name, load_reward(name, options, device)
 
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:
         """Scores (batch,) float64. Nothing is scored as zero: a function that fails is asked again, a few times.
@@ -38,13 +40,19 @@ class RewardActor(Worker):
         return score(self.function, images, prompts, captions)
 
 
-class Rewards(Pool):
-    """All reward actors."""
+class Rewards:
+    """The pools of all reward functions, those that are trained on and those that are held out."""
 
-    def __init__(self, seats: Seats, settings: RewardSettings) -> None:
-        super().__init__(seats, RewardActor, settings, seats.role.threads)
+    def __init__(self, seats: Mapping[str, Seats], settings: RewardSettings) -> None:
+        self.weights = settings.weights
+        self.pools = {
+            name: Pool(seats[role], RewardActor, name, options, seats[role].role.device, seats[role].role.threads)
+            for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True)
+        }
 
-    def score(self, chunks: Sequence[Chunk]) -> None:
-        """Score every chunk as soon as it is drawn and captioned, while the next is still being drawn."""
-        for chunk in chunks:
-            chunk.scores = self.submit("score", chunk.images, chunk.prompts, chunk.captions)
+    def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
+        """Score every chunk as soon as it is drawn and captioned, while the next is still being drawn: by what is
+        trained on, or by the functions of these ``names``."""
+        for name in self.weights if names is None else names:
+            for chunk in chunks:
+                chunk.scores[name] = self.pools[name].submit("score", chunk.images, chunk.prompts, chunk.captions)

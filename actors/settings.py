@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
+from pipelines.settings import RewardSettings
 from policies.settings import Settings
 
 ROLES = ("sampler", "captioner", "reward", "learner", "evaluator")
@@ -17,9 +18,11 @@ class ActorSettings(Settings):
     """How many of each role, and whether they share the machine."""
 
     samplers: int = Field(2, ge=1)
-    captioners: int = Field(1, ge=1)
-    rewards: int = Field(1, ge=1)
     learners: int = Field(1, ge=1, description="processes that share each update, on a GPU each where there are GPUs")
+    replicas: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {},
+        description="actors of the captioner, and of each reward function: {captioner: 2, reward: 4}; 1 if not named",
+    )
     placement: Literal["shared", "spread"] = Field(
         "shared", description="all roles share what there is by fractions, or each takes whole CPUs and GPUs"
     )
@@ -27,9 +30,8 @@ class ActorSettings(Settings):
         {}, description="role → the Ray resource that marks its kind of node; null or none: any node"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
-    sampler_threads: int = Field(1, ge=1, description="CPU threads of a sampler")
-    learner_threads: int | None = Field(
-        None, ge=1, description="CPU threads of the learner; null: all CPUs of a node, at most 8"
+    threads: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="role → CPU threads of each actor; 1 if not named, of the learner all CPUs of a node, at most 8"
     )
     images_per_call: int = Field(64, ge=1, description="images a sampler draws at once: the unit of work")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait for one piece of work")
@@ -37,13 +39,14 @@ class ActorSettings(Settings):
         "continue", description="go on with the nodes that are left, or wait for another in its place"
     )
 
-    @field_validator("nodes")
+    @field_validator("nodes", "replicas", "threads")
     @classmethod
-    def _are_of_roles(cls, nodes: dict[str, str | None]) -> dict[str, str | None]:
-        for name in nodes:
-            if name not in ROLES:
-                raise ValueError(f"there is no role {name!r}, only {', '.join(ROLES)}")
-        return nodes
+    def _are_of_roles(cls, given: dict[str, Any], about: ValidationInfo) -> dict[str, Any]:
+        roles = ("captioner", "reward") if about.field_name == "replicas" else ROLES
+        for name in given:
+            if name not in roles:
+                raise ValueError(f"there is no role {name!r}, only {', '.join(roles)}")
+        return given
 
 
 class WorkerSettings(Settings):
@@ -95,6 +98,13 @@ def check_kind(setting: str, node: str | None, offers: Sequence[Offer]) -> None:
         )
 
 
+def reward_roles(settings: RewardSettings) -> dict[str, bool]:
+    """The role of each reward function's actors, and whether it is on a GPU where there is one."""
+    functions = settings.functions
+    names = ["reward"] if len(functions) == 1 else [f"reward {name}" for name in functions]
+    return {name: options.on_gpu for name, options in zip(names, functions.values(), strict=True)}
+
+
 def plan_roles(
     settings: ActorSettings,
     cpus: int,
@@ -102,22 +112,26 @@ def plan_roles(
     captioner: bool = True,
     evaluator: bool = True,
     offers: Sequence[Offer] = (),
+    rewards: Mapping[str, bool] | None = None,
 ) -> list[Role]:
     """The actors of a run on nodes with ``cpus`` and ``gpus`` in all, and ``offers`` each (by default it is one node).
 
+    ``rewards``: names of the rewards' roles, and whether each is on a GPU; by default it is one that is not.
     Raises ValueError if they do not fit.
     """
     offers = offers or [{"CPU": cpus, "GPU": gpus}]
     if settings.device == "cuda" and not gpus:
         raise ValueError("actors.device is cuda, but no GPU was found: set actors.device=auto or cpu")
-    counts = {"sampler": settings.samplers, "captioner": settings.captioners * captioner, "reward": settings.rewards}
+    counts = {"sampler": settings.samplers, "captioner": settings.replicas.get("captioner", 1) * captioner}
+    rewards = rewards or {"reward": False}
+    counts |= dict.fromkeys(rewards, settings.replicas.get("reward", 1))
     counts |= {"learner": settings.learners, "evaluator": int(evaluator)}
     counts = {name: count for name, count in counts.items() if count}
     for name in counts:
-        check_kind(f"actors.nodes.{name}", settings.nodes.get(name), offers)
+        check_kind(f"actors.nodes.{name.split()[0]}", settings.nodes.get(name.split()[0]), offers)
     # Several nodes hold fewer fractions than their sum would: shares shrink until every actor has a place.
     for crowding in range(sum(counts.values()) if settings.placement == "shared" else 1):
-        roles = _roles(settings, counts, cpus, gpus, offers, crowding)
+        roles = _roles(settings, counts, rewards, cpus, gpus, offers, crowding)
         if any(role.cpus <= 0 for role in roles):
             raise ValueError(f"{sum(counts.values())} actors cannot share {cpus} CPUs: ask for fewer samplers")
         homeless = _homeless(roles, offers)
@@ -134,14 +148,20 @@ def plan_roles(
 
 
 def _roles(
-    settings: ActorSettings, counts: Mapping[str, int], cpus: int, gpus: int, offers: Sequence[Offer], crowding: int
+    settings: ActorSettings,
+    counts: Mapping[str, int],
+    rewards: Mapping[str, bool],
+    cpus: int,
+    gpus: int,
+    offers: Sequence[Offer],
+    crowding: int,
 ) -> list[Role]:
     home = settings.nodes.get("learner")
     widest = max(1, *(int(offer.get("CPU", 0)) for offer in offers if home is None or home in offer))
     together = -(-counts["learner"] // len(offers))  # learners of a node
-    own = settings.learner_threads or max(1, min(widest // together, 8))
-    threads = {"sampler": settings.sampler_threads, "learner": own}
-    gpu_roles = {"sampler", "captioner", "learner"} & set(counts) if gpus and settings.device != "cpu" else set()
+    threads = {"learner": max(1, min(widest // together, 8)), **settings.threads}
+    models = {"sampler", "captioner", "learner", *(name for name, on_gpu in rewards.items() if on_gpu)}
+    gpu_roles = models & set(counts) if gpus and settings.device != "cpu" else set()
     total, on_gpu = sum(counts.values()), sum(counts[name] for name in gpu_roles)
     shared = settings.placement == "shared"
     cpu = int(100 * min(1.0, cpus / total) / (1 + crowding)) / 100
@@ -155,11 +175,11 @@ def _roles(
         Role(
             name,
             count,
-            cpu if shared else float(threads.get(name, 1)),
+            cpu if shared else float(threads.get(name.split()[0], 1)),
             gpus_of.get(name, 0.0),
-            threads.get(name, 1),
+            threads.get(name.split()[0], 1),
             "cuda" if name in gpu_roles else "cpu",
-            settings.nodes.get(name),
+            settings.nodes.get(name.split()[0]),
         )
         for name, count in counts.items()
     ]

@@ -1,6 +1,6 @@
 """One unit of work on its way through the actors: object references, never the data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray import ObjectRef
 
@@ -14,5 +14,5 @@ class Chunk:
     images: ObjectRef
     trajectory: ObjectRef
     captions: ObjectRef | None = None
-    scores: ObjectRef | None = None
+    scores: dict[str, ObjectRef] = field(default_factory=dict)  # by the reward's name
     verdicts: ObjectRef | None = None

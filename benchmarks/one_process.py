@@ -27,7 +27,7 @@ from pipelines.locations import resolve_model
 from pipelines.rewards import load_reward, score
 from pipelines.trainable import load_weights
 from pipelines.trajectory import Trajectory
-from policies.advantages import PromptStatistics, advantages
+from policies.advantages import PromptStatistics, advantages, weighted_sum
 from policies.streams import PromptSchedule, derive_seed
 
 
@@ -41,7 +41,7 @@ class OneProcess:
         )
         self.sampler = DiffusionPolicy(config.model, config.sampling)
         self.captioner = Captioner(config.captioner)
-        self.reward = load_reward(config.reward)
+        self.rewards = {name: load_reward(name, options) for name, options in config.reward.functions.items()}
         self.evaluator = load_evaluator(resolve_model(str(config.evaluation.evaluator)))
         self.prompts = read_prompts(config.prompts)
         self.spent: dict[str, float] = {"sample": 0.0, "reward": 0.0, "learn": 0.0}
@@ -60,9 +60,10 @@ class OneProcess:
         prompts, seeds = fixed_work(self.prompts, count)
         images, _ = self.draw(prompts, seeds, 0)
         captions = self.captioner.caption(images)
-        scores = score(self.reward, images, prompts, captions)
+        scores = {name: score(each, images, prompts, captions) for name, each in self.rewards.items()}
+        reward = weighted_sum(scores, self.config.reward.weights)
         verdict = self.evaluator.judge(images, prompts), self.evaluator.slots(images)
-        return Evaluation.collect(prompts, [images], [captions], [scores], [verdict])
+        return Evaluation.collect(prompts, [images], [captions], reward, scores, [verdict])
 
     def train(self, step: int, prompts: PromptSchedule, history: PromptStatistics) -> dict[str, float]:
         """One step."""
@@ -72,7 +73,8 @@ class OneProcess:
         clock = [time.process_time()]
         images, trajectories = self.draw(asked, seeds, self.learner.weights_version)
         clock.append(time.process_time())
-        scores = score(self.reward, images, asked, self.captioner.caption(images))
+        captions, weights = self.captioner.caption(images), config.reward.weights
+        scores = weighted_sum({n: score(self.rewards[n], images, asked, captions) for n in weights}, weights)
         advantage = advantages(scores, asked, config.advantage, history)
         clock.append(time.process_time())
         statistics, _ = self.learner.learn(

@@ -21,6 +21,5 @@ def calibrate(crew: Crew, prompts: Sequence[str], images: np.ndarray) -> dict[st
     for name, (pictures, words) in cases.items():
         chunks = crew.put(pictures, words)
         crew.score(chunks)
-        scores = crew.wait([chunk.scores for chunk in chunks if chunk.scores is not None], f"calibration: {name}")
-        means[f"calibration/{name}"] = float(np.concatenate(scores).mean())
+        means[f"calibration/{name}"] = float(crew.rewarded(chunks, f"calibration: {name}").mean())
     return means

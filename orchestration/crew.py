@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
 from pipelines.checkpoint import LearnerState
 from pipelines.locations import portable
+from policies.advantages import weighted_sum
 from policies.streams import derive_seed
 
 
@@ -67,10 +68,10 @@ class Crew:
         timeout = config.actors.timeout_seconds
         self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
         self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
-        self.rewards = Rewards(seats["reward"], config.reward)
+        self.rewards = Rewards(seats, config.reward)
         self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
         self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
-        pools = (self.samplers, self.captioners, self.rewards, self.evaluators, self.learner)
+        pools = (self.samplers, self.captioners, *self.rewards.pools.values(), self.evaluators, self.learner)
         self.pools: list[Pool] = [pool for pool in pools if pool is not None]
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
@@ -95,11 +96,23 @@ class Crew:
         if self.config.actors.on_node_loss == "continue":
             self._room.check()
 
-    def score(self, chunks: Sequence[Chunk]) -> None:
-        """Send chunks that are still being drawn on to the captioners and rewards: references only, nothing waits."""
+    def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
+        """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
+        on: references only, nothing waits."""
         if self.captioners is not None:
             self.captioners.caption(chunks)
-        self.rewards.score(chunks)
+        self.rewards.score(chunks, names)
+
+    def scores(self, chunks: Sequence[Chunk], what: str) -> dict[str, np.ndarray]:
+        """What each function that was asked says of the images (n,)."""
+        names = chunks[0].scores
+        values = self.wait([chunk.scores[name] for name in names for chunk in chunks], what)
+        size = len(chunks)
+        return {name: np.concatenate(values[i * size : (i + 1) * size]) for i, name in enumerate(names)}
+
+    def rewarded(self, chunks: Sequence[Chunk], what: str) -> np.ndarray:
+        """The reward (n,): the weighted sum of what is trained on."""
+        return weighted_sum(self.scores(chunks, what), self.rewards.weights)
 
     def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
         """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
@@ -129,15 +142,17 @@ class Crew:
 
     def measure(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""
-        self.score(chunks)
+        self.score(chunks, self.rewards.pools)
         if self.evaluators is not None:
             self.evaluators.judge(chunks)
+        scores = self.scores(chunks, "evaluation: rewards")
+        reward = weighted_sum(scores, self.rewards.weights)
 
         def values(attribute: str) -> list[Any]:
             references = [getattr(chunk, attribute) for chunk in chunks]
             return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
 
-        return Evaluation.collect(prompts, values("images"), values("captions"), values("scores"), values("verdicts"))
+        return Evaluation.collect(prompts, values("images"), values("captions"), reward, scores, values("verdicts"))
 
     def restore(self, saved: LearnerState) -> None:
         """Go on from a learner's state: it is the samplers' too."""
@@ -171,5 +186,11 @@ def _portable(config: DdpoConfig) -> DdpoConfig:
         path = getattr(block, key)
         return block.model_copy(update={key: portable(path)}) if path else block
 
-    blocks = {"model": "path", "captioner": "path", "reward": "encoder", "evaluation": "evaluator"}
-    return config.model_copy(update={name: renamed(getattr(config, name), key) for name, key in blocks.items()})
+    blocks = {"model": "path", "captioner": "path", "evaluation": "evaluator"}
+    given = dict(config.reward.options)
+    for name, options in config.reward.functions.items():
+        if paths := options.model_paths:
+            given[name] = {**given[name], **{option: portable(path) for option, path in paths.items()}}
+    reward = config.reward.model_copy(update={"options": given})
+    renamed_blocks = {name: renamed(getattr(config, name), key) for name, key in blocks.items()}
+    return config.model_copy(update={**renamed_blocks, "reward": reward})

@@ -78,8 +78,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
             images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
         try:
             with run.stage("reward"):
-                rewards = crew.wait([chunk.scores for chunk in chunks if chunk.scores], f"step {step + 1}: rewards")
-                scores = np.concatenate(rewards)
+                scores = crew.rewarded(chunks, f"step {step + 1}: rewards")
                 advantage = advantages(scores, step_prompts, config.advantage, history)
         except SickNumbers as sick:
             metrics = run.spare(sick)

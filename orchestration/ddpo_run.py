@@ -119,10 +119,10 @@ class DdpoRun(Run):
 
     def _introduce(self, prompts: list[str]) -> None:
         config = self.config
-        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.function, "seed": str(config.seed)}
+        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.title, "seed": str(config.seed)}
         tags |= {"git_commit": self.manifest["git_commit"], "run_directory": str(self.directory)}
         size = f"{config.training.steps} steps of {config.training.images_per_step} images"
-        note = f"**{config.name}**: {size} and `{config.reward.function}` teach `{config.model.path}`."
+        note = f"**{config.name}**: {size} and `{config.reward.title}` teach `{config.model.path}`."
         resolved = {key: value for key, value in self.manifest["resolved"].items() if key != "actors"}  # too many
         self.tracker.describe({**self.manifest["config"], "resolved": resolved}, tags, prompts, note)
 
@@ -214,7 +214,9 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
     if not resolved:
         return config
     training = config.training.model_copy(update={"micro_batch": resolved["micro_batch"]})
-    actors = config.actors.model_copy(update={"learner_threads": resolved["learner_threads"]})
+    actors = config.actors.model_copy(
+        update={"threads": {**config.actors.threads, "learner": resolved["learner_threads"]}}
+    )
     return config.model_copy(update={"training": training, "actors": actors})
 
 

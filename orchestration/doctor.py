@@ -97,7 +97,8 @@ def _models(config: DdpoConfig) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("the configuration cannot be run here", str(error))
         return
-    models = (config.model.path, config.captioner.path, config.reward.encoder, config.evaluation.evaluator)
+    models = [config.model.path, config.captioner.path, config.evaluation.evaluator]
+    models += [path for options in config.reward.functions.values() for path in options.model_paths.values()]
     for model in filter(None, models):
         place = find(model)
         yield Finding(f"model {model} in {place}") if place else _hub_model(model)

@@ -13,7 +13,8 @@ from policies.streams import derive_seed
 class Evaluation:
     """Some images and all that was said of them.
 
-    ``images`` (n, height, width, 3) uint8; ``scores`` (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
+    ``images`` (n, height, width, 3) uint8; ``scores`` (n,), the reward; ``by_function``: what each reward function
+    says, trained on or held out (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
     and for "full" whether the image shows what its prompt asks for (n,) bool, or None without an evaluator;
     ``agreement``: share of images in which captioner and evaluator name the same in every slot.
     """
@@ -21,6 +22,7 @@ class Evaluation:
     prompts: list[str]
     images: np.ndarray
     scores: np.ndarray
+    by_function: dict[str, np.ndarray]
     captions: list[str] | None
     fulfilled: dict[str, np.ndarray] | None
     agreement: float | None
@@ -31,7 +33,8 @@ class Evaluation:
         prompts: Sequence[str],
         images: Sequence[np.ndarray],
         captions: Sequence[list[str]],
-        scores: Sequence[np.ndarray],
+        scores: np.ndarray,
+        by_function: dict[str, np.ndarray],
         verdicts: Sequence[Any],
     ) -> Self:
         """Join what the chunks gave."""
@@ -41,7 +44,7 @@ class Evaluation:
             fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
             seen = {slot: [word for v in verdicts for word in v[1][slot]] for slot in verdicts[0][1]}
             agreement = _agreement(said, seen) if said else None
-        return cls(list(prompts), np.concatenate(images), np.concatenate(scores), said, fulfilled, agreement)
+        return cls(list(prompts), np.concatenate(images), scores, by_function, said, fulfilled, agreement)
 
     @property
     def accuracy(self) -> float | None:
@@ -51,6 +54,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """For charts: evaluation/reward and /diversity, evaluator/<slot>, /full and /agreement."""
         values = {"evaluation/reward": float(self.scores.mean())}
+        if len(self.by_function) > 1:
+            values |= {f"rewards/{name}": float(scores.mean()) for name, scores in self.by_function.items()}
         spread = diversity(self.images, self.prompts)
         if spread is not None:
             values["evaluation/diversity"] = spread

@@ -5,14 +5,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.settings import Offer, Role, plan_roles
+from actors.settings import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.memory_plan import memory_plan
 from orchestration.run import check_output
 from pipelines.denoisers import check_family
 from pipelines.locations import check_model, find
-from pipelines.settings import BUILT_IN_REWARDS, CaptionerSettings
+from pipelines.rewards.options import OPTIONS
+from pipelines.settings import CaptionerSettings, RewardSettings
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,17 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             check_model(config.captioner.path, "config.json", "captioner.path")
             _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
-            raise ValueError(f"reward.function {config.reward.function} compares captions, but captioner.path is null")
-        if config.reward.encoder:
-            check_model(config.reward.encoder, "modules.json", "reward.encoder")
+            raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
+        _check_rewards(config.reward)
         if config.evaluation.evaluator:
             _check_evaluator(config.evaluation.evaluator, prompts)
-        if config.reward.function not in BUILT_IN_REWARDS:
-            from pipelines.rewards import import_function
-
-            import_function(config.reward.function)
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
         parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
+        rewards = reward_roles(config.reward)
         offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
-        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers)
+        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards)
     except ConfigError:
         raise
     except ValueError as error:
@@ -98,6 +95,16 @@ def learnable_steps(config: DdpoConfig) -> int:
     ends_clean = path is not None and path.is_file() and json.loads(path.read_text()).get("set_alpha_to_one", True)
     steps = config.sampling.steps
     return len(config.training.learnable_steps(steps, range(steps - ends_clean)))
+
+
+def _check_rewards(settings: RewardSettings) -> None:
+    from pipelines.rewards import import_function
+
+    for name, options in settings.functions.items():
+        for option, path in options.model_paths.items():
+            check_model(path, options.models[option], f"reward.options.{name}.{option}")
+        if name not in OPTIONS:
+            import_function(name)
 
 
 def _check_evaluator(path: str, prompts: list[str]) -> None:

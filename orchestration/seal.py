@@ -37,11 +37,13 @@ def check_seal(directory: Path, manifest: dict[str, Any], trusted: bool) -> None
 
 
 def _imports(content: Any) -> Iterator[str]:
-    """Whatever could be an import path, outside of tracking's addresses, and the file of a sweep's base, which may name
-    some. A module is imported before its function is looked for, so no form of the name is let through."""
+    """Whatever could be an import path, key or value, outside of tracking's addresses, and the file of a sweep's base,
+    which may name some. A module is imported before its function is looked for, so no form of the name is let through.
+    """
     if isinstance(content, dict):
         for key, value in content.items():
             if key != "tracking":
+                yield from _imports(key)
                 yield from [value] if key == "config" and isinstance(value, str) else _imports(value)
     elif isinstance(content, list | tuple):
         for value in content:

@@ -1,19 +1,12 @@
 """Settings of the models. Importable without torch."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pipelines.rewards.options import OPTIONS, RewardOptions, parse_options
 from policies.settings import Settings
-
-BUILT_IN_REWARDS = (
-    "sentence_cosine",
-    "bertscore_precision",
-    "bertscore_recall",
-    "bertscore_f1",
-    "jpeg_compressibility",
-    "jpeg_incompressibility",
-)
 
 
 class ModelSettings(Settings):
@@ -35,14 +28,45 @@ class CaptionerSettings(Settings):
 
 
 class RewardSettings(Settings):
-    """What is rewarded."""
+    """What is rewarded, and what is only measured."""
 
-    function: str = Field(
-        "sentence_cosine", description=f"one of {', '.join(BUILT_IN_REWARDS)}, or an import path 'module:function'"
+    function: str | dict[str, float] = Field(
+        "sentence_cosine",
+        description=f"one of {', '.join(OPTIONS)}, or an import path 'module:function'; or several with their weights",
     )
-    encoder: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
+    options: dict[str, dict[str, Any]] = Field({}, description="of each function by its name: docs/rewards.md")
+    held_out: tuple[str, ...] = Field((), description="functions that evaluations measure and nothing is trained on")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each function that is trained on: their weighted sum is the reward."""
+        return self.function if isinstance(self.function, dict) else {self.function: 1.0}
+
+    @property
+    def title(self) -> str:
+        """For people and charts."""
+        return (
+            self.function
+            if isinstance(self.function, str)
+            else " + ".join(f"{w:g} {n}" for n, w in self.weights.items())
+        )
+
+    @property
+    def functions(self) -> dict[str, RewardOptions]:
+        """Every function, trained on or held out, with its options."""
+        return {name: parse_options(name, self.options.get(name, {})) for name in (*self.weights, *self.held_out)}
 
     @property
     def needs_captions(self) -> bool:
-        """Whether the function reads captions (one's own function gets them if there is a captioner)."""
-        return self.function.startswith(("sentence_", "bertscore_"))
+        """Whether any function reads captions (one's own function gets them if there is a captioner)."""
+        return any(options.needs_captions for options in self.functions.values())
+
+    @model_validator(mode="after")
+    def _are_functions(self) -> "RewardSettings":
+        if not self.weights or not all(math.isfinite(weight) and weight for weight in self.weights.values()):
+            raise ValueError("function needs a name, or several with weights that are finite and not 0")
+        if both := [name for name in self.held_out if name in self.weights]:
+            raise ValueError(f"held_out: {both[0]} is trained on; measure with another function")
+        if unused := [name for name in self.options if name not in self.functions]:
+            raise ValueError(f"options: {unused[0]!r} is neither in function nor in held_out")
+        return self

@@ -11,6 +11,13 @@ from policies.settings import AdvantageSettings
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
 
 
+def weighted_sum(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """The reward (images,) of several functions' ``scores`` (images,) each. One alone is left as it is, to the bit."""
+    if list(weights.values()) == [1.0]:
+        return scores[next(iter(weights))]
+    return np.sum([weight * scores[name] for name, weight in weights.items()], axis=0)
+
+
 class PromptStatistics:
     """The last rewards of every prompt (Black et al. 2023, section 5.1 and their per-prompt tracker)."""
 

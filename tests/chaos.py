@@ -177,7 +177,7 @@ def ddpo_arguments(directory: Path, uri: str, steps: int = 60) -> list[str]:
         "training.learning_rate=1e-3",
         "checkpoint.every=1",
         "actors.images_per_call=6",
-        "actors.learner_threads=1",
+        "actors.threads.learner=1",
         "tracking.system_metrics=false",
         f"tracking.uri={uri}",
     ]

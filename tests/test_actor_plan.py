@@ -57,7 +57,7 @@ def test_sampler_threads_do_not_depend_on_how_many_there_are() -> None:
 
 
 def test_spread_takes_whole_devices_or_says_what_is_missing() -> None:
-    settings = ActorSettings(placement="spread", learner_threads=1)
+    settings = ActorSettings(placement="spread", threads={"learner": 1})
     assert all(role.cpus == 1 for role in plan_roles(settings, cpus=6, gpus=0))
     with pytest.raises(ValueError, match="need 6 CPUs and 4 GPUs, there are 8 and 3"):
         plan_roles(settings, cpus=8, gpus=3)

@@ -61,7 +61,7 @@ def ddpo(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactor
         "training.images_per_prompt=4",
         "training.updates_per_step=1",
         "actors.samplers=1",
-        "actors.learner_threads=1",
+        "actors.threads.learner=1",
         "tracking.system_metrics=false",
         f"tracking.uri={server}",
     ]

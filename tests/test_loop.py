@@ -58,7 +58,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "training.ema_decay=0.5",
         "checkpoint.every=1",
         "actors.images_per_call=5",
-        "actors.learner_threads=1",
+        "actors.threads.learner=1",
         f"tracking.uri=sqlite:///{directory / 'mlflow.db'}",
         "tracking.system_metrics=false",
     ]

@@ -97,7 +97,7 @@ TINY_DDPO = [
     "training.learning_rate=1e-3",
     "checkpoint.every=1",
     "actors.images_per_call=5",
-    "actors.learner_threads=1",
+    "actors.threads.learner=1",
     "tracking.system_metrics=false",
 ]
 FEWER_ACTORS = ["captioner.path=null", "evaluation.evaluator=null"]  # which decide neither weights nor images

@@ -58,7 +58,7 @@ def test_the_learners_threads_are_those_of_a_node_not_of_the_cluster() -> None:
             {"nodes": {"sampler": "huge"}},
             r"""ray start --resources='{"huge": 1}', or set actors\.nodes\.sampler=null""",
         ),
-        ({"placement": "spread", "learner_threads": 9}, r"no node has room for the learner: 9 CPU, 1 GPU"),
+        ({"placement": "spread", "threads": {"learner": 9}}, r"no node has room for the learner: 9 CPU, 1 GPU"),
         ({"placement": "spread", "samplers": 1, "nodes": {"sampler": "stable"}}, r"room for the learner: 8 CPU, 1 GPU"),
         ({"nodes": {"learner": "node:__internal_head__"}}, r"the learner: .* node:__internal_head__ nodes\. Ask for"),
     ],

@@ -64,7 +64,9 @@ def test_every_combination_can_be_planned(
     assert sum(cards.values()) == gpus
     placed = sum(n * sum(map(int, re.findall(r"\d+", words))) for words, n in cards.items())
     actors = config.actors
-    assert placed == actors.samplers + actors.learners + actors.captioners * (config.captioner.path is not None)
+    assert placed == actors.samplers + actors.learners + actors.replicas.get("captioner", 1) * (
+        config.captioner.path is not None
+    )
     assert not any(re.search(r"([2-9]|\d\d) learner", words) for words in cards)  # NCCL wants a card for each
 
 
@@ -84,7 +86,7 @@ def test_of_several_files_the_later_wins_key_by_key(tmp_path: Path) -> None:
 
 def test_files_are_given_one_after_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--config", str(TASKS["digits"]), "--config", str(SCALES["1-gpu"])]
-    assert command(["ddpo", *files, "--dry-run", "--gpus", "2", "actors.captioners=3"], monkeypatch) == 0
+    assert command(["ddpo", *files, "--dry-run", "--gpus", "2", "actors.replicas.captioner=3"], monkeypatch) == 0
     printed = capsys.readouterr().out
     assert "samplers: 1\n" in printed
     assert "3 × captioner" in printed

@@ -6,22 +6,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from pipelines.rewards import BertScore, RewardError, SentenceCosine, jpeg_kilobytes, load_encoder, load_reward, score
-from pipelines.settings import RewardSettings
+from pipelines.rewards import RewardError, load_reward, score
+from pipelines.rewards.jpeg import jpeg_kilobytes
+from pipelines.rewards.options import CosineOptions, parse_options
+from pipelines.rewards.text import BertScore, SentenceCosine
 from policies.health import SickNumbers
 
 COLOURS, NUMBERS, GROUNDS = ("red", "orange", "purple"), ("seven", "two", "nine"), ("black", "white", "gray")
 PROMPTS = [f"a {c} {n} on a {g} background" for c in COLOURS for n in NUMBERS for g in GROUNDS]
 CAPTIONS = [*PROMPTS[5:], "a cat", "seven", "An ORANGE zebra, unwashed!", "a red seven on a black background", "noise"]
 NO_IMAGES = np.zeros((len(PROMPTS), 1, 1, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> SentenceTransformer:
-    return load_encoder(None)
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +37,19 @@ def token_vectors() -> Callable[[str], np.ndarray]:
 
 
 def test_cosine_is_that_of_mean_pooled_vectors(
-    encoder: SentenceTransformer, token_vectors: Callable[[str], np.ndarray]
+    token_vectors: Callable[[str], np.ndarray],
 ) -> None:
     expected = []
     for prompt, caption in zip(PROMPTS, CAPTIONS, strict=True):
         a, b = token_vectors(prompt).mean(axis=0), token_vectors(caption).mean(axis=0)
         expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    scores = score(SentenceCosine(encoder), NO_IMAGES, PROMPTS, CAPTIONS)
+    scores = score(SentenceCosine(CosineOptions()), NO_IMAGES, PROMPTS, CAPTIONS)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
     assert scores.max() - scores.min() > 0.3
 
 
 @pytest.mark.parametrize("part", ["precision", "recall", "f1"])
-def test_bertscore_is_greedy_matching(
-    encoder: SentenceTransformer, token_vectors: Callable[[str], np.ndarray], part: str
-) -> None:
+def test_bertscore_is_greedy_matching(token_vectors: Callable[[str], np.ndarray], part: str) -> None:
     expected = []
     for prompt, caption in zip(PROMPTS, CAPTIONS, strict=True):
         reference, candidate = token_vectors(prompt)[1:-1], token_vectors(caption)[1:-1]
@@ -67,36 +61,38 @@ def test_bertscore_is_greedy_matching(
         values = {name: float(np.mean(cosines)) for name, cosines in best.items()}
         values["f1"] = 2 / (1 / values["precision"] + 1 / values["recall"])
         expected.append(values[part])
-    scores = score(BertScore(encoder, part), NO_IMAGES, PROMPTS, CAPTIONS)
+    scores = score(BertScore(CosineOptions(), part), NO_IMAGES, PROMPTS, CAPTIONS)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
-def test_precision_and_recall_are_not_mixed_up(encoder: SentenceTransformer) -> None:
+def test_precision_and_recall_are_not_mixed_up() -> None:
     """A caption that says only a part is precise, one that says more has recall."""
     prompt, part = "a red seven on a black background", "a red seven"
-    short = BertScore(encoder, "f1").score_pair(prompt, part)
-    long = BertScore(encoder, "f1").score_pair(part, prompt)
+    short = BertScore(CosineOptions(), "f1").score_pair(prompt, part)
+    long = BertScore(CosineOptions(), "f1").score_pair(part, prompt)
     assert short["precision"] > short["recall"] + 0.05
     assert long["recall"] == pytest.approx(short["precision"], abs=1e-12)
-    same = BertScore(encoder, "recall").score_pair(prompt, prompt)
+    same = BertScore(CosineOptions(), "recall").score_pair(prompt, prompt)
     assert same == pytest.approx({"precision": 1, "recall": 1, "f1": 1})
 
 
 @pytest.mark.parametrize("name", ["sentence_cosine", "bertscore_f1"])
 def test_right_captions_score_best(name: str) -> None:
-    reward = load_reward(RewardSettings(function=name))
+    reward = load_reward(name, parse_options(name, {}))
     right = score(reward, NO_IMAGES, PROMPTS, PROMPTS)
     wrong = score(reward, NO_IMAGES, PROMPTS, PROMPTS[1:] + PROMPTS[:1])
     np.testing.assert_allclose(right, 1, atol=1e-6)
     assert (wrong < 0.999).all()
 
 
-def test_a_score_does_not_depend_on_the_batch(encoder: SentenceTransformer) -> None:
+def test_a_score_does_not_depend_on_the_batch() -> None:
     prompts, captions = PROMPTS[-8:], CAPTIONS[-8:]
-    for kind in (SentenceCosine, lambda encoder: BertScore(encoder, "f1")):
-        together = kind(encoder)(NO_IMAGES[:8], prompts, captions)
+    for kind in (SentenceCosine, lambda options: BertScore(options, "f1")):
+        together = kind(CosineOptions())(NO_IMAGES[:8], prompts, captions)
         for i in (0, 7):
-            np.testing.assert_array_equal(together[i], kind(encoder)(NO_IMAGES[:1], [prompts[i]], [captions[i]])[0])
+            np.testing.assert_array_equal(
+                together[i], kind(CosineOptions())(NO_IMAGES[:1], [prompts[i]], [captions[i]])[0]
+            )
 
 
 def noisy_images() -> np.ndarray:
@@ -111,12 +107,12 @@ def test_jpeg_rewards_are_opposite_and_follow_noise() -> None:
     assert (np.diff(sizes) > 0).all()
     assert 0.2 < sizes[0] < sizes[3] < 10  # kB of 32 × 32 pixels
     for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
-        scores = score(load_reward(RewardSettings(function=name)), images, [""] * 4, None)
+        scores = score(load_reward(name, parse_options(name, {})), images, [""] * 4, None)
         np.testing.assert_array_equal(scores, sign * sizes)
 
 
 def test_own_reward_by_import_path() -> None:
-    reward = load_reward(RewardSettings(function="tests.rewards:redness"))
+    reward = load_reward("tests.rewards:redness", parse_options("tests.rewards:redness", {}))
     images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
     images[1, ..., 0] = 255
     np.testing.assert_array_equal(score(reward, images, ["", ""], None), [0, 1])
@@ -138,7 +134,7 @@ def test_own_reward_by_import_path() -> None:
 )
 def test_an_import_path_that_leads_nowhere(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_reward(RewardSettings(function=path))
+        load_reward(path, parse_options(path, {}))
 
 
 @pytest.mark.parametrize(

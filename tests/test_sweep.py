@@ -55,7 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sampling": {"steps": 3},
         "training": {"steps": 6, "images_per_step": 12, "images_per_prompt": 6, "updates_per_step": 1},
         "checkpoint": {"every": 2},
-        "actors": {"samplers": 1, "learner_threads": 1},
+        "actors": {"samplers": 1, "threads": {"learner": 1}},
     }
     (directory / "tiny.yaml").write_text(yaml.safe_dump(base))
     return {

@@ -1,0 +1,80 @@
+"""Rewards: how well an image, or what the captioner says of it, fits its prompt.
+
+A reward is a function ``(images, prompts, captions) → scores`` with images (batch, height, width, 3) uint8, one
+prompt and one caption (or None, if there is no captioner) an image, and one finite float an image, higher being
+better. One's own is named by its import path, ``reward.function=my_module:my_function``.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.rewards.options import OPTIONS, RewardOptions
+from policies.health import check_finite
+
+RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
+
+
+class RewardError(RuntimeError):
+    """A reward function failed or did not return one number an image. It is never scored as zero."""
+
+
+def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> RewardFunction:
+    """The reward function ``name`` with its options. Raises ValueError if an import path leads nowhere."""
+    told: Any = options  # each name has options of its own kind
+    if name == "sentence_cosine":
+        from pipelines.rewards.text import SentenceCosine
+
+        return SentenceCosine(told, device)
+    if name.startswith("bertscore_"):
+        from pipelines.rewards.text import BertScore
+
+        return BertScore(told, name.removeprefix("bertscore_"), device)
+    if name.startswith("jpeg_"):
+        from pipelines.rewards.jpeg import jpeg_kilobytes
+
+        sign = 1 if name == "jpeg_incompressibility" else -1
+        return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
+    own, given = import_function(name), options.model_dump()
+    if isinstance(own, type):
+        return own(**given)  # a class holds what it needs, and is called
+    return functools.partial(own, **given) if given else own
+
+
+def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = tuple(OPTIONS)) -> Any:
+    """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
+    module_name, separator, function_name = path.partition(":")
+    if not (separator and module_name and function_name):
+        raise ValueError(
+            f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:function'"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # an imported module may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} cannot be imported ({reason})") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
+    if not callable(function):
+        raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
+    return function
+
+
+def score(
+    function: RewardFunction, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None
+) -> np.ndarray:
+    """Call a reward function and check what it returns: scores (batch,) float64. Raises RewardError or SickNumbers."""
+    try:
+        scores = np.asarray(function(images, prompts, captions), dtype=np.float64)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"the reward function failed: {type(error).__name__}: {error}") from error
+    if scores.shape != (len(images),):
+        raise RewardError(f"the reward function returned shape {scores.shape} for {len(images)} images")
+    check_finite(scores, prompts)
+    return scores
