@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipelines.evaluator import to_network_input
+from pipelines.training import train
 
 DIMENSIONS = 32
 UPDATES, BATCH_SIZE, LEARNING_RATE = 250, 64, 4e-3
@@ -80,15 +81,12 @@ def train_extractor(images: np.ndarray, labels: np.ndarray, classes: int, seed: 
         network = _network(images.shape[3], classes).to(device)
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = to_network_input(images), torch.from_numpy(labels).long()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=UPDATES)
-    for _ in range(UPDATES):
+
+    def loss() -> torch.Tensor:
         chosen = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-        loss = functional.cross_entropy(network(inputs[chosen].to(device)), targets[chosen].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return functional.cross_entropy(network(inputs[chosen].to(device)), targets[chosen].to(device))
+
+    train(network, loss, UPDATES, LEARNING_RATE, weight_decay=0.05)
     return Extractor(network, images.shape[1:])
 
 

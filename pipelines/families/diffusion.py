@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines.evaluator import to_network_input
 from pipelines.families import Samples
 from pipelines.families.settings import DiffusionSettings
+from pipelines.training import train
 
 
 class DiffusionGenerator:
@@ -51,10 +52,9 @@ class DiffusionGenerator:
 
     def _train(self, images: Tensor, labels: Tensor, weights: Tensor, random: torch.Generator) -> None:
         settings, noises, device = self.settings, self.noises, self.unet.device
-        steps, rate, unet = settings.training_steps, settings.learning_rate, self.unet.train().requires_grad_(True)
-        optimizer = torch.optim.AdamW(unet.parameters(), rate, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
-        for _ in range(steps):
+        unet = self.unet.train().requires_grad_(True)
+
+        def loss() -> Tensor:
             chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=random)
             times = torch.randint(settings.timesteps, chosen.shape, generator=random)
             hidden = torch.rand(chosen.shape, generator=random) < settings.label_dropout
@@ -62,10 +62,9 @@ class DiffusionGenerator:
             noise = torch.randn(clean.shape, generator=random)
             noisy, target = noises.add_noise(clean, noise, times), noises.get_velocity(clean, noise, times)
             velocity = unet(noisy.to(device), times.to(device), shown.to(device)).sample
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(velocity, target.to(device)).backward()
-            optimizer.step()
-            schedule.step()
+            return torch.nn.functional.mse_loss(velocity, target.to(device))
+
+        train(unet, loss, settings.training_steps, settings.learning_rate, fused=True)
         unet.eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -4,60 +4,38 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from pipelines.digits import IMAGE_SIZE
+from pipelines.recipe import configuration
 from pipelines.recipe.batches import DigitBatches
+from pipelines.training import train
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-LATENT_CHANNELS = 8
 STEPS = 2000
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 KL_WEIGHT = 5e-4  # per latent element
 
 
-def build_autoencoder() -> "AutoencoderKL":
-    """An untrained autoencoder that halves the image's sides twice."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        sample_size=IMAGE_SIZE,
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        scaling_factor=1.0,
-        force_upcast=False,
-        mid_block_add_attention=False,
-    )
-
-
 def train_autoencoder(seed: int, progress: Callable[[str], None]) -> "AutoencoderKL":
     """The autoencoder after ``STEPS`` steps on the ``train`` split; the same for the same seed."""
+    from diffusers import AutoencoderKL
+
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     batches = DigitBatches("train")
-    autoencoder = build_autoencoder().train()
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
-    for step in range(1, STEPS + 1):
+    autoencoder = AutoencoderKL(**configuration("autoencoder")).train()
+
+    def loss() -> Tensor:
         images, _ = batches.draw(BATCH_SIZE, generator)
         posterior = autoencoder.encode(images).latent_dist
         decoded = autoencoder.decode(posterior.sample(generator=generator)).sample
-        reconstruction = functional.l1_loss(decoded, images)
-        loss = reconstruction + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 0:
-            progress(f"autoencoder: step {step}/{STEPS}, mean absolute error {reconstruction.item():.4f}")
+        return functional.l1_loss(decoded, images) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+    train(autoencoder, loss, STEPS, LEARNING_RATE, progress, warmup=0.1, clip=1.0, weight_decay=1e-4)
     _standardise_latents(autoencoder.eval(), batches.draw(2048, generator)[0])
     return autoencoder
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipelines.digits import DIGITS, all_prompts
-from pipelines.recipe.autoencoder import LATENT_CHANNELS
+from pipelines.recipe import configuration
 from pipelines.recipe.batches import DigitBatches, prompt_indices
+from pipelines.training import descend
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -34,8 +35,6 @@ CHECKPOINT_EVERY = 125
 LOOSENING_CHECKPOINT_EVERY = 100
 DRAWING_STEPS = 10
 DRAWING_BATCH = 90
-LATENT_SIZE = 4
-TEXT_WIDTH = 64
 TEXT_LENGTH = 16
 
 
@@ -73,53 +72,20 @@ def build_tokenizer() -> "CLIPTokenizer":
 
 
 def build_model(tokenizer: "CLIPTokenizer") -> TextToLatents:
-    """An untrained text encoder (64 wide, 2 layers) and UNet (1.2 M parameters)."""
+    """An untrained text encoder and UNet."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(48, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,  # diffusers takes this as the number of heads
-        norm_num_groups=8,
-    )
-    return TextToLatents(text_encoder, unet)
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **configuration("text_encoder"), **tokens))
+    return TextToLatents(text_encoder, UNet2DConditionModel(**configuration("unet")))
 
 
 def build_scheduler() -> "DDIMScheduler":
-    """The noise schedule. Its last step is deterministic (``set_alpha_to_one``): the stochastic ones before
-    it all keep a standard deviation that a policy gradient can work with."""
+    """The noise schedule."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,  # unused with trailing steps; any other value makes diffusers warn
-    )
+    return DDIMScheduler(**configuration("scheduler"))
 
 
 def train_diffusion(
@@ -171,8 +137,8 @@ def _train(
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-    running_loss = 1.0
-    for step in range(1, steps + 1):
+
+    def loss_of() -> Tensor:
         images, slots = batches.draw(BATCH_SIZE, generator)
         with torch.no_grad():
             latents = autoencoder.encode(images).latent_dist.sample(generator=generator)
@@ -185,21 +151,16 @@ def _train(
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
-        loss = functional.mse_loss(model(noisy, timesteps, tokens[prompts]), target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
-        _update_average(average, model, decay=min(EMA_DECAY, step / (step + 10)))
+        return functional.mse_loss(model(noisy, timesteps, tokens[prompts]), target)
+
+    running_loss = 1.0
+    for step, loss in descend(model, loss_of, steps, optimizer, warmup, clip=1.0):
+        with torch.no_grad():
+            decay = min(EMA_DECAY, step / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
         running_loss += 0.01 * (loss.item() - running_loss)
         if step % every == 0:
             yield step, average, running_loss
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
 
 
 def assemble_pipeline(

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 
 from pipelines.digits import CHOICES, IMAGE_SIZE, SLOTS
 from pipelines.evaluator import Evaluator, EvaluatorNetwork
 from pipelines.recipe.batches import DigitBatches, degrade
+from pipelines.training import train
 
 CHANNELS = 24
 STEPS = 1200
@@ -22,19 +23,12 @@ def train_evaluator(seed: int, progress: Callable[[str], None]) -> Evaluator:
     batches = DigitBatches("evaluator")
     classes = {slot: list(CHOICES[slot]) for slot in SLOTS}
     network = EvaluatorNetwork(classes, CHANNELS, IMAGE_SIZE).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
-    for step in range(1, STEPS + 1):
+
+    def loss() -> torch.Tensor:
         images, slots = batches.draw(BATCH_SIZE, generator, max_shift=1.5)
         logits = network(degrade(images, generator))
-        losses = {
-            slot: functional.cross_entropy(logits[slot], slots[:, i], label_smoothing=0.05)
-            for i, slot in enumerate(SLOTS)
-        }
-        optimizer.zero_grad()
-        (losses["digit"] + losses["ink"] + losses["ground"]).backward()
-        optimizer.step()
-        schedule.step()
-        if step % 400 == 0:
-            progress(f"evaluator: step {step}/{STEPS}, digit loss {losses['digit'].item():.3f}")
+        losses = [cross_entropy(logits[slot], slots[:, i], label_smoothing=0.05) for i, slot in enumerate(SLOTS)]
+        return losses[0] + losses[1] + losses[2]
+
+    train(network, loss, STEPS, LEARNING_RATE, progress, warmup=0.1, weight_decay=0.05)
     return Evaluator(network, classes, IMAGE_SIZE)
