@@ -72,6 +72,14 @@ def summary(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "summary.json").read_text())
 
 
+def swept(content: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The summary of a sweep in this process, on the Ray that is there."""
+    from orchestration.sweep import run_sweep
+
+    assert run_sweep(configure(content, output_dir=str(directory))) == directory / "summary.json"
+    return summary(directory)
+
+
 def finished(directory: Path) -> dict[Path, int]:
     """The trials that are over, and when they left their results."""
     over = [path for path in directory.glob("trials/*/manifest.json") if '"FINISHED"' in path.read_text()]
@@ -162,13 +170,13 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(below) == 6
 
 
-def test_successive_halving_stops_the_worse_and_confirms_the_best(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_successive_halving_stops_the_worse_and_confirms_the_best(
+    tiny: dict[str, Any], ray_session: None, tmp_path: Path
+) -> None:
     content = {**tiny, "scheduler": {"kind": "asha", "interval": 2, "reduction": 2}, "trials": 4}
     content |= {"confirm_seeds": 1, "register_as": "tiny-best"}
     directory = tmp_path / "sweep"
-    process = start(["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"], tmp_path / "log")
-    assert process.wait(400) == 0, (tmp_path / "log").read_text()
-    found = summary(directory)
+    found = swept(content, directory)
     searched = [each for each in found["trials"] if each["seed"] == 0]
     stopped = [each for each in searched if each["status"] == "STOPPED"]
     complete = [each for each in searched if each["status"] == "FINISHED"]
@@ -192,12 +200,10 @@ def test_successive_halving_stops_the_worse_and_confirms_the_best(tiny: dict[str
     assert "pipeline/model_index.json" in artifacts
 
 
-def test_a_population_copies_the_better(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_population_copies_the_better(tiny: dict[str, Any], ray_session: None, tmp_path: Path) -> None:
     content = {**tiny, "scheduler": {"kind": "pbt", "interval": 2}, "trials": 4, "fixed": {"training.steps": 4}}
     directory = tmp_path / "sweep"
-    process = start(["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"], tmp_path / "log")
-    assert process.wait(400) == 0, (tmp_path / "log").read_text()
-    found = summary(directory)
+    found = swept(content, directory)
     assert [each["status"] for each in found["trials"]] == ["FINISHED"] * 4
     manifests = [json.loads(path.read_text()) for path in directory.glob("trials/*/manifest.json")]
     adopted = [manifest for manifest in manifests if manifest.get("adopted")]
@@ -212,22 +218,19 @@ def test_a_population_copies_the_better(tiny: dict[str, Any], tmp_path: Path) ->
     assert set(statuses(directory).values()) == {"FINISHED"}
 
 
-def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
+    tiny: dict[str, Any], ray_session: None, tmp_path: Path
+) -> None:
     directory = tmp_path / "sweep"
     content = {**tiny, "search": "optuna", "fixed": {"training.steps": 4}}
-    command = ["sweep", "--config", str(written(tmp_path, content)), f"output_dir={directory}"]
-    process = start([*command, "budget.reward_queries=60"], tmp_path / "log")
-    assert process.wait(300) == 0, (tmp_path / "log").read_text()
-    found = summary(directory)
+    found = swept(content | {"budget": {"reward_queries": 60}}, directory)
     assert found["budget_spent"]
     assert 60 <= found["reward_queries"] < 3 * 48
     assert "RUNNING" not in statuses(directory).values()
 
     before = finished(directory)
-    again = start([*command, "budget.reward_queries=null"], tmp_path / "again")
-    assert again.wait(300) == 0, (tmp_path / "again").read_text()
+    more = swept(content, directory)
     assert finished(directory).items() >= before.items()  # what was finished was not run again
-    more = summary(directory)
     assert [each["status"] for each in more["trials"]] == ["FINISHED"] * 3
     assert more["reward_queries"] == 3 * 48
     assert {each["name"] for each in found["trials"]} <= {each["name"] for each in more["trials"]}
