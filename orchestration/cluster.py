@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from actors.settings import Offer
@@ -110,11 +111,14 @@ def _for_workers() -> dict[str, Any]:
 def _start_private(gpus: int) -> None:
     """A Ray that serves this process alone: on loopback, and with no token (a file in the home) unless one is set."""
     import ray
-    from ray._private import ray_constants
+    from ray._private import parameter, ray_constants
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Meant for systems whose firewall asks the user. The variable behind it is read when Ray is imported: too early.
     ray_constants.ENABLE_RAY_CLUSTER = False
+    # Two helpers have nothing to do, and would take a fifth of a start's processor time: nothing scales a Ray on one
+    # machine, and no driver is told what workers print. ``ray.init`` has no names for them.
+    vars(parameter)["RayParams"] = partial(vars(parameter)["RayParams"], no_monitor=True, include_log_monitor=False)
     _init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False)
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
         raise RuntimeError(f"Ray {ray.__version__} listens beyond this machine; start a cluster and set RAY_ADDRESS")
