@@ -23,7 +23,7 @@ print(node.gcs_address, flush=True)
 sys.stdin.read()
 """
 _COMMON = {"node_ip_address": "127.0.0.1", "num_cpus": 2, "object_store_memory": 200 * 2**20}
-_COMMON |= {"min_worker_port": 0, "max_worker_port": 0}
+_COMMON |= {"min_worker_port": 0, "max_worker_port": 0, "include_log_monitor": False}
 _TOKEN = secrets.token_hex(32)
 
 
@@ -57,7 +57,7 @@ class Nodes:
             role: dict[str, Any] = {"gcs_address": self.address, "node_manager_port": 0}
             role |= {"dashboard_agent_listen_port": None}
         else:
-            role = {"include_dashboard": False}
+            role = {"include_dashboard": False, "no_monitor": True}
         # The path of a Unix socket has to be short, and pytest's own are long.
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
         settings = {**_COMMON, **role, "temp_dir": directory, "resources": {name: 1}}
