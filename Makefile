@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check suite lock clean
 
 demo: $(READY)  ## the main job: reinforcement learning on the default models
 	$(BIN)/ouroboros ddpo --config configs/ddpo/digits.yaml
 
 test: $(READY)  ## every check that CI runs
+	$(MAKE) --no-print-directory --jobs=2 check suite
+
+check: $(READY)  ## style, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+suite: $(READY)
 	$(BIN)/pytest
 
 lock: $(READY)  ## write requirements.lock from what is installed
