@@ -83,18 +83,11 @@ def finished(overrides: list[str], ray_session: None, tmp_path_factory: pytest.T
     return directory
 
 
-def test_weights_are_the_same_whatever_the_number_of_samplers(
-    overrides: list[str], finished: Path, tmp_path: Path
-) -> None:
-    from orchestration.ddpo import run_ddpo
-
-    run_ddpo(configure(overrides, f"output_dir={tmp_path / 'run'}", "actors.samplers=3"))
-    assert summary(tmp_path / "run")["weights_sha256"] == summary(finished)["weights_sha256"]
-    first, second = (
-        np.load(directory / "evaluations" / f"step-{STEPS:06d}.npz")["images"]
-        for directory in (finished, tmp_path / "run")
-    )
-    np.testing.assert_array_equal(first, second)
+def assert_same_end(directory: Path, finished: Path) -> None:
+    """Weights and images, which do not depend on the number of samplers."""
+    assert summary(directory)["weights_sha256"] == summary(finished)["weights_sha256"]
+    ends = [np.load(each / "evaluations" / f"step-{STEPS:06d}.npz")["images"] for each in (directory, finished)]
+    np.testing.assert_array_equal(*ends)
 
 
 def test_the_summary_holds_what_machines_read(finished: Path) -> None:
@@ -216,15 +209,15 @@ def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_s
         stops.spare(SickNumbers("all rewards are alike"))
 
 
-def test_a_fork_begins_where_its_source_stood(
+def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.ddpo import resume_ddpo
     from orchestration.fork import fork
 
-    same = fork(finished, [f"output_dir={tmp_path / 'same'}"], step=STEPS - 1)
+    same = fork(finished, [f"output_dir={tmp_path / 'same'}", "actors.samplers=3"], step=STEPS - 1)
     resume_ddpo(same)
-    assert summary(same)["weights_sha256"] == summary(finished)["weights_sha256"]
+    assert_same_end(same, finished)
     assert summary(same)["mlflow_run_id"] != summary(finished)["mlflow_run_id"]
     past = [(directory / "metrics.jsonl").read_text().splitlines()[: STEPS - 1] for directory in (same, finished)]
     assert past[0] == past[1]
@@ -273,7 +266,7 @@ def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
     assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[0])
 
 
-def test_work_that_hangs_is_done_again(
+def test_work_that_hangs_is_done_again_and_one_sampler_draws_what_two_do(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.ddpo import run_ddpo
@@ -294,7 +287,7 @@ def test_work_that_hangs_is_done_again(
     finally:
         HANG.unlink(missing_ok=True)
     assert "step 3: rewards: nothing finished within 15 s" in capsys.readouterr().out
-    assert summary(directory)["weights_sha256"] == summary(finished)["weights_sha256"]
+    assert_same_end(directory, finished)
     lines = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, STEPS + 1))
 

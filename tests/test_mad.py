@@ -225,12 +225,11 @@ KILLED = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed")
-    log = directory / "log.txt"
-    process = start(["mad", *KILLED, f"output_dir={directory / 'run'}"], log)
-    assert process.wait(timeout=240) == 0, log.read_text()
-    return directory / "run"
+def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from orchestration.mad import run_mad
+
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    return run_mad(load_config(MadConfig, None, [*KILLED, f"output_dir={directory}"])).parent
 
 
 def test_a_killed_driver_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
