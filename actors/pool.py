@@ -21,6 +21,7 @@ _ACTIVITIES = {
     "score": "scoring",
     "judge": "judging",
     "learn": "learning",
+    "divergence": "comparing with the base",
 }
 
 

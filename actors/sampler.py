@@ -1,6 +1,6 @@
 """Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,14 @@ class Sampler(Worker):
 
         self.policy = DiffusionPolicy(model, sampling, device)
         self.version = 0
+        self.base: dict[str, Any] = {}  # what the first weights from elsewhere replaced
 
     def set_weights(self, version: int, weights: Mapping[str, np.ndarray]) -> Acknowledgement:
         """Take new weights. The checksum is computed here, from what arrived."""
-        from pipelines.trainable import checksum, load_weights
+        from pipelines.trainable import checksum, copied, load_weights
 
+        if not self.base:
+            self.base = copied(self._parameters(weights), "cpu")
         changed = load_weights(self.policy.network, weights)
         self.version = version
         return Acknowledgement(version, checksum(weights), changed)
@@ -63,11 +66,27 @@ class Sampler(Worker):
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
+        self._take(source)
+        return self.policy.rollout(prompts, seeds, source.version)
+
+    def divergence(self, trajectory: Trajectory) -> np.ndarray:
+        """KL of the trajectory's policy to the model as it was (batch,), in nats an image: log p − log p_base summed
+        over the steps that were taken, an unbiased estimate of it."""
+        from pipelines.trainable import swapped
+
+        with swapped(self._parameters(self.base), self.base):
+            base = self.policy.log_probs(trajectory)
+        return np.nansum(trajectory.log_probs - base, axis=1) * trajectory.latents[0, 0].size
+
+    def _parameters(self, names: Iterable[str]) -> dict[str, Any]:
+        known = dict(self.policy.network.named_parameters())
+        return {name: known[name] for name in names}
+
+    def _take(self, source: Published) -> None:
         if source.version != self.version:
             receipt = self.set_weights(source.version, ray.get(source.weights))
             if receipt.checksum != source.checksum:
                 raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
-        return self.policy.rollout(prompts, seeds, source.version)
 
 
 class Samplers(Pool):
@@ -87,6 +106,10 @@ class Samplers(Pool):
             images, trajectory = self.submit("rollout", self.published, chunk_prompts, chunk_seeds, returns=2)
             chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory))
         return chunks
+
+    def divergence(self, chunk: Chunk) -> ObjectRef:
+        """How far the policy that draws a chunk is from the base model."""
+        return self.submit("divergence", chunk.trajectory)
 
     def publish(self, version: int, checksum: str, weights: ObjectRef) -> list[ObjectRef]:
         """Send new weights to every sampler. Work submitted from now on asks for this version."""

@@ -43,7 +43,7 @@ class OneProcess:
         self.captioner = Captioner(config.captioner)
         self.rewards = {name: load_reward(name, options) for name, options in config.reward.functions.items()}
         self.evaluator = load_evaluator(resolve_model(str(config.evaluation.evaluator)))
-        self.prompts = read_prompts(config.prompts)
+        self.prompts, self.unseen = read_prompts(config.prompts)
         self.spent: dict[str, float] = {"sample": 0.0, "reward": 0.0, "learn": 0.0}
 
     def draw(self, prompts: list[str], seeds: list[int], version: int) -> tuple[np.ndarray, list[Trajectory]]:
@@ -57,13 +57,12 @@ class OneProcess:
 
     def evaluate(self, count: int) -> Evaluation:
         """The held-out measure of a run."""
-        prompts, seeds = fixed_work(self.prompts, count)
+        prompts, seeds = fixed_work([*self.prompts, *self.unseen], count)
         images, _ = self.draw(prompts, seeds, 0)
         captions = self.captioner.caption(images)
         scores = {name: score(each, images, prompts, captions) for name, each in self.rewards.items()}
-        reward = weighted_sum(scores, self.config.reward.weights)
         verdict = self.evaluator.judge(images, prompts), self.evaluator.slots(images)
-        return Evaluation.collect(prompts, [images], [captions], reward, scores, [verdict])
+        return Evaluation.collect(prompts, [images], [captions], scores, [verdict], self.config.reward, self.unseen)
 
     def train(self, step: int, prompts: PromptSchedule, history: PromptStatistics) -> dict[str, float]:
         """One step."""

@@ -28,6 +28,9 @@ app.add_typer(runs_app, name="runs")
 jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 
+reward_app = typer.Typer(help="Rewards: try them out before they teach.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
 File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
@@ -266,6 +269,17 @@ def doctor(address: Address = None, tracking_uri: Server = None, config: File = 
         Console(highlight=False).print(finding, soft_wrap=True)
         fixes += finding.fix is not None
     raise typer.Exit(FAILED if fixes else 0)
+
+
+@reward_app.command()
+def check(overrides: Overrides = None, config: File = None) -> None:
+    """Look at a run's rewards before it: what they tell apart, how they rank, what they cost; can they teach?"""
+    from orchestration.calibration import check as look
+    from orchestration.calibration import render
+
+    findings = look(_read(DdpoConfig, config, overrides, None))
+    Console().print(render(findings))
+    raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
 
 
 @runs_app.command("list")

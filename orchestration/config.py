@@ -29,6 +29,11 @@ class EvaluationSettings(Settings):
     images: int = Field(1080, ge=1, description="images before and after the run")
     every: int = Field(10, ge=0, description="steps between interim evaluations; 0 for none")
     interim_images: int = Field(180, ge=1)
+    patience: int = Field(
+        2,
+        ge=0,
+        description="so many evaluations in a row below the best one end a run; its weights are kept. 0: the last are",
+    )
 
     def size_after(self, done: int, steps: int) -> int:
         """How many images are to be measured when ``done`` of ``steps`` steps are done."""

@@ -66,12 +66,19 @@ class Crew:
         seats, model = room.seats(), config.model
         seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
         timeout = config.actors.timeout_seconds
-        self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
+        if "learner" in seats:  # a check of rewards does without
+            self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
         self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(seats, config.reward)
         self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
         self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
-        pools = (self.samplers, self.captioners, *self.rewards.pools.values(), self.evaluators, self.learner)
+        pools = (
+            self.samplers,
+            self.captioners,
+            *self.rewards.pools.values(),
+            self.evaluators,
+            getattr(self, "learner", None),
+        )
         self.pools: list[Pool] = [pool for pool in pools if pool is not None]
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
@@ -135,24 +142,35 @@ class Crew:
             learned, weights = self.learner.averaged()
             average: Update = self.wait(learned, "averaged weights")[0]
             self._send(-average.version, average.checksum, weights)
-        evaluation = self.measure(self.samplers.rollout(prompts, seeds), prompts)
+        chunks = self.samplers.rollout(prompts, seeds)
+        evaluation = self.measure(chunks, prompts, [self.samplers.divergence(chunks[0])])
         if self.samplers.published is not drawing:
             self._send(drawing.version, drawing.checksum, drawing.weights)
         return evaluation
 
-    def measure(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> Evaluation:
+    def measure(
+        self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
+    ) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""
         self.score(chunks, self.rewards.pools)
         if self.evaluators is not None:
             self.evaluators.judge(chunks)
         scores = self.scores(chunks, "evaluation: rewards")
-        reward = weighted_sum(scores, self.rewards.weights)
 
         def values(attribute: str) -> list[Any]:
             references = [getattr(chunk, attribute) for chunk in chunks]
             return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
 
-        return Evaluation.collect(prompts, values("images"), values("captions"), reward, scores, values("verdicts"))
+        return Evaluation.collect(
+            prompts,
+            values("images"),
+            values("captions"),
+            scores,
+            values("verdicts"),
+            self.config.reward,
+            self.plan.unseen,
+            self.wait(divergences, "evaluation: divergence"),
+        )
 
     def restore(self, saved: LearnerState) -> None:
         """Go on from a learner's state: it is the samplers' too."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from actors.failures import ActorLost
-from orchestration.calibration import calibrate
+from orchestration.calibration import calibrate, fitting_images
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
 from orchestration.ddpo_run import DdpoRun, Watch, ignore
 from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight, replan
-from orchestration.report import Report, fitting_images
+from orchestration.report import Report
 from pipelines.checkpoint import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
@@ -50,7 +50,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
     prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
     history = PromptStatistics(config.advantage.history_size)
-    held_out_prompts, held_out_seeds = fixed_work(plan.prompts, config.evaluation.images)
+    held_out_prompts, held_out_seeds = fixed_work([*plan.prompts, *plan.unseen], config.evaluation.images)
     report = Report(run, held_out_prompts)
 
     def evaluate(images: int) -> Evaluation:
@@ -69,6 +69,8 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
 
     held_out: Evaluation | None = None
     for step in run.remaining_steps():
+        if report.over_optimised():
+            break
         step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
         seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
 
@@ -95,6 +97,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         run.record(step, metrics | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
             report.progress(step + 1, held_out)
+            run.store.pinned = report.best_step()
 
         if run.commit_due():
             with run.stage("commit"):
@@ -103,7 +106,11 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
                 run.commit(state.tensors, known, crew.cpu_seconds())
         watch(run)
 
-    after = held_out or evaluate(config.evaluation.images)
+    if report.best_step() not in (None, run.step):  # the weights that do best where nothing is trained
+        best, held_out = run.store.load(report.best_step()), None
+        crew.restore(LearnerState(best.tensors, best.state["weights_version"]))
+    whole = held_out is not None and len(held_out.images) == config.evaluation.images
+    after = held_out if held_out and whole else evaluate(config.evaluation.images)
     update = crew.wait(crew.learner.averaged()[0], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     return report.finish(after, update.checksum, files, crew.cpu_seconds())

@@ -163,7 +163,9 @@ class DdpoRun(Run):
         return {"sick": 1.0}
 
     def commit_due(self) -> bool:
-        """Whether the finished step is one to commit after."""
+        """Whether the finished step is one to commit after: every so many, and whenever it was evaluated."""
+        if self.config.evaluation.size_after(self.step, self.config.training.steps):
+            return True
         return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
 
     def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:

@@ -1,11 +1,13 @@
 """The held-out measure: images of fixed prompts and seeds, and what captioner, reward and evaluator say of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
+from pipelines.settings import RewardSettings
+from policies.advantages import weighted_sum
 from policies.streams import derive_seed
 
 
@@ -13,19 +15,24 @@ from policies.streams import derive_seed
 class Evaluation:
     """Some images and all that was said of them.
 
+    ``unseen``: whether nothing is ever trained on the image's prompt (n,) bool;
     ``images`` (n, height, width, 3) uint8; ``scores`` (n,), the reward; ``by_function``: what each reward function
     says, trained on or held out (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
     and for "full" whether the image shows what its prompt asks for (n,) bool, or None without an evaluator;
-    ``agreement``: share of images in which captioner and evaluator name the same in every slot.
+    ``agreement``: share of images in which captioner and evaluator name the same in every slot; ``kl_to_base``: of the
+    denoising of the first images, in nats an image; ``held_out``: the function that the run is judged by, if any.
     """
 
     prompts: list[str]
+    unseen: np.ndarray
     images: np.ndarray
     scores: np.ndarray
     by_function: dict[str, np.ndarray]
     captions: list[str] | None
     fulfilled: dict[str, np.ndarray] | None
     agreement: float | None
+    kl_to_base: float | None
+    held_out: str | None
 
     @classmethod
     def collect(
@@ -33,9 +40,11 @@ class Evaluation:
         prompts: Sequence[str],
         images: Sequence[np.ndarray],
         captions: Sequence[list[str]],
-        scores: np.ndarray,
         by_function: dict[str, np.ndarray],
         verdicts: Sequence[Any],
+        reward: RewardSettings,
+        unseen: Collection[str] = (),
+        divergences: Sequence[np.ndarray] = (),
     ) -> Self:
         """Join what the chunks gave."""
         said = [caption for part in captions for caption in part] or None
@@ -44,18 +53,36 @@ class Evaluation:
             fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
             seen = {slot: [word for v in verdicts for word in v[1][slot]] for slot in verdicts[0][1]}
             agreement = _agreement(said, seen) if said else None
-        return cls(list(prompts), np.concatenate(images), scores, by_function, said, fulfilled, agreement)
+        kl = float(np.concatenate(divergences).mean()) if divergences else None
+        scores = weighted_sum(by_function, reward.weights)
+        apart, held_out = np.array([prompt in unseen for prompt in prompts]), next(iter(reward.held_out), None)
+        all_images = np.concatenate(images)
+        return cls(list(prompts), apart, all_images, scores, by_function, said, fulfilled, agreement, kl, held_out)
 
     @property
     def accuracy(self) -> float | None:
         """Share of images that show everything their prompt asks for."""
         return None if self.fulfilled is None else float(self.fulfilled["full"].mean())
 
+    @property
+    def measure(self) -> np.ndarray:
+        """What runs are judged by (n,): the evaluator, else the first held-out function, else the reward itself."""
+        if self.fulfilled is not None:
+            return self.fulfilled["full"].astype(np.float64)
+        return self.scores if self.held_out is None else self.by_function[self.held_out]
+
     def metrics(self) -> dict[str, float]:
-        """For charts: evaluation/reward and /diversity, evaluator/<slot>, /full and /agreement."""
+        """For charts: evaluation/reward, /diversity and /kl_to_base, evaluator/<slot>, /full and /agreement,
+        rewards/<function>; of seen and of unseen prompts apart, seen/reward and /full, unseen/reward and /full."""
         values = {"evaluation/reward": float(self.scores.mean())}
         if len(self.by_function) > 1:
             values |= {f"rewards/{name}": float(scores.mean()) for name, scores in self.by_function.items()}
+        if self.kl_to_base is not None:
+            values["evaluation/kl_to_base"] = self.kl_to_base
+        for part, mask in (("seen", ~self.unseen), ("unseen", self.unseen)) if self.unseen.any() else ():
+            values[f"{part}/reward"] = float(self.scores[mask].mean())
+            if self.fulfilled is not None:
+                values[f"{part}/full"] = float(self.fulfilled["full"][mask].mean())
         spread = diversity(self.images, self.prompts)
         if spread is not None:
             values["evaluation/diversity"] = spread

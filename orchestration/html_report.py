@@ -9,7 +9,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,15 @@ def _facts(run: RunInfo) -> dict[str, Any]:
     }
 
 
+def kept_path(paths: Sequence[Path]) -> Path:
+    """Of a run's evaluations, oldest first, that of the weights that were kept; the last one while nothing is."""
+    return next((path for path in paths if json.loads(path.read_text()).get("kept")), paths[-1])
+
+
 def _measured(directory: Path) -> list[dict[str, Any]]:
     """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
     paths = sorted(directory.glob("step-*.json"))
-    ends = dict.fromkeys(paths[:1] + paths[-1:])
+    ends = dict.fromkeys([paths[0], kept_path(paths)] if paths else [])
     return [{**json.loads(path.read_text()), "step": int(path.stem.removeprefix("step-"))} for path in ends]
 
 

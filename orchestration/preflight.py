@@ -15,12 +15,15 @@ from pipelines.locations import check_model, find
 from pipelines.rewards.options import OPTIONS
 from pipelines.settings import CaptionerSettings, RewardSettings
 
+UNSEEN = "[unseen]"  # in a file of prompts: those below are for evaluations alone
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be started: its prompts, its actors, and the nodes that they are to fit on."""
+    """A run that can be started: prompts, those of evaluations alone, actors, and the nodes that they are to fit on."""
 
     prompts: list[str]
+    unseen: list[str]
     roles: list[Role]
     offers: Sequence[Offer]
 
@@ -28,7 +31,7 @@ class Plan:
 def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     try:
-        prompts = read_prompts(config.prompts)
+        prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
         if find(config.model.path):  # the hub is asked by whoever loads
             check_family(config.model.path, config.sampling.guidance_scale)
@@ -39,7 +42,7 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
         _check_rewards(config.reward)
         if config.evaluation.evaluator:
-            _check_evaluator(config.evaluation.evaluator, prompts)
+            _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         machine = machine or find_machine(config.actors.device)
@@ -51,7 +54,7 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Plan(prompts, roles, offers)
+    return Plan(prompts, unseen, roles, offers)
 
 
 def replan(config: DdpoConfig, plan: Plan) -> Plan:
@@ -70,8 +73,11 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
     return with_learners(1)
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line; blank lines and lines that start with # are left out."""
+def read_prompts(path: str) -> tuple[list[str], list[str]]:
+    """The prompts of a text file, one a line, and those after the line ``[unseen]``, which are for evaluations alone.
+
+    Blank lines and lines that start with # are left out.
+    """
     found = find(path)
     if found is None or not found.is_file():
         raise ValueError(f"prompts: there is no file {path!r}")
@@ -79,13 +85,15 @@ def read_prompts(path: str) -> list[str]:
         lines = [line.strip() for line in found.read_text().splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {path!r} is not a text file") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    given = [line for line in lines if line and not line.startswith("#")]
+    seen = given.index(UNSEEN) if UNSEEN in given else len(given)
+    prompts, unseen = given[:seen], given[seen + 1 :]
     if not prompts:
-        raise ValueError(f"prompts: {path!r} holds no prompt")
-    repeated = len(prompts) - len(set(prompts))
+        raise ValueError(f"prompts: {path!r} holds no prompt to train on")
+    repeated = len(given) - len(set(given))
     if repeated:
         raise ValueError(f"prompts: {path!r} repeats {repeated} of its prompts; each may stand once")
-    return prompts
+    return prompts, unseen
 
 
 def learnable_steps(config: DdpoConfig) -> int:

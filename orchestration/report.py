@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.config import DdpoConfig
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
-from orchestration.html_report import read_journal, write_report
+from orchestration.html_report import kept_path, read_journal, write_report
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, write_durably, write_json
-from policies.streams import derive_seed
+from policies.over_optimisation import Look, best_look, over_optimised
 
 _GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
@@ -28,6 +27,7 @@ class Report:
         self.run = run
         self.prompts = prompts[:_GRID_IMAGES]
         self.directory = run.directory / "evaluations"
+        self.stopped: str | None = None
 
     def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:
         """The base model's measure, and whether the reward can tell images apart."""
@@ -49,10 +49,42 @@ class Report:
         """An interim measure."""
         self._keep(step, evaluation, evaluation.metrics())
 
+    def looks(self) -> list[Look]:
+        """The evaluations up to the present step, the base's first."""
+        paths = (self._path(step, "json") for step in range(self.run.step + 1))
+        kept = [(path, json.loads(path.read_text())) for path in paths if path.exists()]
+        return [
+            Look(int(path.stem.removeprefix("step-")), np.array(each["measure"]), each["measured_reward"])
+            for path, each in kept
+            if "measure" in each  # not in runs of before there was one
+        ]
+
+    def best_step(self) -> int | None:
+        """The step whose weights are to be kept: of those evaluated and committed, the best by the held-out measure.
+        None if nothing was evaluated, or the last weights are wanted."""
+        if not self.run.config.evaluation.patience:
+            return None
+        committed = {self.run.step, *self.run.store.steps()}
+        best = best_look([look for look in self.looks() if look.step and look.step in committed])
+        return best.step if best else None
+
+    def over_optimised(self) -> bool:
+        """Whether the run has to stop, as the last evaluations were below the best one. Says so, and shows images."""
+        looks = self.looks()
+        if not looks or looks[-1].step != self.run.step:
+            return False
+        if reason := over_optimised(looks, self.run.config.evaluation.patience):
+            self.run.display.say(f"warning: stopped after step {self.run.step}: {reason}")
+            self.run.display.say(f"look at {draw(self.run.directory) / 'progress.png'}")
+            self.stopped = reason
+            self.run.tracker.tags({"stopped": reason})
+        return self.stopped is not None
+
     def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, cpu_seconds: float) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
-        self._keep(run.step, after, values)
+        best = self.best_step() or run.step
+        self._keep(best, after, {**values, "kept": True})
         figures = draw(run.directory)
         before = json.loads(self._path(0, "json").read_text())
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
@@ -68,6 +100,8 @@ class Report:
             "diversity_before": before.get("evaluation/diversity"),
             "diversity_after": values.get("evaluation/diversity"),
             "evaluation_images": len(after.images),
+            "kept_step": best,
+            "stopped": self.stopped,
             "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
             "weights_sha256": weights_sha256,
             "pipeline": str(run.directory / "pipeline"),
@@ -77,9 +111,11 @@ class Report:
         path = run.summarise(facts, cpu_seconds)
         run.tracker.artifact(figures)
         run.tracker.artifact(run.directory / "pipeline")
-        run.tracker.artifact(run.store.path(run.step), "checkpoints")
+        run.tracker.artifact(run.store.path(best), "checkpoints")
         run.tracker.artifact(path)
         run.tracker.artifact(write_report(run.directory, "FINISHED"))
+        if best != run.step:
+            run.display.say(f"kept: the weights after step {best} of {run.step}, the best by the held-out measure")
         self._say_result(before, values, figures)
         return path
 
@@ -106,6 +142,7 @@ class Report:
         say = self.run.display.say
         rows = [("reward", "evaluation/reward"), ("evaluator accuracy", "evaluator/full")]
         rows += [(f"  {slot}", f"evaluator/{slot}") for slot in ("digit", "ink", "ground")]
+        rows += [("  prompts trained on", "seen/full"), ("  unseen prompts", "unseen/full")]
         rows += [("captioner–evaluator agreement", "evaluator/agreement"), ("diversity", "evaluation/diversity")]
         say("")
         for label, key in rows:
@@ -123,10 +160,16 @@ class Report:
 
         self.directory.mkdir(exist_ok=True)
         shown = len(self.prompts)
+        compared = self.run.config.evaluation.interim_images
+        measure = {
+            "measure": evaluation.measure[:compared].round(6).tolist(),
+            "measured_reward": float(evaluation.scores[:compared].mean()),
+        }
         images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
         np.savez(packed := io.BytesIO(), images=images)
         write_durably(self._path(step, "npz"), packed.getvalue())
-        write_json(self._path(step, "json"), {**values, "prompts": self.prompts[: len(images)], "captions": captions})
+        shown_words = {"prompts": self.prompts[: len(images)], "captions": captions}
+        write_json(self._path(step, "json"), {**values, **shown_words, **measure})
         self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
 
     def _path(self, step: int, kind: str) -> Path:
@@ -144,10 +187,11 @@ def draw(directory: Path) -> Path:
     figures.mkdir(exist_ok=True)
     picked = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), _MOST_ROWS))]
     images = [np.load(path.with_suffix(".npz"))["images"] for path in picked]
-    first, last = (json.loads(path.read_text()) for path in (picked[0], picked[-1]))
-    shown = min(map(len, images))
+    first, last = (json.loads(path.read_text()) for path in (picked[0], kept_path(paths)))
+    after = np.load(kept_path(paths).with_suffix(".npz"))["images"]
+    shown = min(map(len, [*images, after]))
     captions = (each["captions"] and each["captions"][:shown] for each in (first, last))
-    pairs = images[0][:shown], images[-1][:shown], first["prompts"][:shown]
+    pairs = images[0][:shown], after[:shown], first["prompts"][:shown]
     before_after(figures / "before_after.png", *pairs, *captions)
     columns = min(shown, max(2, _MOST_PIXELS // max(96, images[0].shape[2])))
     labels = [f"step {int(path.stem.removeprefix('step-'))}" for path in picked]
@@ -156,14 +200,3 @@ def draw(directory: Path) -> Path:
     start |= {key: value for key, value in first.items() if key.startswith("evaluator/")}
     curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
     return figures
-
-
-def fitting_images(config: DdpoConfig, before: Evaluation) -> tuple[list[str], np.ndarray]:
-    """For calibration: prompts, and images that fit them. Real digits if there is an evaluator, else the base's own."""
-    prompts = list(dict.fromkeys(before.prompts))
-    if config.evaluation.evaluator is None:
-        first = [before.prompts.index(prompt) for prompt in prompts]
-        return prompts, before.images[first]
-    from pipelines.digits import real_images
-
-    return prompts, real_images(prompts, np.random.default_rng(derive_seed(0, "real images")))

@@ -55,6 +55,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int | str = 2) -> None:
         self.directory = directory
         self.keep = keep
+        self.pinned: int | None = None  # the step of a commit that stays in any case
         self.damaged: list[str] = []
 
     def steps(self) -> list[int]:
@@ -88,6 +89,9 @@ class CheckpointStore:
             takes = f"a commit takes {size / 1e9:.3g} GB, and the one before it stays until it is whole"
             raise QuotaError(f"{takes}: checkpoint.keep={quota!r} has to be {2 * size / 1e9:.3g} GB at least")
         steps, taken = self.steps(), size
+        if self.pinned in steps:
+            steps.remove(self.pinned)
+            taken += sum(file.stat().st_size for file in self.path(self.pinned).iterdir())
         for number, step in enumerate(reversed(steps)):
             taken += sum(file.stat().st_size for file in self.path(step).iterdir())
             if number and taken > parse_size(quota):
@@ -95,7 +99,8 @@ class CheckpointStore:
 
     def _forget(self, steps: Sequence[int]) -> None:
         for step in steps:
-            shutil.rmtree(self.path(step), ignore_errors=True)
+            if step != self.pinned:
+                shutil.rmtree(self.path(step), ignore_errors=True)
 
     def adopt(self, source: Path) -> int:
         """Put a commit of another store in place of what is held of its step and later. Returns its step."""

@@ -102,6 +102,19 @@ class DiffusionPolicy:
         return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
+    def log_probs(self, trajectory: Trajectory) -> np.ndarray:
+        """Log-probabilities (batch, steps) float64 of a trajectory's steps under the present weights, as it stores
+        those of the weights that drew it."""
+        latents = torch.from_numpy(trajectory.latents).to(self.device, self.dtype)
+        conditions, found = self.embed(trajectory.prompts), np.full_like(trajectory.log_probs, np.nan)
+        for step in self.schedule.stochastic_steps.tolist():
+            index = torch.full((len(latents),), step, device=self.device)
+            output = self.predict(latents[:, step], self.schedule.timesteps[index], conditions)
+            densities = self.schedule.log_prob(latents[:, step], latents[:, step + 1], output, index)
+            found[:, step] = densities.cpu().numpy()
+        return found
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8."""
         pixels = (self.family.decode(latents).float() / 2 + 0.5).clamp(0, 1)

@@ -46,9 +46,11 @@ def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
         _fill(parameters, kept)
 
 
-def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What they hold now."""
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+def copied(parameters: Mapping[str, nn.Parameter], device: str | None = None) -> dict[str, Tensor]:
+    """What they hold now, on their own device or another."""
+    return {
+        name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+    }
 
 
 def _fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

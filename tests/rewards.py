@@ -16,6 +16,16 @@ def redness(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] 
     return (images[..., 0].astype(float) - images[..., 1]).mean(axis=(1, 2)) / 255
 
 
+def the_opposite(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    """What is lost as :func:`redness` is gained."""
+    return -redness(images, prompts, captions)
+
+
+def jitter(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None, size: float) -> np.ndarray:
+    """Of no meaning, but a function of the image; takes an option."""
+    return size * (images.astype(int).sum(axis=(1, 2, 3)) % 7)
+
+
 def the_same(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
     """Tells no image from another."""
     return np.full(len(images), 0.5)

@@ -48,6 +48,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluation.images=12",
         "evaluation.interim_images=6",
         "evaluation.every=2",
+        "evaluation.patience=0",
         "sampling.steps=4",
         f"training.steps={STEPS}",
         "training.images_per_step=24",
@@ -171,6 +172,41 @@ def test_generate_draws_from_a_run_and_from_a_checkpoint(finished: Path, tmp_pat
         paths = generate(source, prompts, seeds, tmp_path / source.name)
         drawn = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
         assert np.abs(drawn - shown).max() <= 1
+
+
+def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
+    overrides: list[str], ray_session: None, tmp_path: Path
+) -> None:
+    """The reward rises, the held-out function falls: from the first step on everything is worse than before."""
+    from orchestration.ddpo import run_ddpo
+
+    directory, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([*PROMPTS[:4], "[unseen]", *PROMPTS[4:]]))
+    more = [f"output_dir={directory}", f"prompts={prompts}", "training.steps=6", "training.ema_decay=0"]
+    more += ["training.objective=negative_aware", "training.learning_rate=1e-2", "training.timestep_fraction=1.0"]
+    more += ["reward.function={tests.rewards:redness: 2.0, tests.rewards:jitter: 0.5}", "checkpoint.keep=1"]
+    more += ["reward.held_out=[tests.rewards:the_opposite]", "reward.options={tests.rewards:jitter: {size: 0.001}}"]
+    more += ["evaluation.every=1", "evaluation.patience=2", "evaluation.interim_images=12", "actors.samplers=1"]
+    run_ddpo(configure(overrides, *more))
+    found = summary(directory)
+    assert found["steps"] < 6
+    assert found["stopped"].startswith("over-optimisation: the held-out measure fell from")
+    assert found["kept_step"] == 1
+    assert {1, found["steps"]} == set(CheckpointStore(directory / "checkpoints").steps())
+
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], lines[-1]
+    assert last["rewards/tests.rewards:the_opposite"] == -last["rewards/tests.rewards:redness"]
+    whole = 2 * last["rewards/tests.rewards:redness"] + 0.5 * last["rewards/tests.rewards:jitter"]
+    assert last["evaluation/reward"] == pytest.approx(whole, abs=1e-12)
+    assert last["evaluation/reward"] > first["evaluation/reward"]
+    assert last["evaluation/kl_to_base"] > first["evaluation/kl_to_base"] > 0
+    assert found["evaluation_images"] == 12
+    parts = 8 * last["seen/reward"] + 4 * last["unseen/reward"]
+    assert parts == pytest.approx(12 * last["evaluation/reward"], abs=1e-9)
+    kept = json.loads((directory / "evaluations" / "step-000001.json").read_text())
+    assert kept["kept"] is True
+    assert found["reward_after"] == kept["evaluation/reward"] == first["evaluation/reward"]
 
 
 def test_a_reward_that_fails_stops_the_run_with_its_reason(

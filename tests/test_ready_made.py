@@ -31,14 +31,14 @@ TASKS, SCALES, RECIPES = (
     ],
 )
 def test_prompt_sets_are_whole(name: str, count: int, some: list[str]) -> None:
-    prompts = read_prompts(f"configs/prompts/{name}.txt")  # refuses duplicates
+    prompts, _ = read_prompts(f"configs/prompts/{name}.txt")  # refuses duplicates
     assert len(prompts) == count
     assert set(some) <= set(prompts)
 
 
 def test_sets_of_one_paper_have_the_same_animals() -> None:
     animals, activities, numbers = (
-        read_prompts(f"configs/prompts/{name}.txt") for name in ("simple_animals", "animal_activities", "counting")
+        read_prompts(f"configs/prompts/{name}.txt")[0] for name in ("simple_animals", "animal_activities", "counting")
     )
     riding = [text.split(" ", 1)[1].removesuffix(" riding a bike") for text in activities if "riding" in text]
     assert riding == animals

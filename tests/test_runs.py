@@ -173,10 +173,10 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
         "reward": {"function": "sentence_cosine", "encoder": "x"},
     }
     two = read_run(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
-    assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "prompts": [None, "x"]}
+    assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "reward.encoder": [None, "x"]}
     text = text_of(render_compare(["one", "two"], tmp_path))
     assert row_of(text, "training.learning_rate") == ["training.learning_rate", "0.0001", "0.0003"]
-    assert row_of(text, "prompts") == ["prompts", "–", "x"]
+    assert row_of(text, "reward.encoder") == ["reward.encoder", "–", "x"]
     assert row_of(text, "reward") == ["reward", "0.810", "→", "0.930", "0.810", "→", "0.700"]
     assert "training.steps" not in text
 

@@ -1,0 +1,54 @@
+"""Is a run being fooled by its reward? What it is trained on goes up, and what it is not trained on comes down.
+
+Gao et al. 2022 (2210.10760) call this over-optimisation. Two looks at a run are compared image by image, prompt and
+seed being the same, which tells far smaller differences than their means do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_ERRORS = 2.0  # standard errors of the paired difference that count as lower
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run after ``step``: the held-out measure of each of some images (images,), and their mean reward."""
+
+    step: int
+    held_out: np.ndarray
+    reward: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.held_out.mean())
+
+
+def best_look(looks: Sequence[Look]) -> Look | None:
+    """The look with the highest held-out measure, the earliest of equals; None of none."""
+    return max(looks, key=lambda look: (look.mean, -look.step), default=None)
+
+
+def is_lower(look: Look, best: Look) -> bool:
+    """Whether ``look`` is worse than ``best`` by more than chance."""
+    size = min(len(look.held_out), len(best.held_out))
+    drop = best.held_out[:size] - look.held_out[:size]
+    return bool(drop.mean() > max(_ERRORS * drop.std() / np.sqrt(size), 1e-12))
+
+
+def over_optimised(looks: Sequence[Look], patience: int) -> str | None:
+    """Why to stop, in words, if the last ``patience`` looks were each lower than the best one; else None."""
+    best = best_look(looks)
+    if not patience or best is None:
+        return None
+    since = [look for look in looks if look.step > best.step][-patience:]
+    if len(since) < patience or not all(is_lower(look, best) for look in since):
+        return None
+    now, fooled = since[-1], since[-1].reward >= best.reward
+    name = "over-optimisation" if fooled else "collapse"
+    about = "while" if fooled else "and"
+    return (
+        f"{name}: the held-out measure fell from {best.mean:.3f} after step {best.step} to {now.mean:.3f}, "
+        f"{about} the reward went from {best.reward:.3f} to {now.reward:.3f}"
+    )
