@@ -1,6 +1,6 @@
 """Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from actors.worker import Worker
 from pipelines.settings import ModelSettings
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings
+
+_COMPARED = 16  # images whose denoising is compared with the base model's
 
 
 class DamagedWeightsError(RuntimeError):
@@ -56,7 +58,8 @@ class Sampler(Worker):
         from pipelines.trainable import checksum, copied, load_weights
 
         if not self.base:
-            self.base = copied(self._parameters(weights), "cpu")
+            known = dict(self.policy.network.named_parameters())
+            self.base = copied({name: known[name] for name in weights}, "cpu")
         changed = load_weights(self.policy.network, weights)
         self.version = version
         return Acknowledgement(version, checksum(weights), changed)
@@ -70,17 +73,8 @@ class Sampler(Worker):
         return self.policy.rollout(prompts, seeds, source.version)
 
     def divergence(self, trajectory: Trajectory) -> np.ndarray:
-        """KL of the trajectory's policy to the model as it was (batch,), in nats an image: log p − log p_base summed
-        over the steps that were taken, an unbiased estimate of it."""
-        from pipelines.trainable import swapped
-
-        with swapped(self._parameters(self.base), self.base):
-            base = self.policy.log_probs(trajectory)
-        return np.nansum(trajectory.log_probs - base, axis=1) * trajectory.latents[0, 0].size
-
-    def _parameters(self, names: Iterable[str]) -> dict[str, Any]:
-        known = dict(self.policy.network.named_parameters())
-        return {name: known[name] for name in names}
+        """How far from the base model the trajectory's policy is: KL of its first images (≤ 16,) in nats an image."""
+        return self.policy.divergence(trajectory.first(_COMPARED), self.base)
 
     def _take(self, source: Published) -> None:
         if source.version != self.version:

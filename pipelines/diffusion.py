@@ -4,7 +4,7 @@ An image is a function of (weights, prompt, seed): each has its own CPU generato
 pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.denoisers import check_family, load_family
 from pipelines.denoisers.family import Conditions
 from pipelines.settings import ModelSettings
+from pipelines.trainable import swapped
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings
 
@@ -102,17 +103,24 @@ class DiffusionPolicy:
         return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
-    def log_probs(self, trajectory: Trajectory) -> np.ndarray:
-        """Log-probabilities (batch, steps) float64 of a trajectory's steps under the present weights, as it stores
-        those of the weights that drew it."""
+    def divergence(self, trajectory: Trajectory, base: Mapping[str, Tensor]) -> np.ndarray:
+        """KL of the present policy to the one with ``base`` for some of its weights, along a trajectory (batch,): that
+        of its normal steps, summed over steps, channels and pixels, in nats an image."""
         latents = torch.from_numpy(trajectory.latents).to(self.device, self.dtype)
-        conditions, found = self.embed(trajectory.prompts), np.full_like(trajectory.log_probs, np.nan)
-        for step in self.schedule.stochastic_steps.tolist():
-            index = torch.full((len(latents),), step, device=self.device)
-            output = self.predict(latents[:, step], self.schedule.timesteps[index], conditions)
-            densities = self.schedule.log_prob(latents[:, step], latents[:, step + 1], output, index)
-            found[:, step] = densities.cpu().numpy()
-        return found
+        conditions, schedule = self.embed(trajectory.prompts), self.schedule
+        steps = [step.repeat(len(latents)) for step in schedule.stochastic_steps]
+
+        def outputs() -> list[Tensor]:
+            return [self.predict(latents[:, i[0]], schedule.timesteps[i], conditions) for i in steps]
+
+        here, parameters = outputs(), dict(self.network.named_parameters())
+        with swapped({name: parameters[name] for name in base}, base):
+            there = outputs()
+        apart = [
+            schedule.divergence(latents[:, step[0]], one, other, step, "sum")
+            for step, one, other in zip(steps, here, there, strict=True)
+        ]
+        return torch.stack(apart).sum(dim=0).cpu().numpy()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

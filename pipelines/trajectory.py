@@ -21,6 +21,13 @@ class Trajectory:
     log_probs: np.ndarray
     weights_version: int
 
+    def first(self, images: int) -> "Trajectory":
+        """That of the first so many images."""
+        cut = slice(images)
+        return Trajectory(
+            self.prompts[cut], self.seeds[cut], self.latents[cut], self.log_probs[cut], self.weights_version
+        )
+
     @staticmethod
     def concatenate(parts: Sequence["Trajectory"]) -> "Trajectory":
         """One trajectory of all images, in order. Raises ValueError if they were drawn by different weights."""

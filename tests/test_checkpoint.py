@@ -64,6 +64,15 @@ def test_commits_stay_within_a_size(tmp_path: Path) -> None:
     assert store.steps() == [6, 7]
 
 
+@pytest.mark.parametrize("keep", [1, "1.5 MB"])
+def test_the_best_commit_stays(tmp_path: Path, keep: int | str) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep)
+    for step in range(1, 7):
+        store.commit(step, {"weight": np.zeros(400_000, np.uint8)}, {})
+        store.pinned = 2 if step >= 2 else None
+    assert store.steps() == ([2, 6] if keep == 1 else [2, 5, 6])
+
+
 def test_a_new_store_is_empty(store: CheckpointStore) -> None:
     assert store.steps() == []
     with pytest.raises(FileNotFoundError, match="no commit"):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from actors.sampler import Published, Sampler
 from pipelines.captioner import Captioner
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.trainable import to_numpy
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_captioner, build_tiny_pipeline
@@ -146,6 +148,35 @@ def test_ratio_is_one_where_the_last_step_is_deterministic(tiny_v_pipeline: Path
     errors = first_update_errors(ModelSettings(path=str(tiny_v_pipeline)), guidance_scale=5.0, micro_batch=7)
     assert len(errors) == 9
     assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_divergence_from_the_base_is_that_of_its_normal_steps(tiny_v_pipeline: Path, guidance_scale: float) -> None:
+    """In the mean it is log p − log p_base of the steps that were taken."""
+    sampling = SamplingSettings(steps=5, guidance_scale=guidance_scale)
+    model = ModelSettings(path=str(tiny_v_pipeline))
+    base, sampler = DiffusionPolicy(model, sampling), Sampler(model, sampling, "cpu", 1)
+    prompts, seeds = BATCH * 3, list(range(24))
+    _, untouched = sampler.rollout(Published(), prompts, seeds)
+    np.testing.assert_array_equal(sampler.divergence(untouched), np.zeros(16))
+
+    weights = {name: 1.2 * to_numpy(each) for name, each in base.network.named_parameters()}
+    assert sampler.set_weights(1, weights).changed_tensors > 10
+    _, trajectory = sampler.rollout(Published(1), prompts, seeds)
+    divergences, schedule = sampler.divergence(trajectory), base.schedule
+    latents, conditions = torch.from_numpy(trajectory.latents), base.embed(prompts)
+    taken, there = trajectory.log_probs, np.full((24, 5), np.nan)
+    for step in schedule.stochastic_steps:
+        index = step.repeat(24)
+        with torch.no_grad():
+            output = base.predict(latents[:, step], schedule.timesteps[index], conditions)
+        there[:, step] = schedule.log_prob(latents[:, step], latents[:, step + 1], output, index).numpy()
+    ratios = np.nansum(taken - there, axis=1) * latents[0, 0].numel()
+    error = ratios.std() / np.sqrt(24)
+    assert divergences.shape == (16,)
+    assert abs(ratios.mean() - divergences.mean()) < 4 * error
+    assert divergences.mean() > 5 * error
+    assert sampler.set_weights(2, weights).changed_tensors == 0  # they are there again
 
 
 def test_trajectories_are_joined_in_order_and_never_mixed(model: ModelSettings) -> None:
