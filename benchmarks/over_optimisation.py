@@ -1,7 +1,7 @@
 """Is a run that goes too far stopped, and are its best weights kept? The digits at three times the learning rate.
 
-``python -m benchmarks.over_optimisation [--output DIRECTORY]`` trains (or goes on, or reads) a run that commits every five
-steps and is measured with 540 images there, measures every commit with 1,080 other ones, and prints the verdict.
+``python -m benchmarks.over_optimisation [--output DIRECTORY]`` trains (or goes on, or reads) a run that commits every
+five steps and is measured with 540 images there, measures every commit with 1,080 other ones, and prints the verdict.
 """
 
 import argparse
