@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; by default the shape's")
     parser.add_argument("--timestep-fraction", type=float, default=1.0)
     chosen = parser.parse_args()
+    if chosen.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no GPU here; to try the command itself: --shape tiny --device cpu")
     build, captioner_of, steps, eta, guidance = SHAPES[chosen.shape]
     sampling = SamplingSettings(steps=chosen.steps or steps, eta=eta, guidance_scale=guidance)
     training = TrainingSettings(

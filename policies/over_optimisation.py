@@ -38,17 +38,25 @@ def is_lower(look: Look, best: Look) -> bool:
 
 
 def over_optimised(looks: Sequence[Look], patience: int) -> str | None:
-    """Why to stop, in words, if the last ``patience`` looks were each lower than the best one; else None."""
+    """Why to stop, in words, if the last ``patience`` looks were each lower than the best one; else None.
+
+    It is over-optimisation if the reward kept more of its gain than the held-out measure did, else a collapse.
+    """
     best = best_look(looks)
     if not patience or best is None:
         return None
     since = [look for look in looks if look.step > best.step][-patience:]
     if len(since) < patience or not all(is_lower(look, best) for look in since):
         return None
-    now, fooled = since[-1], since[-1].reward >= best.reward
-    name = "over-optimisation" if fooled else "collapse"
-    about = "while" if fooled else "and"
+    now, first = since[-1], looks[0]
+    kept, kept_reward = _kept(first.mean, best.mean, now.mean), _kept(first.reward, best.reward, now.reward)
+    name, but = ("over-optimisation", "while") if kept_reward > kept else ("collapse", "and")
     return (
         f"{name}: the held-out measure fell from {best.mean:.3f} after step {best.step} to {now.mean:.3f}, "
-        f"{about} the reward went from {best.reward:.3f} to {now.reward:.3f}"
+        f"{but} the reward went from {best.reward:.3f} to {now.reward:.3f}"
     )
+
+
+def _kept(first: float, best: float, now: float) -> float:
+    """Share of a gain that is still there; of no gain, whether nothing was lost."""
+    return (now - first) / (best - first) if best > first else float(now >= best)
