@@ -5,14 +5,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestration.config import Config, ConfigError, DdpoConfig, load_config
+from orchestration.config import Config, ConfigError, DdpoConfig, load_config, override
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -27,8 +27,7 @@ runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
-
-reward_app = typer.Typer(help="Rewards: try them out before they teach.", no_args_is_help=True)
+reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
@@ -280,6 +279,31 @@ def check(overrides: Overrides = None, config: File = None) -> None:
     findings = look(_read(DdpoConfig, config, overrides, None))
     Console().print(render(findings))
     raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
+
+
+@reward_app.command("serve")
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or module:function")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="of the reward")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; whoever reaches it may ask")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8100,
+    device: Annotated[str, typer.Option(help="where its model is, such as cuda")] = "cpu",
+) -> None:
+    """Answer the reward 'http' of runs elsewhere with a reward of this machine."""
+    from pipelines.rewards import load_reward
+    from pipelines.rewards.options import parse_options
+    from pipelines.rewards.server import serve
+
+    given: dict[str, Any] = {}
+    for each in options or ():
+        override(given, each)
+    try:
+        told = parse_options(name, given)
+        function = load_reward(name, told, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"http://{host}:{port}/score answers with {name}, described by http://{host}:{port}/docs", flush=True)
+    serve(name, function, told, host, port)
 
 
 @runs_app.command("list")

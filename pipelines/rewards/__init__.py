@@ -22,6 +22,18 @@ class RewardError(RuntimeError):
     """A reward function failed or did not return one number an image. It is never scored as zero."""
 
 
+class UnreachableError(RewardError):
+    """A reward's server is away, ended in the middle of its answer, has too much to do, or failed."""
+
+
+class TooSlowError(RewardError):
+    """A reward's server took longer than it was given."""
+
+
+class NonsenseError(RewardError):
+    """A reward's server answered what cannot be scores, or refused the question."""
+
+
 def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> RewardFunction:
     """The reward function ``name`` with its options. Raises ValueError if an import path leads nowhere."""
     told: Any = options  # each name has options of its own kind
@@ -38,6 +50,10 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
 
         sign = 1 if name == "jpeg_incompressibility" else -1
         return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
+    if name in ("http", "judge"):
+        from pipelines.rewards.remote import HttpReward, Judge
+
+        return HttpReward(told) if name == "http" else Judge(told)
     own, given = import_function(name), options.model_dump()
     if isinstance(own, type):
         return own(**given)  # a class holds what it needs, and is called

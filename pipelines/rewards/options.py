@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from policies.settings import Settings
 
@@ -35,6 +36,42 @@ class JpegOptions(RewardOptions):
     """Size as JPEG."""
 
 
+def _web_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{url!r} is no web address such as http://127.0.0.1:8100/score")
+    if "@" in parts.netloc:
+        raise ValueError("leave user and password out of the address, as a run's configuration is stored")
+    return url
+
+
+def _about_prompt(question: str) -> str:
+    if "{prompt}" not in question:
+        raise ValueError("has to hold {prompt}, where the prompt is to stand")
+    return question
+
+
+class HttpOptions(RewardOptions):
+    """Whatever the server at ``url`` computes."""
+
+    url: Annotated[str, AfterValidator(_web_address)] = Field(description="what is asked, such as that of reward serve")
+    timeout_seconds: float = Field(60, gt=0, description="for the whole answer to one chunk of images")
+
+
+class JudgeOptions(HttpOptions):
+    """A vision–language model behind an endpoint of OpenAI's form: its number from 0 to ``scale``, divided by that."""
+
+    model: str = Field(description="its name there")
+    question: Annotated[str, AfterValidator(_about_prompt)] = Field(
+        'How well does this image show "{prompt}"? Answer with one number from 0 (not at all) to {scale} (perfectly), '
+        "and nothing else.",
+        description="may hold {scale}; the first number of the answer counts",
+    )
+    scale: float = Field(10, gt=0, description="the largest number of an answer")
+    api_key_variable: str = Field("OPENAI_API_KEY", description="variable of the actors' environment with the key")
+    parallel: int = Field(8, ge=1, le=64, description="images asked about at once")
+
+
 class OwnOptions(RewardOptions):
     """Whatever one's own function takes as keywords."""
 
@@ -48,6 +85,8 @@ OPTIONS: dict[str, type[RewardOptions]] = {
     "bertscore_f1": CosineOptions,
     "jpeg_compressibility": JpegOptions,
     "jpeg_incompressibility": JpegOptions,
+    "http": HttpOptions,
+    "judge": JudgeOptions,
 }
 
 

@@ -1,0 +1,166 @@
+"""Rewards that somebody else's server computes. JSON both ways, and every failure has a type.
+
+``http`` asks a reward server (:mod:`pipelines.rewards.server` is one), ``judge`` a vision–language model behind an
+endpoint of OpenAI's form. A server that is away, too slow or talks nonsense raises UnreachableError, TooSlowError or
+NonsenseError; nothing that a server does becomes a score of zero. Redirects are not followed.
+"""
+
+import base64
+import io
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import requests
+from pydantic import Base64Bytes, BaseModel, Field, ValidationError
+
+from pipelines.rewards import NonsenseError, RewardError, TooSlowError, UnreachableError
+from pipelines.rewards.options import HttpOptions, JudgeOptions
+
+MAX_ANSWER = 2**20  # bytes: forty thousand scores, or a judge who cannot stop
+MAX_IMAGES = 1024
+_WORDS = 300  # characters of an error's text that are passed on
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+
+
+class Query(BaseModel):
+    """Images to be scored, with a prompt, and if there is a captioner a caption, for each."""
+
+    images: list[Base64Bytes] = Field(min_length=1, max_length=MAX_IMAGES, description="PNG files of one size, base64")
+    prompts: list[str] = Field(description="one an image")
+    captions: list[str] | None = Field(None, description="one an image, or null")
+
+
+class Scores(BaseModel):
+    """The answer to a query."""
+
+    scores: list[Annotated[float, Field(strict=True, allow_inf_nan=False)]] = Field(
+        description="one finite number an image, in the order of the images; higher is better"
+    )
+
+
+class _Message(BaseModel):
+    content: str
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class HttpReward:
+    """A reward server's scores."""
+
+    def __init__(self, options: HttpOptions) -> None:
+        self.options = options
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        """Scores (batch,) of images (batch, height, width, 3) uint8. Raises the failures of this module."""
+        pictures = [_base64_png(image) for image in images]
+        query = {"images": pictures, "prompts": list(prompts), "captions": captions and list(captions)}
+        scores = _ask(self.options.url, query, Scores, self.options.timeout_seconds).scores
+        if len(scores) != len(images):
+            raise NonsenseError(f"{self.options.url} gave {len(scores)} scores for {len(images)} images")
+        return np.array(scores)
+
+
+class Judge:
+    """What a vision–language model says of an image and its prompt: a number of 0 to ``scale``, divided by it."""
+
+    def __init__(self, options: JudgeOptions) -> None:
+        self.options = options
+        self.url = options.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        """Scores (batch,) in [0, 1] of images (batch, height, width, 3) uint8. Raises the failures of this module."""
+        with ThreadPoolExecutor(self.options.parallel) as threads:
+            return np.array(list(threads.map(self._judge, images, prompts)))
+
+    def _judge(self, image: np.ndarray, prompt: str) -> float:
+        scale = self.options.scale
+        question = self.options.question.replace("{scale}", f"{scale:g}").replace("{prompt}", prompt)
+        picture = "data:image/png;base64," + _base64_png(image)
+        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
+        messages = [{"role": "user", "content": content}]
+        query = {"model": self.options.model, "temperature": 0, "messages": messages}
+        key = os.environ.get(self.options.api_key_variable, "").strip()
+        words = _ask(self.url, query, _Completion, self.options.timeout_seconds, key).choices[0].message.content
+        number = _NUMBER.search(words)
+        if number is None or not 0 <= float(number[0]) <= scale:
+            raise NonsenseError(f"{self.url} answered {words[:_WORDS]!r}, not a number of 0 to {scale:g}")
+        return float(number[0]) / scale
+
+
+def _base64_png(image: np.ndarray) -> str:
+    """An image (height, width, 3) uint8 as a PNG file, base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _ask(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: float, key: str = "") -> Answer:
+    """POST ``query`` and read the answer, all within ``seconds``. Raises the failures of this module.
+
+    The bound holds for the whole: the exchange has a thread of its own, which is left alone if it takes longer, as a
+    server that sends a byte now and then would keep every bound on a single wait.
+    """
+    answer: Future[Answer] = Future()
+
+    def exchange() -> None:
+        try:
+            answer.set_result(_exchange(url, query, schema, seconds, key))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=exchange, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TooSlowError(f"{url} did not answer within {seconds:g} s") from None
+
+
+def _exchange(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: float, key: str) -> Answer:
+    if not (key.isascii() and key.isprintable()):  # requests would say so with the key
+        raise RewardError(f"the key for {url} holds what cannot be sent: look at the environment's variable")
+    # A second more, so that the bound of the whole is what is met; and passwords in ~/.netrc are for other uses.
+    how: dict[str, Any] = {"timeout": seconds + 1, "allow_redirects": False, "auth": lambda request: request}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = b""
+    try:
+        with requests.post(url, json=query, headers=headers, stream=True, **how) as response:
+            for piece in response.iter_content(2**14):
+                body += piece
+                if len(body) > MAX_ANSWER:
+                    raise NonsenseError(f"{url} answered with more than {MAX_ANSWER:,} bytes")
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        reason: BaseException = error
+        while reason.__context__ is not None:
+            reason = reason.__context__
+        raise UnreachableError(f"{url} cannot be asked: {reason}") from error
+    except requests.RequestException as error:
+        raise NonsenseError(f"{url} cannot be read: {error}") from error
+    if key:
+        body = body.replace(key.encode(), b"...")
+    words, status = " ".join(body.decode(errors="replace").split())[:_WORDS], response.status_code
+    if status == 429 or status >= 500:
+        raise UnreachableError(f"{url} failed with {status}: {words}")
+    if status != 200:
+        elsewhere = f" and sends on to {response.headers['location']}" if response.is_redirect else ""
+        raise NonsenseError(f"{url} refused with {status}{elsewhere}: {words}")
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise NonsenseError(f"{url} answered {words!r}: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
