@@ -36,6 +36,11 @@ class NonsenseError(RewardError):
 
 def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> RewardFunction:
     """The reward function ``name`` with its options. Raises ValueError if an import path leads nowhere."""
+    if name not in OPTIONS:
+        own, given = import_function(name), options.model_dump()
+        if isinstance(own, type):
+            return own(**given)  # a class holds what it needs, and is called
+        return functools.partial(own, **given) if given else own
     told: Any = options  # each name has options of its own kind
     if name == "sentence_cosine":
         from pipelines.rewards.text import SentenceCosine
@@ -50,14 +55,9 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
 
         sign = 1 if name == "jpeg_incompressibility" else -1
         return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
-    if name in ("http", "judge"):
-        from pipelines.rewards.remote import HttpReward, Judge
+    from pipelines.rewards.remote import HttpReward, Judge
 
-        return HttpReward(told) if name == "http" else Judge(told)
-    own, given = import_function(name), options.model_dump()
-    if isinstance(own, type):
-        return own(**given)  # a class holds what it needs, and is called
-    return functools.partial(own, **given) if given else own
+    return HttpReward(told) if name == "http" else Judge(told)
 
 
 def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = tuple(OPTIONS)) -> Any:
