@@ -13,7 +13,7 @@ FENCE = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ ouroboros (.*)\n((?:[^$].*\n)*)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["own_prompts", "own_model"])
+@pytest.mark.parametrize("page", ["own_prompts", "own_model", "own_reward"])
 def test_a_page_is_true(
     page: str,
     tmp_path: Path,
@@ -24,11 +24,12 @@ def test_a_page_is_true(
     for part in ("configs", "models"):
         (tmp_path / part).symlink_to(CHECKOUT / part)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE")  # a model may be named that is still on the hub
     names: dict[str, Any] = {}
     done = 0
     for kind, file, text in FENCE.findall((CHECKOUT / f"docs/{page}.md").read_text()):
-        if kind == "python":
+        if kind == "python" and not file:
             exec(text, names)
         elif kind == "console":
             for words, expected in COMMAND.findall(text):
