@@ -36,7 +36,7 @@ from pipelines.rewards import (
 )
 from pipelines.rewards.options import RewardOptions, parse_options
 from pipelines.rewards.server import build_app
-from pipelines.rewards.writing import load_reader, vetoed
+from pipelines.rewards.writing import vetoed
 from tests import processes
 from tests.network import free_port
 from tests.rewards import redness
@@ -491,10 +491,13 @@ def test_words_of_the_prompt_in_the_image_are_a_veto() -> None:
     verdict = vetoed(images, [prompt for _, prompt, _ in cases])
     assert (verdict.dtype, verdict.tolist()) == (np.dtype(bool), [expected for *_, expected in cases])
     assert not vetoed(IMAGES, ["a noise"] * 24).any()
+    veto = load_reward("no_writing", parse_options("no_writing", {}))
+    scores = score(veto, images, [prompt for _, prompt, _ in cases], None)
+    assert scores.tolist() == [-float(expected) for *_, expected in cases]
 
 
 def test_a_veto_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
-    load_reader.cache_clear()
-    with pytest.raises(ValueError, match=re.escape("pip install 'ouroboros-rl[ocr]'")):
-        vetoed(IMAGES[:1], ["a cat"])
+    monkeypatch.setattr("pipelines.rewards.options.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape("options of no_writing: text in images is read by")) as refused:
+        parse_options("no_writing", {})
+    assert "pip install 'ouroboros-rl[ocr]'" in str(refused.value)

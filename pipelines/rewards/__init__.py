@@ -55,6 +55,10 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
 
         sign = 1 if name == "jpeg_incompressibility" else -1
         return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
+    if name == "no_writing":
+        from pipelines.rewards.writing import vetoed
+
+        return lambda images, prompts, captions: -vetoed(images, prompts).astype(np.float64)
     from pipelines.rewards.remote import HttpReward, Judge
 
     return HttpReward(told) if name == "http" else Judge(told)

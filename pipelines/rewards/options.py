@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from policies.settings import Settings
 
@@ -72,6 +73,16 @@ class JudgeOptions(HttpOptions):
     parallel: int = Field(8, ge=1, le=64, description="images asked about at once")
 
 
+class WritingOptions(RewardOptions):
+    """A veto: −1 for an image that has a word of its prompt written in it, else 0."""
+
+    @model_validator(mode="after")
+    def _can_read(self) -> "WritingOptions":
+        if find_spec("rapidocr_onnxruntime") is None:
+            raise ValueError("text in images is read by rapidocr-onnxruntime: pip install 'ouroboros-rl[ocr]'")
+        return self
+
+
 class OwnOptions(RewardOptions):
     """Whatever one's own function takes as keywords."""
 
@@ -85,6 +96,7 @@ OPTIONS: dict[str, type[RewardOptions]] = {
     "bertscore_f1": CosineOptions,
     "jpeg_compressibility": JpegOptions,
     "jpeg_incompressibility": JpegOptions,
+    "no_writing": WritingOptions,
     "http": HttpOptions,
     "judge": JudgeOptions,
 }
@@ -103,4 +115,5 @@ def parse_options(name: str, given: Mapping[str, Any]) -> RewardOptions:
             known = ", ".join(kind.model_fields) or "none"
             hint = f"did you mean {near[0]!r}?" if near else f"it has {known}"
             raise ValueError(f"{where}: there is no {option!r}; {hint}") from error
-        raise ValueError(f"{where}: {option}: {first['msg'].removeprefix('Value error, ')}") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {option}: {said}" if option else f"{where}: {said}") from error

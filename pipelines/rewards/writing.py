@@ -17,14 +17,9 @@ _WORD = re.compile(r"[^\W\d_]{3,}")
 
 @cache
 def load_reader() -> Any:
-    """The reader of this process. Raises ValueError if the package is not installed."""
-    try:
-        from rapidocr_onnxruntime import RapidOCR
-    except ImportError as error:
-        raise ValueError(
-            f"text in images is read by rapidocr-onnxruntime, which cannot be imported ({error}): "
-            "install it with pip install 'ouroboros-rl[ocr]'"
-        ) from error
+    """The reader of this process."""
+    from rapidocr_onnxruntime import RapidOCR
+
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     return RapidOCR(intra_op_num_threads=threads, inter_op_num_threads=1)
 
@@ -33,7 +28,7 @@ def vetoed(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """Which images (batch, height, width, 3) uint8 have a word of their prompt written in them: (batch,) bool.
 
     A word is three letters or more, whatever their case, and may stand within a longer one of the image, as the reader
-    does not see every space. Raises ValueError if there is no reader.
+    does not see every space.
     """
     texts = (read(image) for image in images)
     pairs = zip(texts, prompts, strict=True)
