@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestration.display import duration
 from orchestration.run import is_free
-from orchestration.runs import RunInfo, read_run
+from orchestration.runs import RunInfo
 from orchestration.tracking import flatten
 from pipelines.atomic import write_durably
 
@@ -40,7 +40,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    run, loader = read_run(directory), FileSystemLoader(Path(__file__).parent)
+    run, loader = RunInfo(directory), FileSystemLoader(Path(__file__).parent)
     timeline = _timeline(run)
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     content = page.get_template("report.html").render(

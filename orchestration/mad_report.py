@@ -12,7 +12,7 @@ from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, laws, verdict
 from pipelines.atomic import write_json
 from pipelines.families.registry import CLOSED_FORM
-from policies.verdicts import interval
+from policies.verdicts import interval, plain
 
 _TITLES = {
     "fid": "FID",
@@ -176,16 +176,9 @@ def _floors(run: MadRun) -> dict[str, dict[str, float]]:
 
 def _metric(values: np.ndarray, exact: np.ndarray | None) -> dict[str, Any]:
     """One metric for machines: ``values`` as seeds × generations, their means and 95 % intervals, the exact law."""
-    mean, low, high = (_plain(each) for each in interval(values))
-    found = {"values": _plain(values), "mean": mean, "low": low, "high": high}
-    return found if exact is None else found | {"oracle": _plain(exact)}
-
-
-def _plain(values: np.ndarray) -> Any:
-    """Nested lists with null in place of what is not a number."""
-    plain = values.astype(object)
-    plain[~np.isfinite(values)] = None
-    return plain.tolist()
+    found = dict(zip(("values", "mean", "low", "high"), (values, *interval(values)), strict=True))
+    content: dict[str, Any] = plain(found if exact is None else found | {"oracle": exact})
+    return content
 
 
 def _synthetic(manifest: Any) -> int:

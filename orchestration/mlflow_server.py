@@ -10,7 +10,6 @@ import secrets
 import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from orchestration.config import ConfigError
+from orchestration.mlflow_store import TrackingError, check_server
 
 _START_SECONDS = 120  # the first start creates the tables
 _END_SECONDS = 5
@@ -103,8 +103,7 @@ def _running(server: MlflowServer, output: int) -> Iterator[psutil.Popen]:
 
 
 def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2):
-            return True
-    except OSError:
-        return False
+    with suppress(TrackingError):
+        check_server(address, seconds=2)
+        return True
+    return False

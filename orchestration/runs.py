@@ -54,18 +54,13 @@ class RunInfo:
         self.wall_seconds = result("wall_seconds", elapsed)
 
 
-def read_run(directory: Path) -> RunInfo:
-    """A run directory."""
-    return RunInfo(directory)
-
-
 def list_runs(root: Path) -> list[RunInfo]:
     """The runs under ``root``, newest first; none if it does not exist."""
     try:
         directories = [entry for entry in root.iterdir() if (entry / "manifest.json").is_file()]
     except OSError:
         return []
-    runs = [read_run(entry) for entry in directories]
+    runs = [RunInfo(entry) for entry in directories]
     return sorted(runs, key=lambda run: (run.created or "", run.name), reverse=True)
 
 
@@ -73,7 +68,7 @@ def find_run(run: str, root: Path) -> RunInfo:
     """The run of a directory, or of a name under ``root``. Raises ConfigError with the nearest names if unknown."""
     for directory in (Path(run), root / run):
         if (directory / "manifest.json").is_file():
-            return read_run(directory)
+            return RunInfo(directory)
     names = [entry.directory.name for entry in list_runs(root)]
     near = difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"

@@ -14,7 +14,7 @@ from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial, reports
 from pipelines.atomic import write_json
 from policies.search_space import Point, common_points
-from policies.verdicts import interval
+from policies.verdicts import interval, plain
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def report(run: SweepRun, table: Table) -> Path:
         "mlflow_run_id": run.tracker.run_id,
     }
     path = run.directory / "summary.json"
-    write_json(path, _plain(summary))
+    write_json(path, plain(summary))
     run.tracker.artifact(figures)
     run.tracker.artifact(path)
     run.display.console.print(lines(run.metric, table))
@@ -189,15 +189,6 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     about = {key: value for key, value in vars(outcome).items() if key != "trial"}
     run_id = trial.manifest().get("mlflow_run_id")
     return {"name": trial.name, "point": trial.point, "seed": trial.seed, **about, "mlflow_run_id": run_id}
-
-
-def _plain(content: Any) -> Any:
-    """JSON has no nan: null."""
-    if isinstance(content, Mapping):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    return None if isinstance(content, float) and not np.isfinite(content) else content
 
 
 def _short(value: Any) -> str:

@@ -75,13 +75,6 @@ def effective_sample_size(distances: np.ndarray, dimension: int, seed: int = 0) 
     return Estimate(solve(mean), *(end if np.isnan(end) else solve(end) for end in (high, low)))
 
 
-def fresh_limit(
-    n_real: int, n_synthetic: int, sampling_bias: float, dimension: int, universes: int, seed: int
-) -> np.ndarray:
-    """W2² (universes,) of the fresh-data loop's steady state, each averaged over generations; it forgets its n_ini."""
-    return _limits(n_real, n_synthetic, sampling_bias, (universes, dimension), seed)[0]
-
-
 def largest_admissible(
     n_real: int, sampling_bias: float, dimension: int, universes: int, seed: int, most: int = 10_000
 ) -> Admissible:
@@ -90,7 +83,7 @@ def largest_admissible(
 
     @cache
     def excess(n_synthetic: int) -> tuple[np.ndarray, ...]:
-        loop, alone = _limits(n_real, n_synthetic, sampling_bias, (universes, dimension), seed)
+        loop, alone = limits(n_real, n_synthetic, sampling_bias, (universes, dimension), seed)
         return interval(loop - alone)
 
     def largest(part: int) -> int | None:
@@ -107,10 +100,11 @@ def _largest(accepted: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _limits(
+def limits(
     n_real: int, n_synthetic: int, sampling_bias: float, shape: tuple[int, int], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Time averages (universes,) of W2² of the loop's models, and of fits to their new real samples alone."""
+    """Averages over generations of W2² (universes,): the fresh-data loop's in its steady state, which forgets its
+    n_ini, and that of fits to its new real samples alone. ``shape`` is (universes, d)."""
     total, truth = n_real + n_synthetic, (np.zeros(shape), np.broadcast_to(np.eye(shape[1]), (*shape, shape[1])))
     real_random, random = np.random.default_rng(seed).spawn(2)
     # Begun at the exact steady state's expectations, the loop has only fluctuations to forget, by λq a generation.

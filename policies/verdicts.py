@@ -5,8 +5,9 @@ and diversity (recall) are judged apart, since a biased loop can gain the one by
 2307.01850).
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import exp, isnan, log1p, nan
+from math import exp, isfinite, log1p, nan
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +88,11 @@ def mad_verdict(distance: Verdict, quality: Verdict | None, diversity: Verdict |
                 f"with this spread it takes about {part.seeds_needed}."
             )
     answer = {"degrades": "yes", "improves": "no", "holds": "no", "undecided": "undecided"}[distance.verdict]
-    return {"goes_mad": answer, **{name: _plain(part) for name, part in parts.items()}, "warnings": warnings}
+    return {
+        "goes_mad": answer,
+        **{name: plain(part and asdict(part)) for name, part in parts.items()},
+        "warnings": warnings,
+    }
 
 
 def forgetting_time(small: np.ndarray, large: np.ndarray, share: float = 0.1) -> int | None:
@@ -139,8 +144,12 @@ def _seeds_needed(changes: np.ndarray, limit: float) -> int:
     return int(deciding[0]) if deciding.size else MOST_SEEDS
 
 
-def _plain(verdict: Verdict | None) -> dict[str, Any] | None:
-    """JSON has no nan: what is unknown is null."""
-    if verdict is None:
-        return None
-    return {key: None if isinstance(v, float) and isnan(v) else v for key, v in asdict(verdict).items()}
+def plain(content: Any) -> Any:
+    """``content`` for JSON, which has no arrays and no nan: lists, and null for what is unknown."""
+    if isinstance(content, np.ndarray):
+        content = content.tolist()
+    if isinstance(content, Mapping):
+        return {key: plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return None if isinstance(content, float) and not isfinite(content) else content

@@ -9,8 +9,8 @@ from scipy.linalg import sqrtm
 from policies.effective_samples import (
     effective_sample_size,
     expected_distance,
-    fresh_limit,
     largest_admissible,
+    limits,
     wasserstein_squared,
 )
 from policies.verdicts import interval
@@ -104,7 +104,7 @@ def test_limit_is_that_of_the_loop_itself(
         drawn = mean[:, None] + rng.standard_normal((universes, n_synthetic, dimension)) @ root.mT
         mean, covariance = fit(np.concatenate([real, drawn], axis=1))
         distances.append(wasserstein_squared(mean, covariance))
-    limit = fresh_limit(n_real, n_synthetic, sampling_bias, dimension, universes, seed=2)
+    limit = limits(n_real, n_synthetic, sampling_bias, (universes, dimension), seed=2)[0]
     assert limit.shape == (universes,)
     assert_equal_means(limit, np.mean(distances[12:], axis=0))
 
@@ -112,7 +112,7 @@ def test_limit_is_that_of_the_loop_itself(
 @pytest.mark.parametrize(("n_real", "n_synthetic", "dimension"), [(1000, 500, 1), (1000, 1000, 2)])
 def test_unbiased_synthetic_data_are_worth_their_share(n_real: int, n_synthetic: int, dimension: int) -> None:
     """n_e/n_r → 1 + q for n_r ≫ d; here to 2 %."""
-    limit = fresh_limit(n_real, n_synthetic, 1.0, dimension, universes=10_000, seed=0)
+    limit = limits(n_real, n_synthetic, 1.0, (10_000, dimension), seed=0)[0]
     expected = 1 + n_synthetic / (n_real + n_synthetic)
     assert effective_sample_size(limit, dimension).value / n_real == pytest.approx(expected, rel=0.02)
 
@@ -136,7 +136,7 @@ def test_largest_admissible_is_where_the_effective_share_is_one(
     most = largest_admissible(n_real, bias, dimension, universes, seed=0, most=200).n_synthetic
     assert most is not None
     shares = [
-        effective_sample_size(fresh_limit(n_real, n, bias, dimension, 2 * universes, seed=1), dimension).value / n_real
+        effective_sample_size(limits(n_real, n, bias, (2 * universes, dimension), seed=1)[0], dimension).value / n_real
         for n in (most // 2, most, 2 * most)
     ]
     assert shares[0] > 1.01

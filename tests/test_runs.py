@@ -11,10 +11,10 @@ from rich.console import Console, RenderableType
 
 from orchestration.config import ConfigError
 from orchestration.runs import (
+    RunInfo,
     differing_keys,
     find_run,
     list_runs,
-    read_run,
     remove,
     render_compare,
     render_list,
@@ -68,7 +68,7 @@ def row_of(text: str, first: str) -> list[str]:
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path, "calm-heron", SUMMARY))
+    run = RunInfo(make_run(tmp_path, "calm-heron", SUMMARY))
     assert (run.name, run.loop, run.status, run.committed_step, run.total_steps) == (
         *("calm-heron", "ddpo", "FINISHED"),
         *(80, 80),
@@ -85,7 +85,7 @@ def test_a_running_run_is_read_from_its_steps(tmp_path: Path) -> None:
         {"step": 3, "timestamp_ms": 70_000, "reward/mean": 0.7, "evaluator/full": 0.45},
     ]
     (directory / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "rew')
-    run = read_run(directory)
+    run = RunInfo(directory)
     assert (run.reward_before, run.reward_after, run.accuracy_before, run.accuracy_after) == (0.5, 0.7, 0.4, 0.45)
     assert run.wall_seconds == 60
     assert row_of(text_of(render_list([run])), "going") == [
@@ -98,7 +98,7 @@ def test_a_running_run_is_read_from_its_steps(tmp_path: Path) -> None:
 
 def test_no_evaluator_is_not_a_number_from_elsewhere(tmp_path: Path) -> None:
     summary = {**SUMMARY, "evaluator_accuracy_before": None, "evaluator_accuracy_after": None}
-    run = read_run(make_run(tmp_path, "blind", summary))
+    run = RunInfo(make_run(tmp_path, "blind", summary))
     assert run.accuracy_after is None
     assert row_of(text_of(render_list([run])), "blind")[-2:] == ["–", "4m37s"]
 
@@ -167,12 +167,12 @@ def test_show(tmp_path: Path) -> None:
 
 
 def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
-    one = read_run(make_run(tmp_path, "one", SUMMARY))
+    one = RunInfo(make_run(tmp_path, "one", SUMMARY))
     config = {
         "training": {"steps": 80, "learning_rate": 3e-4},
         "reward": {"function": "sentence_cosine", "encoder": "x"},
     }
-    two = read_run(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
+    two = RunInfo(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
     assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "reward.encoder": [None, "x"]}
     text = text_of(render_compare(["one", "two"], tmp_path))
     assert row_of(text, "training.learning_rate") == ["training.learning_rate", "0.0001", "0.0003"]
@@ -192,6 +192,6 @@ def test_a_run_is_removed_unless_it_is_being_run(tmp_path: Path) -> None:
     with (busy / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="busy is being run by another process"):
-            remove(read_run(busy))
-    remove(read_run(free))
+            remove(RunInfo(busy))
+    remove(RunInfo(free))
     assert [path.name for path in tmp_path.iterdir()] == ["busy"]
