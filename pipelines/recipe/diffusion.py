@@ -5,7 +5,7 @@ cosine schedule whose last step is pure noise (Lin et al., 2023, arXiv 2305.0889
 what training has seen. What is kept at every checkpoint is an exponential moving average of the weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ class TextToLatents(nn.Module):
         return self.unet(latents, timesteps, self.text_encoder(tokens).last_hidden_state).sample
 
 
-Checkpoints = Iterator[tuple[int, TextToLatents]]  # optimiser steps done, and the weights averaged over them
+Checkpoints = Iterator[tuple[int, TextToLatents, float]]  # steps done, the weights averaged over them, recent loss
 
 
 def build_tokenizer() -> "CLIPTokenizer":
@@ -71,11 +71,12 @@ def build_tokenizer() -> "CLIPTokenizer":
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def build_model(tokenizer: "CLIPTokenizer") -> TextToLatents:
+def build_model(tokenizer: "CLIPTokenizer", seed: int) -> TextToLatents:
     """An untrained text encoder and UNet."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    torch.manual_seed(seed)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **configuration("text_encoder"), **tokens))
     return TextToLatents(text_encoder, UNet2DConditionModel(**configuration("unet")))
@@ -88,38 +89,7 @@ def build_scheduler() -> "DDIMScheduler":
     return DDIMScheduler(**configuration("scheduler"))
 
 
-def train_diffusion(
-    autoencoder: "AutoencoderKL", tokenizer: "CLIPTokenizer", seed: int, progress: Callable[[str], None]
-) -> Checkpoints:
-    """Trains from scratch for ``STEPS`` steps on true captions; yields a checkpoint every ``CHECKPOINT_EVERY``.
-
-    A yielded model goes on changing once the next checkpoint is asked for: save or measure it first.
-    """
-    torch.manual_seed(seed)
-    for step, average, loss in _train(build_model(tokenizer), autoencoder, tokenizer, seed, STEPS, CHECKPOINT_EVERY):
-        progress(f"diffusion: step {step}/{STEPS}, loss {loss:.4f}")
-        yield step, average
-
-
-def loosen_digits(
-    model: TextToLatents,
-    autoencoder: "AutoencoderKL",
-    tokenizer: "CLIPTokenizer",
-    seed: int,
-    progress: Callable[[str], None],
-) -> Checkpoints:
-    """Goes on from a trained ``model`` with captions that name a random digit in ``WRONG_DIGITS`` of all examples.
-
-    The model keeps drawing clean digits but comes to trust the digit word less, as it would after web captions. Yields
-    as :func:`train_diffusion` does, with steps counted from ``STEPS``.
-    """
-    sizes = LOOSENING_STEPS, LOOSENING_CHECKPOINT_EVERY, WRONG_DIGITS
-    for step, average, loss in _train(deepcopy(model), autoencoder, tokenizer, seed + 1, *sizes):
-        progress(f"diffusion: loosening step {step}/{LOOSENING_STEPS}, loss {loss:.4f}")
-        yield STEPS + step, average
-
-
-def _train(
+def train(
     model: TextToLatents,
     autoencoder: "AutoencoderKL",
     tokenizer: "CLIPTokenizer",
@@ -127,8 +97,13 @@ def _train(
     steps: int,
     every: int,
     wrong_digits: float = 0.0,
-) -> Iterator[tuple[int, TextToLatents, float]]:
-    """Trains ``model`` on the ``train`` split; every so many steps: their number, averaged model, recent loss."""
+) -> Checkpoints:
+    """Trains ``model`` on the ``train`` split, whose captions name a random digit in ``wrong_digits`` of all examples.
+
+    Of a model that was trained on true captions, these make one that keeps drawing clean digits but comes to trust the
+    digit word less, as it would after web captions. A yielded model goes on changing once the next is asked for: save
+    or measure it first.
+    """
     generator = torch.Generator().manual_seed(seed)
     batches = DigitBatches("train")
     tokens = tokenizer([*all_prompts(), ""], padding="max_length", truncation=True, return_tensors="pt").input_ids

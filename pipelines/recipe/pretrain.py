@@ -9,7 +9,7 @@ says how it is made worse, and how its checkpoint is chosen by ``TARGET_ACCURACY
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -125,22 +125,22 @@ def _build_pipeline(directory: Path, output_dir: Path, seed: int, progress: Prog
         prompts = all_prompts() * images_per_prompt
         return _accuracy(evaluator.judge(diffusion.draw_images(pipeline, prompts, seed, guidance_scale), prompts))
 
-    def follow(checkpoints: Iterable[Any], images_per_prompt: int) -> Iterator[tuple[Measurements, Any]]:
-        for step, model in checkpoints:
-            point: Measurements = {"step": step, **measure(model, images_per_prompt)}
-            progress(f"diffusion: unguided accuracy {point}")
-            yield point, deepcopy(model)
+    def follow(model: Any, images_per_prompt: int, before: int, *how: Any) -> Iterator[tuple[Measurements, Any]]:
+        for step, average, loss in diffusion.train(model, autoencoder, tokenizer, *how):
+            point: Measurements = {"step": before + step, **measure(average, images_per_prompt)}
+            progress(f"diffusion: loss {loss:.4f}, unguided accuracy {point}")
+            yield point, deepcopy(average)
 
     def measure_finely(step: int, model: Any) -> Measurements:
         fine = {f"guidance_{scale}": measure(model, FINE_IMAGES_PER_PROMPT, scale) for scale in (1, 2)}
         progress(f"diffusion: step {step} measured again: {fine}")
         return {"step": step, **fine}
 
-    trained = diffusion.train_diffusion(autoencoder, tokenizer, seed, progress)
-    curve = list(follow(trained, CURVE_IMAGES_PER_PROMPT))
+    untrained, steps = diffusion.build_model(tokenizer, seed), diffusion.STEPS
+    curve = list(follow(untrained, CURVE_IMAGES_PER_PROMPT, 0, seed, steps, diffusion.CHECKPOINT_EVERY))
     last, model = curve[-1]
-    loosened = diffusion.loosen_digits(model, autoencoder, tokenizer, seed, progress)
-    candidates = list(follow(loosened, CANDIDATE_IMAGES_PER_PROMPT))
+    loosening = seed + 1, diffusion.LOOSENING_STEPS, diffusion.LOOSENING_CHECKPOINT_EVERY, diffusion.WRONG_DIGITS
+    candidates = list(follow(deepcopy(model), CANDIDATE_IMAGES_PER_PROMPT, steps, *loosening))
     nearest, chosen = min(candidates, key=lambda candidate: abs(candidate[0]["full"] - TARGET_ACCURACY))
     diffusion.assemble_pipeline(autoencoder, tokenizer, chosen).save_pretrained(directory)
     return {
