@@ -270,11 +270,7 @@ class _SystemMetrics(threading.Thread):
 
 
 def deliver_rest(
-    directory: Path,
-    settings: TrackingSettings,
-    say: Callable[[str], None],
-    patience: float = _DONE_SECONDS,
-    killed: Sequence[str] = (),
+    directory: Path, settings: TrackingSettings, say: Callable[[str], None], killed: Sequence[str] = ()
 ) -> int:
     """Deliver what the outbox of a run that is over still holds. Returns how many records are left.
 
@@ -286,7 +282,7 @@ def deliver_rest(
     outbox = Outbox(directory / "outbox", store.deliver, say)
     end = {"kind": "status", "status": "KILLED", "timestamp_ms": _now()}
     outbox.put(*({"run": run_id, **end} for run_id in killed))
-    outbox.drain(patience)
+    outbox.drain(_DONE_SECONDS)
     outbox.close()
     return outbox.waiting
 

@@ -273,7 +273,7 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
 
     server.start()
     for _ in range(2):
-        assert deliver_rest(tmp_path / "run", settings, said.append, 30) == 0
+        assert deliver_rest(tmp_path / "run", settings, said.append) == 0
         assert points_of(first, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4), (3, 0.5)]
         assert len(client_of(first).list_artifacts(first.run_id, "images")) == 4
         assert client_of(first).get_run(first.run_id).info.status == "KILLED"
