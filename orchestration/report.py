@@ -197,6 +197,6 @@ def draw(directory: Path) -> Path:
     labels = [f"step {int(path.stem.removeprefix('step-'))}" for path in picked]
     generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
-    start |= {key: value for key, value in first.items() if key.startswith("evaluator/")}
+    start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
     curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
     return figures

@@ -134,7 +134,10 @@ def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any]) -> 
     if trial.over():
         return
     trial.note(error=None)
-    config = sweep.trial_config(trial.point, trial.seed, {"output_dir": str(trial.directory), "tracking": {**tracking}})
+    # A member of a population takes weights from others: its own past is no measure of it.
+    own = {"evaluation.patience": 0} if copies and sweep.loop == "ddpo" else {}
+    place = {"output_dir": str(trial.directory), "tracking": {**tracking}}
+    config = sweep.trial_config(trial.point, trial.seed, own | place)
     try:
         if sweep.loop == "mad":
             from orchestration.mad import run_mad

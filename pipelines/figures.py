@@ -5,7 +5,7 @@ that every pixel of a 16-pixel image is seen as it is; large ones are reduced. N
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,9 @@ def curves(path: Path, history: _History) -> None:
     panels = {
         "reward": (_draw_reward, ["reward/mean"]),
         "held-out accuracy": (_draw_accuracy, ["evaluator/full", *_slots(history)]),
+        "captioner–evaluator agreement": (_of("evaluator/agreement", "blue"), ["evaluator/agreement"]),
+        "diversity of held-out images": (_of("evaluation/diversity", "orange"), ["evaluation/diversity"]),
+        "KL to the base (nats an image)": (_of("evaluation/kl_to_base", "purple"), ["evaluation/kl_to_base"]),
         "approximate KL": (_draw_kl, ["policy/approximate_kl"]),
         "share of clipped transitions": (_draw_clip, ["policy/clip_fraction"]),
         "gradient norm": (_draw_gradient, ["policy/gradient_norm"]),
@@ -139,10 +142,20 @@ def _draw_accuracy(axes: "Axes", history: _History) -> None:
     for colour, key in zip(cycle(("orange", "purple", "red", "blue")), _slots(history), strict=False):
         label = key.removeprefix("evaluator/")
         axes.plot(*_series(history, key), color=_LINES[colour], linewidth=1, alpha=0.75, label=label)
-    steps, values = _series(history, "evaluator/full")
-    if len(steps):
-        axes.plot(steps, values, "o-", color=_LINES["green"], linewidth=2, markersize=3, label="all words right")
+    for key, style, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
+        steps, values = _series(history, key)
+        if len(steps):
+            axes.plot(steps, values, style, color=_LINES["green"], linewidth=2, markersize=3, label=label)
     _legend(axes)
+
+
+def _of(key: str, colour: str) -> Callable[["Axes", _History], None]:
+    """Draws one metric of the evaluations."""
+
+    def draw(axes: "Axes", history: _History) -> None:
+        axes.plot(*_series(history, key), "o-", color=_LINES[colour], linewidth=2, markersize=3)
+
+    return draw
 
 
 def _draw_kl(axes: "Axes", history: _History) -> None:
