@@ -46,12 +46,6 @@ def _web_address(url: str) -> str:
     return url
 
 
-def _about_prompt(question: str) -> str:
-    if "{prompt}" not in question:
-        raise ValueError("has to hold {prompt}, where the prompt is to stand")
-    return question
-
-
 class HttpOptions(RewardOptions):
     """Whatever the server at ``url`` computes."""
 
@@ -63,9 +57,10 @@ class JudgeOptions(HttpOptions):
     """A vision–language model behind an endpoint of OpenAI's form: its number from 0 to ``scale``, divided by that."""
 
     model: str = Field(description="its name there")
-    question: Annotated[str, AfterValidator(_about_prompt)] = Field(
+    question: str = Field(
         'How well does this image show "{prompt}"? Answer with one number from 0 (not at all) to {scale} (perfectly), '
         "and nothing else.",
+        pattern=r"\{prompt\}",
         description="may hold {scale}; the first number of the answer counts",
     )
     scale: float = Field(10, gt=0, description="the largest number of an answer")
