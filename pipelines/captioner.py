@@ -1,4 +1,4 @@
-"""Images into captions with a BLIP captioning model, greedily, so that a caption is a function of the image."""
+"""Images into captions with a BLIP or BLIP-2 model, greedily, so that a caption is a function of the image."""
 
 import numpy as np
 import torch
@@ -9,24 +9,29 @@ from policies.health import SickNumbers
 
 
 class Captioner:
-    """Any ``BlipForConditionalGeneration`` with its own image processor and tokenizer."""
+    """Any ``BlipForConditionalGeneration`` or ``Blip2ForConditionalGeneration`` with its processor and tokenizer."""
 
     def __init__(self, settings: CaptionerSettings, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
+        import transformers
 
         if settings.path is None:
             raise ValueError("captioner.path is null: there is no captioner to load")
         path = resolve_model(settings.path)
         self.device = torch.device(device)
-        self.model = BlipForConditionalGeneration.from_pretrained(path, use_safetensors=True).eval().to(self.device)
-        self.image_processor = BlipImageProcessorPil.from_pretrained(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        if kind not in ("blip", "blip-2"):
+            raise ValueError(f"captioner.path {settings.path}: {kind} is no captioner; name a model of BLIP or BLIP-2")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(path, use_safetensors=True)
+        self.model = model.eval().to(self.device)
+        self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.max_new_tokens = settings.max_new_tokens
 
     @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
         """Captions of ``images`` (batch, height, width, 3) uint8. Raises SickNumbers if a caption is empty."""
-        pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.model.vision_model.dtype)
         tokens = self.model.generate(
             pixel_values=pixels, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         )

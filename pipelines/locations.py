@@ -40,8 +40,13 @@ def resolve_model(path: str) -> str:
 
 
 def check_model(path: str, marker: str, what: str) -> None:
-    """Raise ValueError unless ``path`` is a directory holding ``marker`` or could be a hub name that can be reached."""
+    """Raise ValueError unless ``path`` is a directory holding ``marker`` or could be a hub name that can be reached.
+
+    Without a marker it has to be a file.
+    """
     found = find(path)
+    if not marker and not (found and found.is_file()):
+        raise ValueError(f"{what}: there is no file {path!r}")
     if found is not None:
         if not (found / marker).is_file():
             raise ValueError(f"{what}: {found} has no {marker}; point it at a directory that save_pretrained wrote")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import CLIPTokenizer
+    from transformers import BertTokenizerFast, CLIPTokenizer
 
 WORDS = (
     *("a", "an", "on", "background", "red", "green", "blue", "orange", "black", "white", "gray"),
@@ -173,26 +173,131 @@ def build_tiny_pixels(directory: Path, seed: int = 0) -> Path:
 def build_tiny_captioner(directory: Path, image_size: int = 16, seed: int = 0) -> Path:
     """Save a ``BlipForConditionalGeneration`` and its processor. Its captions are words, though not true ones."""
     import torch
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    torch.manual_seed(seed)
+    tokenizer = _bert_tokenizer()
+    model = BlipForConditionalGeneration(_blip_config(tokenizer, image_size))
+    with torch.no_grad():  # a caption of special tokens alone would be empty
+        model.text_decoder.get_output_embeddings().bias[: len(_SPECIAL)] = -1e4
+    model.save_pretrained(directory)
+    BlipProcessor(image_processor=_blip_images(image_size), tokenizer=tokenizer).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_vqa(directory: Path, seed: int = 0) -> Path:
+    """Save a ``BlipForQuestionAnswering`` of 16 px, whose answers start with [DEC], and its processor."""
+    import torch
+    from transformers import BlipForQuestionAnswering, BlipProcessor
+
+    torch.manual_seed(seed)
+    tokenizer = _bert_tokenizer()
+    config = _blip_config(tokenizer, 16, initializer_range=0.2, bos_token_id=tokenizer.convert_tokens_to_ids("[DEC]"))
+    BlipForQuestionAnswering(config).save_pretrained(directory)
+    BlipProcessor(image_processor=_blip_images(16), tokenizer=tokenizer).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_blip2(directory: Path, seed: int = 0) -> Path:
+    """Save a ``Blip2ForConditionalGeneration`` of 16 px around an OPT, and its processor."""
+    import torch
     from transformers import (
-        BertTokenizerFast,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessorPil,
-        BlipProcessor,
-        BlipTextConfig,
-        BlipVisionConfig,
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
     )
 
     torch.manual_seed(seed)
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
-    tokenizer = BertTokenizerFast(
-        vocab={token: index for index, token in enumerate((*special, *WORDS))},
+    tokenizer = _bert_tokenizer()
+    processor = Blip2Processor(image_processor=_blip_images(16), tokenizer=tokenizer, num_query_tokens=2)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wide = shape | {"intermediate_size": 32, "initializer_range": 1.0}
+    text = OPTConfig(
+        **shape,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=32,
+        init_std=1.0,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(**wide, image_size=16, patch_size=4).to_dict(),
+        qformer_config=Blip2QFormerConfig(**wide, vocab_size=len(tokenizer)).to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=2,
+        image_token_index=len(tokenizer) - 1,
+        initializer_range=1.0,
+    )
+    Blip2ForConditionalGeneration(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def build_tiny_clip(directory: Path, seed: int = 0) -> Path:
+    """Save a ``CLIPModel`` of 16 px, 12 numbers wide, and its processor."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPVisionConfig
+
+    torch.manual_seed(seed)
+    tokenizer = _clip_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**shape, image_size=16, patch_size=4, initializer_factor=10.0)
+    text = _text_encoder(CLIPTextModel, tokenizer).config
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    CLIPModel(config).save_pretrained(directory)
+    size = {"shortest_edge": 16}
+    CLIPImageProcessorPil(size=size, crop_size={"height": 16, "width": 16}).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def build_tiny_encoder(directory: Path, seed: int = 0) -> Path:
+    """Save a ``BertModel`` of three layers and its tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    tokenizer = _bert_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    BertModel(BertConfig(**shape, vocab_size=len(tokenizer), initializer_range=0.5)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+
+
+def _bert_tokenizer() -> "BertTokenizerFast":
+    from transformers import BertTokenizerFast
+
+    return BertTokenizerFast(
+        vocab={token: index for index, token in enumerate((*_SPECIAL, *WORDS))},
         model_max_length=_TEXT_LENGTH,
         model_input_names=["input_ids", "attention_mask"],
     )
-    image_processor = BlipImageProcessorPil(
-        size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+
+
+def _blip_images(image_size: int) -> Any:
+    from transformers import BlipImageProcessorPil
+
+    size = {"height": image_size, "width": image_size}
+    return BlipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def _blip_config(
+    tokenizer: "BertTokenizerFast",
+    image_size: int,
+    initializer_range: float = 1.0,
+    bos_token_id: int | None = None,  # [CLS]
+) -> Any:
+    from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
+
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     # The default range of BLIP's vision weights, 1e-10, would make it blind.
     vision = BlipVisionConfig(**shape, image_size=image_size, patch_size=image_size // 4, initializer_range=1.0)
@@ -201,22 +306,14 @@ def build_tiny_captioner(directory: Path, image_size: int = 16, seed: int = 0) -
         vocab_size=len(tokenizer),
         projection_dim=16,
         max_position_embeddings=32,  # it never ends a caption by itself
-        initializer_range=1.0,
-        bos_token_id=tokenizer.cls_token_id,
+        initializer_range=initializer_range,
+        bos_token_id=tokenizer.cls_token_id if bos_token_id is None else bos_token_id,
         eos_token_id=tokenizer.sep_token_id,
         sep_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = BlipForConditionalGeneration(
-        BlipConfig(
-            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16, image_text_hidden_size=16
-        )
-    )
-    with torch.no_grad():  # a caption of special tokens alone would be empty
-        model.text_decoder.get_output_embeddings().bias[: len(special)] = -1e4
-    model.save_pretrained(directory)
-    BlipProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(directory)
-    return directory
+    configs = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    return BlipConfig(**configs, projection_dim=16, image_text_hidden_size=16)
 
 
 def _autoencoder(image_size: int, shift_factor: float | None = None) -> "AutoencoderKL":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from pipelines.rewards import RewardError, load_reward, score
 from pipelines.rewards.jpeg import jpeg_kilobytes
-from pipelines.rewards.options import CosineOptions, parse_options
+from pipelines.rewards.options import BertScoreOptions, CosineOptions, parse_options
 from pipelines.rewards.text import BertScore, SentenceCosine
 from policies.health import SickNumbers
+from tests.models import build_tiny_encoder
 
 COLOURS, NUMBERS, GROUNDS = ("red", "orange", "purple"), ("seven", "two", "nine"), ("black", "white", "gray")
 PROMPTS = [f"a {c} {n} on a {g} background" for c in COLOURS for n in NUMBERS for g in GROUNDS]
@@ -61,18 +63,18 @@ def test_bertscore_is_greedy_matching(token_vectors: Callable[[str], np.ndarray]
         values = {name: float(np.mean(cosines)) for name, cosines in best.items()}
         values["f1"] = 2 / (1 / values["precision"] + 1 / values["recall"])
         expected.append(values[part])
-    scores = score(BertScore(CosineOptions(), part), NO_IMAGES, PROMPTS, CAPTIONS)
+    scores = score(BertScore(BertScoreOptions(), part), NO_IMAGES, PROMPTS, CAPTIONS)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_precision_and_recall_are_not_mixed_up() -> None:
     """A caption that says only a part is precise, one that says more has recall."""
     prompt, part = "a red seven on a black background", "a red seven"
-    short = BertScore(CosineOptions(), "f1").score_pair(prompt, part)
-    long = BertScore(CosineOptions(), "f1").score_pair(part, prompt)
+    short = BertScore(BertScoreOptions(), "f1").score_pair(prompt, part)
+    long = BertScore(BertScoreOptions(), "f1").score_pair(part, prompt)
     assert short["precision"] > short["recall"] + 0.05
     assert long["recall"] == pytest.approx(short["precision"], abs=1e-12)
-    same = BertScore(CosineOptions(), "recall").score_pair(prompt, prompt)
+    same = BertScore(BertScoreOptions(), "recall").score_pair(prompt, prompt)
     assert same == pytest.approx({"precision": 1, "recall": 1, "f1": 1})
 
 
@@ -87,12 +89,76 @@ def test_right_captions_score_best(name: str) -> None:
 
 def test_a_score_does_not_depend_on_the_batch() -> None:
     prompts, captions = PROMPTS[-8:], CAPTIONS[-8:]
-    for kind in (SentenceCosine, lambda options: BertScore(options, "f1")):
-        together = kind(CosineOptions())(NO_IMAGES[:8], prompts, captions)
+    for name in ("sentence_cosine", "bertscore_f1", "strict"):
+        together = load_reward(name, parse_options(name, {}))(NO_IMAGES[:8], prompts, captions)
         for i in (0, 7):
-            np.testing.assert_array_equal(
-                together[i], kind(CosineOptions())(NO_IMAGES[:1], [prompts[i]], [captions[i]])[0]
-            )
+            alone = load_reward(name, parse_options(name, {}))(NO_IMAGES[:1], [prompts[i]], [captions[i]])
+            np.testing.assert_array_equal(together[i], alone[0])
+
+
+@pytest.mark.parametrize("layer", [None, 0, 2])
+def test_bertscore_of_a_layer_is_rescaled(tmp_path: Path, layer: int | None) -> None:
+    """Of any encoder, stopped after ``layer`` of its blocks; the template makes the reference."""
+    path = str(build_tiny_encoder(tmp_path))
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    if layer is not None:
+        model.encoder.layer = model.encoder.layer[:layer]
+
+    def vectors(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1].double()
+        return hidden / hidden.norm(dim=1, keepdim=True)
+
+    captions = [" ".join(caption.split()[:6]) for caption in CAPTIONS]
+    expected = []
+    for prompt, caption in zip(PROMPTS, captions, strict=True):
+        cosines = vectors(f"one {prompt}") @ vectors(caption).T
+        expected.append((float(cosines.max(dim=1).values.mean()) - 0.2) / 0.8)
+    given = {"model": path, "template": "one {prompt}", "layer": layer, "baseline": 0.2}
+    options = parse_options("bertscore_recall", given)
+    scores = score(load_reward("bertscore_recall", options), NO_IMAGES, PROMPTS, captions)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    assert np.ptp(scores) > 0.1
+    assert options.on_gpu
+    assert not parse_options("bertscore_recall", {}).on_gpu
+    with pytest.raises(ValueError, match=r"layer of bertscore_recall is 4, but .* has 3 layers"):
+        load_reward("bertscore_recall", parse_options("bertscore_recall", given | {"layer": 4}))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "share"),
+    [
+        ("a red seven on a black background", "a red seven on a black background", 1),
+        ("a red seven on a black background", "a red two on the black wall", 2 / 4),
+        ("a red seven on a black background", "BLACK, Seven. red; background!", 1),
+        ("a red seven on a black background", "a on a", 0),
+        ("a red seven on a black background", "redder sevens", 0),
+        ("The cat's red, RED hat", "hat of a red cat", 1),
+        ("two dogs and two cats", "dogs", 1 / 3),
+        ("a well-known café", "the café is well lit", 2 / 3),
+        ("route 66", "66", 1 / 2),
+    ],
+)
+def test_strict_is_the_share_of_facts(prompt: str, caption: str, share: float) -> None:
+    reward = load_reward("strict", parse_options("strict", {}))
+    assert reward(NO_IMAGES[:1], [prompt], [caption])[0] == pytest.approx(share, abs=1e-12)
+
+
+def test_strict_over_many_captions_counts_what_they_share() -> None:
+    reward = load_reward("strict", parse_options("strict", {"ignored": "a on background"}))
+    shares = set()
+    for captions in (CAPTIONS, PROMPTS[1:] + PROMPTS[:1]):
+        for prompt, caption, found in zip(PROMPTS, captions, score(reward, NO_IMAGES, PROMPTS, captions), strict=True):
+            _, colour, number, _, _, ground, _ = prompt.split()
+            said = caption.lower().replace(",", "").split()
+            shares.add(sum(fact in said for fact in (colour, number, ground)))
+            assert found == pytest.approx(sum(fact in said for fact in (colour, number, ground)) / 3)
+    assert shares == {0, 1, 2}
+
+
+def test_a_prompt_without_facts_is_an_error() -> None:
+    with pytest.raises(RewardError, match="'It is on the' holds no word"):
+        score(load_reward("strict", parse_options("strict", {})), NO_IMAGES[:1], ["It is on the"], ["a cat"])
 
 
 def noisy_images() -> np.ndarray:

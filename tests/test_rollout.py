@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipelines.settings import CaptionerSettings, ModelSettings
 from pipelines.trainable import to_numpy
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings, TrainingSettings
-from tests.models import PROMPTS, build_tiny_captioner, build_tiny_pipeline
+from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
 
 BATCH = [prompt for prompt in PROMPTS for _ in range(3)][:8]
 SEEDS = [2**62 + index for index in range(8)]
@@ -191,13 +192,19 @@ def test_trajectories_are_joined_in_order_and_never_mixed(model: ModelSettings) 
         Trajectory.concatenate([*parts, newer])
 
 
-def test_captions_are_a_function_of_the_image(tiny_captioner: Path) -> None:
-    captioner = Captioner(CaptionerSettings(path=str(tiny_captioner), max_new_tokens=4))
+@pytest.mark.parametrize("build", [build_tiny_captioner, build_tiny_blip2])
+def test_captions_are_a_function_of_the_image(tmp_path: Path, build: Callable[[Path], Path]) -> None:
+    captioner = Captioner(CaptionerSettings(path=str(build(tmp_path)), max_new_tokens=4))
     images = np.random.default_rng(0).integers(0, 256, size=(6, 16, 16, 3), dtype=np.uint8)
     captions = captioner.caption(images)
     assert captions == [captioner.caption(image[None])[0] for image in images]
     assert len(set(captions)) > 1
     assert {len(caption.split()) for caption in captions} <= {3, 4}
+
+
+def test_a_model_that_is_no_captioner(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="clip is no captioner"):
+        Captioner(CaptionerSettings(path=str(build_tiny_clip(tmp_path))))
 
 
 def test_models_of_another_size(tmp_path: Path) -> None:

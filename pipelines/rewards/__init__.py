@@ -50,6 +50,14 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
         from pipelines.rewards.text import BertScore
 
         return BertScore(told, name.removeprefix("bertscore_"), device)
+    if name == "strict":
+        from pipelines.rewards.text import Strict
+
+        return Strict(told)
+    if name in ("blip_vqa", "clip_score", "aesthetic"):
+        from pipelines.rewards.images import Aesthetic, ClipScore, Vqa
+
+        return {"blip_vqa": Vqa, "clip_score": ClipScore, "aesthetic": Aesthetic}[name](told, device)
     if name.startswith("jpeg_"):
         from pipelines.rewards.jpeg import jpeg_kilobytes
 

