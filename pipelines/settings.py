@@ -21,7 +21,7 @@ class ModelSettings(Settings):
 
 
 class CaptionerSettings(Settings):
-    """The captioner: any BLIP or BLIP-2 captioning model, from a directory or the hub; null for rewards that need no caption."""
+    """The captioner: any of BLIP or BLIP-2, from a directory or the hub; null for rewards that need no caption."""
 
     path: str | None = "models/digits/captioner"
     max_new_tokens: int = Field(16, ge=1)
