@@ -47,7 +47,7 @@ def test_a_strangers_run_executes_nothing(
 ) -> None:
     manifest_in(stranger, loop, config, signature)
     named = "base.yaml" if loop == "sweep" else "strangers_code:prettiness"
-    with pytest.raises(ConfigError, match=rf"names code to import \({named}\).*--trust"):
+    with pytest.raises(ConfigError, match=rf"names code to import or a server to ask \({named}\).*--trust"):
         go_on(stranger, *([[]] if go_on is fork else []))
     assert not (stranger / "executed").exists()
 
