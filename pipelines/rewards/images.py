@@ -9,15 +9,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import transformers
 import yaml
 from annotated_types import Len
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from pipelines.locations import resolve_model
 from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
 from policies.settings import Settings
+
+
+def _load(kind: Any, path: str, device: str) -> Any:
+    return kind.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
 
 
 class _Question(Settings):
@@ -33,15 +39,10 @@ class Vqa:
     """
 
     def __init__(self, options: VqaOptions, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessorPil
-
         path = resolve_model(options.model)
-        self.model: Any = BlipForQuestionAnswering.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-        self.model.eval().to(device)
-        self.processor, self.tokenizer = (
-            BlipImageProcessorPil.from_pretrained(path),
-            AutoTokenizer.from_pretrained(path),
-        )
+        self.model = _load(transformers.BlipForQuestionAnswering, path, device)
+        self.processor: Any = transformers.BlipImageProcessorPil.from_pretrained(path)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.options = options
         self.own = read_questions(resolve_model(options.questions)) if options.questions else None
 
@@ -97,12 +98,9 @@ class _Clip:
     """A ``CLIPModel`` with its image processor."""
 
     def __init__(self, options: ClipScoreOptions | AestheticOptions, device: str = "cpu") -> None:
-        from transformers import CLIPImageProcessorPil, CLIPModel
-
-        self.options, self.path = options, resolve_model(options.model)
-        self.model: Any = CLIPModel.from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
-        self.model.eval().to(device)
-        self.processor: Any = CLIPImageProcessorPil.from_pretrained(self.path)
+        self.path = resolve_model(options.model)
+        self.model = _load(transformers.CLIPModel, self.path, device)
+        self.processor: Any = transformers.CLIPImageProcessorPil.from_pretrained(self.path)
 
     def embed(self, images: np.ndarray) -> Tensor:
         """Unit embeddings (batch, width) of images."""
@@ -114,10 +112,8 @@ class ClipScore(_Clip):
     """Cosine of CLIP's embeddings of image and prompt, in [−1, 1]: neither scaled by 2.5 or 100, nor cut off at 0."""
 
     def __init__(self, options: ClipScoreOptions, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer
-
         super().__init__(options, device)
-        self.template, self.tokenizer = options.template, AutoTokenizer.from_pretrained(self.path)
+        self.template, self.tokenizer = options.template, transformers.AutoTokenizer.from_pretrained(self.path)
         self._text = cache(self._embed_text)
 
     @torch.inference_mode()
@@ -138,8 +134,6 @@ class Aesthetic(_Clip):
     """
 
     def __init__(self, options: AestheticOptions, device: str = "cpu") -> None:
-        from safetensors.torch import load_file
-
         super().__init__(options, device)
         held = load_file(resolve_model(options.head), device=device)
         numbered = (re.fullmatch(r"(.*?(\d+))\.weight", key) for key in held)

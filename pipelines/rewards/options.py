@@ -32,8 +32,8 @@ class RewardOptions(Settings):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it takes a share of a GPU where there is one."""
-        return False
+        """Whether it takes a share of a GPU where there is one: if a model is named (the default encoder is small)."""
+        return bool(self.model_paths)
 
     @property
     def model_paths(self) -> dict[str, str]:
@@ -60,10 +60,6 @@ class BertScoreOptions(RewardOptions):
     layer: int | None = Field(None, ge=0, description="hidden states to compare (0: the embeddings); null is the last")
     baseline: float | None = Field(None, lt=1, description="b of the rescaled score (x − b) / (1 − b); null: x itself")
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.model is not None  # the default is small, and each text is encoded once
-
 
 class StrictOptions(RewardOptions):
     """Share of the prompt's facts that the caption names."""
@@ -75,21 +71,11 @@ class StrictOptions(RewardOptions):
     )
 
 
-class _ModelOptions(RewardOptions):
-    """Of a model that looks at the image."""
-
-    models: ClassVar = {"model": "config.json"}
-    model: str = Field(description="directory or hub name")
-
-    @property
-    def on_gpu(self) -> bool:
-        return True
-
-
-class VqaOptions(_ModelOptions):
+class VqaOptions(RewardOptions):
     """Probability of an answer about the image, by a BlipForQuestionAnswering."""
 
     models: ClassVar = {"model": "config.json", "questions": ""}
+    model: str = Field(description="directory or hub name")
     question: Template = "does the image show {prompt}?"
     answer: str = Field("yes", min_length=1)
     questions: str | None = Field(
@@ -97,16 +83,19 @@ class VqaOptions(_ModelOptions):
     )
 
 
-class ClipScoreOptions(_ModelOptions):
+class ClipScoreOptions(RewardOptions):
     """Cosine of a CLIPModel's embeddings of image and prompt."""
 
+    models: ClassVar = {"model": "config.json"}
+    model: str = Field(description="directory or hub name")
     template: Template = Field("{prompt}", description="what the image is compared with")
 
 
-class AestheticOptions(_ModelOptions):
+class AestheticOptions(RewardOptions):
     """LAION's aesthetic predictor on a CLIPModel's embedding of the image."""
 
     models: ClassVar = {"model": "config.json", "head": ""}
+    model: str = Field(description="directory or hub name")
     head: str = Field(description="safetensors file of the head's linear layers")
 
 
