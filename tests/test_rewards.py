@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from pipelines.rewards import RewardError, load_reward, score
@@ -175,6 +177,16 @@ def test_jpeg_rewards_are_opposite_and_follow_noise() -> None:
     for name, sign in (("jpeg_incompressibility", 1), ("jpeg_compressibility", -1)):
         scores = score(load_reward(name, parse_options(name, {})), images, [""] * 4, None)
         np.testing.assert_array_equal(scores, sign * sizes)
+
+
+def test_jpeg_sizes_are_those_of_files(tmp_path: Path) -> None:
+    images = np.concatenate([noisy_images() // (1 + number) for number in range(6)])
+    sizes = []
+    for image in images:
+        Image.fromarray(image).save(tmp_path / "image.jpg", quality=95)
+        sizes.append((tmp_path / "image.jpg").stat().st_size / 1000)
+    assert len(set(sizes)) > 15
+    np.testing.assert_array_equal(jpeg_kilobytes(images), sizes)
 
 
 def test_own_reward_by_import_path() -> None:
