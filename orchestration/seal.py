@@ -31,8 +31,8 @@ def check_seal(directory: Path, manifest: dict[str, Any], trusted: bool) -> None
     named = sorted(set(_imports(manifest["config"])))
     if named:
         raise ConfigError(
-            f"{directory} names code to import or a server to ask ({', '.join(named)}) and was not begun by you on this machine: "
-            "read that code, then give the command again with --trust"
+            f"{directory} names code to import or a server to ask ({', '.join(named)}) and was not begun by you on "
+            "this machine: look at them, then give the command again with --trust"
         )
 
 

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from pathlib import Path
 
 import numpy as np
 import pytest
