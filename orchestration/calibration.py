@@ -67,6 +67,7 @@ class Finding:
     """
 
     means: dict[str, float]
+    compares_captions: bool
     prefers_fitting: bool
     spread: float
     rank_correlation: float | None
@@ -80,8 +81,8 @@ class Finding:
             return "all images of a prompt score the same: there is nothing to learn from"
         if self.rank_correlation is not None and self.rank_correlation < 0:
             return "it ranks images against the held-out measure: what it teaches is wrong"
-        if self.rank_correlation is None and not self.prefers_fitting:
-            return "it does not prefer images that fit their prompts: good for properties of an image, not for prompts"
+        if self.compares_captions and not self.prefers_fitting:
+            return "it does not prefer images that fit their prompts: it cannot teach them"
         return None
 
 
@@ -112,6 +113,7 @@ def _finding(crew: Crew, name: str, drawn: Evaluation, cases: dict[str, np.ndarr
     one, all_of_them = _seconds(crew, name, drawn, 1), _seconds(crew, name, drawn, None)
     return Finding(
         {case: float(each.mean()) for case, each in cases.items()},
+        crew.config.reward.functions[name].needs_captions,
         bool(gain.mean() > _CHANCE * gain.std() / np.sqrt(len(gain))),
         float(scores.std(axis=1).mean()),
         None if judged is None else _rank_correlation(scores, judged),

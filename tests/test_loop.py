@@ -209,6 +209,42 @@ def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
     assert found["reward_after"] == kept["evaluation/reward"] == first["evaluation/reward"]
 
 
+def test_a_check_says_which_rewards_can_teach(overrides: list[str], ray_session: None) -> None:
+    """Of actors without a learner: one that sees a difference, and one that does not."""
+    from orchestration.calibration import check, render
+
+    names = "{tests.rewards:redness: 1, tests.rewards:the_same: 1}"
+    found = check(configure(overrides, f"reward.function={names}", "actors.samplers=1"))
+    redness, same = found["tests.rewards:redness"], found["tests.rewards:the_same"]
+    assert same.objection == "all images of a prompt score the same: there is nothing to learn from"
+    assert same.means == {"true": 0.5, "shuffled": 0.5, "noise": 0.5}
+    assert redness.objection is None
+    assert redness.spread > 0.01
+    assert redness.means["true"] == pytest.approx(redness.means["shuffled"])  # it reads no prompt
+    assert abs(redness.means["noise"]) < 0.05 < redness.means["true"]
+    assert redness.rank_correlation is None
+    assert redness.milliseconds > 0 < redness.per_second
+    lines = "".join(str(part) for part in render(found).renderables[1:])
+    assert "tests.rewards:redness: can teach" in lines
+
+
+@pytest.mark.parametrize(
+    ("found", "objection"),
+    [
+        ((True, True, 0.1, 0.5), None),
+        ((False, False, 0.1, None), None),
+        ((True, True, 0.0, 0.5), "score the same"),
+        ((True, True, 0.1, -0.2), "ranks images against"),
+        ((True, False, 0.1, None), "does not prefer"),
+    ],
+)
+def test_what_speaks_against_a_reward(found: tuple[bool, bool, float, float | None], objection: str | None) -> None:
+    from orchestration.calibration import Finding
+
+    said = Finding({}, *found, 1.0, 1.0).objection
+    assert said is None if objection is None else objection in str(said)
+
+
 def test_a_reward_that_fails_stops_the_run_with_its_reason(
     overrides: list[str], ray_session: None, tmp_path: Path
 ) -> None:
