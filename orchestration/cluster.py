@@ -118,8 +118,12 @@ def _start_private(gpus: int) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     # Two helpers have nothing to do, and would take a fifth of a start's processor time: nothing scales a Ray on one
     # machine, and no driver is told what workers print. ``ray.init`` has no names for them.
-    vars(parameter)["RayParams"] = partial(vars(parameter)["RayParams"], no_monitor=True, include_log_monitor=False)
-    _init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False)
+    names, whole = vars(parameter), parameter.RayParams
+    names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False)
+    try:
+        _init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False)
+    finally:
+        names["RayParams"] = whole
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
         raise RuntimeError(f"Ray {ray.__version__} listens beyond this machine; start a cluster and set RAY_ADDRESS")
 
