@@ -118,7 +118,8 @@ def _start_private(gpus: int) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     # Two helpers have nothing to do, and would take a fifth of a start's processor time: nothing scales a Ray on one
     # machine, and no driver is told what workers print. ``ray.init`` has no names for them.
-    names, whole = vars(parameter), parameter.RayParams
+    names: dict[str, Any] = vars(parameter)
+    whole = names["RayParams"]
     names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False)
     try:
         _init("local", num_cpus=available_cpus(), num_gpus=gpus, include_dashboard=False)
