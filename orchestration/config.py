@@ -32,7 +32,7 @@ class EvaluationSettings(Settings):
     patience: int = Field(
         2,
         ge=0,
-        description="so many evaluations in a row below the best one end a run; its weights are kept. 0: the last are",
+        description="so many evaluations in a row below the best one end a run, which keeps its weights; 0: never",
     )
 
     def size_after(self, done: int, steps: int) -> int:

@@ -20,6 +20,7 @@ from orchestration.report import Report
 from pipelines.checkpoint import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
+from policies.over_optimisation import look_to_keep
 from policies.streams import PromptSchedule, derive_seed
 
 
@@ -106,8 +107,9 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
                 run.commit(state.tensors, known, crew.cpu_seconds())
         watch(run)
 
-    if report.best_step() not in (None, run.step):  # the weights that do best where nothing is trained
-        best, held_out = run.store.load(report.best_step()), None
+    kept = report.best_step(look_to_keep)
+    if kept not in (None, run.step):  # the last weights do worse than others did, where nothing is trained
+        best, held_out = run.store.load(kept), None
         crew.restore(LearnerState(best.tensors, best.state["weights_version"]))
     whole = held_out is not None and len(held_out.images) == config.evaluation.images
     after = held_out if held_out and whole else evaluate(config.evaluation.images)

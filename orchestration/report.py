@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from orchestration.evaluation import Evaluation
 from orchestration.html_report import kept_path, read_journal, write_report
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, write_durably, write_json
-from policies.over_optimisation import Look, best_look, over_optimised
+from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
 
 _GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
@@ -59,13 +60,13 @@ class Report:
             if "measure" in each  # not in runs of before there was one
         ]
 
-    def best_step(self) -> int | None:
-        """The step whose weights are to be kept: of those evaluated and committed, the best by the held-out measure.
-        None if nothing was evaluated, or the last weights are wanted."""
+    def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
+        """The step that is best by the held-out measure, of those evaluated and committed; with ``look_to_keep``, the
+        one whose weights are the run's result. None if nothing was evaluated, or the last weights are wanted."""
         if not self.run.config.evaluation.patience:
             return None
         committed = {self.run.step, *self.run.store.steps()}
-        best = best_look([look for look in self.looks() if look.step and look.step in committed])
+        best = of([look for look in self.looks() if look.step and look.step in committed])
         return best.step if best else None
 
     def over_optimised(self) -> bool:
@@ -83,7 +84,7 @@ class Report:
     def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, cpu_seconds: float) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
-        best = self.best_step() or run.step
+        best = self.best_step(look_to_keep) or run.step
         self._keep(best, after, {**values, "kept": True})
         figures = draw(run.directory)
         before = json.loads(self._path(0, "json").read_text())
@@ -115,7 +116,7 @@ class Report:
         run.tracker.artifact(path)
         run.tracker.artifact(write_report(run.directory, "FINISHED"))
         if best != run.step:
-            run.display.say(f"kept: the weights after step {best} of {run.step}, the best by the held-out measure")
+            run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
         self._say_result(before, values, figures)
         return path
 

@@ -37,6 +37,12 @@ def is_lower(look: Look, best: Look) -> bool:
     return bool(drop.mean() > max(_ERRORS * drop.std() / np.sqrt(size), 1e-12))
 
 
+def look_to_keep(looks: Sequence[Look]) -> Look | None:
+    """The last look, unless the best one is better by more than chance; None of none."""
+    best = best_look(looks)
+    return best if best is None or is_lower(looks[-1], best) else looks[-1]
+
+
 def over_optimised(looks: Sequence[Look], patience: int) -> str | None:
     """Why to stop, in words, if the last ``patience`` looks were each lower than the best one; else None.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policies.over_optimisation import Look, best_look, is_lower, over_optimised
+from policies.over_optimisation import Look, best_look, is_lower, look_to_keep, over_optimised
 
 
 def looks(*curve: tuple[int, float, float], size: int = 200, flips: float = 0.1) -> list[Look]:
@@ -22,6 +22,15 @@ def test_the_best_is_the_highest_and_of_equals_the_earliest() -> None:
     best = best_look([Look(0, right[:2] * 0, 0), Look(5, right, 1), Look(10, right[::-1], 2)])
     assert best is not None
     assert best.step == 5
+
+
+def test_the_last_is_kept_unless_the_best_was_better_by_more_than_chance() -> None:
+    assert look_to_keep([]) is None
+    kept = [
+        look_to_keep(looks((0, 0.5, 0.8), (10, best, 0.9), (20, last, 0.95)))
+        for best, last in ((0.9, 0.5), (0.9, 0.89))
+    ]
+    assert [look and look.step for look in kept] == [10, 20]
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
