@@ -26,8 +26,8 @@ def start(arguments: list[str], log: Path, environment: Mapping[str, str] | None
     )
 
 
-def wait_until(condition: Any, seconds: float, what: str) -> None:
+def wait_until(condition: Any, seconds: float, what: str, pause: float = 0.1) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        time.sleep(pause)

@@ -219,7 +219,7 @@ KILLED = [
     "rule=accumulate_subsample",
     "n_ini=60",
     "seeds=1000",
-    "generations=16",
+    "generations=24",
     "tracking.system_metrics=false",
 ]
 
@@ -250,7 +250,9 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, tmp_path: Path) -> Non
 
     for reached in (between, inside):
         process = start(command, log)
-        wait_until(lambda reached=reached, process=process: reached() or process.poll() is not None, 240, "the moment")
+        over = process.poll
+        wait_until(lambda reached=reached, over=over: reached() or over() is not None, 240, "the moment", pause=0.01)
+        assert over() is None, f"it ended before the moment came: {log.read_text()}"
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=10)
         before = tasks(directory)
