@@ -98,10 +98,10 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         run.record(step, metrics | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
             report.progress(step + 1, held_out)
-            run.store.pinned = report.best_step()
 
         if run.commit_due():
             with run.stage("commit"):
+                run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
                 known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
                 run.commit(state.tensors, known, crew.cpu_seconds())
