@@ -23,7 +23,7 @@ class RewardActor(Worker):
         super().__init__(threads, uses_torch=options.needs_captions or options.on_gpu)  # another may do without
         from pipelines.rewards import load_reward
 
-        self.name, self.function = name, load_reward(name, options, device)
+        self.function = load_reward(name, options, device)
 
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:
         """Scores (batch,) float64. Nothing is scored as zero: a function that fails is asked again, a few times.
