@@ -56,7 +56,7 @@ class PolicyLearner:
         self.micro_batch = micro_batch
         self.group = group or Group()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
     def learn(
