@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.worker import keep_memory
 from benchmarks.floor import Floor, Seconds, timed
 from benchmarks.peer import PACKAGES, Trl, environment
 from benchmarks.shared_pipelines import SIZES, random_pipeline
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, default=5.0, help="1: none, half the work")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     lines = measure(out, arguments.rounds, arguments.guidance)
