@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.failures import ActorLost
+from orchestration.ahead import Ahead
 from orchestration.calibration import calibrate, fitting_images
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
@@ -49,7 +50,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
 
 def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
-    prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
+    ahead = Ahead(run, crew, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
     history = PromptStatistics(config.advantage.history_size)
     held_out_prompts, held_out_seeds = fixed_work([*plan.prompts, *plan.unseen], config.evaluation.images)
     report = Report(run, held_out_prompts)
@@ -66,19 +67,18 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     else:
         crew.restore(LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"]))
         history.restore(run.checkpoint.state["prompt_statistics"])
+        ahead.redo(run.step, run.checkpoint.state.get("drawn_by"))
         run.display.say(f"resumed after step {run.step}")
 
     held_out: Evaluation | None = None
     for step in run.remaining_steps():
         if report.over_optimised():
             break
-        step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
-        seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
-
         with run.stage("sample"):
-            chunks = crew.samplers.rollout(step_prompts, seeds)
-            crew.score(chunks)
+            chunks = ahead.step(step)  # at depth 1 the next step is drawn from here on, while this one is learned from
             images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
+            step_prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
+            crew.acknowledge()
         try:
             with run.stage("reward"):
                 scores = crew.rewarded(chunks, f"step {step + 1}: rewards")
@@ -103,8 +103,8 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
             with run.stage("commit"):
                 run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
-                known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
-                run.commit(state.tensors, known, crew.cpu_seconds())
+                known = {"prompt_statistics": history.state(), "drawn_by": ahead.drawn_by}
+                run.commit(state, known, crew.cpu_seconds())
         watch(run)
 
     kept = report.best_step(look_to_keep)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from actors.settings import Role
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
@@ -21,7 +19,7 @@ from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import append_durably, write_durably, write_json
-from pipelines.checkpoint import CheckpointStore
+from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
@@ -40,6 +38,7 @@ class DdpoRun(Run):
         display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
+        self._discard()
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
             self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
@@ -89,12 +88,19 @@ class DdpoRun(Run):
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
         self._pending = []
+        self._discard()
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
             self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
         if isinstance(lost, MicroBatchTooLarge):
             self.manifest["resolved"]["micro_batch"] = -(-self.manifest["resolved"]["micro_batch"] // 2)
         self.config = _as_resolved(self.config, self.manifest["resolved"])
         self.display.say(f"{lost}; going back to {f'step {self.step}' if self.step else 'the start'}")
+
+    def _discard(self) -> None:
+        """Count what samplers were asked for, as far as the manifest knows, and nothing is learned from."""
+        lost = max(0, self.manifest.get("asked_steps", 0) - self.step) * self.config.training.images_per_step
+        self.manifest["discarded_images"] = self.manifest.get("discarded_images", 0) + lost
+        self.manifest["asked_steps"] = self.step
 
     def opened(self) -> None:
         """Send again what MLflow may have missed, and tell of damage."""
@@ -142,6 +148,7 @@ class DdpoRun(Run):
             **metrics,
             **{f"seconds/{name}": seconds for name, seconds in spent.items() if seconds},
             "images_per_second": self.config.training.images_per_step / training,
+            "discarded_images": float(self.manifest["discarded_images"]),
         }
         if step == len(self.history) + len(self._pending):
             self._pending.append(line)
@@ -168,7 +175,7 @@ class DdpoRun(Run):
             return True
         return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
 
-    def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
+    def commit(self, learner: LearnerState, state: Mapping[str, Any], cpu_seconds: float) -> None:
         """Make everything up to the finished step durable, then deliver it."""
         append_durably(self.journal, "".join(json.dumps(line) + "\n" for line in self._pending).encode())
         clocks = {
@@ -176,7 +183,8 @@ class DdpoRun(Run):
             "wall_seconds": self.wall_seconds(),
             "cpu_seconds": self._cpu_before + cpu_seconds,
         }
-        self.store.commit(self.step, tensors, {**state, **clocks})
+        known = {"weights_version": learner.weights_version, **state, **clocks}
+        self.store.commit(self.step, learner.tensors, known)
         self.manifest["committed_step"] = max(self.step, self.manifest["committed_step"])
         self._status("RUNNING")
         for line in self._pending:
@@ -186,11 +194,13 @@ class DdpoRun(Run):
 
     def summarise(self, content: Mapping[str, Any], cpu_seconds: float) -> Path:
         """Write summary.json."""
+        self._discard()
         path = self.directory / "summary.json"
         summary = {
             **content,
             "images": self.step * self.config.training.images_per_step,
             "steps": self.step,
+            "discarded_images": self.manifest["discarded_images"],
             "wall_seconds": round(self.wall_seconds(), 2),
             "cpu_seconds": round(self._cpu_before + cpu_seconds, 2),
             "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},

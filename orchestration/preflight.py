@@ -168,10 +168,10 @@ def describe(config: DdpoConfig, plan: Plan) -> str:
         "batch arithmetic",
         f"  {training.prompts_per_step} prompts × {training.images_per_prompt} images = "
         f"{training.images_per_step} images a step, {training.steps * training.images_per_step:,} in all",
-        f"  {training.updates_per_step * training.inner_epochs} updates a step, each of {training.images_per_update} "
+        f"  {training.updates_per_step} updates a step, each of {training.images_per_update} "
         f"images × {share} of {learnable} learnable timesteps = {transitions} transitions",
         f"  {per_step:,} network evaluations to sample a step, "
-        f"{training.images_per_step * share * training.inner_epochs:,} with gradient to learn{guided}",
+        f"{training.images_per_step * share:,} with gradient to learn{guided}",
         f"  {-(-training.images_per_step // config.actors.images_per_call)} pieces of work of up to "
         f"{config.actors.images_per_call} images for {config.actors.samplers} samplers",
         "actors",
