@@ -1,7 +1,6 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Self
@@ -18,6 +17,7 @@ from actors.pool import Pool, wait_for
 from actors.reward import Rewards
 from actors.sampler import Published, Samplers
 from actors.work import Chunk
+from actors.worker import Account
 from orchestration.cluster import connected
 from orchestration.config import DdpoConfig
 from orchestration.display import Display
@@ -36,10 +36,10 @@ class PublishError(RuntimeError):
 class Crew:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
-    def __init__(self, config: DdpoConfig, plan: Plan, display: Display) -> None:
+    def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
         self.config = config
         self.plan = plan
-        self._display = display
+        self._display, self._profile = display, profile
         self._stack = ExitStack()
         self._patrol = Patrol()
         self._receipts: tuple[list[ObjectRef], bool] = [], False
@@ -84,6 +84,8 @@ class Crew:
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
+        if self._profile:
+            self.wait([done for pool in self.pools for done in pool.everyone("profile")], "preparing to profile")
 
     def _end_actors(self) -> None:
         import ray
@@ -190,11 +192,19 @@ class Crew:
         learned, weights = self.learner.current()
         self.publish(self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0)
 
-    def cpu_seconds(self) -> float:
-        """CPU time of the driver and of all actors so far."""
-        return time.process_time() + sum(
-            self.wait([s for pool in self.pools for s in pool.everyone("cpu_seconds")], "CPU times")
-        )
+    def accounts(self) -> dict[str, Account]:
+        """What each actor has used so far, and the driver, whose spans are its run's."""
+        told = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
+        names = [name for pool in self.pools for name in pool.names]
+        return {"driver": Account.of_this_process([]), **dict(zip(names, told, strict=True))}
+
+    def footprint(self) -> dict[str, float]:
+        """What the cluster's object store holds, as Ray last reported: a moment ago, on other nodes a second."""
+        import ray
+
+        kind = "object_store_memory"
+        held = ray.cluster_resources().get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
+        return {"object_store_bytes": held}
 
     def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
         """Images from elsewhere, as chunks ready to be measured."""

@@ -25,10 +25,10 @@ from policies.over_optimisation import look_to_keep
 from policies.streams import PromptSchedule, derive_seed
 
 
-def run_ddpo(config: DdpoConfig, watch: Watch = ignore) -> Path:
+def run_ddpo(config: DdpoConfig, watch: Watch = ignore, profile: bool = False) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(DdpoRun.create(config), plan, watch)
+    return _loop(DdpoRun.create(config, profile), plan, watch)
 
 
 def resume_ddpo(directory: Path, trusted: bool = False, watch: Watch = ignore) -> Path:
@@ -41,7 +41,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
     with run:
         while True:
             try:
-                with Crew(run.config, plan, run.display) as crew:
+                with Crew(run.config, plan, run.display, run.profile) as crew:
                     return _train(run, crew, plan, watch)
             except ActorLost as lost:  # one that cannot be replaced: the learner, or several with their node
                 run.roll_back(lost)
@@ -95,7 +95,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
 
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None
-        run.record(step, metrics | (held_out.metrics() if held_out else {}))
+        run.record(step, metrics | crew.footprint() | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
             report.progress(step + 1, held_out)
 
@@ -104,7 +104,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
                 run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
                 known = {"prompt_statistics": history.state(), "drawn_by": ahead.drawn_by}
-                run.commit(state, known, crew.cpu_seconds())
+                run.commit(state, known, crew.accounts())
         watch(run)
 
     kept = report.best_step(look_to_keep)
@@ -115,4 +115,4 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     after = held_out if held_out and whole else evaluate(config.evaluation.images)
     update = crew.wait(crew.learner.averaged()[0], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
-    return report.finish(after, update.checksum, files, crew.cpu_seconds())
+    return report.finish(after, update.checksum, files, crew.accounts())

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from actors.settings import Role
+from actors.worker import Account
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
+from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import append_durably, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore, LearnerState
@@ -31,7 +33,8 @@ PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-trans
 class DdpoRun(Run):
     """One DDPO run, new or resumed."""
 
-    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], profile: bool = False) -> None:
+        self.profile = profile
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
         self.checkpoint = checkpoint = self.store.newest()
         self.step = checkpoint.step if checkpoint else 0
@@ -46,14 +49,16 @@ class DdpoRun(Run):
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
         self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
         self._pending: list[dict[str, Any]] = []
+        self.peaks: dict[str, dict[str, int]] = checkpoint.state.get("peaks", {}) if checkpoint else {}
+        self._began = time.time()  # the step in progress
 
     @classmethod
-    def create(cls, config: DdpoConfig) -> Self:
+    def create(cls, config: DdpoConfig, profile: bool = False) -> Self:
         """A new run. Its directory appears here, and nothing before."""
         directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
         manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        return cls(directory, config, manifest | progress)
+        return cls(directory, config, manifest | progress, profile)
 
     @classmethod
     def resume(cls, directory: Path, trusted: bool) -> Self:
@@ -87,7 +92,7 @@ class DdpoRun(Run):
         self.withstand(lost, at=self.manifest["committed_step"])
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
-        self._pending = []
+        self._pending, self.spans = [], []
         self._discard()
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
             self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
@@ -134,7 +139,7 @@ class DdpoRun(Run):
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
-        self._seconds_before = dict(self.seconds_by_stage)
+        self._seconds_before, self._began = dict(self.seconds_by_stage), time.time()
         yield from range(self.step, self.config.training.steps)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -150,6 +155,8 @@ class DdpoRun(Run):
             "images_per_second": self.config.training.images_per_step / training,
             "discarded_images": float(self.manifest["discarded_images"]),
         }
+        self.spans.append(("step", self._began, time.time()))
+        self._began = time.time()
         if step == len(self.history) + len(self._pending):
             self._pending.append(line)
         self.step = step + 1
@@ -175,13 +182,18 @@ class DdpoRun(Run):
             return True
         return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
 
-    def commit(self, learner: LearnerState, state: Mapping[str, Any], cpu_seconds: float) -> None:
+    def commit(self, learner: LearnerState, state: Mapping[str, Any], accounts: Mapping[str, Account]) -> None:
         """Make everything up to the finished step durable, then deliver it."""
+        self._keep_peaks(accounts)
+        lanes = {name: each.spans for name, each in accounts.items()} | {"driver": self.spans}
+        append_spans(self.directory, self.step, lanes)
+        self.spans = []
         append_durably(self.journal, "".join(json.dumps(line) + "\n" for line in self._pending).encode())
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
-            "cpu_seconds": self._cpu_before + cpu_seconds,
+            "cpu_seconds": self._cpu_before + sum(each.cpu_seconds for each in accounts.values()),
+            "peaks": self.peaks,
         }
         known = {"weights_version": learner.weights_version, **state, **clocks}
         self.store.commit(self.step, learner.tensors, known)
@@ -192,8 +204,15 @@ class DdpoRun(Run):
         self.history += self._pending
         self._pending = []
 
-    def summarise(self, content: Mapping[str, Any], cpu_seconds: float) -> Path:
+    def _keep_peaks(self, accounts: Mapping[str, Account]) -> None:
+        """Each process's memory at its highest, over all sessions."""
+        for name, account in accounts.items():
+            known = self.peaks.get(name, {"memory": 0, "gpu_memory": 0})
+            self.peaks[name] = {kind: max(known[kind], getattr(account, kind)) for kind in known}
+
+    def summarise(self, content: Mapping[str, Any], accounts: Mapping[str, Account]) -> Path:
         """Write summary.json."""
+        self._keep_peaks(accounts)
         self._discard()
         path = self.directory / "summary.json"
         summary = {
@@ -202,7 +221,8 @@ class DdpoRun(Run):
             "steps": self.step,
             "discarded_images": self.manifest["discarded_images"],
             "wall_seconds": round(self.wall_seconds(), 2),
-            "cpu_seconds": round(self._cpu_before + cpu_seconds, 2),
+            "cpu_seconds": round(self._cpu_before + sum(each.cpu_seconds for each in accounts.values()), 2),
+            "peak_memory_bytes": self.peaks,
             "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
             "seed": self.config.seed,
             "git_commit": self.manifest["git_commit"],

@@ -3,15 +3,17 @@
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.worker import Account
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
 from orchestration.html_report import kept_path, read_journal, write_report
+from orchestration.timeline import middle_of, read_spans
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, write_durably, write_json
 from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
@@ -81,7 +83,7 @@ class Report:
             self.run.tracker.tags({"stopped": reason})
         return self.stopped is not None
 
-    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, cpu_seconds: float) -> Path:
+    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         best = self.best_step(look_to_keep) or run.step
@@ -109,7 +111,7 @@ class Report:
         }
         files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
         commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
-        path = run.summarise(facts, cpu_seconds)
+        path = run.summarise(facts, accounts)
         run.tracker.artifact(figures)
         run.tracker.artifact(run.directory / "pipeline")
         run.tracker.artifact(run.store.path(best), "checkpoints")
@@ -179,7 +181,7 @@ class Report:
 
 def draw(directory: Path) -> Path:
     """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory."""
-    from pipelines.figures import before_after, curves
+    from pipelines.figures import before_after, curves, timeline
     from pipelines.mad_figures import generations_grid
 
     figures, paths = directory / "figures", sorted((directory / "evaluations").glob("step-*.json"))
@@ -200,4 +202,6 @@ def draw(directory: Path) -> Path:
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
     start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
     curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
+    if window := middle_of(read_spans(directory)):
+        timeline(figures / "timeline.png", window)
     return figures

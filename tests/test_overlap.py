@@ -10,6 +10,15 @@ import pytest
 import torch
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.timeline import (
+    append_spans,
+    middle_of,
+    nested,
+    read_spans,
+    render_profile,
+    steps_of,
+    write_trace,
+)
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner, LearnerState
 from pipelines.settings import ModelSettings
@@ -183,7 +192,7 @@ def finished(settings: list[str], ray_session: None, tmp_path_factory: pytest.Te
     from orchestration.ddpo import run_ddpo
 
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    run_ddpo(load_config(DdpoConfig, None, [*settings, f"output_dir={directory}"]))
+    run_ddpo(load_config(DdpoConfig, None, [*settings, f"output_dir={directory}"]), profile=True)
     return directory
 
 
@@ -228,3 +237,69 @@ def test_stopped_and_resumed_it_ends_in_the_same_weights(
         assert {key: here.get(key) for key in same} == {key: there.get(key) for key in same}
     ends = [np.load(each / "evaluations" / f"step-{STEPS:06d}.npz")["images"] for each in (directory, finished)]
     np.testing.assert_array_equal(*ends)
+
+
+def test_the_next_step_is_drawn_and_scored_while_this_one_is_learned_from(finished: Path) -> None:
+    lanes = read_spans(finished)
+    assert list(lanes) == ["driver", "sampler 0", "sampler 1", "reward", "learner"]
+    assert [what for what, *_ in lanes["driver"]].count("step") == STEPS
+
+    def overlapping(lane: str, what: str) -> float:
+        own = [span[1:] for span in lanes[lane] if span[0] == what]
+        learning = [span[1:] for span in lanes["learner"] if span[0] == "learning"]
+        return sum(max(0.0, min(b, d) - max(a, c)) for a, b in own for c, d in learning)
+
+    assert overlapping("sampler 0", "drawing") + overlapping("sampler 1", "drawing") > 0
+    assert overlapping("reward", "scoring") > 0
+    window = middle_of(lanes)
+    assert len(steps_of(window)) == 3
+    assert {what for what, *_ in window["sampler 0"]} <= {"drawing", "taking weights", "comparing with the base"}
+    assert (finished / "figures" / "timeline.png").exists()
+    assert "What each actor did" in (finished / "report.html").read_text()
+
+
+def test_a_profile_accounts_for_every_second_of_every_actor(finished: Path) -> None:
+    table = render_profile(finished)
+    actors, activities, seconds = ([*column.cells] for column in table.columns[:3])
+    assert [name for name in actors if name] == ["driver", "sampler 0", "sampler 1", "reward", "learner"]
+    sums = np.add.reduceat([float(str(each)) for each in seconds], [row for row, name in enumerate(actors) if name])
+    np.testing.assert_allclose(sums, sums[0], atol=0.02)
+    parts = ("network", "noise", "scheduler", "log-probability", "decoding")
+    learned = ("forward", "backward", "optimiser", "clipping", "replay › forward")
+    expected = {f"drawing › {part}" for part in parts} | {f"learning › {part}" for part in learned}
+    assert expected <= set(activities)
+    events = json.loads(write_trace(finished).read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(read_spans(finished))
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_memory_is_told_for_every_actor(finished: Path) -> None:
+    peaks = summary(finished)["peak_memory_bytes"]
+    assert peaks.keys() == read_spans(finished).keys()
+    assert all(peak["memory"] > 50e6 for peak in peaks.values())
+    assert all(line["object_store_bytes"] >= 0 for line in journal(finished))
+
+
+def test_time_within_time_counts_once() -> None:
+    spans = [
+        ("learning", 0.0, 10.0),
+        ("forward", 1.0, 4.0),
+        ("checks", 2.0, 3.0),
+        ("forward", 5.0, 6.0),
+        ("state", 10.0, 12.0),
+    ]
+    found = [(what, depth, own) for what, _, _, depth, own in nested(spans)]
+    assert found == [
+        ("learning", 0, 6.0),
+        ("learning › forward", 1, 2.0),
+        ("learning › forward › checks", 2, 1.0),
+        ("learning › forward", 1, 1.0),
+        ("state", 0, 2.0),
+    ]
+
+
+def test_what_is_written_again_of_a_step_counts(tmp_path: Path) -> None:
+    for step, what in ((1, "lost"), (2, "lost too"), (2, "kept")):
+        append_spans(tmp_path, step, {"driver": [(what, float(step), step + 1.0)]})
+    assert read_spans(tmp_path) == {"driver": [("lost", 1.0, 2.0), ("kept", 2.0, 3.0)]}
+    assert middle_of(read_spans(tmp_path)) == {}
