@@ -198,7 +198,8 @@ class Crew:
         names = [name for pool in self.pools for name in pool.names]
         return {"driver": Account.of_this_process([]), **dict(zip(names, told, strict=True))}
 
-    def footprint(self) -> dict[str, float]:
+    @staticmethod
+    def footprint() -> dict[str, float]:
         """What the cluster's object store holds, as Ray last reported: a moment ago, on other nodes a second."""
         import ray
 
