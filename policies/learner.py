@@ -72,12 +72,14 @@ class PolicyLearner:
         images: int,
         steps: Tensor,
         generator: torch.Generator,
+        teaching: Tensor | None = None,
     ) -> UpdateStatistics:
         """One step's updates on so many ``images``.
 
-        ``steps`` (S,): the denoising steps to learn from. ``generator`` shuffles images and picks each image's share of
-        the steps. Raises :class:`RatioError` before the first update if the policy does not reproduce the
-        log-probabilities that the images were drawn with.
+        ``steps`` (S,): the denoising steps to learn from. ``generator`` shuffles images and picks each image's share
+        of the steps. ``teaching`` (images,) bool: those whose gradient is not 0. What the others would add is not
+        computed, and they still count in the mean. Raises :class:`RatioError` before the first update if the policy
+        does not reproduce the log-probabilities that the images were drawn with.
         """
         tally = _Tally(self.settings.clip_range)
         settings = self.settings
@@ -88,7 +90,10 @@ class PolicyLearner:
             picks = torch.stack(
                 [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
             )
-            self._update(objective, members.repeat_interleave(share), picks.flatten(), tally)
+            drawn, count = members.repeat_interleave(share), len(members) * share
+            rows = torch.ones(count, dtype=torch.bool) if teaching is None else teaching[drawn]
+            rows[0] |= not rows.any()  # an update without a gradient is still one for the optimiser's moments
+            self._update(objective, drawn[rows], picks.flatten()[rows], count, tally)
         return tally.summary(self.micro_batch, self.group.size)
 
     def on_some(
@@ -105,14 +110,14 @@ class PolicyLearner:
         calls = zip(*(part.split(self.micro_batch) for part in parts), strict=True)
         return self.group.gather(torch.cat([values(*call) for call in calls]))[: len(row)], chosen
 
-    def _update(self, objective: Objective, images: Tensor, steps: Tensor, tally: "_Tally") -> None:
-        """One optimiser update on the transitions (``images``, ``steps``), both (transitions,)."""
+    def _update(self, objective: Objective, images: Tensor, steps: Tensor, count: int, tally: "_Tally") -> None:
+        """One optimiser update on the transitions (``images``, ``steps``), both (transitions,), of ``count`` in all."""
         first = tally.updates == 0
         parts = None
         while parts is None:  # nothing is changed before the gradients are whole
             shortage = ""  # the error itself would keep what its frames hold
             try:
-                parts = self._gradients(objective, images, steps)
+                parts = self._gradients(objective, images, steps, count)
             except torch.OutOfMemoryError as error:
                 if self.group.sharded:
                     raise ShortOfMemoryError(f"micro-batches of {self.micro_batch} do not fit into memory") from error
@@ -140,10 +145,12 @@ class PolicyLearner:
         self.moved = True
         tally.gradient_norms.append(float(norm))
 
-    def _gradients(self, objective: Objective, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _gradients(
+        self, objective: Objective, images: Tensor, steps: Tensor, count: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of this learner's part of an update. Returns its transitions' loss and Δ log p."""
         self.optimizer.zero_grad(set_to_none=True)
-        count, losses, differences = len(images), [], []
+        losses, differences = [], []
         (images, steps), real = self.group.share(images, steps)
         for image, step in zip(images.split(self.micro_batch), steps.split(self.micro_batch), strict=True):
             loss, difference = objective(image, step)

@@ -330,3 +330,57 @@ def test_the_reference_is_the_first_network(model: ModelSettings, sampler: Diffu
         torch.testing.assert_close(frozen(latents, steps, images), base, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(now, base, rtol=1e-4, atol=1e-4)
     assert not rollouts.reference(latents, steps, images).requires_grad
+
+
+def gradients(learner: DiffusionLearner) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.parameters.values() if p.grad is not None])
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_folded_and_unfolded_gradients_agree(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    """All transitions of an update in one call, or one call for each: 1e-5 of the whole gradient."""
+    trajectory, found = draw(sampler), []
+    for micro_batch in (1, 64):
+        training = TRAINING.model_copy(update={"micro_batch": micro_batch, "updates_per_step": 1})
+        learner = DiffusionLearner(model, SAMPLING, training, 0)
+        statistics, _ = learner.learn(trajectory, ADVANTAGE, seed=3)
+        assert max(statistics.first_update_error.values()) < 1e-5
+        found.append(gradients(learner))
+    assert found[0].norm() > 0
+    assert distance(*found) < 1e-5
+
+
+def test_images_without_an_advantage_are_not_computed(model: ModelSettings, sampler: DiffusionPolicy) -> None:
+    """Half of the images teach nothing: half of the calls, and the gradient of all calls."""
+    trajectory, found, calls = draw(sampler), [], []
+    advantage = np.array([1.0, -1.0, 0.0, 0.0, 0.0, 2.0])
+    for kl_weight in (0.0, 1e-12):  # with a KL every image counts
+        training = TRAINING.model_copy(update={"micro_batch": 1, "updates_per_step": 1, "kl_weight": kl_weight})
+        learner = DiffusionLearner(model, SAMPLING, training, 0)
+        predict, sizes = learner.policy.predict, []
+
+        def counted(latents: torch.Tensor, *rest: object, predict=predict, sizes=sizes) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            if torch.is_grad_enabled():
+                sizes.append(len(latents))
+            return predict(latents, *rest)
+
+        learner.policy.predict = counted  # type: ignore[method-assign]
+        learner.learn(trajectory, advantage, seed=3)
+        found.append(gradients(learner))
+        calls.append(sum(sizes))
+    assert calls[0] * 2 == calls[1]
+    assert found[0].norm() > 0
+    assert distance(*found) < 1e-5
+
+
+def test_an_update_in_which_nothing_teaches_is_one_of_no_gradient(
+    model: ModelSettings, sampler: DiffusionPolicy
+) -> None:
+    learner = make_learner(model)
+    advantage = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])  # one of the two updates has none
+    learner.learn(draw(sampler), advantage, seed=0)
+    counts = {int(state["step"]) for state in learner.learner.optimizer.state.values()}
+    assert counts == {2}
