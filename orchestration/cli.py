@@ -71,6 +71,29 @@ def ddpo(
 
 
 @app.command()
+def plan(
+    overrides: Overrides = None,
+    config: File = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="so many, there or not, as in 8,64,512; without: this machine")
+    ] = None,
+    costs: Annotated[Path | None, typer.Option(help="stage costs that --save wrote; none: they are measured")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the stage costs to this file")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="dollars an hour of a GPU, or of a CPU machine")] = None,
+    tflops: Annotated[float, typer.Option(min=1, help="what a GPU keeps up, where there is none to measure")] = 300.0,
+) -> None:
+    """Foresee a DDPO run: time, memory, price, what limits it, and how many should draw and learn."""
+    from orchestration.plan import plan_run, render
+
+    counts = gpus.split(",") if gpus else []
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise ConfigError(f"--gpus {gpus} is not a number of GPUs, or several as in 8,64,512")
+    settings = _read(DdpoConfig, config, overrides, None)
+    options, known = plan_run(settings, [int(count) for count in counts], costs, save, tflops)
+    Console(highlight=False).print(render(options, known, price), soft_wrap=True)
+
+
+@app.command()
 def mad(overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None) -> None:
     """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
     from orchestration.mad_config import MadConfig

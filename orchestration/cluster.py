@@ -19,7 +19,7 @@ from pipelines.locations import CHECKOUT
 # OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
 # threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
 # busy ones: see benchmarks/learner_threads.py.
-_ACTORS = {"GOMP_SPINCOUNT": "1000"}
+ACTORS = {"GOMP_SPINCOUNT": "1000"}
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -83,7 +83,7 @@ def available_cpus() -> int:
 @contextlib.contextmanager
 def connected(gpus: int) -> Iterator[None]:
     """Be connected to Ray. A Ray started here is ended here; one that was there before is left as it was."""
-    for name, value in (_QUIET | _ACTORS).items():
+    for name, value in (_QUIET | ACTORS).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -104,8 +104,8 @@ def connected(gpus: int) -> Iterator[None]:
 def _for_workers() -> dict[str, Any]:
     """What workers on other nodes need: this checkout, unless a Ray job brought it or it came with the installation."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (CHECKOUT / "pyproject.toml").exists():
-        return {"env_vars": _ACTORS}
-    return {"env_vars": _ACTORS, "working_dir": str(CHECKOUT), "excludes": list(JUNK)}
+        return {"env_vars": ACTORS}
+    return {"env_vars": ACTORS, "working_dir": str(CHECKOUT), "excludes": list(JUNK)}
 
 
 def _start_private(gpus: int) -> None:

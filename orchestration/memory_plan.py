@@ -24,7 +24,7 @@ KNOWN = Path(__file__).with_name("known_models.yaml")
 def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer]) -> list[str]:
     """Lines for people, in GB (1e9 bytes). What follows a role in brackets are the parts of its sum."""
     training, size = config.training, BYTES[config.model.dtype]
-    model, captioner = _count(config.model.path, config.model.lora_targets), _count(config.captioner.path)
+    model, captioner = counted(config.model.path, config.model.lora_targets), counted(config.captioner.path)
     encoders = sum(count for part, count in model.items() if part.startswith("text_encoder"))
     network, vae, text = (size * count for count in (model["unet"] + model["transformer"], model["vae"], encoders))
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
@@ -37,12 +37,12 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     held = {"sampler": drawing, "learner": learning, "captioner": captioning}
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments
-    lines, cards = [], Counter(map(tuple, _cards(roles, offers)))
+    lines, crowds = [], Counter(map(tuple, cards(roles, offers)))
     for role in roles:
         parts = {name: amount / 1e9 for name, amount in held.get(role.name, {}).items() if amount}
         shown = ", ".join(f"{name} {amount:.3g}" for name, amount in parts.items()) or "models not counted"
         lines.append(f"  {role.count} × {role.name} on {role.device}: {sum(parts.values()):.3g} GB ({shown})")
-    for names, count in cards.items():
+    for names, count in crowds.items():
         shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody"
         most, least = (sum(sum(held[n].values()) - out.get(n, 0) for n in names) / 1e9 for out in ({}, away))
         lines.append(f"  {count} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
@@ -50,7 +50,7 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     return [*lines, f"  together {everything:.1f} GB, of it {PROCESS / 1e9} GB for each process; activations apart"]
 
 
-def _count(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
+def counted(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
     """Parameters of a model's parts, and of LoRA on ``targets`` for each rank; numbers of a latent. Empty: unknown."""
     counts: Counter[str] = Counter()
     directory = find(path) if path else None
@@ -72,15 +72,15 @@ def _count(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
     return counts
 
 
-def _cards(roles: Sequence[Role], offers: Sequence[Offer]) -> list[list[str]]:
+def cards(roles: Sequence[Role], offers: Sequence[Offer]) -> list[list[str]]:
     """Who is on each GPU, as Ray seats ``roles``: of the node with most room, on the fullest GPU that has enough."""
     free = [[1.0] * int(offer.get("GPU", 0)) for offer in offers]
     names: list[list[list[str]]] = [[[] for _ in node] for node in free]
     for role in [each for each in roles for _ in range(each.count) if each.gpus]:
         kinds = [n for n, offer in enumerate(offers) if role.demand.keys() <= offer.keys()]
-        cards = [(n, c) for n in kinds for c, left in enumerate(free[n]) if left >= role.gpus - 1e-6]
-        if cards:
-            node, card = min(cards, key=lambda at: (-sum(free[at[0]]), free[at[0]][at[1]]))
+        fitting = [(n, c) for n in kinds for c, left in enumerate(free[n]) if left >= role.gpus - 1e-6]
+        if fitting:
+            node, card = min(fitting, key=lambda at: (-sum(free[at[0]]), free[at[0]][at[1]]))
             free[node][card] -= role.gpus
             names[node][card].append(role.name)
     return [card for node in names for card in node]
