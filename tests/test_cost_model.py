@@ -240,14 +240,15 @@ def test_costs_of_other_models_are_refused(tmp_path: Path) -> None:
 def test_stages_are_measured_with_the_real_models(tmp_path: Path, tiny_pipeline: Path, tiny_captioner: Path) -> None:
     words = [f"model.path={tiny_pipeline}", f"captioner.path={tiny_captioner}", "evaluation.evaluator=null"]
     words += ["training.images_per_step=32", "training.updates_per_step=2", "actors.samplers=1", "sampling.steps=4"]
-    words += ["reward.function={jpeg_compressibility: 1.0, sentence_cosine: 1.0}", "actors.images_per_call=8"]
+    words += ["reward.function={jpeg_compressibility: 1.0, jpeg_incompressibility: 0.5}", "actors.images_per_call=8"]
+    words += ["actors.threads={learner: 1}", "captioner.max_new_tokens=4"]
     config = load_config(DdpoConfig, None, words)
     options, known = plan_run(config, [], None, tmp_path / "costs.json", 1)
     costs = known.costs
     assert known.about == settings_behind(config)
     assert costs.sample(8) > costs.sample(1) > 0
     assert costs.caption(8) > 0 < costs.gradient(known.micro_batch)
-    assert set(costs.rewards) == {"jpeg_compressibility", "sentence_cosine"}
+    assert set(costs.rewards) == {"jpeg_compressibility", "jpeg_incompressibility"}
     assert min(costs.publish, costs.learn, costs.commit) > 0
     assert costs.latent_bytes == 4 * 8 * 8 * 4
     assert costs.gradient_bytes == costs.weight_bytes  # the whole network is trained
