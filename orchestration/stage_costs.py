@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from actors.settings import Role, reward_roles
+from actors.worker import keep_memory
 from orchestration.cluster import ACTORS, available_cpus
 from orchestration.config import ConfigError, DdpoConfig, explain
 from orchestration.memory_plan import BYTES, counted
@@ -69,6 +70,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
     """Some calls of every stage on this machine, on the devices and with the threads that its roles would have."""
     for name, value in ACTORS.items():
         os.environ.setdefault(name, value)
+    keep_memory()
     import torch
 
     from pipelines.captioner import Captioner

@@ -295,6 +295,8 @@ def simulate(work: Work, costs: Costs, cast: Cast, steps: int = 6) -> Forecast:
             compared = min(_COMPARED, work.images_per_call, work.evaluation_images)
             waits["evaluate"] += line.wait(draw(work.evaluation_images, costs.rewards, compared)[1])
         if work.commit_every and step % work.commit_every == 0:
+            # Everybody is asked for the CPU time used, behind what is being drawn.
+            waits["commit"] += line.wait([line.submit(actor, 0.0) for actors in crew.values() for actor in actors])
             waits["commit"] += line.wait([line.submit(driver, costs.commit)])
     total = line.now - began
     busy = {role: sum(actor.busy for actor in actors) / len(actors) / total for role, actors in crew.items()}
