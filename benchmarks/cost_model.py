@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,17 @@ def costs_of(out: Path, case: str) -> StageCosts:
     return StageCosts.read(path, config)
 
 
+def record_of(out: Path, case: str, number: int) -> Path:
+    """Where a run is on record."""
+    return out / f"{case.replace(', ', '-').replace(' ', '_')}-{number}.json"
+
+
 def run(out: Path, case: str, number: int) -> dict[str, Any]:
     """One run of a case, or its record: images a second, what the driver waited for, and who else was at work."""
     from orchestration.ddpo import run_ddpo
 
-    name = f"{case.replace(', ', '-').replace(' ', '_')}-{number}"
-    record, directory = out / f"{name}.json", out / name
+    record = record_of(out, case, number)
+    directory = record.with_suffix("")
     if not record.exists():
         shutil.rmtree(directory, ignore_errors=True)
         busy, cpus = _busy(), available_cpus()
@@ -167,7 +173,8 @@ def main() -> None:
     cases = [case for case in CASES if case in SEEN or not chosen.only or case in chosen.only]
     known = {case: costs_of(chosen.out, case) for case in cases}
     runs: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
-    with connected(gpus=0):
+    missing = any(not record_of(chosen.out, case, n).exists() for case in cases for n in range(chosen.rounds))
+    with connected(gpus=0) if missing else nullcontext():
         for number in range(chosen.rounds):
             for case in cases:
                 runs[case].append(run(chosen.out, case, number))

@@ -42,19 +42,11 @@ class Option:
 def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
     """A step of ``config``."""
     training, evaluation = config.training, config.evaluation
-    return Work(
-        images=training.images_per_step,
-        images_per_call=min(config.actors.images_per_call, training.images_per_step),
-        denoising_steps=config.sampling.steps,
-        transitions=training.images_per_update * training.timesteps_per_image(learnable_steps(config)),
-        updates=training.updates_per_step,
-        micro_batch=training.micro_batch or micro_batch,
-        trained_on=tuple(config.reward.weights),
-        depth=depth,
-        commit_every=config.checkpoint.every,
-        evaluate_every=evaluation.every,
-        evaluation_images=evaluation.interim_images,
-    )
+    transitions = training.images_per_update * training.timesteps_per_image(learnable_steps(config))
+    size, found = min(config.actors.images_per_call, training.images_per_step), training.micro_batch or micro_batch
+    step = training.images_per_step, size, config.sampling.steps, transitions, training.updates_per_step, found
+    often = config.checkpoint.every, evaluation.every, evaluation.interim_images
+    return Work(*step, tuple(config.reward.weights), depth, *often)
 
 
 def cast_of(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer], coupling: float) -> Cast:
@@ -134,7 +126,9 @@ def plan_run(
     here; where GPUs are asked for and there are none, assumed from ``tflops``. Raises ConfigError."""
     config = config.model_copy(update={"output_dir": None})
     machine = find_machine(config.actors.device)
-    plan = None if gpus and (given or not machine.gpus) else preflight(config, machine)
+    one = config.actors.model_copy(update={"samplers": 1, "learners": 1, "replicas": {}}) if gpus else config.actors
+    measured = config.model_copy(update={"actors": one})
+    plan = None if gpus and (given or not machine.gpus) else preflight(measured, machine)
     known = StageCosts.read(given, config) if given else measure(config, plan) if plan else assumed(config, tflops)
     if save:
         write_json(save, known.model_dump())
@@ -168,9 +162,9 @@ def render(options: Sequence[Option], known: StageCosts, price: float | None) ->
             fastest[option.gpus] = option
     told = f"stage costs of {known.machine}, ms a call of n: {', '.join(calls)}; ms: {', '.join(fixed)}"
     legend = (
-        "S : C : L samplers, captioners, learners; a call, of so many images; $ of 1,000 reward queries; limited by\n"
+        "S : C : L are samplers, captioners, learners; a call draws so many images; $ are of 1,000 reward queries; "
     )
-    legend += "what would shorten a step most, by what share of its own saving"
+    legend += "limited by: of what a part would save, the share by which a step became shorter"
     return Group(told, "", table, legend, *(line for option in fastest.values() for line in _details(option)))
 
 
