@@ -114,11 +114,11 @@ def run(out: Path, case: str, number: int) -> dict[str, Any]:
     directory = record.with_suffix("")
     if not record.exists():
         shutil.rmtree(directory, ignore_errors=True)
-        busy, cpus = _busy(), available_cpus()
+        before = _busy() - time.process_time()  # a summary counts all that this process used since it began
         began = time.monotonic()
         own = [f"seed={number}", f"output_dir={directory}", f"tracking.uri=sqlite:///{out.resolve()}/mlflow.db"]
         summary = json.loads(run_ddpo(configured(case, *own)).read_text())
-        others = (_busy() - busy - summary["cpu_seconds"]) / cpus / (time.monotonic() - began)
+        others = (_busy() - before - summary["cpu_seconds"]) / available_cpus() / (time.monotonic() - began)
         lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
         kept = _observed(lines, summary["images"] / summary["steps"])
         record.write_text(json.dumps({"commit": git_commit(), "others": others, **kept}))

@@ -5,7 +5,6 @@ of such a measurement; or, for want of both, assumed from floating-point operati
 import dataclasses
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +113,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
 
 
 class _Clock:
-    """Median seconds of a call as a role makes it: of one CPU thread its processor time, which is the same on a busy
+    """Least seconds of a call as a role makes it: of one CPU thread its processor time, which is the same on a busy
     machine."""
 
     def __init__(self, role: Role) -> None:
@@ -130,7 +129,7 @@ class _Clock:
             began = self._now()
             work()
             seconds.append(self._now() - began)
-        return statistics.median(seconds[1:])  # the first finds kernels and memory
+        return min(seconds[1:])  # the first finds kernels and memory
 
     def fit(self, work: Callable[[int], object], most: int) -> Cost:
         """The cost of a call with n items, from calls with ``most`` and with a quarter of them."""
@@ -158,7 +157,8 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
 
     torch.set_num_threads(role.threads)
     training = config.training.model_copy(update={"ratio_tolerance": math.inf, "on_sick_numbers": "skip"})
-    learner, clock = DiffusionLearner(config.model, config.sampling, training, config.seed, role.device), _Clock(role)
+    learner = DiffusionLearner(config.model, config.sampling, training, config.seed, role.device)
+    clock = _Clock(dataclasses.replace(role, threads=1))
     images, whole = len(trajectory.prompts), learner.micro_batch
     learnable = len(training.learnable_steps(config.sampling.steps, learner.policy.schedule.stochastic_steps.tolist()))
     share = min(training.timesteps_per_image(learnable), max(1, 2 * whole // images))
@@ -172,7 +172,10 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
     few, small = -(-images // 4), -(-min(whole, images * share) // 4)
     trials = [(images, 1, whole), (images, min(4, images), whole), (images, 1, small), (few, 1, whole)]
     rows = [[1, u, u * math.ceil(n * share / u / m), n * share] for n, u, m in trials]
-    fixed, update, call, each = _fitted(rows, [clock(lambda t=t: learn(*t)) for t in trials])  # type: ignore[misc]
+    seconds = [clock(lambda t=t: learn(*t)) for t in trials]  # type: ignore[misc]
+    # Threads share the work: how well, one call by the clock on the wall has to tell.
+    gain = _Clock(role)(lambda: learn(*trials[1])) / seconds[1] if role.device == "cpu" and role.threads > 1 else 1.0
+    fixed, update, call, each = (gain * cost for cost in _fitted(rows, seconds))
     with tempfile.TemporaryDirectory() as place:
         commit = clock(lambda: CheckpointStore(Path(place)).commit(1, learner.state().tensors, {}))
     trained = list(learner.parameters.values())
