@@ -135,7 +135,7 @@ def plan_run(
     if gpus:
         return [option for count in gpus for option in best(config, imagine_machine(count), known)], known
     assert plan is not None
-    as_given = foresee(config, plan.roles, plan.offers, known, getattr(config.training, "depth", 0))
+    as_given = foresee(config, plan.roles, plan.offers, known, config.training.depth)
     return [as_given, *best(config, machine, known)], known
 
 
