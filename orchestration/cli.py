@@ -384,7 +384,7 @@ def _read(
 
 def _print_plan(settings: BaseModel, description: str) -> None:
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    print(description)
+    print(description, end="")
 
 
 def main() -> None:

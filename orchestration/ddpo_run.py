@@ -40,9 +40,10 @@ class DdpoRun(Run):
         display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
+        self.cpu_before = checkpoint.state["cpu_seconds"] if checkpoint else 0.0  # of earlier sessions
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
-            self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
+            self._wall_before = checkpoint.state["wall_seconds"]
         self.journal = directory / "metrics.jsonl"  # one finished step a line
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
         self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
@@ -90,7 +91,7 @@ class DdpoRun(Run):
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
         self._pending = []
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
-            self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
+            self.cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
         if isinstance(lost, MicroBatchTooLarge):
             self.manifest["resolved"]["micro_batch"] = -(-self.manifest["resolved"]["micro_batch"] // 2)
         self.config = _as_resolved(self.config, self.manifest["resolved"])
@@ -174,7 +175,7 @@ class DdpoRun(Run):
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
-            "cpu_seconds": self._cpu_before + cpu_seconds,
+            "cpu_seconds": self.cpu_before + cpu_seconds,
         }
         self.store.commit(self.step, tensors, {**state, **clocks})
         self.manifest["committed_step"] = max(self.step, self.manifest["committed_step"])
@@ -183,23 +184,6 @@ class DdpoRun(Run):
             self._deliver(line)
         self.history += self._pending
         self._pending = []
-
-    def summarise(self, content: Mapping[str, Any], cpu_seconds: float) -> Path:
-        """Write summary.json."""
-        path = self.directory / "summary.json"
-        summary = {
-            **content,
-            "images": self.step * self.config.training.images_per_step,
-            "steps": self.step,
-            "wall_seconds": round(self.wall_seconds(), 2),
-            "cpu_seconds": round(self._cpu_before + cpu_seconds, 2),
-            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
-            "seed": self.config.seed,
-            "git_commit": self.manifest["git_commit"],
-            "mlflow_run_id": self.tracker.run_id,
-        }
-        write_json(path, summary)
-        return path
 
     def _deliver(self, line: Mapping[str, Any]) -> None:
         values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.display import duration
-from orchestration.run import is_free
+from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo
 from orchestration.tracking import flatten
 from pipelines.atomic import write_durably
+from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
@@ -38,12 +39,10 @@ def write_report(directory: Path, status: str | None = None) -> Path:
 
     Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    run, loader = RunInfo(directory), FileSystemLoader(Path(__file__).parent)
+    run = RunInfo(directory)
     timeline = _timeline(run)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    content = page.get_template("report.html").render(
+    content = fill(
+        TEMPLATES / "report.html",
         run=run,
         status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
         facts=_facts(run),
@@ -57,6 +56,17 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     write_durably(aside, content.encode())
     os.replace(aside, path)
     return path
+
+
+def conclude(run: Run, summary: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
+    """Hand MLflow the ``figures``, ``summary``, report and other ``artifacts`` of a run that is done, and say what came
+    out, by the template of its loop. Returns ``summary``."""
+    for path in (figures, *artifacts, summary, write_report(run.directory, "FINISHED")):
+        run.tracker.artifact(path)
+    text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **told)
+    for line in text.splitlines():
+        run.display.say(line)
+    return summary
 
 
 def figure_name(arm: str) -> str:

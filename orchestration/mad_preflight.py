@@ -10,11 +10,12 @@ from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, validate
 from orchestration.mad_config import ArmSettings, MadConfig
-from orchestration.run import check_output, read_manifest
+from orchestration.run import TEMPLATES, check_output, read_manifest
 from pipelines.atomic import Files
 from pipelines.drawing import BUILT_IN
 from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
 from pipelines.mad_graph import RealSource, image_source
+from pipelines.pages import fill
 from pipelines.tasks import Task
 from policies.data_rules import Manifest, training_sets
 from policies.mad_settings import LoopSettings
@@ -69,19 +70,7 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
 
 def describe_mad(config: MadConfig, experiment: Experiment) -> str:
     """What a dry run prints: who is trained on what, and how much work that is."""
-    lines = []
-    for name, manifests in experiment.manifests.items():
-        arm = config.resolved_arms[name]
-        lines.append(f"{name}: {arm.family}, {arm.rule}, sampling_bias {arm.sampling_bias:g}")
-        shown = manifests if len(manifests) <= 8 else [*manifests[:4], None, manifests[-1]]
-        for manifest in shown:
-            lines.append("  …" if manifest is None else f"  generation {manifest.generation}: {contents(manifest)}")
-    fits = sum(len(blocks) for blocks in experiment.blocks.values()) * config.generations
-    lines.append(
-        f"{len(config.resolved_arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations: at most "
-        f"{fits} fits (what arms have in common is done once), {experiment.resources['cpus']:g} CPUs each"
-    )
-    return "\n".join(lines)
+    return fill(TEMPLATES / "mad_plan.txt", config=config, experiment=experiment, contents=contents)
 
 
 def contents(manifest: Manifest) -> str:

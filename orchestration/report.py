@@ -11,11 +11,19 @@ import numpy as np
 
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
-from orchestration.html_report import kept_path, read_journal, write_report
+from orchestration.html_report import conclude, kept_path, read_journal
+from orchestration.run import TEMPLATES
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, write_durably, write_json
+from pipelines.pages import fill
 from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
 
+_RESULTS = {  # of the summary, each before and after
+    "reward": "evaluation/reward",
+    "evaluator_accuracy": "evaluator/full",
+    "agreement": "evaluator/agreement",
+    "diversity": "evaluation/diversity",
+}
 _GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
 _MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
@@ -91,43 +99,33 @@ class Report:
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
         gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
         run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
-        facts = {
-            "reward_before": before["evaluation/reward"],
-            "reward_after": values["evaluation/reward"],
-            "evaluator_accuracy_before": before.get("evaluator/full"),
-            "evaluator_accuracy_after": values.get("evaluator/full"),
-            "agreement_before": before.get("evaluator/agreement"),
-            "agreement_after": values.get("evaluator/agreement"),
-            "diversity_before": before.get("evaluation/diversity"),
-            "diversity_after": values.get("evaluation/diversity"),
+        ends = {"before": before, "after": values}
+        facts = {f"{name}_{end}": ends[end].get(key) for name, key in _RESULTS.items() for end in ends} | {
             "evaluation_images": len(after.images),
             "kept_step": best,
             "stopped": self.stopped,
             "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
             "weights_sha256": weights_sha256,
             "pipeline": str(run.directory / "pipeline"),
+            "images": run.step * run.config.training.images_per_step,
+            "steps": run.step,
+            "cpu_seconds": round(run.cpu_before + cpu_seconds, 2),
+            "seed": run.config.seed,
         }
         files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
         commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
-        path = run.summarise(facts, cpu_seconds)
-        run.tracker.artifact(figures)
-        run.tracker.artifact(run.directory / "pipeline")
         run.tracker.artifact(run.store.path(best), "checkpoints")
-        run.tracker.artifact(path)
-        run.tracker.artifact(write_report(run.directory, "FINISHED"))
         if best != run.step:
             run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
-        self._say_result(before, values, figures)
-        return path
+        path = run.summarise(facts)
+        return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
 
     def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
         """What model hubs show of a pipeline: README.md and its pictures."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        config, loader = self.run.config, FileSystemLoader(Path(__file__).parent)
-        page = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        config = self.run.config
         blocks = config.model_dump(mode="json", include={"model", "reward", "sampling", "training", "advantage"})
-        text = page.get_template("model_card.md").render(
+        text = fill(
+            TEMPLATES / "model_card.md",
             config=config,
             settings={key: json.dumps(value) for key, value in flatten(blocks).items()},
             facts=facts,
@@ -138,23 +136,6 @@ class Report:
         )
         pictures = {name: (figures / name).read_bytes() for name in ("before_after.png", "curves.png")}
         return {"README.md": text.encode(), **pictures}
-
-    def _say_result(self, before: dict[str, Any], after: dict[str, float], figures: Path) -> None:
-        say = self.run.display.say
-        rows = [("reward", "evaluation/reward"), ("evaluator accuracy", "evaluator/full")]
-        rows += [(f"  {slot}", f"evaluator/{slot}") for slot in ("digit", "ink", "ground")]
-        rows += [("  prompts trained on", "seen/full"), ("  unseen prompts", "unseen/full")]
-        rows += [("captioner–evaluator agreement", "evaluator/agreement"), ("diversity", "evaluation/diversity")]
-        say("")
-        for label, key in rows:
-            if key in after:
-                say(f"{label:<32} {before[key]:.3f} → {after[key]:.3f}  ({after[key] - before[key]:+.3f})")
-        say("")
-        say(f"pictures   {figures / 'before_after.png'}")
-        say(f"curves     {figures / 'curves.png'}")
-        say(f"report     {self.run.directory / 'report.html'}")
-        say(f"pipeline   {self.run.directory / 'pipeline'}")
-        say(f"dashboard  {self.run.tracker.open_command()}")
 
     def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
         from pipelines.figures import image_grid

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from orchestration.tracking import Ending, Tracker, TrackingError, TrackingSetti
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
+TEMPLATES = Path(__file__).with_name("templates")  # of what people are told
 _LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
 
@@ -45,7 +46,7 @@ class Run:
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self._tracking = tracking
         self._losses: list[int] = []  # where the run stood at each loss since it last came further
-        self._wall_before, self._cpu_before = manifest.get("wall_seconds", 0.0), 0.0
+        self._wall_before = manifest.get("wall_seconds", 0.0)
 
     def __enter__(self) -> Self:
         self.display.__enter__()
@@ -131,6 +132,18 @@ class Run:
     def wall_seconds(self) -> float:
         """Wall time of this run, from the start of the process, over all its sessions."""
         return self._wall_before + time.time() - psutil.Process().create_time()
+
+    def summarise(self, content: Mapping[str, Any], indent: int | None = 2) -> Path:
+        """Write summary.json: ``content``, and what there is to say of every run. Returns its path."""
+        about = {
+            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
+            "wall_seconds": round(self.wall_seconds(), 2),
+            "git_commit": self.manifest["git_commit"],
+            "mlflow_run_id": self.tracker.run_id,
+        }
+        path = self.directory / "summary.json"
+        write_json(path, {**content, **about}, indent=indent)
+        return path
 
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest["status"] = status

@@ -2,8 +2,10 @@
 
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError
+from orchestration.run import TEMPLATES
 from orchestration.sweep_config import SweepConfig
 from orchestration.trial import metric_of, period
+from pipelines.pages import fill
 from policies.search_space import Point, corner_points
 
 
@@ -49,12 +51,7 @@ def _check(config: SweepConfig, point: Point, machine: Machine) -> None:
 
 def describe_sweep(config: SweepConfig, machine: Machine) -> str:
     """What a dry run prints."""
-    points = config.points
     cpus, gpus = config.cpus_per_trial or machine.cpus, config.gpus_per_trial
     beside = min(machine.cpus // cpus, machine.gpus // gpus if gpus else machine.cpus)
-    lines = [f"{len(points) or config.trials} points × {config.seeds} seeds of {config.config}, {beside} at once"]
-    lines += [f"  {point}" for point in points[:20]] + ([f"  and {len(points) - 20} more"] if len(points) > 20 else [])
-    lines.append(f"compared by {metric_of(config)}, {config.direction}imum")
-    if config.confirm_seeds:
-        lines.append(f"then the best point and the unchanged configuration on {config.confirm_seeds} fresh seeds each")
-    return "\n".join(lines)
+    told = {"config": config, "points": config.points, "beside": beside, "metric": metric_of(config)}
+    return fill(TEMPLATES / "sweep_plan.txt", **told)
