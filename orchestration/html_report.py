@@ -58,15 +58,15 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     return path
 
 
-def conclude(run: Run, summary: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
-    """Hand MLflow the ``figures``, ``summary``, report and other ``artifacts`` of a run that is done, and say what came
-    out, by the template of its loop. Returns ``summary``."""
-    for path in (figures, *artifacts, summary, write_report(run.directory, "FINISHED")):
-        run.tracker.artifact(path)
+def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
+    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, and
+    say what came out, by the template of its loop. Returns ``path``."""
+    for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
+        run.tracker.artifact(each)
     text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **told)
     for line in text.splitlines():
         run.display.say(line)
-    return summary
+    return path
 
 
 def figure_name(arm: str) -> str:
