@@ -5,8 +5,6 @@ are the metrics sent to MLflow. A resumed run cuts the journal back to the last 
 MLflow drops points it knows, so each is there once.
 """
 
-import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import append_durably, write_durably, write_json
+from pipelines.atomic import append_durably, as_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 from policies.health import SickNumbers
 
@@ -171,7 +169,7 @@ class DdpoRun(Run):
 
     def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
         """Make everything up to the finished step durable, then deliver it."""
-        append_durably(self.journal, "".join(json.dumps(line) + "\n" for line in self._pending).encode())
+        append_durably(self.journal, as_lines(self._pending))
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
@@ -208,15 +206,9 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
 
 def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
     """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut off in the middle was not committed either
-            line = json.loads(text)
-            if line["step"] <= committed:
-                lines.append(line)
-    write_durably(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    lines = [line for line in read_lines(path) if line["step"] <= committed]
+    if path.exists():
+        write_durably(path, as_lines(lines))
     return lines
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from orchestration.config import ConfigError, DdpoConfig, override, validate
 from orchestration.ddpo_run import PACKAGES
-from orchestration.html_report import read_journal
 from orchestration.preflight import preflight
 from orchestration.run import new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal
-from pipelines.atomic import write_durably, write_json
+from pipelines.atomic import as_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 
 
@@ -49,8 +48,8 @@ def fork(source: Path, overrides: Sequence[str], step: int | None = None, truste
     for path in (source / "evaluations").glob("step-*"):
         if int(path.stem.removeprefix("step-")) <= step:
             shutil.copy2(path, directory / "evaluations")
-    past = [line for line in read_journal(source / "metrics.jsonl") if line["step"] <= step]
-    write_durably(directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in past).encode())
+    past = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
+    write_durably(directory / "metrics.jsonl", as_lines(past))
     CheckpointStore(directory / "checkpoints").adopt(store.path(step))
     write_json(directory / "manifest.json", begun)
     return directory

@@ -17,7 +17,7 @@ from orchestration.display import duration
 from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo
 from orchestration.tracking import flatten
-from pipelines.atomic import write_durably
+from pipelines.atomic import read_lines, write_durably
 from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
@@ -74,15 +74,6 @@ def figure_name(arm: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in arm)
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The finished steps of a run; a line that was cut off in the middle is left out."""
-    steps = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            steps.append(json.loads(line))
-    return steps
-
-
 def _facts(run: RunInfo) -> dict[str, Any]:
     """What there is to say at a glance; None where the run does not tell."""
     unit, summary = "generations" if run.loop == "mad" else "steps", run.summary
@@ -135,7 +126,7 @@ def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
         stages = run.summary.get("seconds_by_generation", {})
         lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
     else:
-        journal = read_journal(run.directory / "metrics.jsonl")
+        journal = read_lines(run.directory / "metrics.jsonl")
         lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in journal]
     every = -(-len(lines) // _MOST_BARS) or 1
     spent = [{stage: line[stage] for stage in _STAGES if stage in line} for line in lines]

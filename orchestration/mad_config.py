@@ -6,13 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from actors.settings import WorkerSettings
-from orchestration.config import explain
 from orchestration.tracking import TrackingSettings
 from pipelines.families import settings as families
 from pipelines.families.registry import CLOSED_FORM, SETTINGS
 from pipelines.real_data import DataSettings
 from policies.mad_settings import LoopSettings
-from policies.settings import Settings
+from policies.settings import Settings, explain
 
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation
-from orchestration.html_report import conclude, kept_path, read_journal
+from orchestration.html_report import conclude, kept_path
 from orchestration.run import TEMPLATES
 from orchestration.tracking import FIRST_LOOK, flatten
-from pipelines.atomic import Files, commit_directory, write_durably, write_json
+from pipelines.atomic import Files, commit_directory, read_lines, write_durably, write_json
 from pipelines.pages import fill
 from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
 
@@ -180,5 +180,5 @@ def draw(directory: Path) -> Path:
     generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
     start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
-    curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
+    curves(figures / "curves.png", [start, *read_lines(directory / "metrics.jsonl")])
     return figures

@@ -20,6 +20,7 @@ from orchestration.config import ConfigError
 from orchestration.display import duration
 from orchestration.run import is_free
 from orchestration.tracking import flatten
+from pipelines.atomic import read_lines
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class RunInfo:
 
     def __init__(self, directory: Path) -> None:
         manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
-        steps = [_json(line) for line in _text(directory / "metrics.jsonl").splitlines()]
+        steps = read_lines(directory / "metrics.jsonl")
         rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
         begun, ended = _ends(steps, "timestamp_ms")
         elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000

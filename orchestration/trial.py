@@ -17,7 +17,7 @@ from orchestration.config import ConfigError, DdpoConfig
 from orchestration.ddpo_run import DdpoRun
 from orchestration.run import is_free, read_manifest
 from orchestration.sweep_config import SweepConfig
-from pipelines.atomic import write_json
+from pipelines.atomic import read_lines, write_json
 from policies.search_space import Point
 
 FRESH_SEEDS = 1000  # seeds from here on take no part in the search
@@ -98,8 +98,7 @@ def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
             raise ConfigError(f"metric {metric!r} is not measured; there are: {', '.join(arm['metrics'])}")
         values = arm["metrics"][metric]["mean"]
         return [{metric: values[-1], "step": len(values), "images": 0}]
-    journal = trial.directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    lines = read_lines(trial.directory / "metrics.jsonl")
     committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
     each = manifest["config"]["training"]["images_per_step"] if lines else 0
     last = manifest["config"]["training"]["steps"] if lines else 0
