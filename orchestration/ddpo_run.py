@@ -25,7 +25,6 @@ from policies.health import SickNumbers
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
-PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
 class DdpoRun(Run):
@@ -50,10 +49,8 @@ class DdpoRun(Run):
     @classmethod
     def create(cls, config: DdpoConfig) -> Self:
         """A new run. Its directory appears here, and nothing before."""
-        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
-        manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        return cls(directory, config, manifest | progress)
+        return cls(new_directory(config, f"-seed{config.seed}"), config, new_manifest("ddpo", config) | progress)
 
     @classmethod
     def resume(cls, directory: Path, trusted: bool) -> Self:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.config import ConfigError, DdpoConfig, override, validate
-from orchestration.ddpo_run import PACKAGES
 from orchestration.preflight import preflight
 from orchestration.run import new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal
@@ -40,8 +39,8 @@ def fork(source: Path, overrides: Sequence[str], step: int | None = None, truste
         raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
     preflight(config)
 
-    directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
-    begun = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
+    directory = new_directory(config, f"-seed{config.seed}")
+    begun = new_manifest("ddpo", config)
     begun |= {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
     begun |= {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
     (directory / "evaluations").mkdir()

@@ -10,7 +10,7 @@ from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, validate
 from orchestration.mad_config import ArmSettings, MadConfig
-from orchestration.run import TEMPLATES, check_output, read_manifest
+from orchestration.run import TEMPLATES, check_output, known_manifest
 from pipelines.atomic import Files
 from pipelines.drawing import BUILT_IN
 from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
@@ -179,11 +179,11 @@ def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tupl
 
 def _check_output(config: MadConfig) -> None:
     """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
-    directory = Path(config.output_dir).expanduser() if config.output_dir else None
-    if directory is None or not (directory / "manifest.json").exists():
+    directory = Path(config.output_dir or "").expanduser()
+    manifest = known_manifest(directory) if config.output_dir else {}
+    if not manifest:
         check_output(config.output_dir)
         return
-    manifest = read_manifest(directory)
     if manifest.get("loop") != "mad":
         raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
     held = validate(MadConfig, manifest["config"])

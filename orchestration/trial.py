@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.ddpo_run import DdpoRun
-from orchestration.run import is_free, read_manifest
+from orchestration.run import is_free, known_manifest
 from orchestration.sweep_config import SweepConfig
 from pipelines.atomic import read_lines, write_json
 from policies.search_space import Point
@@ -71,7 +71,7 @@ class Trial:
 
     def manifest(self) -> dict[str, Any]:
         """The run's manifest; empty before it has begun."""
-        return read_manifest(self.directory) if (self.directory / "manifest.json").exists() else {}
+        return known_manifest(self.directory)
 
     def over(self) -> bool:
         """Whether there is nothing left to do: it is finished, or a scheduler has stopped it."""
