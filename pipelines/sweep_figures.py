@@ -64,14 +64,12 @@ def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Seq
 
 def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -> None:
     """The mean metric over the plane of two settings, with its number in each cell."""
+    import pandas
     from matplotlib.colors import LogNorm
 
-    columns, rows = (sorted({point[key] for point, _ in tried}) for key in (across, up))
-    mean = np.full((len(rows), len(columns)), np.nan)
-    for row, high in enumerate(rows):
-        for column, wide in enumerate(columns):
-            cell = [value for point, value in tried if point[across] == wide and point[up] == high]
-            mean[row, column] = np.mean(cell) if cell else np.nan
+    table = pandas.DataFrame([{"across": point[across], "up": point[up], "value": value} for point, value in tried])
+    plane = table.pivot_table("value", "up", "across")
+    columns, rows, mean = list(plane.columns), list(plane.index), plane.to_numpy()
     known = mean[np.isfinite(mean)]
     scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
     figure, (axes,) = _sheet(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
