@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestration import run as run_directories
-from orchestration.config import Config, ConfigError, DdpoConfig, load_config, override
+from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override
 from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -296,11 +296,9 @@ def serve_reward(
     given: dict[str, Any] = {}
     for each in options or ():
         override(given, each)
-    try:
+    with about():
         told = parse_options(name, given)
         function = load_reward(name, told, device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     print(f"http://{host}:{port}/score answers with {name}, described by http://{host}:{port}/docs", flush=True)
     serve(name, function, told, host, port)
 

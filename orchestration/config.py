@@ -1,7 +1,8 @@
 """A run's configuration: typed, read from YAML, overridden by dotted keys, every key known. Light to import."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,15 @@ from policies.settings import AdvantageSettings, SamplingSettings, Settings, Tra
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: what is wrong, where, and what to do. One line."""
+
+
+@contextlib.contextmanager
+def about(what: str = "") -> Iterator[None]:
+    """Let a ValueError of the block be a ConfigError that begins with ``what`` it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}" if what else str(error)) from error
 
 
 class EvaluationSettings(Settings):

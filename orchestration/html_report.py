@@ -7,13 +7,13 @@ policy forbids both. Names of arms, prompts and errors are somebody's text, and 
 import base64
 import contextlib
 import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestration.display import duration
+from orchestration.evaluation import kept_evaluations, kept_step
 from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo
 from orchestration.tracking import flatten
@@ -46,7 +46,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
         run=run,
         status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
         facts=_facts(run),
-        measured=_measured(directory / "evaluations"),
+        measured=_measured(directory),
         pictures=list(_pictures(directory / "figures", run.summary.get("arms", {}))),
         timeline=timeline,
         highest=max((sum(spent.values()) for _, spent in timeline), default=0),
@@ -88,16 +88,10 @@ def _facts(run: RunInfo) -> dict[str, Any]:
     }
 
 
-def kept_path(paths: Sequence[Path]) -> Path:
-    """Of a run's evaluations, oldest first, that of the weights that were kept; the last one while nothing is."""
-    return next((path for path in paths if json.loads(path.read_text()).get("kept")), paths[-1])
-
-
 def _measured(directory: Path) -> list[dict[str, Any]]:
     """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
-    paths = sorted(directory.glob("step-*.json"))
-    ends = dict.fromkeys([paths[0], kept_path(paths)] if paths else [])
-    return [{**json.loads(path.read_text()), "step": int(path.stem.removeprefix("step-"))} for path in ends]
+    kept = kept_evaluations(directory)
+    return [{**kept[step], "step": step} for step in (dict.fromkeys([min(kept), kept_step(kept)]) if kept else ())]
 
 
 def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -1,14 +1,12 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError, validate
+from orchestration.config import about, validate
 from orchestration.mad_config import ArmSettings, MadConfig
 from orchestration.run import TEMPLATES, check_output, known_manifest
 from pipelines.atomic import Files
@@ -41,9 +39,9 @@ class Experiment:
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
     """Check ``config`` against the real data and a machine, by default the one it would run on. Raises ConfigError."""
     arms = config.resolved_arms
-    try:
+    with about():
         for name, arm in arms.items():
-            with _about(name, config):
+            with about(f"arms.{name}" if config.arms else ""):
                 _check_arm(arm)
         _check_output(config)
         images = None
@@ -54,15 +52,11 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         sources, manifests = {}, {}
         for name, arm in arms.items():
             sources[name] = points if images is None or arm.family in CLOSED_FORM else images
-            with _about(name, config):
+            with about(f"arms.{name}" if config.arms else ""):
                 manifests[name] = training_sets(arm, config.generations, sources[name].pool)
                 _check_sizes(arm, manifests[name])
         machine = machine or find_machine(config.workers.device)
         gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
     return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources)
@@ -81,15 +75,6 @@ def contents(manifest: Manifest) -> str:
         by_source[source] = by_source.get(source, 0) + part.size
     drawn = f"{manifest.subsample} drawn from " if manifest.subsample else ""
     return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
-
-
-@contextlib.contextmanager
-def _about(name: str, config: MadConfig) -> Iterator[None]:
-    """Let an error in the block say which arm it is about, if there are arms."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"arms.{name}: {error}" if config.arms else str(error)) from error
 
 
 def _check_arm(arm: ArmSettings) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from actors.settings import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError, DdpoConfig
+from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.memory_plan import memory_plan
 from orchestration.run import TEMPLATES, check_output
 from pipelines.denoisers import check_family
@@ -31,7 +31,7 @@ class Plan:
 
 def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
-    try:
+    with about():
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
         if find(config.model.path):  # the hub is asked by whoever loads
@@ -51,10 +51,6 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         rewards = reward_roles(config.reward)
         offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
         roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     return Plan(prompts, unseen, roles, offers)
 
 

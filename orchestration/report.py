@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from orchestration.ddpo_run import DdpoRun, first_look
-from orchestration.evaluation import Evaluation
-from orchestration.html_report import conclude, kept_path
+from orchestration.evaluation import Evaluation, kept_evaluations, kept_step
+from orchestration.html_report import conclude
 from orchestration.run import TEMPLATES
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, read_lines, write_durably, write_json
@@ -42,7 +42,7 @@ class Report:
         """The base model's measure, and whether the reward can tell images apart."""
         say = self.run.display.say
         values = evaluation.metrics() | calibration
-        told = json.loads(self._path(0, "json").read_text()) if self._path(0, "json").exists() else {}
+        told = kept_evaluations(self.run.directory).get(0, {})
         timestamp = told.get("timestamp_ms", int(time.time() * 1000))
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
@@ -60,12 +60,10 @@ class Report:
 
     def looks(self) -> list[Look]:
         """The evaluations up to the present step, the base's first."""
-        paths = (self._path(step, "json") for step in range(self.run.step + 1))
-        kept = [(path, json.loads(path.read_text())) for path in paths if path.exists()]
         return [
-            Look(int(path.stem.removeprefix("step-")), np.array(each["measure"]), each["measured_reward"])
-            for path, each in kept
-            if "measure" in each  # not in runs of before there was one
+            Look(step, np.array(told["measure"]), told["measured_reward"])
+            for step, told in kept_evaluations(self.run.directory).items()
+            if step <= self.run.step and "measure" in told  # which is not in runs of before there was one
         ]
 
     def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
@@ -95,7 +93,7 @@ class Report:
         best = self.best_step(look_to_keep) or run.step
         self._keep(best, after, {**values, "kept": True})
         figures = draw(run.directory)
-        before = json.loads(self._path(0, "json").read_text())
+        before = kept_evaluations(run.directory)[0]
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
         gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
         run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
@@ -163,20 +161,20 @@ def draw(directory: Path) -> Path:
     from pipelines.figures import before_after, curves
     from pipelines.mad_figures import generations_grid
 
-    figures, paths = directory / "figures", sorted((directory / "evaluations").glob("step-*.json"))
-    if not paths:
+    figures, kept = directory / "figures", kept_evaluations(directory)
+    if not kept:
         return figures
     figures.mkdir(exist_ok=True)
-    picked = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), _MOST_ROWS))]
-    images = [np.load(path.with_suffix(".npz"))["images"] for path in picked]
-    first, last = (json.loads(path.read_text()) for path in (picked[0], kept_path(paths)))
-    after = np.load(kept_path(paths).with_suffix(".npz"))["images"]
+    steps, last = list(kept), kept_step(kept)
+    picked = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_ROWS))]
+    *images, after = (np.load(directory / "evaluations" / f"step-{step:06d}.npz")["images"] for step in (*picked, last))
     shown = min(map(len, [*images, after]))
-    captions = (each["captions"] and each["captions"][:shown] for each in (first, last))
+    first = kept[picked[0]]
+    captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
     pairs = images[0][:shown], after[:shown], first["prompts"][:shown]
     before_after(figures / "before_after.png", *pairs, *captions)
     columns = min(shown, max(2, _MOST_PIXELS // max(96, images[0].shape[2])))
-    labels = [f"step {int(path.stem.removeprefix('step-'))}" for path in picked]
+    labels = [f"step {step}" for step in picked]
     generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
     start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}

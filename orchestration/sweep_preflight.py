@@ -1,7 +1,7 @@
 """Everything that can be wrong with a sweep, found before anything is started, and what a dry run prints."""
 
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError
+from orchestration.config import ConfigError, about
 from orchestration.run import TEMPLATES
 from orchestration.sweep_config import SweepConfig
 from orchestration.trial import metric_of, period
@@ -23,10 +23,8 @@ def preflight_sweep(config: SweepConfig) -> Machine:
         )
     unchanged: list[Point] = [{}] if config.confirm_seeds else []
     for point in [*unchanged, *(config.points or corner_points(config.dimensions))]:
-        try:
+        with about(f"at {point or 'the unchanged configuration'}"):
             _check(config, point, Machine(cpus, gpus))
-        except ConfigError as error:
-            raise ConfigError(f"at {point or 'the unchanged configuration'}: {error}") from error
     if config.loop == "ddpo" and config.scheduler.kind != "none" and period(config) >= base.training.steps:
         raise ConfigError(
             f"scheduler.kind {config.scheduler.kind} has nothing to compare: {metric_of(config)} is committed every "
