@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestration.display import duration
 from orchestration.evaluation import kept_evaluations, kept_step
 from orchestration.run import TEMPLATES, Run, is_free
-from orchestration.runs import RunInfo
+from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
 from pipelines.atomic import read_lines, write_durably
 from pipelines.pages import fill
@@ -45,7 +44,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
         TEMPLATES / "report.html",
         run=run,
         status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
-        facts=_facts(run),
+        facts=facts(run),
         measured=_measured(directory),
         pictures=list(_pictures(directory / "figures", run.summary.get("arms", {}))),
         timeline=timeline,
@@ -72,20 +71,6 @@ def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any)
 def figure_name(arm: str) -> str:
     """What an arm is called in the names of its figures' files."""
     return "".join(letter if letter.isalnum() else "_" for letter in arm)
-
-
-def _facts(run: RunInfo) -> dict[str, Any]:
-    """What there is to say at a glance; None where the run does not tell."""
-    unit, summary = "generations" if run.loop == "mad" else "steps", run.summary
-    return {
-        "started": run.created and run.created[:16].replace("T", " "),
-        "done": None if run.committed_step is None else f"{run.committed_step} of {run.total_steps} {unit}",
-        "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
-        "images": summary.get("images"),
-        "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
-        "git commit": run.manifest.get("git_commit"),
-        "MLflow run": run.manifest.get("mlflow_run_id"),
-    }
 
 
 def _measured(directory: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from pipelines import recipe
 from pipelines.digits import all_prompts
-from pipelines.recipe import diffusion, parts, pretrain
+from pipelines.recipe import models, pretrain
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("supervised", "loosening"):
         hows["pipeline"][part]["every"] = 1
     monkeypatch.setitem(recipe.configuration(), "training", hows)
-    monkeypatch.setattr(diffusion, "_asked", lambda images: all_prompts()[:2] * images)
-    images, captions = parts.test_set()
-    monkeypatch.setattr(parts, "test_set", lambda: (images[:8], captions[:8]))
+    monkeypatch.setattr(models, "_asked", lambda images: all_prompts()[:2] * images)
+    images, captions = models.test_set()
+    monkeypatch.setattr(models, "test_set", lambda: (images[:8], captions[:8]))
 
 
 def weights(directory: Path) -> dict[str, bytes]:

@@ -1,5 +1,5 @@
-"""How the default models are made, from scikit-learn's digits alone: ``parts`` trains all but the diffusion model,
-``diffusion`` that one, ``pretrain`` joins them. Networks and hyperparameters are in ``models.yaml``."""
+"""How the default models are made, from scikit-learn's digits alone: ``models`` trains each, ``pretrain`` joins them.
+Networks and hyperparameters are in ``models.yaml``."""
 
 from functools import cache
 from pathlib import Path

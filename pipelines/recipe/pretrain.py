@@ -25,13 +25,13 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
     Takes about twenty-five CPU minutes from nothing. Parts already there are skipped; delete a part's directory to
     build it again. Raises ValueError if ``output_dir`` holds parts built from another seed.
     """
-    from pipelines.recipe import diffusion, parts
+    from pipelines.recipe import models
 
     builders = {
-        "evaluator": parts.build_evaluator,
-        "captioner": parts.build_captioner,
-        "autoencoder": parts.build_autoencoder,
-        "pipeline": diffusion.build_pipeline,
+        "evaluator": models.build_evaluator,
+        "captioner": models.build_captioner,
+        "autoencoder": models.build_autoencoder,
+        "pipeline": models.build_pipeline,
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     record = output_dir / "measurements.json"
@@ -40,7 +40,7 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
         raise ValueError(
             f"{output_dir} was begun with seed {measurements['seed']}, not {seed}: use that seed or another directory"
         )
-    measurements["target_accuracy"] = diffusion.TARGET_ACCURACY
+    measurements["target_accuracy"] = models.TARGET_ACCURACY
     for name, build in builders.items():
         directory, partial = output_dir / _PLACES.get(name, name), output_dir / f".{name}.partial"
         held = directory.is_dir() or (name in _PLACES and (output_dir / "pipeline").is_dir())
