@@ -148,7 +148,7 @@ def _course(
     ± ``spread``, another metric; on a ``logarithmic`` axis if its values differ by orders of magnitude."""
 
     def draw(axes: "Axes", table: "DataFrame") -> None:
-        values, style = table[key].dropna(), {"color": _LINES[colour], "linewidth": 1.8}
+        values, style = table[key].dropna(), dict[str, Any](color=_LINES[colour], linewidth=1.8)
         if len(values) >= 20:
             axes.plot(values, color=_LINES[colour], linewidth=1, alpha=0.35)
             reach = max(3, len(values) // 16)  # neighbours on either side; at the ends there are fewer
@@ -173,8 +173,9 @@ def _course(
 def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
     stages = {f"seconds/{stage}": stage for stage in _STAGES if f"seconds/{stage}" in table}
     spent = table[[*stages]].dropna(how="all").fillna(0.0)
-    style = {"labels": [*stages.values()], "colors": [_STAGES[stage] for stage in stages.values()]}
-    axes.stackplot(spent.index, spent.T.to_numpy(), **style, step="mid", alpha=0.85, linewidth=0)
+    colours = [_STAGES[stage] for stage in stages.values()]
+    look: dict[str, Any] = {"labels": [*stages.values()], "step": "mid", "alpha": 0.85, "linewidth": 0}
+    axes.stackplot(spent.index, spent.T.to_numpy(), colors=colours, **look)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     handles, labels = axes.get_legend_handles_labels()
