@@ -1,5 +1,6 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,9 @@ def describe_mad(config: MadConfig, experiment: Experiment) -> str:
 
 def contents(manifest: Manifest) -> str:
     """A training set in words."""
-    by_source: dict[str, int] = {}
+    by_source: Counter[str] = Counter()
     for part in manifest.parts:
-        source = part.role if part.generation == 0 else f"of G{part.generation}"
-        by_source[source] = by_source.get(source, 0) + part.size
+        by_source[part.role if part.generation == 0 else f"of G{part.generation}"] += part.size
     drawn = f"{manifest.subsample} drawn from " if manifest.subsample else ""
     return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
 

@@ -130,7 +130,7 @@ def lines(metric: str, table: Table) -> Lines:
         spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
         value = f"{point.mean:.4g}{spread}" if point.values else "–"
         ends = sorted({f"{each.status.lower()} at {each.step}" for each in mine if each.status != "FINISHED"})
-        found.add_row(*(_short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
+        found.add_row(*(short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
     return found
 
 
@@ -168,7 +168,3 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     about = {key: value for key, value in vars(outcome).items() if key != "trial"}
     run_id = trial.manifest().get("mlflow_run_id")
     return {"name": trial.name, "point": trial.point, "seed": trial.seed, **about, "mlflow_run_id": run_id}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

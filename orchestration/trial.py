@@ -18,7 +18,7 @@ from orchestration.ddpo_run import DdpoRun
 from orchestration.run import is_free, known_manifest
 from orchestration.sweep_config import SweepConfig
 from pipelines.atomic import read_lines, write_json
-from policies.search_space import Point
+from policies.search_space import Point, short
 
 FRESH_SEEDS = 1000  # seeds from here on take no part in the search
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
@@ -36,7 +36,7 @@ class Trial:
     @classmethod
     def of(cls, root: Path, point: Point, seed: int) -> Self:
         """The trial of a point and a seed in a sweep's directory."""
-        values = [f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in point.items()] or ["unchanged"]
+        values = [f"{key.rsplit('.', 1)[-1]}={_in_a_name(value)}" for key, value in point.items()] or ["unchanged"]
         exact = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:6]
         return cls(root, "-".join([*values, f"seed{seed}"])[:200] + f"-{exact}", point, seed)
 
@@ -177,6 +177,5 @@ def trials_in(root: Path) -> Iterator[Trial]:
         yield Trial(root, path.stem, known["point"], known["seed"])
 
 
-def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "".join(character if character.isalnum() or character in "+-._" else "_" for character in text)
+def _in_a_name(value: Any) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+-._" else "_" for letter in short(value))

@@ -42,17 +42,15 @@ def image_grid(images: np.ndarray, columns: int, zoom: int | None = None) -> np.
     Returns (height, width, 3) uint8. Raises ValueError if there are no images or they are not RGB bytes.
     """
     _check_images(images)
-    count, height, width, _ = images.shape
+    count, height = images.shape[:2]
     columns = max(1, min(columns, count))
     zoom = zoom or max(1, -(-_GRID_PIXELS // height))
     gutter = max(1, zoom // 3)
-    rows = -(-count // columns)
-    cell_height, cell_width = height * zoom + gutter, width * zoom + gutter
-    grid = np.full((rows * cell_height + gutter, columns * cell_width + gutter, 3), _GUTTER, np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * cell_height + gutter, index % columns * cell_width + gutter
-        grid[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
-    return grid
+    edges = (0, -count % columns), (gutter, 0), (gutter, 0), (0, 0)  # before each cell, and cells to fill the last row
+    cells = np.pad(images.repeat(zoom, 1).repeat(zoom, 2), edges, constant_values=_GUTTER)
+    rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
+    grid = rows.reshape(-1, columns * cells.shape[2], 3)
+    return np.pad(grid, ((0, gutter), (0, gutter), (0, 0)), constant_values=_GUTTER)
 
 
 def before_after(
