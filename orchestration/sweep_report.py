@@ -13,7 +13,7 @@ from rich.table import Table as Lines
 from orchestration.html_report import conclude
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial, reports
-from policies.search_space import Point, common_points
+from policies.search_space import Point, common_points, short
 from policies.verdicts import interval, plain
 
 
@@ -122,9 +122,9 @@ def report(run: SweepRun, table: Table) -> Path:
 def lines(metric: str, table: Table) -> Lines:
     """The points, best first."""
     keys = list(dict.fromkeys(key for point in table.points for key in point.point))
-    short = [key.rsplit(".", 1)[-1] for key in keys]
+    names = [key.rsplit(".", 1)[-1] for key in keys]
     value_column = Column(metric, justify="right")
-    found = Lines(*short, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
+    found = Lines(*names, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
     for point in table.points:
         mine = [each for each in table.outcomes if each.trial.point == point.point and each.trial.seed < FRESH_SEEDS]
         spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
