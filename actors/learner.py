@@ -67,6 +67,10 @@ class LearnerActor(Worker):
         """The weights to evaluate and to save: their average over steps, if there is one."""
         return self._update(self.learner.averaged_weights(), 0, {})
 
+    def previous(self) -> tuple[Update, dict[str, np.ndarray]]:
+        """The weights that samplers drew with before the last step of learning."""
+        return self._update(self.learner.previous_weights(), 0, {}, self.learner.weights_version - 1)
+
     def state(self) -> Any:
         """A :class:`pipelines.learning.LearnerState`."""
         return self.learner.state()
@@ -79,15 +83,35 @@ class LearnerActor(Worker):
         """The files of a diffusers directory of the current weights, LoRA merged; of the first learner, others none."""
         return packed(self.learner.save)
 
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        import torch
+
+        from pipelines import learning, trainable
+
+        return [
+            (Trajectory, "concatenate", "gathering"),
+            (self.learner, "_rollouts", "gathering"),
+            (self.learner, "_replay", "replay"),
+            (self.learner.policy, "predict", "forward"),
+            (torch.Tensor, "backward", "backward"),
+            (torch.nn.utils, "clip_grad_norm_", "clipping"),
+            (self.learner.learner.optimizer, "step", "optimiser"),
+            (torch, "equal", "checks"),
+            (self.learner, "weights", "weights out"),
+            (trainable, "checksum", "checks"),
+            (learning, "copied", "copies"),
+        ]
+
     def _update(
-        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any]
+        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any], version: int | None = None
     ) -> tuple[Update, dict[str, np.ndarray]]:
         from pipelines.trainable import checksum
 
         digest = checksum(weights)
         self.group.check_same(digest)
         first = self.group.rank == 0  # whose weights travel
-        return Update(self.learner.weights_version, digest, changed, statistics), weights if first else {}
+        version = self.learner.weights_version if version is None else version
+        return Update(version, digest, changed, statistics), weights if first else {}
 
 
 class Learner(Pool):
@@ -130,6 +154,10 @@ class Learner(Pool):
     def averaged(self) -> tuple[list[ObjectRef], ObjectRef]:
         """The same of what is evaluated and saved."""
         return self._together("averaged")
+
+    def previous(self) -> tuple[list[ObjectRef], ObjectRef]:
+        """The same of what samplers drew with before the last step of learning."""
+        return self._together("previous")
 
     def _together(self, method: str, *arguments: Any) -> tuple[list[ObjectRef], ObjectRef]:
         updates, weights = zip(*self.everyone(method, *arguments, returns=2), strict=True)

@@ -11,18 +11,9 @@ from ray.actor import ActorHandle
 from actors.failures import ActorLost, result
 from actors.placement import Seats
 from actors.settings import mark
+from actors.worker import ACTIVITIES
 
 POLL_SECONDS = 0.25
-_ACTIVITIES = {
-    "ready": "loading",
-    "set_weights": "taking weights",
-    "rollout": "drawing",
-    "caption": "captioning",
-    "score": "scoring",
-    "judge": "judging",
-    "learn": "learning",
-    "divergence": "comparing with the base",
-}
 
 
 class Pool:
@@ -68,8 +59,13 @@ class Pool:
     def activity(self) -> dict[str, str]:
         """What each member does now."""
         self._forget_finished()
-        names = [self.role.name if self.role.count == 1 else f"{self.role.name} {i}" for i in range(self.role.count)]
-        return {name: _describe(list(pending.values())) for name, pending in zip(names, self._pending, strict=True)}
+        return {name: _describe([*pending.values()]) for name, pending in zip(self.names, self._pending, strict=True)}
+
+    @property
+    def names(self) -> list[str]:
+        """What each member is called."""
+        role = self.role
+        return [role.name if role.count == 1 else f"{role.name} {number}" for number in range(role.count)]
 
     def _forget_finished(self) -> None:
         for pending in self._pending:
@@ -83,7 +79,7 @@ def _describe(methods: list[str]) -> str:
     if not methods:
         return "idle"
     behind = f", {len(methods) - 1} more" if len(methods) > 1 else ""
-    return _ACTIVITIES.get(methods[0], methods[0]) + behind
+    return ACTIVITIES.get(methods[0], methods[0]) + behind
 
 
 def wait_for(

@@ -76,6 +76,20 @@ class Sampler(Worker):
         """How far from the base model the trajectory's policy is: KL of its first images (≤ 16,) in nats an image."""
         return self.policy.divergence(trajectory.first(_COMPARED), self.base)
 
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        import torch
+
+        policy = self.policy
+        return [
+            (policy, "embed", "prompts"),
+            (policy, "predict", "network"),
+            (torch, "randn", "noise"),
+            (policy.family, "step", "scheduler"),
+            (type(policy.schedule), "log_prob", "log-probability"),
+            (policy, "decode", "decoding"),
+            (torch.Tensor, "cpu", "transfer"),
+        ]
+
     def _take(self, source: Published) -> None:
         if source.version != self.version:
             receipt = self.set_weights(source.version, ray.get(source.weights))
@@ -98,14 +112,15 @@ class Samplers(Pool):
             part = slice(start, start + self.images_per_call)
             chunk_prompts, chunk_seeds = list(prompts[part]), list(seeds[part])
             images, trajectory = self.submit("rollout", self.published, chunk_prompts, chunk_seeds, returns=2)
-            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory))
+            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory, self.published))
         return chunks
 
     def divergence(self, chunk: Chunk) -> ObjectRef:
         """How far the policy that draws a chunk is from the base model."""
         return self.submit("divergence", chunk.trajectory)
 
-    def publish(self, version: int, checksum: str, weights: ObjectRef) -> list[ObjectRef]:
-        """Send new weights to every sampler. Work submitted from now on asks for this version."""
-        self.published = Published(version, checksum, weights)
-        return self.everyone("set_weights", version, weights)
+    def publish(self, published: Published) -> list[ObjectRef]:
+        """Send new weights to every sampler. Work submitted from now on asks for this version, that before it for its
+        own: a sampler takes up what it was given in order."""
+        self.published = published
+        return self.everyone("set_weights", published.version, published.weights)

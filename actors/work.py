@@ -1,6 +1,7 @@
 """One unit of work on its way through the actors: object references, never the data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray import ObjectRef
 
@@ -13,6 +14,7 @@ class Chunk:
     seeds: list[int]
     images: ObjectRef
     trajectory: ObjectRef
+    drawn_with: Any = None  # the Published weights: kept, as a sampler that was started again asks for them
     captions: ObjectRef | None = None
     scores: dict[str, ObjectRef] = field(default_factory=dict)  # by the reward's name
     verdicts: ObjectRef | None = None

@@ -1,13 +1,47 @@
-"""What every actor has in common."""
+"""What every actor has in common: it sets its threads, and notes what it spends its time on."""
 
 import ctypes
 import functools
 import gc
+import inspect
 import os
+import resource
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+ACTIVITIES = {
+    "ready": "loading",
+    "set_weights": "taking weights",
+    "rollout": "drawing",
+    "caption": "captioning",
+    "score": "scoring",
+    "judge": "judging",
+    "learn": "learning",
+    "divergence": "comparing with the base",
+}
+
+Span = tuple[str, float, float]  # what, start and end in seconds since 1970; one within another is a part of it
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a process has used since it began, memory at its highest in bytes, and its spans since it was last asked."""
+
+    cpu_seconds: float
+    memory: int
+    gpu_memory: int
+    spans: list[Span]
+
+    @classmethod
+    def of_this_process(cls, spans: list[Span]) -> "Account":
+        cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
+        on_gpu = cuda.max_memory_allocated() if cuda and cuda.is_initialized() else 0
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return cls(time.process_time(), 1024 * kilobytes, on_gpu, spans)
 
 
 class Worker:
@@ -17,11 +51,14 @@ class Worker:
     there to stay, and to look through it again and again takes a sixth of a start's processor time.
     """
 
+    spans: list[Span]
+
     def __init_subclass__(cls) -> None:
         made: Any = cls.__init__
 
         @functools.wraps(made)
         def make(self: Any, *arguments: Any) -> None:
+            self.spans = []
             gc.disable()
             try:
                 made(self, *arguments)
@@ -30,6 +67,9 @@ class Worker:
                 gc.enable()
 
         cls.__init__ = make  # type: ignore[method-assign, assignment]
+        for name, method in inspect.getmembers(cls, inspect.isfunction):
+            if name in vars(cls) and not name.startswith("_"):
+                setattr(cls, name, _noted(method, ACTIVITIES.get(name, name)))
 
     def __init__(self, threads: int, uses_torch: bool = True) -> None:
         keep_memory()
@@ -45,9 +85,20 @@ class Worker:
         """Answers once the model is loaded."""
         return True
 
-    def cpu_seconds(self) -> float:
-        """CPU time of this process so far."""
-        return time.process_time()
+    def account(self) -> Account:
+        """What this process has used."""
+        spans = list(self.spans)
+        self.spans.clear()
+        return Account.of_this_process(spans)
+
+    def profile(self) -> None:
+        """From now on note what the work consists of, too."""
+        for owner, name, what in self._insides():
+            setattr(owner, name, _timed(self, getattr(owner, name), what))
+
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        """(object, its function, what that does) of the parts of the work that a profile tells apart."""
+        return []
 
 
 def keep_memory() -> None:
@@ -60,3 +111,30 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the largest it takes
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _noted(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def work(self: Worker, *arguments: Any) -> Any:
+        started = time.time()
+        try:
+            return method(self, *arguments)
+        finally:
+            self.spans.append((what, started, time.time()))
+
+    return work
+
+
+def _timed(worker: Worker, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """``function``, noted; what it gave a GPU to do is waited for."""
+    import torch
+
+    def inside(*arguments: Any, **options: Any) -> Any:
+        started = time.time()
+        result = function(*arguments, **options)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        worker.spans.append((what, started, time.time()))
+        return result
+
+    return inside

@@ -23,23 +23,21 @@ from safetensors.numpy import load_file
 from actors.worker import keep_memory
 from benchmarks.one_process import OneProcess
 from benchmarks.peer import Trl, environment
+from benchmarks.rise import RISE, Curve, accuracy, evaluations, seconds_to_rise, until_risen
 from benchmarks.shared_pipelines import DIGITS, portable_copy
 from orchestration.config import DdpoConfig, load_config
 from orchestration.run import git_commit
 from pipelines.rewards import score
 from pipelines.trainable import load_weights
-from policies.advantages import PromptStatistics
-from policies.streams import PromptSchedule
 
-RISE, FACTOR = 0.15, 2.0
-BATCH, JUDGED = 256, 1080
+FACTOR, BATCH = 2.0, 256
 CONFIG, NFT = Path("configs/ddpo/digits.yaml"), Path("configs/recipes/diffusion-nft.yaml")
-Curve = list[dict[str, float]]  # steps, CPU seconds so far and accuracy, at each evaluation
 
 OURS: dict[str, tuple[Sequence[Path], int]] = {  # configs, steps between evaluations
     "DDPO_IS": ([CONFIG], 4),
     "DiffusionNFT": ([CONFIG, NFT], 1),
 }
+LEADING = {"timestep_spacing": "leading"}
 TRIES: dict[str, dict[str, Any]] = {
     "lr 1e-4 clip 2e-4": {},
     "lr 1e-4 clip 2e-4 half the timesteps": {"train_timestep_fraction": 0.5},
@@ -53,21 +51,12 @@ TRIES: dict[str, dict[str, Any]] = {
         "train_timestep_fraction": 0.5,
     },
     "lr 1e-4 clip 2e-4 eight updates": {"train_batch_size": BATCH // 8},
+    "lr 1e-3 clip 1e-3": {"train_learning_rate": 1e-3, "train_clip_range": 1e-3},
+    # TRL takes the last of the digits' trailing timesteps for a step of tiny σ, whose gradient outweighs all others'.
+    "lr 1e-4 clip 2e-4 leading timesteps": {"scheduler": LEADING},
+    "lr 3e-4 clip 2e-4 leading timesteps": {"train_learning_rate": 3e-4, "scheduler": LEADING},
 }
 TRL_EVERY, TRL_STEPS = 4, 48
-
-
-def ours(configs: Sequence[Path], every: int, seed: int) -> Iterator[dict[str, float]]:
-    """Evaluations until the accuracy has risen."""
-    config = load_config(DdpoConfig, configs, [f"seed={seed}"])
-    run = OneProcess(config)
-    schedule = PromptSchedule(run.prompts, config.training.prompts_per_step, seed)
-    history = PromptStatistics(config.advantage.history_size)
-    for step in range(TRL_STEPS + 1):
-        if step:
-            run.train(step - 1, schedule, history)
-        if step % every == 0:
-            yield {"steps": step, "cpu": sum(run.spent.values()), "accuracy": _accuracy(run)}
 
 
 def trls(own: dict[str, Any], seed: int, out: Path) -> Iterator[dict[str, float]]:
@@ -102,10 +91,10 @@ def trls(own: dict[str, Any], seed: int, out: Path) -> Iterator[dict[str, float]
         "per_prompt_stat_tracking": True,  # of this step's images alone, as here
         "per_prompt_stat_tracking_buffer_size": config.training.images_per_prompt,
         "per_prompt_stat_tracking_min_count": config.training.images_per_prompt,
-        **own,
+        **{key: value for key, value in own.items() if key != "scheduler"},
     }
     given = {"pipeline": str(pipeline), "lora": False, "ddpo": ddpo, "prompts": judge.prompts}
-    given["images_per_prompt"] = config.training.images_per_prompt
+    given |= {"images_per_prompt": config.training.images_per_prompt, "scheduler": own.get("scheduler", {})}
     spent = 0.0
     with Trl(environment(out / "trl"), given, out / "trl.log", scores) as peer:
         for step in range(TRL_STEPS + 1):
@@ -119,32 +108,7 @@ def trls(own: dict[str, Any], seed: int, out: Path) -> Iterator[dict[str, float]
                         judge.sampler.network,
                         load_file(out / "learned" / "unet" / "diffusion_pytorch_model.safetensors"),
                     )
-                yield {"steps": step, "cpu": spent + answered, "accuracy": _accuracy(judge)}
-
-
-def _accuracy(run: OneProcess) -> float:
-    return float(run.evaluate(JUDGED).metrics()["evaluator/full"])
-
-
-def until_risen(evaluations: Iterator[dict[str, float]], label: str) -> Curve:
-    """Evaluations up to the first one that has risen enough."""
-    curve: Curve = []
-    for line in evaluations:
-        curve.append(line)
-        print(f"{label}: step {line['steps']:.0f} accuracy {line['accuracy']:.3f}, {line['cpu']:.1f} CPU s", flush=True)
-        if line["accuracy"] >= curve[0]["accuracy"] + RISE:
-            break
-    return curve
-
-
-def seconds_to_rise(curve: Curve) -> float:
-    """CPU seconds until the rise, interpolated between two evaluations; infinite if it did not come."""
-    goal = curve[0]["accuracy"] + RISE
-    if curve[-1]["accuracy"] < goal:
-        return float("inf")
-    before, after = curve[-2:]
-    share = (goal - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
-    return before["cpu"] + share * (after["cpu"] - before["cpu"])
+                yield {"steps": step, "cpu": spent + answered, "accuracy": accuracy(judge)}
 
 
 def main() -> int:
@@ -159,16 +123,18 @@ def main() -> int:
     record = out / "curves.json"
     curves: dict[str, Curve] = json.loads(record.read_text()) if record.exists() else {}
 
-    def known(label: str, evaluations: Iterator[dict[str, float]]) -> float:
+    def known(label: str, lines: Iterator[dict[str, float]]) -> float:
         if label not in curves:
-            curves[label] = until_risen(evaluations, label)
+            curves[label] = until_risen(lines, label)
             record.write_text(json.dumps(curves))
         return seconds_to_rise(curves[label])
 
     seconds: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):  # alternating, so that a busy hour disturbs all alike
         for name, (configs, every) in OURS.items():
-            seconds.setdefault(name, []).append(known(f"{name} seed {seed}", ours(configs, every, seed)))
+            seconds.setdefault(name, []).append(
+                known(f"{name} seed {seed}", evaluations(configs, [f"seed={seed}"], every, TRL_STEPS))
+            )
         if seed == 0:
             tried = {name: known(f"TRL {name} seed 0", trls(own, 0, out)) for name, own in TRIES.items()}
             best = min(tried, key=lambda name: tried[name])

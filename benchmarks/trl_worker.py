@@ -1,9 +1,10 @@
 """TRL's DDPOTrainer, an epoch a line of standard input. Run by ``benchmarks.peer`` in TRL's own environment.
 
-Its argument is a JSON object: ``pipeline`` (directory), ``lora``, ``ddpo`` (fields of TRL's DDPOConfig), ``prompts``,
-``images_per_prompt`` and ``rewards``: a file for images (images, height, width, 3) uint8, which are then asked about
-by a line {"score": prompts} and answered by a line of rewards; without it a reward that costs nothing. Each epoch
-answers a line: CPU and wall seconds of sampling, rewards, and everything.
+Its argument is a JSON object: ``pipeline`` (directory), ``lora``, ``ddpo`` (fields of TRL's DDPOConfig), ``scheduler``
+(what is to be changed of its configuration), ``prompts``, ``images_per_prompt`` and ``rewards``: a file for images
+(images, height, width, 3) uint8, which are then asked about by a line {"score": prompts} and answered by a line of
+rewards; without it a reward that costs nothing. Each epoch answers a line: CPU and wall seconds of sampling, rewards,
+and everything.
 """
 
 import json
@@ -44,9 +45,11 @@ def main() -> None:
         return torch.tensor(json.loads(input())), {}
 
     pipeline = DefaultDDPOStableDiffusionPipeline(given["pipeline"], use_lora=given["lora"])
+    stock = pipeline.sd_pipeline
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, **given.get("scheduler", {}))
     if given["ddpo"]["sample_guidance_scale"] == 1:
         # With this release of diffusers TRL cannot draw without guidance: it would join the empty prompts all the same.
-        pipeline.sd_pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
+        stock._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
     config = DDPOConfig(log_with=None, mixed_precision="no", save_freq=10**9, **given["ddpo"])
     trainer = DDPOTrainer(config, reward, next_prompt, pipeline)
     spent: dict[str, float] = defaultdict(float)

@@ -54,6 +54,7 @@ def ddpo(
     dry_run: DryRun = False,
     tracking_uri: Server = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="a dry run for so many, there or not")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; a trace for Perfetto")] = False,
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
     from orchestration.cluster import imagine_machine
@@ -64,7 +65,13 @@ def ddpo(
         return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
     from orchestration.ddpo import run_ddpo
 
-    print(run_ddpo(settings))
+    path = run_ddpo(settings, profile=profile)
+    if profile:
+        from orchestration.timeline import render_profile, write_trace
+
+        Console().print(render_profile(path.parent))
+        print(write_trace(path.parent))
+    print(path)
 
 
 @app.command()

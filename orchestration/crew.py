@@ -1,10 +1,9 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
 import math
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, Self
 
 import numpy as np
 from ray import ObjectRef
@@ -16,8 +15,9 @@ from actors.patrol import Patrol
 from actors.placement import Room
 from actors.pool import Pool, wait_for
 from actors.reward import Rewards
-from actors.sampler import Acknowledgement, Samplers
+from actors.sampler import Published, Samplers
 from actors.work import Chunk
+from actors.worker import Account
 from orchestration.cluster import connected
 from orchestration.config import DdpoConfig
 from orchestration.display import Display
@@ -36,12 +36,13 @@ class PublishError(RuntimeError):
 class Crew:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
-    def __init__(self, config: DdpoConfig, plan: Plan, display: Display) -> None:
+    def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
         self.config = config
         self.plan = plan
-        self._display = display
+        self._display, self._profile = display, profile
         self._stack = ExitStack()
         self._patrol = Patrol()
+        self._receipts: tuple[list[ObjectRef], bool] = [], False
 
     def __enter__(self) -> Self:
         try:
@@ -83,6 +84,8 @@ class Crew:
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
+        if self._profile:
+            self.wait([done for pool in self.pools for done in pool.everyone("profile")], "preparing to profile")
 
     def _end_actors(self) -> None:
         import ray
@@ -123,30 +126,39 @@ class Crew:
 
     def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
         """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
-        for number, receipt in enumerate(self._send(update.version, update.checksum, weights)):
-            if expect_change and not receipt.changed_tensors:
-                raise PublishError(f"weights version {update.version} changed no tensor of sampler {number}")
+        self._send(Published(update.version, update.checksum, weights), expect_change)
 
-    def _send(self, version: int, checksum: str, weights: ObjectRef) -> list[Acknowledgement]:
-        """Every sampler's receipt. Raises PublishError unless all came whole."""
-        receipts = self.wait(self.samplers.publish(version, checksum, weights), "sending weights")
-        for number, receipt in enumerate(receipts):
-            if receipt.checksum != checksum:
-                raise PublishError(f"sampler {number} received other weights than version {version}: checksums differ")
-        return receipts
+    def _send(self, sent: Published, expect_change: bool = False) -> None:
+        self.acknowledge()
+        self._receipts = self.samplers.publish(sent), expect_change
+        if not self.config.training.depth:  # else samplers are drawing; what they do next waits for the weights anyway
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Wait for every sampler's receipt of what was sent last. Raises PublishError."""
+        (references, expect_change), sent = self._receipts, self.samplers.published
+        for number, receipt in enumerate(self.wait(references, "sending weights")):
+            if receipt.checksum != sent.checksum:
+                raise PublishError(f"sampler {number} received other weights than version {sent.version}")
+            if expect_change and not receipt.changed_tensors:
+                raise PublishError(f"weights version {sent.version} changed no tensor of sampler {number}")
+        self._receipts = [], False
+
+    @contextmanager
+    def drawing_with(self, kind: Literal["averaged", "previous"]) -> Iterator[None]:
+        """In this block samplers are asked to draw with other weights of the learner's than those published."""
+        usual, (learned, weights) = self.samplers.published, getattr(self.learner, kind)()
+        other: Update = self.wait(learned, f"{kind} weights")[0]
+        self._send(Published(-other.version if kind == "averaged" else other.version, other.checksum, weights))
+        yield
+        self._send(usual)
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
         """Draw, caption, score and judge one image for each fixed (prompt, seed), with averaged weights if they are."""
-        drawing = self.samplers.published
-        if self.config.training.ema_decay and drawing.version:
-            learned, weights = self.learner.averaged()
-            average: Update = self.wait(learned, "averaged weights")[0]
-            self._send(-average.version, average.checksum, weights)
-        chunks = self.samplers.rollout(prompts, seeds)
-        evaluation = self.measure(chunks, prompts, [self.samplers.divergence(chunks[0])])
-        if self.samplers.published is not drawing:
-            self._send(drawing.version, drawing.checksum, drawing.weights)
-        return evaluation
+        others = self.config.training.ema_decay and self.samplers.published.version
+        with self.drawing_with("averaged") if others else nullcontext():
+            chunks = self.samplers.rollout(prompts, seeds)
+            return self.measure(chunks, prompts, [self.samplers.divergence(chunks[0])])
 
     def measure(
         self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
@@ -178,13 +190,22 @@ class Crew:
 
         self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
         learned, weights = self.learner.current()
-        self.publish(self.wait(learned, "the restored weights")[0], weights)
+        self.publish(self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0)
 
-    def cpu_seconds(self) -> float:
-        """CPU time of the driver and of all actors so far."""
-        return time.process_time() + sum(
-            self.wait([s for pool in self.pools for s in pool.everyone("cpu_seconds")], "CPU times")
-        )
+    def accounts(self) -> dict[str, Account]:
+        """What each actor has used so far, and the driver, whose spans are its run's."""
+        told = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
+        names = [name for pool in self.pools for name in pool.names]
+        return {"driver": Account.of_this_process([]), **dict(zip(names, told, strict=True))}
+
+    @staticmethod
+    def footprint() -> dict[str, float]:
+        """What the cluster's object store holds, as Ray last reported: a moment ago, on other nodes a second."""
+        import ray
+
+        kind = "object_store_memory"
+        held = ray.cluster_resources().get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
+        return {"object_store_bytes": held}
 
     def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
         """Images from elsewhere, as chunks ready to be measured."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.failures import ActorLost
+from orchestration.ahead import Ahead
 from orchestration.calibration import calibrate, fitting_images
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
@@ -24,10 +25,10 @@ from policies.over_optimisation import look_to_keep
 from policies.streams import PromptSchedule, derive_seed
 
 
-def run_ddpo(config: DdpoConfig, watch: Watch = ignore) -> Path:
+def run_ddpo(config: DdpoConfig, watch: Watch = ignore, profile: bool = False) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(DdpoRun.create(config), plan, watch)
+    return _loop(DdpoRun.create(config, profile), plan, watch)
 
 
 def resume_ddpo(directory: Path, trusted: bool = False, watch: Watch = ignore) -> Path:
@@ -40,7 +41,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
     with run:
         while True:
             try:
-                with Crew(run.config, plan, run.display) as crew:
+                with Crew(run.config, plan, run.display, run.profile) as crew:
                     return _train(run, crew, plan, watch)
             except ActorLost as lost:  # one that cannot be replaced: the learner, or several with their node
                 run.roll_back(lost)
@@ -49,7 +50,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
 
 def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     config, training = run.config, run.config.training
-    prompts = PromptSchedule(plan.prompts, training.prompts_per_step, config.seed)
+    ahead = Ahead(run, crew, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
     history = PromptStatistics(config.advantage.history_size)
     held_out_prompts, held_out_seeds = fixed_work([*plan.prompts, *plan.unseen], config.evaluation.images)
     report = Report(run, held_out_prompts)
@@ -66,19 +67,18 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     else:
         crew.restore(LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"]))
         history.restore(run.checkpoint.state["prompt_statistics"])
+        ahead.redo(run.step, run.checkpoint.state.get("drawn_by"))
         run.display.say(f"resumed after step {run.step}")
 
     held_out: Evaluation | None = None
     for step in run.remaining_steps():
         if report.over_optimised():
             break
-        step_prompts = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
-        seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(step_prompts))]
-
         with run.stage("sample"):
-            chunks = crew.samplers.rollout(step_prompts, seeds)
-            crew.score(chunks)
+            chunks = ahead.step(step)  # at depth 1 the next step is drawn from here on, while this one is learned from
             images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
+            step_prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
+            crew.acknowledge()
         try:
             with run.stage("reward"):
                 scores = crew.rewarded(chunks, f"step {step + 1}: rewards")
@@ -95,7 +95,7 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
 
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None
-        run.record(step, metrics | (held_out.metrics() if held_out else {}))
+        run.record(step, metrics | crew.footprint() | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
             report.progress(step + 1, held_out)
 
@@ -103,8 +103,8 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
             with run.stage("commit"):
                 run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
                 state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
-                known = {"weights_version": state.weights_version, "prompt_statistics": history.state()}
-                run.commit(state.tensors, known, crew.cpu_seconds())
+                known = {"prompt_statistics": history.state(), "drawn_by": ahead.drawn_by}
+                run.commit(state, known, crew.accounts())
         watch(run)
 
     kept = report.best_step(look_to_keep)
@@ -115,4 +115,4 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
     after = held_out if held_out and whole else evaluate(config.evaluation.images)
     update = crew.wait(crew.learner.averaged()[0], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
-    return report.finish(after, update.checksum, files, crew.cpu_seconds())
+    return report.finish(after, update.checksum, files, crew.accounts())

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from actors.settings import Role
+from actors.worker import Account
 from orchestration.config import ConfigError, DdpoConfig, validate
 from orchestration.display import Display
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
+from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
 from pipelines.atomic import append_durably, as_lines, read_lines, write_durably, write_json
-from pipelines.checkpoint import CheckpointStore
+from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
@@ -30,14 +30,16 @@ _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "r
 class DdpoRun(Run):
     """One DDPO run, new or resumed."""
 
-    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], profile: bool = False) -> None:
+        self.profile = profile
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
         self.checkpoint = checkpoint = self.store.newest()
         self.step = checkpoint.step if checkpoint else 0
         display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
-        self.cpu_before = checkpoint.state["cpu_seconds"] if checkpoint else 0.0  # of earlier sessions
+        self._cpu_before = checkpoint.state["cpu_seconds"] if checkpoint else 0.0  # of earlier sessions
+        self._discard()
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
             self._wall_before = checkpoint.state["wall_seconds"]
@@ -45,12 +47,15 @@ class DdpoRun(Run):
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
         self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
         self._pending: list[dict[str, Any]] = []
+        self.peaks: dict[str, dict[str, int]] = checkpoint.state.get("peaks", {}) if checkpoint else {}
+        self._began = time.time()  # the step in progress
 
     @classmethod
-    def create(cls, config: DdpoConfig) -> Self:
+    def create(cls, config: DdpoConfig, profile: bool = False) -> Self:
         """A new run. Its directory appears here, and nothing before."""
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        return cls(new_directory(config, f"-seed{config.seed}"), config, new_manifest("ddpo", config) | progress)
+        manifest = new_manifest("ddpo", config) | progress
+        return cls(new_directory(config, f"-seed{config.seed}"), config, manifest, profile)
 
     @classmethod
     def resume(cls, directory: Path, trusted: bool) -> Self:
@@ -84,13 +89,20 @@ class DdpoRun(Run):
         self.withstand(lost, at=self.manifest["committed_step"])
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
-        self._pending = []
+        self._pending, self.spans = [], []
+        self._discard()
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
-            self.cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
+            self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
         if isinstance(lost, MicroBatchTooLarge):
             self.manifest["resolved"]["micro_batch"] = -(-self.manifest["resolved"]["micro_batch"] // 2)
         self.config = _as_resolved(self.config, self.manifest["resolved"])
         self.display.say(f"{lost}; going back to {f'step {self.step}' if self.step else 'the start'}")
+
+    def _discard(self) -> None:
+        """Count what samplers were asked for, as far as the manifest knows, and nothing is learned from."""
+        lost = max(0, self.manifest.get("asked_steps", 0) - self.step) * self.config.training.images_per_step
+        self.manifest["discarded_images"] = self.manifest.get("discarded_images", 0) + lost
+        self.manifest["asked_steps"] = self.step
 
     def opened(self) -> None:
         """Send again what MLflow may have missed, and tell of damage."""
@@ -124,7 +136,7 @@ class DdpoRun(Run):
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
-        self._seconds_before = dict(self.seconds_by_stage)
+        self._seconds_before, self._began = dict(self.seconds_by_stage), time.time()
         yield from range(self.step, self.config.training.steps)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -138,7 +150,10 @@ class DdpoRun(Run):
             **metrics,
             **{f"seconds/{name}": seconds for name, seconds in spent.items() if seconds},
             "images_per_second": self.config.training.images_per_step / training,
+            "discarded_images": float(self.manifest["discarded_images"]),
         }
+        self.spans.append(("step", self._began, time.time()))
+        self._began = time.time()
         if step == len(self.history) + len(self._pending):
             self._pending.append(line)
         self.step = step + 1
@@ -164,21 +179,46 @@ class DdpoRun(Run):
             return True
         return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
 
-    def commit(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any], cpu_seconds: float) -> None:
+    def commit(self, learner: LearnerState, state: Mapping[str, Any], accounts: Mapping[str, Account]) -> None:
         """Make everything up to the finished step durable, then deliver it."""
+        self._keep_peaks(accounts)
+        lanes = {name: each.spans for name, each in accounts.items()} | {"driver": self.spans}
+        append_spans(self.directory, self.step, lanes)
+        self.spans = []
         append_durably(self.journal, as_lines(self._pending))
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
-            "cpu_seconds": self.cpu_before + cpu_seconds,
+            "cpu_seconds": self._cpu_before + sum(each.cpu_seconds for each in accounts.values()),
+            "peaks": self.peaks,
         }
-        self.store.commit(self.step, tensors, {**state, **clocks})
+        known = {"weights_version": learner.weights_version, **state, **clocks}
+        self.store.commit(self.step, learner.tensors, known)
         self.manifest["committed_step"] = max(self.step, self.manifest["committed_step"])
         self._status("RUNNING")
         for line in self._pending:
             self._deliver(line)
         self.history += self._pending
         self._pending = []
+
+    def _keep_peaks(self, accounts: Mapping[str, Account]) -> None:
+        """Each process's memory at its highest, over all sessions."""
+        for name, account in accounts.items():
+            known = self.peaks.get(name, {"memory": 0, "gpu_memory": 0})
+            self.peaks[name] = {kind: max(known[kind], getattr(account, kind)) for kind in known}
+
+    def totals(self, accounts: Mapping[str, Account]) -> dict[str, Any]:
+        """What the whole run took, for its summary."""
+        self._keep_peaks(accounts)
+        self._discard()
+        return {
+            "images": self.step * self.config.training.images_per_step,
+            "steps": self.step,
+            "discarded_images": self.manifest["discarded_images"],
+            "cpu_seconds": round(self._cpu_before + sum(each.cpu_seconds for each in accounts.values()), 2),
+            "peak_memory_bytes": self.peaks,
+            "seed": self.config.seed,
+        }
 
     def _deliver(self, line: Mapping[str, Any]) -> None:
         values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}

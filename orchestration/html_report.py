@@ -26,6 +26,7 @@ _PICTURES = {
     "before_after": "Before and after: same prompts, same seeds",
     "progress": "The same prompts and seeds as the run went on",
     "curves": "Curves",
+    "timeline": "What each actor did, over a few steps in the middle of the run",
     "fresh_fraction": "The last generation against the share of fresh real data",
     "precision_recall": "Quality against diversity",
     "samples": "Samples, from the same latent seeds at every generation",

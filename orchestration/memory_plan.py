@@ -33,7 +33,7 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     drawing = {"network": network, "autoencoder": vae, "text encoders": text}
     learning = drawing | {"LoRA": adapter, "gradient": trained, "optimiser": 2 * trained, "start of the step": trained}
     learning |= {"first model": trained * bool(training.kl_weight), "average": trained * bool(training.ema_decay)}
-    learning |= {"trajectories": latents}
+    learning |= {"weights before": trained * training.depth, "trajectories": latents}
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     held = {"sampler": drawing, "learner": learning, "captioner": captioning}
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments

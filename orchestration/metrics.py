@@ -7,8 +7,8 @@ import numpy as np
 from actors.learner import Update
 from orchestration.evaluation import diversity
 
-_OF_THE_UPDATE = ("loss", "gradient_norm", "micro_batch", "learners", "skipped_updates")
-_OF_THE_RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")  # None without one
+_OF_THE_UPDATE = ("loss", "gradient_norm", "micro_batch", "learners", "skipped_updates", "staleness")
+_OF_THE_RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction", "behaviour_kl")  # None without one
 
 
 def step_metrics(

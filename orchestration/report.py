@@ -3,16 +3,18 @@
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.worker import Account
 from orchestration.ddpo_run import DdpoRun, first_look
 from orchestration.evaluation import Evaluation, kept_evaluations, kept_step
 from orchestration.html_report import conclude
 from orchestration.run import TEMPLATES
+from orchestration.timeline import middle_of, read_spans
 from orchestration.tracking import FIRST_LOOK, flatten
 from pipelines.atomic import Files, commit_directory, read_lines, write_durably, write_json
 from pipelines.pages import fill
@@ -87,7 +89,7 @@ class Report:
             self.run.tracker.tags({"stopped": reason})
         return self.stopped is not None
 
-    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, cpu_seconds: float) -> Path:
+    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         best = self.best_step(look_to_keep) or run.step
@@ -105,17 +107,13 @@ class Report:
             "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
             "weights_sha256": weights_sha256,
             "pipeline": str(run.directory / "pipeline"),
-            "images": run.step * run.config.training.images_per_step,
-            "steps": run.step,
-            "cpu_seconds": round(run.cpu_before + cpu_seconds, 2),
-            "seed": run.config.seed,
         }
         files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
         commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
         run.tracker.artifact(run.store.path(best), "checkpoints")
         if best != run.step:
             run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
-        path = run.summarise(facts)
+        path = run.summarise(facts | run.totals(accounts))
         return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
 
     def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
@@ -158,7 +156,7 @@ class Report:
 
 def draw(directory: Path) -> Path:
     """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory."""
-    from pipelines.figures import before_after, curves
+    from pipelines.figures import before_after, curves, timeline
     from pipelines.mad_figures import generations_grid
 
     figures, kept = directory / "figures", kept_evaluations(directory)
@@ -179,4 +177,6 @@ def draw(directory: Path) -> Path:
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
     start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
     curves(figures / "curves.png", [start, *read_lines(directory / "metrics.jsonl")])
+    if window := middle_of(read_spans(directory)):
+        timeline(figures / "timeline.png", window)
     return figures

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, TextIO
 
 import psutil
 
+from actors.worker import Span
 from orchestration.config import Config, ConfigError, validate
 from orchestration.display import Display
 from orchestration.seal import check_seal, seal
@@ -47,6 +48,7 @@ class Run:
         self.manifest = manifest
         self.display = display
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
+        self.spans: list[Span] = []  # the stages since they were last written
         self._tracking = tracking
         self._losses: list[int] = []  # where the run stood at each loss since it last came further
         self._wall_before = manifest.get("wall_seconds", 0.0)
@@ -126,11 +128,12 @@ class Run:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to a stage's account."""
-        started = time.monotonic()
+        started, began = time.monotonic(), time.time()
         try:
             yield
         finally:
             self.seconds_by_stage[name] += time.monotonic() - started
+            self.spans.append((name, began, time.time()))
 
     def wall_seconds(self) -> float:
         """Wall time of this run, from the start of the process, over all its sessions."""

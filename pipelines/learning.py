@@ -1,6 +1,7 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from pipelines.trainable import (
     to_numpy,
 )
 from pipelines.trajectory import Trajectory
-from policies.ddpo import policy_gradient
+from policies.ddpo import policy_gradient, replayed
 from policies.forward_process import negative_aware, reward_weighted
 from policies.group import Group, gathered
 from policies.health import SickNumbers
-from policies.learner import PolicyLearner, UpdateStatistics
+from policies.learner import PolicyLearner, UpdateStatistics, check_reproduced, estimated_kl
 from policies.rollouts import Network, Rollouts
 from policies.settings import SamplingSettings, TrainingSettings
 
@@ -76,24 +77,31 @@ class DiffusionLearner:
         self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch, group)
         self.first = copied(self.parameters) if training.kl_weight else {}
         self.average = copied(self.parameters) if training.ema_decay else {}
+        self.previous: dict[str, Tensor] = {}  # at depth 1: what the version before drew with
         self.weights_version = 0
 
     def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
         """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
 
+        At depth 1 they may be of the version before: it is replayed on a micro-batch of them, to give what is stored.
         Raises ValueError on a trajectory of other weights, RatioError and SickNumbers as the policies do.
         """
-        if trajectory.weights_version != self.weights_version:
+        staleness = self.weights_version - trajectory.weights_version
+        if staleness and (staleness != 1 or not self.previous):
             raise ValueError(
                 f"the images were drawn by weights version {trajectory.weights_version}, the learner holds "
-                f"{self.weights_version}: at depth 0 they must be the same"
+                f"{self.weights_version}: at depth {self.training.depth} that cannot be"
             )
         schedule, training = self.policy.schedule, self.training
         before = copied(self.parameters)
-        objective = OBJECTIVES[training.objective](self._rollouts(trajectory, advantage, before, seed), training)
-        steps = training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist())
-        generator = torch.Generator().manual_seed(seed)
-        statistics = self.learner.learn(objective, len(advantage), torch.tensor(steps), generator)
+        rollouts = self._rollouts(trajectory, advantage, before, seed)
+        objective = OBJECTIVES[training.objective](rollouts, training)
+        steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
+        generator, found = torch.Generator().manual_seed(seed), {}
+        if staleness and not training.on_forward_process:
+            found = self._replay(rollouts, steps, generator)
+        statistics = self.learner.learn(objective, len(advantage), steps, generator)
+        statistics = replace(statistics, staleness=staleness, **found)
         pairs = [(own_part(before[name]), own_part(value)) for name, value in self.parameters.items()]
         sick = not all(torch.isfinite(after).all() for _, after in pairs)
         *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
@@ -103,14 +111,27 @@ class DiffusionLearner:
         if sick:
             raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
+        if training.depth:
+            self.previous = copied(self.average) if self._draws_average else before
         for name, mean in self.average.items():
             mean.lerp_(self.parameters[name].detach(), 1 - training.ema_decay)
         return statistics, changed
 
+    def _replay(self, rollouts: Rollouts, steps: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """What of the statistics the weights that drew tell. Raises RatioError if they do not give what is stored."""
+
+        def both(images: Tensor, steps: Tensor) -> Tensor:
+            networks = rollouts.behaviour, rollouts.network
+            return torch.stack([replayed(rollouts, network, images, steps) for network in networks], dim=1)
+
+        apart, chosen = self.learner.on_some(both, len(rollouts.advantage), steps, generator)
+        error = check_reproduced(apart[:, 0], chosen, self.training.ratio_tolerance)
+        return {"first_update_error": error, "behaviour_kl": estimated_kl(apart[:, 1])}
+
     def _rollouts(
-        self, trajectory: Trajectory, advantage: np.ndarray, drawn_by: dict[str, Tensor], seed: int
+        self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int
     ) -> Rollouts:
-        """Everything of ``trajectory`` on the device, and the network with three sets of weights."""
+        """Everything of ``trajectory`` on the device, and the network with all the sets of weights."""
         device, schedule = self.policy.device, self.policy.schedule
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
         conditions = self.policy.embed(list(unique))
@@ -134,9 +155,16 @@ class DiffusionLearner:
         )
         if self.training.log_density == "sum":
             log_probs = log_probs * latents[0, 0].numel()
-        behaviour = under(self.average if self._draws_average else drawn_by)
+        start = under(before)
+        stale = trajectory.weights_version != self.weights_version
+        behaviour = under(self.previous) if stale else under(self.average) if self._draws_average else start
+
+        def proximal(*of: Tensor) -> Tensor | None:
+            return start(*of) if self.learner.moved else None
+
         tables = schedule, latents, log_probs, weights
-        return Rollouts(*tables, network, under(self.first), behaviour, seed, self.training.log_density)
+        networks, how = (network, under(self.first), behaviour), (seed, self.training.log_density)
+        return Rollouts(*tables, *networks, *how, proximal if stale else None)
 
     @property
     def _draws_average(self) -> bool:
@@ -155,6 +183,11 @@ class DiffusionLearner:
         with self._averaging(), unsharded(self.policy.network):
             return exported_weights(self.policy.network)
 
+    def previous_weights(self) -> Weights:
+        """What samplers drew with before the last step of learning, at depth 1."""
+        with swapped(self.parameters, self.previous), unsharded(self.policy.network):
+            return exported_weights(self.policy.network)
+
     def _averaging(self) -> AbstractContextManager[None]:
         """In this block the network holds what is evaluated and saved."""
         return swapped(self.parameters, self.average) if self.average else nullcontext()
@@ -163,6 +196,7 @@ class DiffusionLearner:
         """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
         held: dict[str, Any] = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
         held |= {f"average/{name}": mean for name, mean in self.average.items()}
+        held |= {f"previous/{name}": value for name, value in self.previous.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():
                 held[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
@@ -182,6 +216,11 @@ class DiffusionLearner:
             for name, mean in self.average.items():
                 kept = state.tensors.get(f"average/{name}", state.tensors[f"parameter/{name}"])
                 mean.copy_(placed_as(from_numpy(kept, mean.dtype), mean))
+            self.previous = {
+                name: placed_as(from_numpy(state.tensors[f"previous/{name}"], parameter.dtype), parameter)
+                for name, parameter in self.parameters.items()
+                if self.training.depth and f"previous/{name}" in state.tensors
+            }
         for key, array in state.tensors.items():
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
@@ -242,7 +281,7 @@ class DiffusionLearner:
 
     def _is_too_large(self) -> bool:
         """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""
-        copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay)
+        copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay) + self.training.depth
         parameters = list(self.policy.network.parameters())
         return sum(p.nbytes * (copies if p.requires_grad else 1) for p in parameters) > self._memory()
 

@@ -46,7 +46,7 @@ def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
         _fill(parameters, kept)
 
 
-def copied(parameters: Mapping[str, nn.Parameter], device: str | None = None) -> dict[str, Tensor]:
+def copied(parameters: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
     """What they hold now, on their own device or another."""
     return {
         name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()

@@ -4,7 +4,7 @@ Gradients are summed over transitions anyway, so timesteps are folded into the b
 transitions, computed in micro-batches of whatever size the device likes best.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from policies.health import ShortOfMemoryError, SickNumbers
 from policies.rollouts import Objective
 from policies.settings import TrainingSettings
 
+WEIGHT_DECAY = 1e-4  # that of the paper and of every peer
+
 
 class RatioError(RuntimeError):
     """The learner does not reproduce the log-probabilities under which the images were drawn."""
@@ -23,19 +25,23 @@ class RatioError(RuntimeError):
 @dataclass
 class UpdateStatistics:
     """What one call of :meth:`PolicyLearner.learn` did, averaged over its transitions and updates. What is of the
-    ratio, objectives without one leave at None."""
+    ratio, objectives without one leave at None. ``staleness``: versions between the weights that drew and those that
+    learned; ``behaviour_kl``: KL of the ones to the others, None at the same version."""
 
     loss: float
     gradient_norm: float
     micro_batch: int
     learners: int
     skipped_updates: int
+    staleness: int = 0
+    behaviour_kl: float | None = None
     approximate_kl: float | None = None
     ratio_mean: float | None = None
     ratio_max: float | None = None
     clip_fraction: float | None = None
     first_update_error: dict[int, float] = field(default_factory=dict)
-    """|Δ log p| of the first update, the largest over images, for each denoising step."""
+    """|Δ log p| of the first update, the largest over images, for each denoising step; where older weights drew the
+    images, of their replay."""
 
 
 class PolicyLearner:
@@ -54,9 +60,10 @@ class PolicyLearner:
         self.parameters = list(parameters)
         self.settings = settings
         self.micro_batch = micro_batch
+        self.moved = False  # whether the parameters are others than at the beginning of the step
         self.group = group or Group()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            self.parameters, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
 
     def learn(
@@ -75,14 +82,28 @@ class PolicyLearner:
         tally = _Tally(self.settings.clip_range)
         settings = self.settings
         share = settings.timesteps_per_image(len(steps))
-        for _ in range(settings.inner_epochs):
-            order = torch.randperm(images, generator=generator)
-            for members in order.chunk(settings.updates_per_step):
-                picks = torch.stack(
-                    [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
-                )
-                self._update(objective, members.repeat_interleave(share), picks.flatten(), tally)
+        self.moved = False
+        order = torch.randperm(images, generator=generator)
+        for members in order.chunk(settings.updates_per_step):
+            picks = torch.stack(
+                [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
+            )
+            self._update(objective, members.repeat_interleave(share), picks.flatten(), tally)
         return tally.summary(self.micro_batch, self.group.size)
+
+    def on_some(
+        self, values: Callable[[Tensor, Tensor], Tensor], images: int, steps: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """``values`` (batch, n) of a micro-batch of transitions of so many ``images``, each of ``steps`` among them.
+
+        Returns them, and the step of each (batch,).
+        """
+        row = torch.arange(min(max(self.micro_batch, len(steps)), images * len(steps)))
+        order, column = torch.randperm(images, generator=generator), row % len(steps)
+        chosen = steps[column]
+        parts, _ = self.group.share(order[(row // len(steps) + column) % images], chosen)
+        calls = zip(*(part.split(self.micro_batch) for part in parts), strict=True)
+        return self.group.gather(torch.cat([values(*call) for call in calls]))[: len(row)], chosen
 
     def _update(self, objective: Objective, images: Tensor, steps: Tensor, tally: "_Tally") -> None:
         """One optimiser update on the transitions (``images``, ``steps``), both (transitions,)."""
@@ -116,6 +137,7 @@ class PolicyLearner:
             tally.skipped += 1
             return
         self.optimizer.step()
+        self.moved = True
         tally.gradient_norms.append(float(norm))
 
     def _gradients(self, objective: Objective, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -131,6 +153,26 @@ class PolicyLearner:
             if difference is not None:
                 differences.append(difference)
         return torch.cat(losses), torch.cat(differences) if differences else None
+
+
+def estimated_kl(difference: Tensor) -> float:
+    """Schulman's low-variance estimate of KL(old ‖ new): E[(r − 1) − log r], of log r (transitions,)."""
+    return float((difference.exp() - 1 - difference).mean())
+
+
+def check_reproduced(difference: Tensor, steps: Tensor, tolerance: float) -> dict[int, float]:
+    """The largest |Δ log p| of each denoising step. Raises RatioError beyond ``tolerance``."""
+    # NaN compares as smaller than anything: as infinity it is the worst that it is.
+    difference, steps = difference.abs().nan_to_num(nan=torch.inf).cpu(), steps.cpu()
+    errors = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
+    worst = max(errors, key=lambda step: errors[step])
+    if not errors[worst] <= tolerance:
+        raise RatioError(
+            f"before any update the log-probability at denoising step {worst} differs by {errors[worst]:.3g} nats from "
+            f"the stored one (allowed: {tolerance:.3g}). Sampler and learner differ: check weights version, guidance, "
+            "precision and dropout"
+        )
+    return errors
 
 
 class _Tally:
@@ -154,17 +196,7 @@ class _Tally:
     def check_first_update(self, tolerance: float) -> None:
         if not self._differences:
             return
-        # NaN compares as smaller than anything: as infinity it is the worst that it is.
-        difference = torch.cat(self._differences).abs().nan_to_num(nan=torch.inf).cpu()
-        steps = torch.cat(self._steps).cpu()
-        self._first_update_error = {int(s): float(difference[steps == s].max()) for s in steps.unique()}
-        worst = max(self._first_update_error, key=lambda s: self._first_update_error[s])
-        if not self._first_update_error[worst] <= tolerance:
-            raise RatioError(
-                f"before any update the log-probability at denoising step {worst} differs by "
-                f"{self._first_update_error[worst]:.3g} nats from the stored one (allowed: {tolerance:.3g}). "
-                "Sampler and learner differ: check weights version, guidance, precision and dropout"
-            )
+        self._first_update_error = check_reproduced(torch.cat(self._differences), torch.cat(self._steps), tolerance)
 
     def summary(self, micro_batch: int, learners: int) -> UpdateStatistics:
         return UpdateStatistics(
@@ -174,15 +206,14 @@ class _Tally:
             learners=learners,
             skipped_updates=self.skipped,
             first_update_error=self._first_update_error,
-            **(self._of_the_ratio() if self._differences else {}),
+            **(self._of_the_ratio() if self._differences else {}),  # type: ignore[arg-type]
         )
 
     def _of_the_ratio(self) -> dict[str, float]:
         difference = torch.cat(self._differences)
         ratio = difference.exp()
         return {
-            # Schulman's low-variance estimate of KL(old ‖ new): E[(r − 1) − log r].
-            "approximate_kl": float((ratio - 1 - difference).mean()),
+            "approximate_kl": estimated_kl(difference),
             "ratio_mean": float(ratio.mean()),
             "ratio_max": float(ratio.max()),
             "clip_fraction": float(((ratio - 1).abs() > self._clip_range).double().mean()),

@@ -22,6 +22,8 @@ class Rollouts:
     """A step's images. ``latents`` (images, T + 1, channels, height, width), ``log_probs`` (images, T) in nats under
     the weights that drew them, ``advantage`` (images,). ``network`` is the one that learns; ``reference`` and
     ``behaviour`` are the same with the first weights of all, and with those that drew the images; without gradient.
+    ``proximal``, too, with the weights that the step began with, where others drew the images; it answers None as long
+    as ``network`` still holds these.
     """
 
     schedule: Schedule
@@ -33,6 +35,7 @@ class Rollouts:
     behaviour: Network
     seed: int
     reduction: Reduction = "mean"
+    proximal: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
 
     def noised(self, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_0, ε and x_t of the forward process (batch, …). ε follows from the seed, the image and the step alone."""

@@ -66,10 +66,12 @@ class TrainingSettings(Settings):
     """The DDPO update: Black et al. 2023, equations 5 (score function) and 6 (importance sampling)."""
 
     steps: int = Field(80, ge=1, description="sample → reward → learn rounds")
+    depth: int = Field(
+        0, ge=0, le=1, description="steps drawn ahead: 1 draws the next one while this one is learned from (overlap)"
+    )
     images_per_step: int = Field(256, ge=1)
     images_per_prompt: int = Field(8, ge=1)
-    updates_per_step: int = Field(4, ge=1, description="optimiser updates a step and inner epoch")
-    inner_epochs: int = Field(1, ge=1, description="passes over the same images")
+    updates_per_step: int = Field(4, ge=1, description="optimiser updates a step, each on its share of the images")
     timestep_fraction: float = Field(
         1.0, gt=0, le=1, description="random share of each image's timesteps to learn from"
     )
@@ -91,7 +93,6 @@ class TrainingSettings(Settings):
         "mean", description="reduction of the log-density over channels and pixels; published clip ranges mean 'mean'"
     )
     learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     ratio_tolerance: float = Field(
         1e-4, gt=0, description="largest |Δ log p| allowed on a step's first update; beyond it the run stops"
@@ -142,9 +143,9 @@ class TrainingSettings(Settings):
             raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
         if self.kl_weight and self.on_forward_process:
             raise ValueError(f"kl_weight: objective {self.objective} has no density to take it of; set it to 0")
-        if self.objective == "score_function" and self.updates_per_step * self.inner_epochs > 1:
+        if self.objective == "score_function" and (self.updates_per_step > 1 or self.depth):
             raise ValueError(
-                "objective score_function is on-policy: set updates_per_step and inner_epochs to 1, "
+                "objective score_function is on-policy: set updates_per_step to 1 and depth to 0, "
                 "or use objective importance_sampling"
             )
         return self

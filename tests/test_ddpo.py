@@ -20,7 +20,7 @@ IMAGES, STEPS, SIGMA = 64, 6, 0.5
 
 def settings(objective: str = "importance_sampling", **keys: Any) -> TrainingSettings:
     """One update on everything, without weight decay, gradient clipping or ratio clipping, unless told otherwise."""
-    defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "weight_decay": 0.0, "max_gradient_norm": 1e9}
+    defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "max_gradient_norm": 1e9}
     return TrainingSettings(objective=objective, **{**defaults, "clip_range": 0.9, **keys})  # type: ignore[arg-type]
 
 
@@ -139,12 +139,13 @@ def test_a_tight_clip_holds_the_policy_near_the_one_that_drew() -> None:
         torch.manual_seed(0)
         policy = LinearPolicy()
         old, advantage = policy.draw(), torch.randn(IMAGES, dtype=torch.float64)
-        training = settings(clip_range=clip_range, inner_epochs=30, learning_rate=1e-3)
-        learner = PolicyLearner(policy.parameters, training, 1024)
-        statistics = step(learner, policy.log_prob, old, advantage, torch.arange(STEPS), torch.Generator())
+        training = settings(clip_range=clip_range, ratio_tolerance=1e9, learning_rate=1e-3)
+        learner, generator = PolicyLearner(policy.parameters, training, 1024), torch.Generator()
+        for _ in range(30):
+            statistics = step(learner, policy.log_prob, old, advantage, torch.arange(STEPS), generator)
         divergence[clip_range], clipped[clip_range] = statistics.approximate_kl, statistics.clip_fraction
     assert 0 < divergence[1e-3] < divergence[0.9] / 10
-    assert clipped[1e-3] > 0.2
+    assert clipped[1e-3] > 0.1
     assert clipped[0.9] < 0.01
 
 
@@ -228,19 +229,17 @@ def test_every_image_learns_from_its_own_share_of_steps(fraction: float, expecte
     assert {step for _, step in seen} == set(stochastic.tolist())
 
 
-def test_updates_share_the_images_and_epochs_repeat_them() -> None:
+def test_updates_share_the_images() -> None:
     policy, calls = LinearPolicy(), []
 
     def log_prob(images: Tensor, steps: Tensor) -> Tensor:
         calls.append(sorted(set(images.tolist())))
         return policy.intercept * torch.zeros(len(images))
 
-    training = settings(updates_per_step=4, inner_epochs=2)
+    training = settings(updates_per_step=4)
     learn(policy, torch.zeros(IMAGES, STEPS), torch.randn(IMAGES), training, log_prob, micro_batch=10_000)
-    assert [len(images) for images in calls] == [IMAGES // 4] * 8
-    for epoch in (calls[:4], calls[4:]):
-        assert sorted(image for images in epoch for image in images) == list(range(IMAGES))
-    assert calls[:4] != calls[4:]
+    assert [len(images) for images in calls] == [IMAGES // 4] * 4
+    assert sorted(image for images in calls for image in images) == list(range(IMAGES))
 
 
 def test_the_generator_decides_everything_random() -> None:

@@ -36,12 +36,11 @@ ONE_UPDATE = TrainingSettings(
     max_gradient_norm=1e9,
     clip_range=0.1,
 )
-TEN_UPDATES = ONE_UPDATE.model_copy(
+SIX_UPDATES = ONE_UPDATE.model_copy(
     update={
-        "updates_per_step": 2,
-        "inner_epochs": 5,
+        "updates_per_step": 6,
         "max_gradient_norm": 1.0,
-        "clip_range": 1e-3,
+        "clip_range": 1e-6,
         "kl_weight": 0.1,  # for which other weights are put in and out of the network
         "ema_decay": 0.5,
     }
@@ -142,7 +141,8 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 def numbers(outcome: Outcome) -> dict[str, float]:
     """The statistics that all numbers of learners have in common."""
-    return {name: each for name, each in outcome.statistics.items() if name not in ("learners", "first_update_error")}
+    apart = ("learners", "first_update_error", "behaviour_kl")
+    return {name: each for name, each in outcome.statistics.items() if name not in apart}
 
 
 @pytest.mark.parametrize("kind", ["unet", "unet, lora", "transformer", "transformer, lora"])
@@ -166,14 +166,14 @@ def test_two_and_three_learners_have_the_gradient_of_one(kind: str, models: Any,
 
 
 @pytest.mark.parametrize("kind", ["unet", "unet, lora"])
-def test_after_ten_updates_all_learners_are_equal_and_others_go_on(kind: str, models: Any, pool: list[Pool]) -> None:
+def test_after_six_updates_all_learners_are_equal_and_others_go_on(kind: str, models: Any, pool: list[Pool]) -> None:
     """From the state of three to two who share weights out, and from theirs to two who do not."""
     model, trajectory = models[kind], draw(models[kind])
     later, training = dataclasses.replace(trajectory, weights_version=1), ONE_UPDATE.model_copy(update=AT_ANY_RATIO)
-    alone = learn(Group(), model, TEN_UPDATES, trajectory)
+    alone = learn(Group(), model, SIX_UPDATES, trajectory)
     assert alone.statistics["clip_fraction"] > 0
     for size, sharding in ((3, False), (2, True)):
-        outcomes = together(pool, size, learn, model, TEN_UPDATES, trajectory, sharding)
+        outcomes = together(pool, size, learn, model, SIX_UPDATES, trajectory, sharding)
         assert len({outcome.weights for outcome in outcomes}) == 1
         assert [len(outcome.state.tensors) > 0 for outcome in outcomes] == [True, False, False][:size]
         state = outcomes[0].state

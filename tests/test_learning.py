@@ -1,6 +1,7 @@
 """The learner of a diffusion model: what it trains, what it gives away, and how it goes on where it stopped."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ TRAINING = TrainingSettings(
     images_per_prompt=2,
     updates_per_step=2,
     learning_rate=1e-3,
-    weight_decay=0.0,
     clip_range=0.1,
 )
 BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
@@ -320,7 +320,7 @@ def test_the_reference_is_the_first_network(model: ModelSettings, sampler: Diffu
     trajectory = draw(sampler)
     first = {name: value.detach().clone() for name, value in learner.parameters.items()}
     learner.learn(trajectory, ADVANTAGE, seed=0)
-    rollouts = learner._rollouts(trajectory, ADVANTAGE, first, seed=0)
+    rollouts = learner._rollouts(replace(trajectory, weights_version=1), ADVANTAGE, first, seed=0)
     images, steps = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     latents = rollouts.latents[images, steps]
     with torch.no_grad():

@@ -20,7 +20,7 @@ SCHEDULE = FlowSchedule(1000 * TIMES[:-1], TIMES, eta=0.7)
 
 
 def settings(objective: str, **keys: Any) -> TrainingSettings:
-    defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "weight_decay": 0.0, "max_gradient_norm": 1e9}
+    defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "max_gradient_norm": 1e9}
     return TrainingSettings(objective=objective, **{**defaults, "clip_range": 0.2, **keys})  # type: ignore[arg-type]
 
 

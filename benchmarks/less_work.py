@@ -1,0 +1,78 @@
+"""Whether less work gives the same reward: CPU seconds until the accuracy has risen by .15, of DDPO_IS on the digits.
+
+    python -m benchmarks.less_work [--out runs/less-work] [--seeds 2]
+
+Shares and windows of the timesteps, images per prompt, and prompts drawn by how much their rewards vary (a prompt's
+chance is its rewards' deviation over the last steps; unseen ones go first), each against the demonstration's own
+settings but all timesteps. One thread; judging is not counted. What is on record is not run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from actors.worker import keep_memory
+from benchmarks.rise import RISE, Curve, evaluations, seconds_to_rise, until_risen
+from orchestration.run import git_commit
+from policies.advantages import PromptStatistics
+from policies.streams import PromptSchedule, derive_seed
+
+CONFIG, STEPS = Path("configs/ddpo/digits.yaml"), 40
+ARMS: dict[str, list[str]] = {
+    "all timesteps": ["training.timestep_fraction=1.0"],
+    "half of them": [],
+    "a quarter": ["training.timestep_fraction=0.25"],
+    "the noisier half": ["training.timestep_fraction=1.0", "training.timestep_window=[0,0.5]"],
+    "the cleaner half": ["training.timestep_fraction=1.0", "training.timestep_window=[0.5,1]"],
+    "half, 4 images a prompt": ["training.images_per_prompt=4"],
+    "half, 16 images a prompt": ["training.images_per_prompt=16"],
+    "half, prompts by variance": [],
+}
+
+
+class ByVariance(PromptSchedule):
+    """Prompts drawn without replacement, by the deviation of their rewards."""
+
+    history: PromptStatistics
+
+    def batch(self, step: int) -> list[str]:
+        known = self.history.state()
+        weights = np.array([np.std(known[prompt]) + 1e-3 if prompt in known else 1e3 for prompt in self.prompts])
+        draw = np.random.default_rng(derive_seed(self.run_seed, "prompts", step))
+        chosen = draw.choice(len(self.prompts), self.per_step, replace=False, p=weights / weights.sum())
+        return [self.prompts[index] for index in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/less-work"))
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_memory()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    record = arguments.out / "curves.json"
+    curves: dict[str, Curve] = json.loads(record.read_text()) if record.exists() else {}
+    for seed in range(arguments.seeds):
+        for name, overrides in ARMS.items():
+            label = f"{name} seed {seed}"
+            if label not in curves:
+                schedule = ByVariance if "variance" in name else PromptSchedule
+                lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], 4, STEPS, schedule)
+                curves[label] = until_risen(lines, label)
+                record.write_text(json.dumps(curves))
+    print(f"commit {git_commit()}: CPU seconds until accuracy has risen by {RISE}, {arguments.seeds} seeds")
+    base = median(seconds_to_rise(curves[f"all timesteps seed {seed}"]) for seed in range(arguments.seeds))
+    for name in ARMS:
+        found = [curves[f"{name} seed {seed}"] for seed in range(arguments.seeds)]
+        seconds, steps = [seconds_to_rise(curve) for curve in found], [curve[-1]["steps"] for curve in found]
+        shown = ", ".join(f"{each:.1f}" for each in seconds)
+        print(f"{name:<28}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
+
+
+if __name__ == "__main__":
+    main()

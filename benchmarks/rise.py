@@ -1,0 +1,58 @@
+"""How soon a run's accuracy has risen by .15, in CPU seconds: what is judged is reward per second, not images."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.one_process import OneProcess
+from orchestration.config import DdpoConfig, load_config
+from policies.advantages import PromptStatistics
+from policies.streams import PromptSchedule
+
+RISE, JUDGED = 0.15, 1080
+Curve = list[dict[str, float]]  # steps, CPU seconds so far and accuracy, at each evaluation
+
+
+def accuracy(run: OneProcess) -> float:
+    """Over the held-out images. Its time is not counted."""
+    return float(run.evaluate(JUDGED).metrics()["evaluator/full"])
+
+
+def evaluations(
+    configs: Sequence[Path],
+    overrides: Sequence[str],
+    every: int,
+    steps: int,
+    schedule: type[PromptSchedule] = PromptSchedule,
+) -> Iterator[dict[str, float]]:
+    """Those of a run of this project, in one process."""
+    config = load_config(DdpoConfig, configs, overrides)
+    run = OneProcess(config)
+    prompts = schedule(run.prompts, config.training.prompts_per_step, config.seed)
+    history = PromptStatistics(config.advantage.history_size)
+    prompts.history = history  # type: ignore[attr-defined]
+    for step in range(steps + 1):
+        if step:
+            run.train(step - 1, prompts, history)
+        if step % every == 0:
+            yield {"steps": step, "cpu": sum(run.spent.values()), "accuracy": accuracy(run)}
+
+
+def until_risen(lines: Iterator[dict[str, float]], label: str) -> Curve:
+    """Evaluations up to the first one that has risen enough."""
+    curve: Curve = []
+    for line in lines:
+        curve.append(line)
+        print(f"{label}: step {line['steps']:.0f} accuracy {line['accuracy']:.3f}, {line['cpu']:.1f} CPU s", flush=True)
+        if line["accuracy"] >= curve[0]["accuracy"] + RISE:
+            break
+    return curve
+
+
+def seconds_to_rise(curve: Curve) -> float:
+    """CPU seconds until the rise, interpolated between two evaluations; infinite if it did not come."""
+    goal = curve[0]["accuracy"] + RISE
+    if curve[-1]["accuracy"] < goal:
+        return float("inf")
+    before, after = curve[-2:]
+    share = (goal - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+    return before["cpu"] + share * (after["cpu"] - before["cpu"])
