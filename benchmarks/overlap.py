@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.html_report import read_journal
 from orchestration.run import git_commit
 from orchestration.timeline import nested, read_spans, steps_of
+from pipelines.atomic import read_lines
 
 ARMS = {
     f"depth {depth}, {samplers} sampler{'s' * (samplers > 1)}": [
@@ -49,7 +49,7 @@ def measure(directory: Path, settings: list[str]) -> dict[str, Any]:
         "cpu": summary["cpu_seconds"] / summary["steps"],
         "accuracy": summary["evaluator_accuracy_after"],
         "gain": summary["evaluator_accuracy_after"] - summary["evaluator_accuracy_before"],
-        "clipped": float(np.mean([line["policy/clip_fraction"] for line in read_journal(directory / "metrics.jsonl")])),
+        "clipped": float(np.mean([line["policy/clip_fraction"] for line in read_lines(directory / "metrics.jsonl")])),
         **{f"busy {name}": seconds / (end - begin) for name, seconds in busy.items()},
     }
 

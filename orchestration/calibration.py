@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from orchestration.config import DdpoConfig
 from orchestration.crew import Crew
@@ -141,10 +141,8 @@ def _seconds(crew: Crew, name: str, drawn: Evaluation, chunks: int | None) -> fl
 
 def render(findings: Mapping[str, Finding]) -> Group:
     """A table, and a verdict on each."""
-    table = Table()
     columns = ("true", "shuffled", "noise", "spread", "rank", "ms/image", "images/s")
-    for title in ("reward", *columns):
-        table.add_column(title, justify="left" if title == "reward" else "right", no_wrap=True)
+    table = Table("reward", *(Column(title, justify="right", no_wrap=True) for title in columns))
     for name, found in findings.items():
         rank = "–" if found.rank_correlation is None else f"{found.rank_correlation:.3f}"
         means = [f"{found.means[case]:.3f}" for case in columns[:3]]

@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel
 from rich.console import Console
 
-from orchestration.config import Config, ConfigError, DdpoConfig, load_config, override
+from orchestration import run as run_directories
+from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override
+from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -35,6 +37,8 @@ File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, or its name among the others")]
+RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="directories of runs, or their names")]
 Root = Annotated[Path, typer.Option(help="where the runs are")]
 Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="as submit printed it; see 'ouroboros jobs list'")]
@@ -126,10 +130,8 @@ def sweep(
 @app.command()
 def resume(run: RunDirectory, trust: Trust = False) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
-    from orchestration.run import read_manifest
-
     run = run.expanduser()  # a job's has no shell to do it
-    loop = read_manifest(run).get("loop")
+    loop = run_directories.read_manifest(run).get("loop")
     if loop == "mad":
         from orchestration.mad import resume_mad as go_on
     elif loop == "sweep":
@@ -143,9 +145,7 @@ def resume(run: RunDirectory, trust: Trust = False) -> None:
 @app.command()
 def sync(run: RunDirectory) -> None:
     """Deliver to MLflow what an interrupted run left undelivered."""
-    from orchestration.run import sync as deliver
-
-    left = deliver(run.expanduser(), print)
+    left = run_directories.sync(run.expanduser(), print)
     print(f"{left} records are left: MLflow is away" if left else "everything is delivered")
     if left:
         raise typer.Exit(1)
@@ -163,11 +163,10 @@ def lineage(
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
+def report(run: RunName, root: Root = Path("runs")) -> None:
     """Write a run's report.html, done or not."""
     from orchestration.html_report import write_report
     from orchestration.report import draw
-    from orchestration.runs import find_run
 
     found = find_run(run, root)
     if found.loop == "ddpo":
@@ -327,11 +326,9 @@ def serve_reward(
     given: dict[str, Any] = {}
     for each in options or ():
         override(given, each)
-    try:
+    with about():
         told = parse_options(name, given)
         function = load_reward(name, told, device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     print(f"http://{host}:{port}/score answers with {name}, described by http://{host}:{port}/docs", flush=True)
     serve(name, function, told, host, port)
 
@@ -339,14 +336,12 @@ def serve_reward(
 @runs_app.command("list")
 def list_command(root: Root = Path("runs")) -> None:
     """One line a run."""
-    from orchestration.runs import list_runs, render_list
-
     Console().print(render_list(list_runs(root)))
 
 
 @runs_app.command()
 def fork(
-    run: Annotated[str, typer.Argument(metavar="RUN")],
+    run: RunName,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="the commit to begin from; without it, the newest")] = None,
     root: Root = Path("runs"),
@@ -354,7 +349,6 @@ def fork(
 ) -> None:
     """Make a DDPO run that begins at a commit of another, with other settings from there on."""
     from orchestration.fork import fork as branch
-    from orchestration.runs import find_run
 
     directory = branch(find_run(run, root).directory, overrides or [], step, trust)
     print(f"go on with: ouroboros resume {directory}")
@@ -362,13 +356,11 @@ def fork(
 
 @runs_app.command()
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    names: RunNames,
     root: Root = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Remove runs from the disk. What MLflow knows of them stays."""
-    from orchestration.runs import find_run, remove
-
     found = [find_run(name, root) for name in names]
     if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
         for each in found:
@@ -377,31 +369,24 @@ def rm(
 
 @runs_app.command()
 def register(
-    run: Annotated[str, typer.Argument(metavar="RUN")],
+    run: RunName,
     name: Annotated[str, typer.Argument(metavar="MODEL", help="name of the registered model")],
     alias: Annotated[str, typer.Option(help="what this version is called from now on")] = "best",
     root: Root = Path("runs"),
 ) -> None:
     """Make the pipeline of a finished DDPO run a version of an MLflow model."""
-    from orchestration.run import register as enter
-    from orchestration.runs import find_run
-
-    print(enter(find_run(run, root).directory, name, alias, print))
+    print(run_directories.register(find_run(run, root).directory, name, alias, print))
 
 
 @runs_app.command()
-def show(run: Annotated[str, typer.Argument(metavar="RUN")], root: Root = Path("runs")) -> None:
+def show(run: RunName, root: Root = Path("runs")) -> None:
     """Everything about one run."""
-    from orchestration.runs import render_show
-
     Console().print(render_show(run, root))
 
 
 @runs_app.command()
-def compare(names: Annotated[list[str], typer.Argument(metavar="RUN...")], root: Root = Path("runs")) -> None:
+def compare(names: RunNames, root: Root = Path("runs")) -> None:
     """Runs side by side: what differs in their configuration, and what came out."""
-    from orchestration.runs import render_compare
-
     Console().print(render_compare(names, root))
 
 
@@ -414,7 +399,7 @@ def _read(
 
 def _print_plan(settings: BaseModel, description: str) -> None:
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    print(description)
+    print(description, end="")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """A run's configuration: typed, read from YAML, overridden by dotted keys, every key known. Light to import."""
 
-import difflib
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +13,20 @@ from actors.settings import ActorSettings
 from orchestration.tracking import TrackingSettings
 from pipelines.checkpoint import parse_size
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
-from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings
+from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings, explain
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: what is wrong, where, and what to do. One line."""
+
+
+@contextlib.contextmanager
+def about(what: str = "") -> Iterator[None]:
+    """Let a ValueError of the block be a ConfigError that begins with ``what`` it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}" if what else str(error)) from error
 
 
 class EvaluationSettings(Settings):
@@ -141,31 +150,3 @@ def _tuples(content: Any) -> Any:
     if isinstance(content, list):
         return tuple(_tuples(value) for value in content)
     return float(content) if isinstance(content, str) and _EXPONENT.fullmatch(content) else content
-
-
-def explain(schema: type[BaseModel], error: ValidationError) -> str:
-    """The first problem as one line, with the nearest known key if one was not known."""
-    first = error.errors()[0]
-    location = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        known = list(known_keys(schema))
-        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = difflib.get_close_matches(location, known, n=1, cutoff=0.6)
-        near = near or [leaf[name] for name in difflib.get_close_matches(location.rsplit(".", 1)[-1], leaf, n=1)]
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        return f"unknown key {location!r}{hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict) else f", not {first['input']!r}"
-    return f"{location}: {message}{shown}" if location else message
-
-
-def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a schema with its field."""
-    keys: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys |= known_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys[prefix + name] = field
-    return keys

@@ -5,8 +5,6 @@ are the metrics sent to MLflow. A resumed run cuts the journal back to the last 
 MLflow drops points it knows, so each is there once.
 """
 
-import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +18,13 @@ from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import append_durably, write_durably, write_json
+from pipelines.atomic import append_durably, as_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
 Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
-PACKAGES = ("ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "mlflow", "numpy")
 
 
 class DdpoRun(Run):
@@ -41,10 +38,11 @@ class DdpoRun(Run):
         display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
         super().__init__(directory, manifest, config.tracking, display)
         self.config = config
+        self._cpu_before = checkpoint.state["cpu_seconds"] if checkpoint else 0.0  # of earlier sessions
         self._discard()
         if checkpoint:
             self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
-            self._wall_before, self._cpu_before = checkpoint.state["wall_seconds"], checkpoint.state["cpu_seconds"]
+            self._wall_before = checkpoint.state["wall_seconds"]
         self.journal = directory / "metrics.jsonl"  # one finished step a line
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
         self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
@@ -55,10 +53,9 @@ class DdpoRun(Run):
     @classmethod
     def create(cls, config: DdpoConfig, profile: bool = False) -> Self:
         """A new run. Its directory appears here, and nothing before."""
-        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
-        manifest = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        return cls(directory, config, manifest | progress, profile)
+        manifest = new_manifest("ddpo", config) | progress
+        return cls(new_directory(config, f"-seed{config.seed}"), config, manifest, profile)
 
     @classmethod
     def resume(cls, directory: Path, trusted: bool) -> Self:
@@ -188,7 +185,7 @@ class DdpoRun(Run):
         lanes = {name: each.spans for name, each in accounts.items()} | {"driver": self.spans}
         append_spans(self.directory, self.step, lanes)
         self.spans = []
-        append_durably(self.journal, "".join(json.dumps(line) + "\n" for line in self._pending).encode())
+        append_durably(self.journal, as_lines(self._pending))
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),
@@ -210,26 +207,18 @@ class DdpoRun(Run):
             known = self.peaks.get(name, {"memory": 0, "gpu_memory": 0})
             self.peaks[name] = {kind: max(known[kind], getattr(account, kind)) for kind in known}
 
-    def summarise(self, content: Mapping[str, Any], accounts: Mapping[str, Account]) -> Path:
-        """Write summary.json."""
+    def totals(self, accounts: Mapping[str, Account]) -> dict[str, Any]:
+        """What the whole run took, for its summary."""
         self._keep_peaks(accounts)
         self._discard()
-        path = self.directory / "summary.json"
-        summary = {
-            **content,
+        return {
             "images": self.step * self.config.training.images_per_step,
             "steps": self.step,
             "discarded_images": self.manifest["discarded_images"],
-            "wall_seconds": round(self.wall_seconds(), 2),
             "cpu_seconds": round(self._cpu_before + sum(each.cpu_seconds for each in accounts.values()), 2),
             "peak_memory_bytes": self.peaks,
-            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
             "seed": self.config.seed,
-            "git_commit": self.manifest["git_commit"],
-            "mlflow_run_id": self.tracker.run_id,
         }
-        write_json(path, summary)
-        return path
 
     def _deliver(self, line: Mapping[str, Any]) -> None:
         values = {key: value for key, value in line.items() if key not in ("step", "timestamp_ms")}
@@ -254,15 +243,9 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
 
 def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
     """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut off in the middle was not committed either
-            line = json.loads(text)
-            if line["step"] <= committed:
-                lines.append(line)
-    write_durably(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    lines = [line for line in read_lines(path) if line["step"] <= committed]
+    if path.exists():
+        write_durably(path, as_lines(lines))
     return lines
 
 

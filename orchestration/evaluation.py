@@ -1,7 +1,9 @@
 """The held-out measure: images of fixed prompts and seeds, and what captioner, reward and evaluator say of them."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -91,6 +93,17 @@ class Evaluation:
         if self.agreement is not None:
             values["evaluator/agreement"] = self.agreement
         return values
+
+
+def kept_evaluations(directory: Path) -> dict[int, dict[str, Any]]:
+    """What the evaluations of a run's directory left, by step; nothing before the first."""
+    paths = sorted((directory / "evaluations").glob("step-*.json"))
+    return {int(path.stem.removeprefix("step-")): json.loads(path.read_text()) for path in paths}
+
+
+def kept_step(kept: dict[int, dict[str, Any]]) -> int:
+    """The step whose weights were kept; the last one while none are."""
+    return next((step for step, told in kept.items() if told.get("kept")), max(kept))
 
 
 def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int]]:

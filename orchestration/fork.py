@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.config import ConfigError, DdpoConfig, override, validate
-from orchestration.ddpo_run import PACKAGES
-from orchestration.html_report import read_journal
 from orchestration.preflight import preflight
 from orchestration.run import new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal
-from pipelines.atomic import write_durably, write_json
+from pipelines.atomic import as_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore
 
 
@@ -41,16 +39,16 @@ def fork(source: Path, overrides: Sequence[str], step: int | None = None, truste
         raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
     preflight(config)
 
-    directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}-seed{config.seed}")
-    begun = new_manifest("ddpo", config.name, config.model_dump(mode="json"), PACKAGES)
+    directory = new_directory(config, f"-seed{config.seed}")
+    begun = new_manifest("ddpo", config)
     begun |= {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
     begun |= {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
     (directory / "evaluations").mkdir()
     for path in (source / "evaluations").glob("step-*"):
         if int(path.stem.removeprefix("step-")) <= step:
             shutil.copy2(path, directory / "evaluations")
-    past = [line for line in read_journal(source / "metrics.jsonl") if line["step"] <= step]
-    write_durably(directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in past).encode())
+    past = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
+    write_durably(directory / "metrics.jsonl", as_lines(past))
     CheckpointStore(directory / "checkpoints").adopt(store.path(step))
     write_json(directory / "manifest.json", begun)
     return directory

@@ -7,17 +7,17 @@ policy forbids both. Names of arms, prompts and errors are somebody's text, and 
 import base64
 import contextlib
 import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestration.display import duration
-from orchestration.run import is_free
-from orchestration.runs import RunInfo
+from orchestration.evaluation import kept_evaluations, kept_step
+from orchestration.run import TEMPLATES, Run, is_free
+from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
-from pipelines.atomic import write_durably
+from pipelines.atomic import read_lines, write_durably
+from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
@@ -39,16 +39,14 @@ def write_report(directory: Path, status: str | None = None) -> Path:
 
     Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    run, loader = RunInfo(directory), FileSystemLoader(Path(__file__).parent)
+    run = RunInfo(directory)
     timeline = _timeline(run)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    content = page.get_template("report.html").render(
+    content = fill(
+        TEMPLATES / "report.html",
         run=run,
         status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
-        facts=_facts(run),
-        measured=_measured(directory / "evaluations"),
+        facts=facts(run),
+        measured=_measured(directory),
         pictures=list(_pictures(directory / "figures", run.summary.get("arms", {}))),
         timeline=timeline,
         highest=max((sum(spent.values()) for _, spent in timeline), default=0),
@@ -60,44 +58,26 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     return path
 
 
+def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
+    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, and
+    say what came out, by the template of its loop. Returns ``path``."""
+    for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
+        run.tracker.artifact(each)
+    text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **told)
+    for line in text.splitlines():
+        run.display.say(line)
+    return path
+
+
 def figure_name(arm: str) -> str:
     """What an arm is called in the names of its figures' files."""
     return "".join(letter if letter.isalnum() else "_" for letter in arm)
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The finished steps of a run; a line that was cut off in the middle is left out."""
-    steps = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            steps.append(json.loads(line))
-    return steps
-
-
-def _facts(run: RunInfo) -> dict[str, Any]:
-    """What there is to say at a glance; None where the run does not tell."""
-    unit, summary = "generations" if run.loop == "mad" else "steps", run.summary
-    return {
-        "started": run.created and run.created[:16].replace("T", " "),
-        "done": None if run.committed_step is None else f"{run.committed_step} of {run.total_steps} {unit}",
-        "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
-        "images": summary.get("images"),
-        "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
-        "git commit": run.manifest.get("git_commit"),
-        "MLflow run": run.manifest.get("mlflow_run_id"),
-    }
-
-
-def kept_path(paths: Sequence[Path]) -> Path:
-    """Of a run's evaluations, oldest first, that of the weights that were kept; the last one while nothing is."""
-    return next((path for path in paths if json.loads(path.read_text()).get("kept")), paths[-1])
-
-
 def _measured(directory: Path) -> list[dict[str, Any]]:
     """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
-    paths = sorted(directory.glob("step-*.json"))
-    ends = dict.fromkeys([paths[0], kept_path(paths)] if paths else [])
-    return [{**json.loads(path.read_text()), "step": int(path.stem.removeprefix("step-"))} for path in ends]
+    kept = kept_evaluations(directory)
+    return [{**kept[step], "step": step} for step in (dict.fromkeys([min(kept), kept_step(kept)]) if kept else ())]
 
 
 def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -126,7 +106,7 @@ def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
         stages = run.summary.get("seconds_by_generation", {})
         lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
     else:
-        journal = read_journal(run.directory / "metrics.jsonl")
+        journal = read_lines(run.directory / "metrics.jsonl")
         lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in journal]
     every = -(-len(lines) // _MOST_BARS) or 1
     spent = [{stage: line[stage] for stage in _STAGES if stage in line} for line in lines]

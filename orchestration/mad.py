@@ -11,13 +11,11 @@ from pathlib import Path
 from actors.failures import ActorLost
 from actors.tasks import TaskRunner
 from orchestration.cluster import connected
-from orchestration.config import validate
 from orchestration.mad_config import ArmSettings, MadConfig
 from orchestration.mad_preflight import Experiment, preflight_mad
 from orchestration.mad_report import report
 from orchestration.mad_run import MadRun
-from orchestration.run import read_manifest
-from orchestration.seal import check_seal
+from orchestration.run import stored_config
 from pipelines.mad_graph import Chain, Drawn, Generation, RealSource, batch_sizes
 from pipelines.mad_tasks import perform
 from pipelines.tasks import Task
@@ -47,9 +45,7 @@ def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
 
 def resume_mad(directory: Path, trusted: bool = False) -> Path:
     """Go on with the experiment that ``directory`` holds. Raises ConfigError if it is a stranger's that names code."""
-    manifest = read_manifest(directory)
-    check_seal(directory, manifest, trusted)
-    return run_mad(validate(MadConfig, manifest["config"] | {"output_dir": str(directory)}))
+    return run_mad(stored_config(directory, MadConfig, trusted))
 
 
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:

@@ -6,13 +6,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from actors.settings import WorkerSettings
-from orchestration.config import explain
+from orchestration.config import about
 from orchestration.tracking import TrackingSettings
 from pipelines.families import settings as families
 from pipelines.families.registry import CLOSED_FORM, SETTINGS
 from pipelines.real_data import DataSettings
 from policies.mad_settings import LoopSettings
-from policies.settings import Settings
+from policies.settings import Settings, explain
 
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
@@ -65,12 +65,10 @@ class MadConfig(ArmSettings):
     @model_validator(mode="after")
     def _arms_can_run(self) -> Self:
         for name, arm in self.resolved_arms.items():
-            try:
+            with about(f"arms.{name}" if self.arms else ""):
                 arm.check()
                 for generation in range(2, self.generations + 1):
                     arm.sizes(generation, self.generations)
-            except ValueError as error:
-                raise ValueError(f"arms.{name}: {error}" if self.arms else str(error)) from error
         return self
 
     @cached_property

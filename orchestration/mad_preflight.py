@@ -1,20 +1,20 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
-import contextlib
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError, validate
+from orchestration.config import about, validate
 from orchestration.mad_config import ArmSettings, MadConfig
-from orchestration.run import check_output, read_manifest
+from orchestration.run import TEMPLATES, check_output, known_manifest
 from pipelines.atomic import Files
 from pipelines.drawing import BUILT_IN
 from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
 from pipelines.mad_graph import RealSource, image_source
+from pipelines.pages import fill
 from pipelines.tasks import Task
 from policies.data_rules import Manifest, training_sets
 from policies.mad_settings import LoopSettings
@@ -40,9 +40,9 @@ class Experiment:
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
     """Check ``config`` against the real data and a machine, by default the one it would run on. Raises ConfigError."""
     arms = config.resolved_arms
-    try:
+    with about():
         for name, arm in arms.items():
-            with _about(name, config):
+            with about(f"arms.{name}" if config.arms else ""):
                 _check_arm(arm)
         _check_output(config)
         images = None
@@ -53,15 +53,11 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         sources, manifests = {}, {}
         for name, arm in arms.items():
             sources[name] = points if images is None or arm.family in CLOSED_FORM else images
-            with _about(name, config):
+            with about(f"arms.{name}" if config.arms else ""):
                 manifests[name] = training_sets(arm, config.generations, sources[name].pool)
                 _check_sizes(arm, manifests[name])
         machine = machine or find_machine(config.workers.device)
         gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
     return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources)
@@ -69,38 +65,16 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
 
 def describe_mad(config: MadConfig, experiment: Experiment) -> str:
     """What a dry run prints: who is trained on what, and how much work that is."""
-    lines = []
-    for name, manifests in experiment.manifests.items():
-        arm = config.resolved_arms[name]
-        lines.append(f"{name}: {arm.family}, {arm.rule}, sampling_bias {arm.sampling_bias:g}")
-        shown = manifests if len(manifests) <= 8 else [*manifests[:4], None, manifests[-1]]
-        for manifest in shown:
-            lines.append("  …" if manifest is None else f"  generation {manifest.generation}: {contents(manifest)}")
-    fits = sum(len(blocks) for blocks in experiment.blocks.values()) * config.generations
-    lines.append(
-        f"{len(config.resolved_arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations: at most "
-        f"{fits} fits (what arms have in common is done once), {experiment.resources['cpus']:g} CPUs each"
-    )
-    return "\n".join(lines)
+    return fill(TEMPLATES / "mad_plan.txt", config=config, experiment=experiment, contents=contents)
 
 
 def contents(manifest: Manifest) -> str:
     """A training set in words."""
-    by_source: dict[str, int] = {}
+    by_source: Counter[str] = Counter()
     for part in manifest.parts:
-        source = part.role if part.generation == 0 else f"of G{part.generation}"
-        by_source[source] = by_source.get(source, 0) + part.size
+        by_source[part.role if part.generation == 0 else f"of G{part.generation}"] += part.size
     drawn = f"{manifest.subsample} drawn from " if manifest.subsample else ""
     return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
-
-
-@contextlib.contextmanager
-def _about(name: str, config: MadConfig) -> Iterator[None]:
-    """Let an error in the block say which arm it is about, if there are arms."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"arms.{name}: {error}" if config.arms else str(error)) from error
 
 
 def _check_arm(arm: ArmSettings) -> None:
@@ -190,11 +164,11 @@ def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tupl
 
 def _check_output(config: MadConfig) -> None:
     """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
-    directory = Path(config.output_dir).expanduser() if config.output_dir else None
-    if directory is None or not (directory / "manifest.json").exists():
+    directory = Path(config.output_dir or "").expanduser()
+    manifest = known_manifest(directory) if config.output_dir else {}
+    if not manifest:
         check_output(config.output_dir)
         return
-    manifest = read_manifest(directory)
     if manifest.get("loop") != "mad":
         raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
     held = validate(MadConfig, manifest["config"])

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.html_report import figure_name, write_report
+from orchestration.html_report import conclude, figure_name
 from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, laws, verdict
-from pipelines.atomic import write_json
 from pipelines.families.registry import CLOSED_FORM
 from policies.verdicts import interval, plain
 
@@ -31,22 +30,16 @@ _GRID_COLUMNS, _MOST_ROWS = 16, 10
 def report(run: MadRun) -> Path:
     """Write figures and summary.json, hand both to MLflow, and say what came out. Returns the summary's path."""
     summary = summarise(run)
-    path = run.directory / "summary.json"
-    write_json(path, summary, indent=None)  # it has a number a universe and generation
-    figures = draw(run)
-    run.tracker.artifact(path)
-    run.tracker.artifact(figures)
+    path = run.summarise(summary, indent=None)  # it has a number a universe and generation
     run.flush()
-    run.tracker.artifact(write_report(run.directory, "FINISHED"))
     for name, arm in summary["arms"].items():
         if arm["verdict"]:
             run.tag(name, {"goes_mad": arm["verdict"]["goes_mad"]})
-    _say(run, summary, figures)
-    return path
+    return conclude(run, path, draw(run), summary=summary)
 
 
 def summarise(run: MadRun) -> dict[str, Any]:
-    """Everything machines read of an experiment."""
+    """What machines read of an experiment."""
     config = run.config
     arms: dict[str, dict[str, Any]] = {}
     for name, arm in config.resolved_arms.items():
@@ -61,7 +54,6 @@ def summarise(run: MadRun) -> dict[str, Any]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
         if config.derive.effective_samples and arm.family == "gaussian" and arm.rule == "fresh":
             arms[name]["effective_samples"] = effective_samples(arm, values, config)
-    seconds = {key: round(value, 2) for key, value in run.seconds_by_stage.items()}
     return {
         "name": config.name,
         "generations": config.generations,
@@ -70,11 +62,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         "floor": _floors(run),
         "comparisons": comparisons(config, run.values),
         "extractor_sha256": _extractor_hash(run),
-        "seconds_by_stage": seconds,
         "seconds_by_generation": _seconds_by_generation(run),
-        "wall_seconds": round(run.wall_seconds(), 2),
-        "git_commit": run.manifest["git_commit"],
-        "mlflow_run_id": run.tracker.run_id,
     }
 
 
@@ -126,46 +114,6 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
             model = load_generator("mixture", run.store.load(each.fit.key))
             points[f"G{each.number}"], real = evaluation_points("mixture", model, each.measure.parameters)
         mad_figures.points_grid(directory / f"samples_{file}.png", points, real)
-
-
-def _say(run: MadRun, summary: dict[str, Any], figures: Path) -> None:
-    say = run.display.say
-    say("")
-    for name, arm in summary["arms"].items():
-        parts = []
-        for metric in (*DISTANCES, "variance", "heterozygosity", "precision", "recall", "modes_covered"):
-            if metric in arm["metrics"]:
-                mean = arm["metrics"][metric]["mean"]
-                exact = arm["metrics"][metric].get("oracle")
-                parts.append(f"{metric} {mean[0]:.3g} → {mean[-1]:.3g}" + (f" (law {exact[-1]:.3g})" if exact else ""))
-        say(f"{name}: " + ", ".join(parts))
-        if arm["verdict"]:
-            say(f"  goes MAD: {arm['verdict']['goes_mad']}")
-            for warning in arm["verdict"]["warnings"]:
-                say(f"  warning: {warning}")
-        if "problem" in arm.get("effective_samples", {}):
-            say(f"  no effective sample size: {arm['effective_samples']['problem']}")
-        elif "effective_samples" in arm:
-            found, ratio = arm["effective_samples"], arm["effective_samples"]["n_e_over_n_r"]
-            say(f"  limit {found['limit']:.4g}; n_e/n_r {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
-            if "largest_admissible" in found:
-                say(f"  largest admissible n_s: {found['largest_admissible']['n_synthetic']}")
-    for pair in summary["comparisons"].get("n_ini", []):
-        ratio = pair["final_ratio"]
-        say(
-            f"{' / '.join(pair['arms'])}: final {pair['metric']} ratio {ratio['mean']:.3f} "
-            f"[{ratio['low']:.3f}, {ratio['high']:.3f}], n_ini forgotten at generation {pair['forgetting_time']}"
-        )
-    if (fresh := summary["comparisons"].get("fresh_fraction")) is not None:
-        rho = fresh["rank_correlation"]
-        say(
-            f"final {fresh['metric']} against fresh fraction: rank correlation {rho['rho']:.2f} "
-            f"[{rho['low']:.2f}, {rho['high']:.2f}]"
-        )
-    say("")
-    say(f"figures    {figures}")
-    say(f"report     {run.directory / 'report.html'}")
-    say(f"dashboard  {run.tracker.open_command()}")
 
 
 def _floors(run: MadRun) -> dict[str, dict[str, float]]:

@@ -19,7 +19,7 @@ from actors.tasks import TaskRunner
 from orchestration.display import Display, Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
-from orchestration.run import Run, ending, new_directory, new_manifest, read_manifest
+from orchestration.run import Run, ending, known_manifest, new_directory, new_manifest
 from orchestration.tracking import FIRST_LOOK, Tracker
 from pipelines.mad_figures import _ARMS
 from pipelines.mad_graph import Generation
@@ -38,9 +38,6 @@ _ROWS = (
 )
 _GRID_IMAGES, _GRID_COLUMNS = 36, 6  # square: MLflow shows it 256 pixels wide
 _FLUSH_SECONDS = 2.0
-_PACKAGES = ("ray", "torch", "diffusers", "datasets", "scikit-learn", "torchmetrics", "mlflow", "numpy")
-
-_KEPT = ("created", "mlflow_run_id", "mlflow_children", "wall_seconds")  # of the manifest, when a run goes on
 
 Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where there is nothing yet
 
@@ -79,16 +76,14 @@ class MadRun(Run):
     @classmethod
     def open(cls, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> Self:
         """A new run, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
-        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}")
-        held = read_manifest(directory) if (directory / "manifest.json").exists() else {}
-        manifest = new_manifest("mad", config.name, config.model_dump(mode="json"), _PACKAGES)
-        kept = {key: held[key] for key in _KEPT if key in held}
+        directory = new_directory(config)
+        manifest = new_manifest("mad", config, known_manifest(directory))
         progress = {"total_steps": len(generations), "committed_step": 0}
         images = next((source for source in experiment.sources.values() if source.data), None)
         if images and images.data:
             found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
             manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
-        run = cls(directory, config, manifest | kept | progress, experiment, generations)
+        run = cls(directory, config, manifest | progress, experiment, generations)
         if images and images.data and run.store.to_do([images.data]):
             run.store.commit(images.data, experiment.real_files[images.data.key], {})
         return run

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.atomic import append_durably, write_json
+from pipelines.atomic import append_durably, as_lines, write_json
 
 Record = dict[str, Any]  # run: MLflow's id; kind; once: what it tells, if it may be told once; what the kind needs
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries
@@ -69,7 +69,7 @@ class Outbox:
                         continue
                     self._told.add(_identity(record))
                 new.append(record)
-            append_durably(self._path, b"".join(json.dumps(record, default=str).encode() + b"\n" for record in new))
+            append_durably(self._path, as_lines(new))
             self._waiting.extend(new)
             self._changed.notify_all()
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from actors.settings import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError, DdpoConfig
+from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.memory_plan import memory_plan
-from orchestration.run import check_output
+from orchestration.run import TEMPLATES, check_output
 from pipelines.denoisers import check_family
 from pipelines.locations import check_model, find
+from pipelines.pages import fill
 from pipelines.rewards.options import OPTIONS
 from pipelines.settings import CaptionerSettings, RewardSettings
 
@@ -30,7 +31,7 @@ class Plan:
 
 def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
-    try:
+    with about():
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
         if find(config.model.path):  # the hub is asked by whoever loads
@@ -50,10 +51,6 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         rewards = reward_roles(config.reward)
         offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
         roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     return Plan(prompts, unseen, roles, offers)
 
 
@@ -158,23 +155,7 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
 
 def describe(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory."""
-    training, sampling = config.training, config.sampling
     learnable = learnable_steps(config)
-    share = training.timesteps_per_image(learnable)
-    transitions = training.images_per_update * share
-    per_step = training.images_per_step * sampling.steps
-    guided = " (twice for guidance)" if sampling.guidance_scale > 1 else ""
-    lines = [
-        "batch arithmetic",
-        f"  {training.prompts_per_step} prompts × {training.images_per_prompt} images = "
-        f"{training.images_per_step} images a step, {training.steps * training.images_per_step:,} in all",
-        f"  {training.updates_per_step} updates a step, each of {training.images_per_update} "
-        f"images × {share} of {learnable} learnable timesteps = {transitions} transitions",
-        f"  {per_step:,} network evaluations to sample a step, "
-        f"{training.images_per_step * share:,} with gradient to learn{guided}",
-        f"  {-(-training.images_per_step // config.actors.images_per_call)} pieces of work of up to "
-        f"{config.actors.images_per_call} images for {config.actors.samplers} samplers",
-        "actors",
-    ]
-    lines += [f"  {role.count} × {role.described}" for role in plan.roles]
-    return "\n".join([*lines, "memory (estimate)", *memory_plan(config, plan.roles, plan.offers)])
+    share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
+    template = TEMPLATES / "ddpo_plan.txt"
+    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory)

@@ -11,13 +11,21 @@ import numpy as np
 
 from actors.worker import Account
 from orchestration.ddpo_run import DdpoRun, first_look
-from orchestration.evaluation import Evaluation
-from orchestration.html_report import kept_path, read_journal, write_report
+from orchestration.evaluation import Evaluation, kept_evaluations, kept_step
+from orchestration.html_report import conclude
+from orchestration.run import TEMPLATES
 from orchestration.timeline import middle_of, read_spans
 from orchestration.tracking import FIRST_LOOK, flatten
-from pipelines.atomic import Files, commit_directory, write_durably, write_json
+from pipelines.atomic import Files, commit_directory, read_lines, write_durably, write_json
+from pipelines.pages import fill
 from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
 
+_RESULTS = {  # of the summary, each before and after
+    "reward": "evaluation/reward",
+    "evaluator_accuracy": "evaluator/full",
+    "agreement": "evaluator/agreement",
+    "diversity": "evaluation/diversity",
+}
 _GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
 _MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
@@ -36,7 +44,7 @@ class Report:
         """The base model's measure, and whether the reward can tell images apart."""
         say = self.run.display.say
         values = evaluation.metrics() | calibration
-        told = json.loads(self._path(0, "json").read_text()) if self._path(0, "json").exists() else {}
+        told = kept_evaluations(self.run.directory).get(0, {})
         timestamp = told.get("timestamp_ms", int(time.time() * 1000))
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
@@ -54,12 +62,10 @@ class Report:
 
     def looks(self) -> list[Look]:
         """The evaluations up to the present step, the base's first."""
-        paths = (self._path(step, "json") for step in range(self.run.step + 1))
-        kept = [(path, json.loads(path.read_text())) for path in paths if path.exists()]
         return [
-            Look(int(path.stem.removeprefix("step-")), np.array(each["measure"]), each["measured_reward"])
-            for path, each in kept
-            if "measure" in each  # not in runs of before there was one
+            Look(step, np.array(told["measure"]), told["measured_reward"])
+            for step, told in kept_evaluations(self.run.directory).items()
+            if step <= self.run.step and "measure" in told  # which is not in runs of before there was one
         ]
 
     def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
@@ -89,19 +95,12 @@ class Report:
         best = self.best_step(look_to_keep) or run.step
         self._keep(best, after, {**values, "kept": True})
         figures = draw(run.directory)
-        before = json.loads(self._path(0, "json").read_text())
+        before = kept_evaluations(run.directory)[0]
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
         gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
         run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
-        facts = {
-            "reward_before": before["evaluation/reward"],
-            "reward_after": values["evaluation/reward"],
-            "evaluator_accuracy_before": before.get("evaluator/full"),
-            "evaluator_accuracy_after": values.get("evaluator/full"),
-            "agreement_before": before.get("evaluator/agreement"),
-            "agreement_after": values.get("evaluator/agreement"),
-            "diversity_before": before.get("evaluation/diversity"),
-            "diversity_after": values.get("evaluation/diversity"),
+        ends = {"before": before, "after": values}
+        facts = {f"{name}_{end}": ends[end].get(key) for name, key in _RESULTS.items() for end in ends} | {
             "evaluation_images": len(after.images),
             "kept_step": best,
             "stopped": self.stopped,
@@ -111,25 +110,18 @@ class Report:
         }
         files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
         commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
-        path = run.summarise(facts, accounts)
-        run.tracker.artifact(figures)
-        run.tracker.artifact(run.directory / "pipeline")
         run.tracker.artifact(run.store.path(best), "checkpoints")
-        run.tracker.artifact(path)
-        run.tracker.artifact(write_report(run.directory, "FINISHED"))
         if best != run.step:
             run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
-        self._say_result(before, values, figures)
-        return path
+        path = run.summarise(facts | run.totals(accounts))
+        return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
 
     def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
         """What model hubs show of a pipeline: README.md and its pictures."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        config, loader = self.run.config, FileSystemLoader(Path(__file__).parent)
-        page = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        config = self.run.config
         blocks = config.model_dump(mode="json", include={"model", "reward", "sampling", "training", "advantage"})
-        text = page.get_template("model_card.md").render(
+        text = fill(
+            TEMPLATES / "model_card.md",
             config=config,
             settings={key: json.dumps(value) for key, value in flatten(blocks).items()},
             facts=facts,
@@ -140,23 +132,6 @@ class Report:
         )
         pictures = {name: (figures / name).read_bytes() for name in ("before_after.png", "curves.png")}
         return {"README.md": text.encode(), **pictures}
-
-    def _say_result(self, before: dict[str, Any], after: dict[str, float], figures: Path) -> None:
-        say = self.run.display.say
-        rows = [("reward", "evaluation/reward"), ("evaluator accuracy", "evaluator/full")]
-        rows += [(f"  {slot}", f"evaluator/{slot}") for slot in ("digit", "ink", "ground")]
-        rows += [("  prompts trained on", "seen/full"), ("  unseen prompts", "unseen/full")]
-        rows += [("captioner–evaluator agreement", "evaluator/agreement"), ("diversity", "evaluation/diversity")]
-        say("")
-        for label, key in rows:
-            if key in after:
-                say(f"{label:<32} {before[key]:.3f} → {after[key]:.3f}  ({after[key] - before[key]:+.3f})")
-        say("")
-        say(f"pictures   {figures / 'before_after.png'}")
-        say(f"curves     {figures / 'curves.png'}")
-        say(f"report     {self.run.directory / 'report.html'}")
-        say(f"pipeline   {self.run.directory / 'pipeline'}")
-        say(f"dashboard  {self.run.tracker.open_command()}")
 
     def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
         from pipelines.figures import image_grid
@@ -184,24 +159,24 @@ def draw(directory: Path) -> Path:
     from pipelines.figures import before_after, curves, timeline
     from pipelines.mad_figures import generations_grid
 
-    figures, paths = directory / "figures", sorted((directory / "evaluations").glob("step-*.json"))
-    if not paths:
+    figures, kept = directory / "figures", kept_evaluations(directory)
+    if not kept:
         return figures
     figures.mkdir(exist_ok=True)
-    picked = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), _MOST_ROWS))]
-    images = [np.load(path.with_suffix(".npz"))["images"] for path in picked]
-    first, last = (json.loads(path.read_text()) for path in (picked[0], kept_path(paths)))
-    after = np.load(kept_path(paths).with_suffix(".npz"))["images"]
+    steps, last = list(kept), kept_step(kept)
+    picked = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_ROWS))]
+    *images, after = (np.load(directory / "evaluations" / f"step-{step:06d}.npz")["images"] for step in (*picked, last))
     shown = min(map(len, [*images, after]))
-    captions = (each["captions"] and each["captions"][:shown] for each in (first, last))
+    first = kept[picked[0]]
+    captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
     pairs = images[0][:shown], after[:shown], first["prompts"][:shown]
     before_after(figures / "before_after.png", *pairs, *captions)
     columns = min(shown, max(2, _MOST_PIXELS // max(96, images[0].shape[2])))
-    labels = [f"step {int(path.stem.removeprefix('step-'))}" for path in picked]
+    labels = [f"step {step}" for step in picked]
     generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
     start = {"step": 0, "reward/mean": first["evaluation/reward"]}
     start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
-    curves(figures / "curves.png", [start, *read_journal(directory / "metrics.jsonl")])
+    curves(figures / "curves.png", [start, *read_lines(directory / "metrics.jsonl")])
     if window := middle_of(read_spans(directory)):
         timeline(figures / "timeline.png", window)
     return figures

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +20,17 @@ from typing import Any, Literal, Self, TextIO
 import psutil
 
 from actors.worker import Span
-from orchestration.config import ConfigError
+from orchestration.config import Config, ConfigError, validate
 from orchestration.display import Display
-from orchestration.seal import seal
-from orchestration.tracking import Ending, Tracker, TrackingError, TrackingSettings, deliver_rest, register_pipeline
+from orchestration.seal import check_seal, seal
+from orchestration.tracking import Ending, Tracker, TrackingError, TrackingSettings, deliver_rest, open_store
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
+TEMPLATES = Path(__file__).with_name("templates")  # of what people are told
+_PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
+_PACKAGES += ["torchmetrics", "optuna", "mlflow", "numpy"]
+_KEPT = ("created", "mlflow_run_id", "mlflow_children", "wall_seconds")  # of the manifest, when a run goes on
 _LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
 
@@ -47,7 +51,7 @@ class Run:
         self.spans: list[Span] = []  # the stages since they were last written
         self._tracking = tracking
         self._losses: list[int] = []  # where the run stood at each loss since it last came further
-        self._wall_before, self._cpu_before = manifest.get("wall_seconds", 0.0), 0.0
+        self._wall_before = manifest.get("wall_seconds", 0.0)
 
     def __enter__(self) -> Self:
         self.display.__enter__()
@@ -135,6 +139,18 @@ class Run:
         """Wall time of this run, from the start of the process, over all its sessions."""
         return self._wall_before + time.time() - psutil.Process().create_time()
 
+    def summarise(self, content: Mapping[str, Any], indent: int | None = 2) -> Path:
+        """Write summary.json: ``content``, and what there is to say of every run. Returns its path."""
+        about = {
+            "seconds_by_stage": {name: round(value, 2) for name, value in self.seconds_by_stage.items()},
+            "wall_seconds": round(self.wall_seconds(), 2),
+            "git_commit": self.manifest["git_commit"],
+            "mlflow_run_id": self.tracker.run_id,
+        }
+        path = self.directory / "summary.json"
+        write_json(path, {**content, **about}, indent=indent)
+        return path
+
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest["status"] = status
         write_json(self.directory / "manifest.json", self.manifest)
@@ -160,25 +176,27 @@ def check_output(output_dir: str | None) -> None:
         raise ValueError(f"output_dir {directory} cannot be created: {parent} is not writable")
 
 
-def new_directory(output_dir: str | None, name: str) -> Path:
-    """Make a run's directory: ``output_dir``, or one under runs/ named for people. Nothing is made before."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = Path(output_dir).expanduser() if output_dir else Path("runs") / name.format(stamp=stamp)
+def new_directory(config: Any, seed: str = "") -> Path:
+    """Make a run's directory: the configuration's, or one under runs/ named for people. Nothing is made before."""
+    name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}{seed}"
+    directory = Path(config.output_dir).expanduser() if config.output_dir else Path("runs") / name
     directory.mkdir(parents=True, exist_ok=True)
     return directory.resolve()
 
 
-def new_manifest(loop: str, name: str, config: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
-    """What a run is made of, and with what."""
+def new_manifest(loop: str, config: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a run is made of, and with what. ``held`` is the manifest of what it goes on with, if it does."""
+    content = config.model_dump(mode="json")
     return {
-        "name": name,
+        "name": config.name,
         "loop": loop,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": git_commit(),
-        "packages": {package: version(package) for package in packages},
+        "packages": {package: version(package) for package in _PACKAGES},
         "python": platform.python_version(),
-        "config": config,
-        "seal": seal(config),
+        "config": content,
+        "seal": seal(content),
+        **{key: held[key] for key in _KEPT if held and key in held},
     }
 
 
@@ -190,6 +208,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{directory} is not a run directory: no readable manifest.json; see 'ouroboros runs list'"
         ) from error
+
+
+def known_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a run; empty before it has begun."""
+    return read_manifest(directory) if (directory / "manifest.json").exists() else {}
+
+
+def stored_config(directory: Path, schema: type[Config], trusted: bool) -> Config:
+    """The configuration to go on with what ``directory`` holds. Raises ConfigError if it is a stranger's that names
+    code, and not ``trusted``."""
+    manifest = read_manifest(directory)
+    check_seal(directory, manifest, trusted)
+    return validate(schema, manifest["config"] | {"output_dir": str(directory)})
 
 
 def sync(directory: Path, say: Callable[[str], None]) -> int:
@@ -219,7 +250,8 @@ def register(directory: Path, name: str, alias: str, say: Callable[[str], None])
     summary = json.loads((directory / "summary.json").read_text())
     tags = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
     settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
-    return register_pipeline(directory, settings, manifest["mlflow_run_id"], name, alias, tags)
+    store = open_store(directory, settings)
+    return store.register(name, manifest["mlflow_run_id"], "pipeline", alias, tags)
 
 
 def git_commit() -> str:

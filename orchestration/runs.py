@@ -20,6 +20,7 @@ from orchestration.config import ConfigError
 from orchestration.display import duration
 from orchestration.run import is_free
 from orchestration.tracking import flatten
+from pipelines.atomic import read_lines
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class RunInfo:
 
     def __init__(self, directory: Path) -> None:
         manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
-        steps = [_json(line) for line in _text(directory / "metrics.jsonl").splitlines()]
+        steps = read_lines(directory / "metrics.jsonl")
         rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
         begun, ended = _ends(steps, "timestamp_ms")
         elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000
@@ -90,8 +91,8 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     for heading in ("step", "reward", "held-out", "wall"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        facts = _facts(run)
-        shown = (facts[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
+        told = _told(run)
+        shown = (told[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
         table.add_row(run.directory.name, *shown)
     return table
 
@@ -99,7 +100,7 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
-    parts = [_panel(run.name, {label: text for label, text in _facts(run).items() if str(text) != _ABSENT})]
+    parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
     arms = run.summary.get("arms")
     if isinstance(arms, Mapping):
         parts.append(_panel("generation 1 → last", _arms(arms)))
@@ -113,24 +114,29 @@ def render_show(name: str, root: Path) -> RenderableType:
     return Group(*parts)
 
 
-def _facts(run: RunInfo) -> dict[str, Text]:
-    """What there is to say about a run, a dash where it does not tell."""
-    total = "" if run.total_steps is None else f"/{run.total_steps}"
-    facts = {
+def facts(run: RunInfo) -> dict[str, Any]:
+    """What there is to say about a run at a glance, None where it does not tell."""
+    total, summary = "" if run.total_steps is None else f"/{run.total_steps}", run.summary
+    return {
         "loop": run.loop,
-        "created": run.created,
+        "created": run.created and run.created[:16].replace("T", " "),
         "step": None if run.committed_step is None else f"{run.committed_step}{total}",
         "reward": _change(run.reward_before, run.reward_after),
         "held-out accuracy": _change(run.accuracy_before, run.accuracy_after),
         "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
-        "images": run.summary.get("images"),
-        "weights SHA-256": run.summary.get("weights_sha256"),
+        "images": summary.get("images"),
+        "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
+        "weights SHA-256": summary.get("weights_sha256"),
         "git commit": run.manifest.get("git_commit"),
         "MLflow run": run.manifest.get("mlflow_run_id"),
         "directory": str(run.directory),
     }
+
+
+def _told(run: RunInfo) -> dict[str, Text]:
+    """The facts and the status for a terminal, a dash where the run does not tell."""
     status = Text(run.status, style=_COLOURS.get(run.status, "magenta"))
-    return {"status": status, **{label: _plain(value) for label, value in facts.items()}}
+    return {"status": status, **{label: _plain(value) for label, value in facts(run).items()}}
 
 
 def _arms(arms: Mapping[str, Any]) -> Table:
@@ -140,7 +146,7 @@ def _arms(arms: Mapping[str, Any]) -> Table:
     table = plain_table("arm", "goes MAD", *present)
     for name, arm in arms.items():
         means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
-        changes = [_change(_number(mean[0]), _number(mean[-1])) if mean else _ABSENT for mean in means]
+        changes = [_plain(_change(_number(mean[0]), _number(mean[-1])) if mean else None) for mean in means]
         table.add_row(Text(name), (arm["verdict"] or {}).get("goes_mad", _ABSENT), *changes)
     return table
 
@@ -153,10 +159,10 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     runs = [find_run(name, root) for name in names]
     table = plain_table("", *(run.directory.name for run in runs))
     table.columns[0].style = "dim"
-    facts = [_facts(run) for run in runs]
+    told = [_told(run) for run in runs]
     for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
-        table.add_row(label, *(each[label] for each in facts))
-    table.add_row("weights", *(each["weights SHA-256"][:12] for each in facts))
+        table.add_row(label, *(each[label] for each in told))
+    table.add_row("weights", *(each["weights SHA-256"][:12] for each in told))
     table.add_section()
     differing = differing_keys(runs)
     for key, values in differing.items():
@@ -204,9 +210,9 @@ def _exactly(kind: type[T], value: Any) -> T | None:
     return value if type(value) is kind else None
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _change(before: float | None, after: float | None) -> str | None:
     if before is None and after is None:
-        return _ABSENT
+        return None
     first, last = (_ABSENT if value is None else f"{value:.3f}" for value in (before, after))
     return f"{first} → {last}"
 

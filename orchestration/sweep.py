@@ -7,9 +7,7 @@ is the only memory, so whoever gives the command again loses nothing and runs no
 from pathlib import Path
 
 from orchestration.cluster import connected
-from orchestration.config import validate
-from orchestration.run import read_manifest
-from orchestration.seal import check_seal
+from orchestration.run import stored_config
 from orchestration.sweep_config import SweepConfig
 from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
@@ -32,9 +30,7 @@ def run_sweep(config: SweepConfig) -> Path:
 
 def resume_sweep(directory: Path, trusted: bool = False) -> Path:
     """Go on with the sweep that ``directory`` holds. Raises ConfigError if it is a stranger's and not ``trusted``."""
-    manifest = read_manifest(directory)
-    check_seal(directory, manifest, trusted)
-    return run_sweep(validate(SweepConfig, manifest["config"] | {"output_dir": str(directory)}))
+    return run_sweep(stored_config(directory, SweepConfig, trusted))
 
 
 def _search(run: SweepRun) -> Plan:

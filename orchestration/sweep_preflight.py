@@ -1,9 +1,11 @@
 """Everything that can be wrong with a sweep, found before anything is started, and what a dry run prints."""
 
 from orchestration.cluster import Machine, find_machine
-from orchestration.config import ConfigError
+from orchestration.config import ConfigError, about
+from orchestration.run import TEMPLATES
 from orchestration.sweep_config import SweepConfig
 from orchestration.trial import metric_of, period
+from pipelines.pages import fill
 from policies.search_space import Point, corner_points
 
 
@@ -21,10 +23,8 @@ def preflight_sweep(config: SweepConfig) -> Machine:
         )
     unchanged: list[Point] = [{}] if config.confirm_seeds else []
     for point in [*unchanged, *(config.points or corner_points(config.dimensions))]:
-        try:
+        with about(f"at {point or 'the unchanged configuration'}"):
             _check(config, point, Machine(cpus, gpus))
-        except ConfigError as error:
-            raise ConfigError(f"at {point or 'the unchanged configuration'}: {error}") from error
     if config.loop == "ddpo" and config.scheduler.kind != "none" and period(config) >= base.training.steps:
         raise ConfigError(
             f"scheduler.kind {config.scheduler.kind} has nothing to compare: {metric_of(config)} is committed every "
@@ -49,12 +49,7 @@ def _check(config: SweepConfig, point: Point, machine: Machine) -> None:
 
 def describe_sweep(config: SweepConfig, machine: Machine) -> str:
     """What a dry run prints."""
-    points = config.points
     cpus, gpus = config.cpus_per_trial or machine.cpus, config.gpus_per_trial
     beside = min(machine.cpus // cpus, machine.gpus // gpus if gpus else machine.cpus)
-    lines = [f"{len(points) or config.trials} points × {config.seeds} seeds of {config.config}, {beside} at once"]
-    lines += [f"  {point}" for point in points[:20]] + ([f"  and {len(points) - 20} more"] if len(points) > 20 else [])
-    lines.append(f"compared by {metric_of(config)}, {config.direction}imum")
-    if config.confirm_seeds:
-        lines.append(f"then the best point and the unchanged configuration on {config.confirm_seeds} fresh seeds each")
-    return "\n".join(lines)
+    told = {"config": config, "points": config.points, "beside": beside, "metric": metric_of(config)}
+    return fill(TEMPLATES / "sweep_plan.txt", **told)

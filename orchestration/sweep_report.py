@@ -10,10 +10,10 @@ import numpy as np
 from rich.table import Column
 from rich.table import Table as Lines
 
+from orchestration.html_report import conclude
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial, reports
-from pipelines.atomic import write_json
-from policies.search_space import Point, common_points
+from policies.search_space import Point, common_points, short
 from policies.verdicts import interval, plain
 
 
@@ -95,7 +95,7 @@ class Table:
 
 def report(run: SweepRun, table: Table) -> Path:
     """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
-    config, say = run.config, run.display.say
+    config = run.config
     tried = [(each.trial.point, each.value) for each in table.outcomes if each.value is not None]
     if not tried:
         reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
@@ -103,7 +103,7 @@ def report(run: SweepRun, table: Table) -> Path:
     figures = _draw(run, [(point, value) for point, value in tried if point])
     confirmation = table.confirmation()
     model = _register(run, table, confirmation) if config.register_as and table.best else None
-    summary = {
+    content = {
         "metric": run.metric,
         "mode": config.direction,
         "points": [vars(point) for point in table.points],
@@ -113,45 +113,24 @@ def report(run: SweepRun, table: Table) -> Path:
         "trials": [_told(each) for each in table.outcomes],
         "reward_queries": sum(each.images for each in table.outcomes),
         "budget_spent": run.budget.spent,
-        "wall_seconds": round(run.wall_seconds(), 2),
-        "git_commit": run.manifest["git_commit"],
-        "mlflow_run_id": run.tracker.run_id,
     }
-    path = run.directory / "summary.json"
-    write_json(path, plain(summary))
-    run.tracker.artifact(figures)
-    run.tracker.artifact(path)
+    summary = plain(content)
     run.display.console.print(lines(run.metric, table))
-    failed = [each for each in table.outcomes if each.status == "FAILED"]
-    for each in failed:
-        say(f"failed: {each.trial.name}: {each.error or 'its process died'}")
-    if run.budget.spent:
-        say(f"the budget is spent: raise it and go on with 'ouroboros sweep … output_dir={run.directory}'")
-    if confirmation:
-        gain, seeds = confirmation["gain"], len(confirmation["best"])
-        word = "beats" if confirmation["beats_unchanged"] else "does not beat"
-        interval_text = f" [{gain['low']:+.4g}, {gain['high']:+.4g}]" if seeds > 1 else ""
-        told = f"{gain['mean']:+.4g}{interval_text}"
-        say(f"on {seeds} fresh seeds the best point {word} the unchanged configuration: {told}")
-    if model:
-        say(f"model      {model}")
-    say(f"pictures   {figures}")
-    say(f"dashboard  {run.tracker.open_command()}")
-    return path
+    return conclude(run, run.summarise(summary), figures, summary=summary)
 
 
 def lines(metric: str, table: Table) -> Lines:
     """The points, best first."""
     keys = list(dict.fromkeys(key for point in table.points for key in point.point))
-    short = [key.rsplit(".", 1)[-1] for key in keys]
+    names = [key.rsplit(".", 1)[-1] for key in keys]
     value_column = Column(metric, justify="right")
-    found = Lines(*short, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
+    found = Lines(*names, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
     for point in table.points:
         mine = [each for each in table.outcomes if each.trial.point == point.point and each.trial.seed < FRESH_SEEDS]
         spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
         value = f"{point.mean:.4g}{spread}" if point.values else "–"
         ends = sorted({f"{each.status.lower()} at {each.step}" for each in mine if each.status != "FINISHED"})
-        found.add_row(*(_short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
+        found.add_row(*(short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
     return found
 
 
@@ -189,7 +168,3 @@ def _told(outcome: Outcome) -> dict[str, Any]:
     about = {key: value for key, value in vars(outcome).items() if key != "trial"}
     run_id = trial.manifest().get("mlflow_run_id")
     return {"name": trial.name, "point": trial.point, "seed": trial.seed, **about, "mlflow_run_id": run_id}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,15 +12,13 @@ from orchestration.cluster import Machine
 from orchestration.config import ConfigError
 from orchestration.display import Display, Row
 from orchestration.outbox import undelivered
-from orchestration.run import Run, new_directory, new_manifest, read_manifest
+from orchestration.run import Run, known_manifest, new_directory, new_manifest
 from orchestration.sweep_config import BudgetSettings, SweepConfig
 from orchestration.tracking import TrackingSettings, deliver_rest
 from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
 from pipelines.atomic import write_json
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
-_KEPT = ("created", "mlflow_run_id", "wall_seconds")  # of the manifest, when a sweep goes on
-_PACKAGES = ("ray", "torch", "diffusers", "transformers", "mlflow", "optuna", "numpy")
 
 
 class Budget(Stopper):
@@ -64,14 +62,13 @@ class SweepRun(Run):
     @classmethod
     def open(cls, config: SweepConfig, machine: Machine) -> Self:
         """A new sweep, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
-        directory = new_directory(config.output_dir, f"{config.name}-{{stamp}}")
-        content = config.model_dump(mode="json")
-        held = read_manifest(directory) if (directory / "manifest.json").exists() else {}
+        directory = new_directory(config)
+        held = known_manifest(directory)
+        manifest = new_manifest("sweep", config, held)
         for key in _DECIDES if held else ():
-            if held["config"].get(key) != content[key]:
+            if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
-        manifest = new_manifest("sweep", config.name, content, _PACKAGES)
-        return cls(directory, config, manifest | {key: held[key] for key in _KEPT if key in held}, machine)
+        return cls(directory, config, manifest, machine)
 
     def opened(self) -> None:
         """Tell MLflow what is swept."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from actors.worker import Span
-from orchestration.html_report import read_journal
-from pipelines.atomic import append_durably, write_json
+from pipelines.atomic import append_durably, as_lines, read_lines, write_json
 
 Lanes = Mapping[str, Sequence[Span]]
 _SHOWN = 3  # steps of the picture
@@ -23,13 +22,13 @@ STEP = "step"  # the driver's span of a whole step
 def append_spans(directory: Path, step: int, lanes: Lanes) -> None:
     """Write down what was done until ``step`` steps were finished; said again of a step, the later counts."""
     content = {name: [(what, round(a, 5), round(b, 5)) for what, a, b in spans] for name, spans in lanes.items()}
-    append_durably(directory / "spans.jsonl", (json.dumps({"step": step, "lanes": content}) + "\n").encode())
+    append_durably(directory / "spans.jsonl", as_lines([{"step": step, "lanes": content}]))
 
 
 def read_spans(directory: Path) -> dict[str, list[Span]]:
     """Everything that is known, by lane, in the order in which it began; what holds something comes before that."""
     lanes: dict[str, list[Span]] = defaultdict(list)
-    for line in {line["step"]: line for line in read_journal(directory / "spans.jsonl")}.values():
+    for line in {line["step"]: line for line in read_lines(directory / "spans.jsonl")}.values():
         for name, spans in line["lanes"].items():
             lanes[name] += [(what, began, ended) for what, began, ended in spans]
     return {name: sorted(spans, key=lambda span: (span[1], -span[2])) for name, spans in lanes.items()}

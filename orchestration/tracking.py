@@ -89,23 +89,20 @@ class Tracker:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._directory, self._say = directory, say
-        self._store = MlflowStore(_address(directory, settings))
+        self._store = open_store(directory, settings)
         self.uri = self._store.uri
         self._experiment_id = ""
-        away = None
         try:
             self._store.check()
-        except TrackingError as error:
+        except TrackingError:
             if run_id is None:
                 raise
-            away = error
-        tags = {"mlflow.parentRunId": settings.parent} if settings.parent else {}
-        if away is None:
+        else:
             with self._store.named("opening the store"):
                 if run_id is None:
                     self._experiment_id = self._store.experiment(settings.experiment or loop, _EXPERIMENTS.get(loop))
-                run_id = self._known_or_new(run_id, run_name, tags)
-        assert run_id is not None
+                    run_id = self._new(run_name, settings.parent)
+                self._experiment_id = self._store.client.get_run(run_id).info.experiment_id
         self._outbox = Outbox(directory / "outbox", self._store.deliver, say)
         self._begin(run_id)
         self._monitor = _SystemMetrics(self) if settings.system_metrics else None
@@ -116,19 +113,14 @@ class Tracker:
         child._monitor = None
         if run_id is None:
             with self._store.named(f"opening {name}"):
-                run_id = child._known_or_new(None, name, {"mlflow.parentRunId": self.run_id})
+                run_id = child._new(name, self.run_id)
         child._begin(run_id)
         child._is_root = False
         return child
 
-    def _known_or_new(self, run_id: str | None, name: str, tags: dict[str, str]) -> str:
-        client = self._store.client
-        if run_id is None:
-            run = client.create_run(self._experiment_id, run_name=name, tags=_who() | tags)
-        else:
-            run = client.get_run(run_id)
-        self._experiment_id = run.info.experiment_id
-        return str(run.info.run_id)
+    def _new(self, name: str, parent: str | None) -> str:
+        tags = _who() | ({"mlflow.parentRunId": parent} if parent else {})
+        return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
 
     def _begin(self, run_id: str) -> None:
         self.run_id = run_id
@@ -278,7 +270,7 @@ def deliver_rest(
     """
     if not killed and not undelivered(directory / "outbox"):
         return 0
-    store = MlflowStore(_address(directory, settings))
+    store = open_store(directory, settings)
     outbox = Outbox(directory / "outbox", store.deliver, say)
     end = {"kind": "status", "status": "KILLED", "timestamp_ms": _now()}
     outbox.put(*({"run": run_id, **end} for run_id in killed))
@@ -287,20 +279,13 @@ def deliver_rest(
     return outbox.waiting
 
 
-def register_pipeline(
-    directory: Path, settings: TrackingSettings, run_id: str, name: str, alias: str, tags: Mapping[str, str]
-) -> str:
-    """Make the pipeline of a run that is over a version of the model ``name``. Returns its models:/ address."""
-    return MlflowStore(_address(directory, settings)).register(name, run_id, "pipeline", alias, tags)
-
-
-def _address(directory: Path, settings: TrackingSettings) -> str:
-    """Of the store: a server's, or that of a database whose folder is there."""
+def open_store(directory: Path, settings: TrackingSettings) -> MlflowStore:
+    """The store of a run in ``directory``: a server, or a database whose folder is made if need be."""
     if settings.uri and settings.uri.startswith("http"):
-        return settings.uri.rstrip("/")
+        return MlflowStore(settings.uri.rstrip("/"))
     database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
     database.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{database}"
+    return MlflowStore(f"sqlite:///{database}")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

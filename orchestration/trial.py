@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.ddpo_run import DdpoRun
-from orchestration.run import is_free, read_manifest
+from orchestration.run import is_free, known_manifest
 from orchestration.sweep_config import SweepConfig
-from pipelines.atomic import write_json
-from policies.search_space import Point
+from pipelines.atomic import read_lines, write_json
+from policies.search_space import Point, short
 
 FRESH_SEEDS = 1000  # seeds from here on take no part in the search
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
@@ -36,7 +36,7 @@ class Trial:
     @classmethod
     def of(cls, root: Path, point: Point, seed: int) -> Self:
         """The trial of a point and a seed in a sweep's directory."""
-        values = [f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in point.items()] or ["unchanged"]
+        values = [f"{key.rsplit('.', 1)[-1]}={_in_a_name(value)}" for key, value in point.items()] or ["unchanged"]
         exact = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:6]
         return cls(root, "-".join([*values, f"seed{seed}"])[:200] + f"-{exact}", point, seed)
 
@@ -71,7 +71,7 @@ class Trial:
 
     def manifest(self) -> dict[str, Any]:
         """The run's manifest; empty before it has begun."""
-        return read_manifest(self.directory) if (self.directory / "manifest.json").exists() else {}
+        return known_manifest(self.directory)
 
     def over(self) -> bool:
         """Whether there is nothing left to do: it is finished, or a scheduler has stopped it."""
@@ -98,8 +98,7 @@ def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
             raise ConfigError(f"metric {metric!r} is not measured; there are: {', '.join(arm['metrics'])}")
         values = arm["metrics"][metric]["mean"]
         return [{metric: values[-1], "step": len(values), "images": 0}]
-    journal = trial.directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    lines = read_lines(trial.directory / "metrics.jsonl")
     committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
     each = manifest["config"]["training"]["images_per_step"] if lines else 0
     last = manifest["config"]["training"]["steps"] if lines else 0
@@ -178,6 +177,5 @@ def trials_in(root: Path) -> Iterator[Trial]:
         yield Trial(root, path.stem, known["point"], known["seed"])
 
 
-def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "".join(character if character.isalnum() or character in "+-._" else "_" for character in text)
+def _in_a_name(value: Any) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+-._" else "_" for letter in short(value))

@@ -4,11 +4,12 @@ A directory is written aside, flushed to the disk and renamed. Its ``manifest.js
 a truncated or altered one is detected when it is read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,21 @@ def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -
     aside = path.with_name(f".{path.name}.partial")
     write_durably(aside, (json.dumps(content, indent=indent) + "\n").encode())
     os.replace(aside, path)
+
+
+def as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """One JSON object a line."""
+    return b"".join(json.dumps(record, default=str).encode() + b"\n" for record in records)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; none if there is no such file. What is damaged, as a last line may be that
+    was cut off in the middle, is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def write_durably(path: Path, content: bytes) -> None:

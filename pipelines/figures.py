@@ -15,8 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
-_History = Sequence[Mapping[str, float]]
+_Draw = Callable[["Axes", "DataFrame"], None]
 
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
 _PAIR_PIXELS = 208  # an image of a before/after pair is about this wide
@@ -52,17 +53,15 @@ def image_grid(images: np.ndarray, columns: int, zoom: int | None = None) -> np.
     Returns (height, width, 3) uint8. Raises ValueError if there are no images or they are not RGB bytes.
     """
     _check_images(images)
-    count, height, width, _ = images.shape
+    count, height = images.shape[:2]
     columns = max(1, min(columns, count))
     zoom = zoom or max(1, -(-_GRID_PIXELS // height))
     gutter = max(1, zoom // 3)
-    rows = -(-count // columns)
-    cell_height, cell_width = height * zoom + gutter, width * zoom + gutter
-    grid = np.full((rows * cell_height + gutter, columns * cell_width + gutter, 3), _GUTTER, np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * cell_height + gutter, index % columns * cell_width + gutter
-        grid[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
-    return grid
+    edges = (0, -count % columns), (gutter, 0), (gutter, 0), (0, 0)  # before each cell, and cells to fill the last row
+    cells = np.pad(images.repeat(zoom, 1).repeat(zoom, 2), edges, constant_values=_GUTTER)
+    rows = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
+    grid = rows.reshape(-1, columns * cells.shape[2], 3)
+    return np.pad(grid, ((0, gutter), (0, gutter), (0, 0)), constant_values=_GUTTER)
 
 
 def before_after(
@@ -110,32 +109,25 @@ def before_after(
     _save(figure, path)
 
 
-def curves(path: Path, history: _History) -> None:
+def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write a PNG of a run's numbers over its steps.
 
     ``history`` holds one mapping a step, with ``step`` and any of the run's metrics; what no step has is left out,
     line by line and panel by panel.
     """
-    panels = {
-        "reward": (_draw_reward, ["reward/mean"]),
-        "held-out accuracy": (_draw_accuracy, ["evaluator/full", *_slots(history)]),
-        "captioner–evaluator agreement": (_of("evaluator/agreement", "blue"), ["evaluator/agreement"]),
-        "diversity of held-out images": (_of("evaluation/diversity", "orange"), ["evaluation/diversity"]),
-        "KL to the base (nats an image)": (_of("evaluation/kl_to_base", "purple"), ["evaluation/kl_to_base"]),
-        "approximate KL": (_draw_kl, ["policy/approximate_kl"]),
-        "share of clipped transitions": (_draw_clip, ["policy/clip_fraction"]),
-        "gradient norm": (_draw_gradient, ["policy/gradient_norm"]),
-        "seconds a step": (_draw_seconds, [f"seconds/{stage}" for stage in _STAGES]),
-    }
-    measured = [title for title, (_, keys) in panels.items() if any(len(_series(history, key)[0]) for key in keys)]
+    import pandas
+
+    table = pandas.DataFrame(list(history), dtype=float).replace([np.inf, -np.inf], np.nan)
+    table = table.set_index("step").dropna(axis="columns", how="all") if len(table) else table
+    measured = [panel for key, panel in _PANELS.items() if any(name.startswith(key) for name in table)]
     if not measured:
         figure = _figure(4.3, 2.9)
         figure.text(0.5, 0.5, "no steps yet", ha="center", va="center", color=_FAINT)
         return _save(figure, path)
     figure, sheet = _sheet(len(measured), 3, 4.3, 2.9)
-    for axes, title in zip(sheet, measured, strict=True):
+    for axes, (title, draw) in zip(sheet, measured, strict=True):
         _dress(axes, title, "step", ticks=6)
-        panels[title][0](axes, history)
+        draw(axes, table)
     _save(figure, path)
 
 
@@ -171,100 +163,77 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     _save(figure, path)
 
 
-def _draw_reward(axes: "Axes", history: _History) -> None:
-    _line(axes, *_series(history, "reward/mean"), "blue", "mean")
-    both = [entry for entry in history if "reward/mean" in entry and "reward/std" in entry]
-    (steps, mean), (_, spread) = _series(both, "reward/mean"), _series(both, "reward/std")
-    if len(steps) and len(steps) == len(spread):
-        band = (mean - spread, mean + spread)
-        axes.fill_between(steps, *band, color=_LINES["blue"], alpha=0.13, linewidth=0, label="± one standard deviation")
-        _legend(axes)
-
-
-def _draw_accuracy(axes: "Axes", history: _History) -> None:
-    for colour, key in zip(cycle(("orange", "purple", "red", "blue")), _slots(history), strict=False):
-        label = key.removeprefix("evaluator/")
-        axes.plot(*_series(history, key), color=_LINES[colour], linewidth=1, alpha=0.75, label=label)
+def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:
+    slots = [key for key in table if key.startswith("evaluator/") and not key.endswith(("/full", "/agreement"))]
+    for colour, key in zip(cycle(("orange", "purple", "red", "blue")), slots, strict=False):
+        axes.plot(table[key].dropna(), color=_LINES[colour], linewidth=1, alpha=0.75, label=key.split("/", 1)[1])
     for key, style, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
-        steps, values = _series(history, key)
-        if len(steps):
-            axes.plot(steps, values, style, color=_LINES["green"], linewidth=2, markersize=3, label=label)
+        if key in table:
+            axes.plot(table[key].dropna(), style, color=_LINES["green"], linewidth=2, markersize=3, label=label)
     _legend(axes)
 
 
-def _of(key: str, colour: str) -> Callable[["Axes", _History], None]:
+def _measured(key: str, colour: str) -> _Draw:
     """Draws one metric of the evaluations."""
 
-    def draw(axes: "Axes", history: _History) -> None:
-        axes.plot(*_series(history, key), "o-", color=_LINES[colour], linewidth=2, markersize=3)
+    def draw(axes: "Axes", table: "DataFrame") -> None:
+        axes.plot(table[key].dropna(), "o-", color=_LINES[colour], linewidth=2, markersize=3)
 
     return draw
 
 
-def _draw_kl(axes: "Axes", history: _History) -> None:
-    _line(axes, *_series(history, "policy/approximate_kl"), "purple")
-    axes.yaxis.set_major_formatter("{x:.2g}")
+def _course(
+    key: str, colour: str, form: str = "", bottom: float | None = None, spread: str = "", logarithmic: bool = False
+) -> _Draw:
+    """Draws a metric of the steps: faint, under its running mean where there are enough of them to have one; within
+    ± ``spread``, another metric; on a ``logarithmic`` axis if its values differ by orders of magnitude."""
+
+    def draw(axes: "Axes", table: "DataFrame") -> None:
+        values, style = table[key].dropna(), dict[str, Any](color=_LINES[colour], linewidth=1.8)
+        if len(values) >= 20:
+            axes.plot(values, color=_LINES[colour], linewidth=1, alpha=0.35)
+            reach = max(3, len(values) // 16)  # neighbours on either side; at the ends there are fewer
+            values, style["linewidth"] = values.rolling(2 * reach + 1, center=True, min_periods=1).mean(), 2.0
+        axes.plot(values, "-" if len(values) > 1 else "o", label="mean", **style)
+        if spread in table:
+            both = table[[key, spread]].dropna()
+            band = both[key] - both[spread], both[key] + both[spread]
+            label = "± one standard deviation"
+            axes.fill_between(both.index, *band, color=_LINES[colour], alpha=0.13, linewidth=0, label=label)
+            _legend(axes)
+        if logarithmic and table[key].min() > 0 and table[key].max() > 50 * table[key].min():
+            axes.set_yscale("log")
+        if form:
+            axes.yaxis.set_major_formatter(form)
+        if bottom is not None:
+            axes.set_ylim(bottom=bottom)
+
+    return draw
 
 
-def _draw_clip(axes: "Axes", history: _History) -> None:
-    _line(axes, *_series(history, "policy/clip_fraction"), "orange")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter("{x:.0%}")
-
-
-def _draw_gradient(axes: "Axes", history: _History) -> None:
-    steps, values = _series(history, "policy/gradient_norm")
-    _line(axes, steps, values, "red")
-    positive = values[values > 0]
-    if len(positive) == len(values) and len(values) and positive.max() > 50 * positive.min():
-        axes.set_yscale("log")
-
-
-def _draw_seconds(axes: "Axes", history: _History) -> None:
-    history = [entry for entry in history if any(f"seconds/{stage}" in entry for stage in _STAGES)]
-    steps = np.array([entry["step"] for entry in history])
-    stages = [stage for stage in _STAGES if len(_series(history, f"seconds/{stage}")[0])]
-    seconds = [[_finite(entry.get(f"seconds/{stage}")) or 0.0 for entry in history] for stage in stages]
-    colours = [_STAGES[stage] for stage in stages]
-    axes.stackplot(steps, seconds, labels=stages, colors=colours, step="mid", alpha=0.85, linewidth=0)
+def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
+    stages = {f"seconds/{stage}": stage for stage in _STAGES if f"seconds/{stage}" in table}
+    spent = table[[*stages]].dropna(how="all").fillna(0.0)
+    colours = [_STAGES[stage] for stage in stages.values()]
+    look: dict[str, Any] = {"labels": [*stages.values()], "step": "mid", "alpha": 0.85, "linewidth": 0}
+    axes.stackplot(spent.index, spent.T.to_numpy(), colors=colours, **look)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     handles, labels = axes.get_legend_handles_labels()
     _legend(axes, handles=handles[::-1], labels=labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _line(axes: "Axes", steps: np.ndarray, values: np.ndarray, colour: str, label: str | None = None) -> None:
-    """The values, faint, under their running mean where there are enough of them to have one."""
-    if len(values) >= 20:
-        axes.plot(steps, values, color=_LINES[colour], linewidth=1, alpha=0.35)
-        values, width = _running_mean(values, max(3, len(values) // 16)), 2.0
-    else:
-        width = 1.8
-    axes.plot(steps, values, "-" if len(values) > 1 else "o", color=_LINES[colour], linewidth=width, label=label)
-
-
-def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean over the neighbours up to ``reach`` on either side, over fewer at the ends."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
-
-
-def _slots(history: _History) -> list[str]:
-    """Keys of the evaluator's single slots, such as ``evaluator/digit``; shares only."""
-    keys = dict.fromkeys(key for entry in history for key in entry if key.startswith("evaluator/"))
-    return [key for key in keys if key != "evaluator/full" and "agreement" not in key and key.count("/") == 1]
-
-
-def _series(history: _History, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which ``key`` was measured, and its values there."""
-    points = [(entry["step"], value) for entry in history if (value := _finite(entry.get(key))) is not None]
-    return np.array([step for step, _ in points], float), np.array([value for _, value in points], float)
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and np.isfinite(value) else None
+_PANELS: dict[str, tuple[str, _Draw]] = {  # what its metrics' names begin with → title, and what draws them
+    "reward/mean": ("reward", _course("reward/mean", "blue", spread="reward/std")),
+    "evaluator/full": ("held-out accuracy", _draw_accuracy),
+    "evaluator/agreement": ("captioner–evaluator agreement", _measured("evaluator/agreement", "blue")),
+    "evaluation/diversity": ("diversity of held-out images", _measured("evaluation/diversity", "orange")),
+    "evaluation/kl_to_base": ("KL to the base (nats an image)", _measured("evaluation/kl_to_base", "purple")),
+    "policy/approximate_kl": ("approximate KL", _course("policy/approximate_kl", "purple", "{x:.2g}")),
+    "policy/clip_fraction": ("share of clipped transitions", _course("policy/clip_fraction", "orange", "{x:.0%}", 0)),
+    "policy/gradient_norm": ("gradient norm", _course("policy/gradient_norm", "red", logarithmic=True)),
+    "seconds/": ("seconds a step", _draw_seconds),
+}
 
 
 def _sheet(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.figures import _FAINT, _INK, _LINES, _dress, _save, _sheet
+from policies.search_space import short
 
 Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each trial that has one
 
@@ -49,7 +50,7 @@ def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Seq
         low, span = places.min(), (places.max() - places.min()) or 1
         heights.append((places - low) / span)
         axes.axvline(index, color=_FAINT, linewidth=0.8)
-        ends = [(0.0, _short(min(column))), (1.0, _short(max(column)))] if labels is None else []
+        ends = [(0.0, short(min(column))), (1.0, short(max(column)))] if labels is None else []
         marks = ends or [((place - low) / span, label) for place, label in enumerate(labels or [])]
         for height, text in dict(marks).items():
             axes.annotate(text, (index, height), xytext=(4, 2), textcoords="offset points", fontsize=7, color=_INK)
@@ -64,14 +65,12 @@ def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Seq
 
 def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -> None:
     """The mean metric over the plane of two settings, with its number in each cell."""
+    import pandas
     from matplotlib.colors import LogNorm
 
-    columns, rows = (sorted({point[key] for point, _ in tried}) for key in (across, up))
-    mean = np.full((len(rows), len(columns)), np.nan)
-    for row, high in enumerate(rows):
-        for column, wide in enumerate(columns):
-            cell = [value for point, value in tried if point[across] == wide and point[up] == high]
-            mean[row, column] = np.mean(cell) if cell else np.nan
+    table = pandas.DataFrame([{"across": point[across], "up": point[up], "value": value} for point, value in tried])
+    plane = table.pivot_table("value", "up", "across")
+    columns, rows, mean = list(plane.columns), list(plane.index), plane.to_numpy()
     known = mean[np.isfinite(mean)]
     scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
     figure, (axes,) = _sheet(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
@@ -81,8 +80,8 @@ def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -
             red, green, blue, _ = picture.cmap(picture.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else _INK)
-    axes.set_xticks(range(len(columns)), [_short(value) for value in columns])
-    axes.set_yticks(range(len(rows)), [_short(value) for value in rows])
+    axes.set_xticks(range(len(columns)), [short(value) for value in columns])
+    axes.set_yticks(range(len(rows)), [short(value) for value in rows])
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     figure.colorbar(picture, label=metric)
@@ -95,7 +94,3 @@ def _places(column: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
         return np.array(column, dtype=float), None
     labels = sorted({str(value) for value in column})
     return np.array([labels.index(str(value)) for value in column], dtype=float), labels
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

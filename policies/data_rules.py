@@ -5,7 +5,7 @@ of the real data in a seed's own order, and ranges of what an earlier generation
 it to the exact sample ids of one universe, the same on every machine and at every repetition.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -110,35 +110,24 @@ class Ledger:
             )
 
 
-Mix = tuple[Manifest, Ledger]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many real and synthetic samples a training set is to hold."""
-
-    real: int
-    synthetic: int
-
-
-RuleFunction = Callable[[LoopSettings, int, Sizes, Ledger], Mix]
-
-
-def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> Mix:
+def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[Manifest, Ledger]:
     """The training set of ``generation`` (1 to ``generations``), and the ledger after it.
 
     Raises LedgerExhausted if unseen real samples run out, ValueError if the set would be empty.
     """
     try:
-        if generation == 1:
-            return _real_only(loop, 1, Sizes(loop.initial(), 0), ledger)
-        sizes = Sizes(*loop.sizes(generation, generations))
-        manifest, after = _RULES[loop.rule](loop, generation, sizes, ledger)
+        if generation == 1 or loop.rule == "real_only":  # the control, and generation 1 of every loop: one real set
+            part, after = ledger.fixed(loop.initial())
+            return Manifest(generation, (part,)), after
+        parts, after = _parts(loop, generation, generations, ledger)
     except LedgerExhausted as error:
         raise LedgerExhausted(
             f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
             f"reference, or allow repeats with real_supply=fresh_with_replacement"
         ) from error
+    # Kazdan et al.'s draw of fixed size, without replacement, from everything so far.
+    subsample = (loop.n_total or loop.initial()) if loop.rule == "accumulate_subsample" else None
+    manifest = Manifest(generation, tuple(part for part in parts if part.size), subsample)
     if manifest.size < 2:
         raise ValueError(f"generation {generation} would be trained on {manifest.size} samples: give larger sizes")
     return manifest, after
@@ -153,94 +142,54 @@ def training_sets(loop: LoopSettings, generations: int, pool: int | None) -> lis
     return manifests
 
 
-def _real_only(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """The control, and generation 1 of every loop: the same real set."""
-    part, ledger = ledger.fixed(loop.initial())
-    return Manifest(generation, (part,)), ledger
+def _parts(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    """Real samples by the loop's supply, then synthetic ones of earlier generations; parts may be empty."""
+    if loop.rule == "weighted_mixture":
+        return _weighted_mixture(loop, generation, ledger)
+    count, synthetic = loop.sizes(generation, generations)
+    real, ledger = getattr(ledger, loop.supply)(count)
+    drawn = _synthetic(loop, generation, synthetic)
+    return [replace(real, weight=loop.real_weight), *(_drawn_by(g, size) for g, size in drawn.items())], ledger
 
 
-def _latest(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """Real samples by the supply + samples of the previous generation.
+def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int]:
+    """How many samples of which earlier generations a training set takes.
 
-    This is the fully synthetic loop (no real data), augmentation (fixed), fresh data, and iterative retraining (which
-    goes on from the last weights); in curated and verified loops it is the drawing of samples that differs.
+    Accumulation takes every earlier batch whole (Gerstgrasser et al. 2404.01413), and so does augmentation if told to;
+    ``memory`` spreads them evenly over the last generations, the latest giving the rest. All other loops take those of
+    the previous generation: the fully synthetic one (without real data), augmentation (with a fixed real set), fresh
+    data, and iterative retraining (which goes on from the last weights); in curated and verified loops it is the
+    drawing of samples that differs.
     """
-    real, ledger = _real(loop, sizes.real, ledger)
-    return Manifest(generation, _nonempty(*real, _drawn_by(generation - 1, sizes.synthetic))), ledger
+    everything = loop.rule == "augmentation" and loop.synthetic_from == "all"
+    if everything or loop.rule in ("accumulate", "accumulate_subsample"):
+        return dict.fromkeys(range(1, generation), count)
+    if loop.rule == "memory":
+        remembered = range(max(1, generation - loop.memory), generation)
+        each, rest = divmod(count, len(remembered))
+        return {g: each + (rest if g == generation - 1 else 0) for g in remembered}
+    return {generation - 1: count}
 
 
-def _augmentation(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """The same real set each time + samples of the previous generation, or of all earlier ones."""
-    rule = _latest if loop.synthetic_from == "previous" else _accumulate
-    return rule(loop, generation, sizes, ledger)
-
-
-def _accumulate(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """The real set ∪ every earlier synthetic batch (Gerstgrasser et al. 2404.01413)."""
-    real, ledger = _real(loop, sizes.real, ledger)
-    return Manifest(generation, (*real, *(_drawn_by(g, sizes.synthetic) for g in range(1, generation)))), ledger
-
-
-def _accumulate_subsample(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """A uniform draw of fixed size, without replacement, from everything so far (Kazdan et al.)."""
-    everything, ledger = _accumulate(loop, generation, sizes, ledger)
-    return replace(everything, subsample=loop.n_total or loop.initial()), ledger
-
-
-def _memory(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
-    """Real samples + synthetic ones spread evenly over the last ``memory`` generations, the latest giving the rest."""
-    real, ledger = _real(loop, sizes.real, ledger)
-    remembered = range(max(1, generation - loop.memory), generation)
-    each, rest = divmod(sizes.synthetic, len(remembered))
-    parts = [_drawn_by(g, each + (rest if g == generation - 1 else 0)) for g in remembered]
-    return Manifest(generation, _nonempty(*real, *parts)), ledger
-
-
-def _weighted_mixture(loop: LoopSettings, generation: int, sizes: Sizes, ledger: Ledger) -> Mix:
+def _weighted_mixture(loop: LoopSettings, generation: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
     """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
     counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
-    counts |= largest_remainder(
-        loop.n_total or loop.initial(), {str(source): share for source, share in (loop.shares or {}).items()}
-    )
+    shares = {str(source): share for source, share in (loop.shares or {}).items()}
+    counts |= largest_remainder(loop.n_total or loop.initial(), shares)
     fixed, ledger = ledger.fixed(counts["real_fixed"])
     fresh, ledger = ledger.fresh(counts["real_fresh"])
     real = [replace(part, weight=loop.real_weight) for part in (fixed, fresh)]
     before = range(1, generation - 1)
     if not before:  # generation 2 has nothing earlier yet
-        return Manifest(2, _nonempty(*real, _drawn_by(1, counts["previous"] + counts["earlier"]))), ledger
+        return [*real, _drawn_by(1, counts["previous"] + counts["earlier"])], ledger
     each, rest = divmod(counts["earlier"], len(before))
     earlier = [_drawn_by(g, each + (g <= rest)) for g in before]
-    return Manifest(generation, _nonempty(*real, *earlier, _drawn_by(generation - 1, counts["previous"]))), ledger
-
-
-_RULES: dict[str, RuleFunction] = {
-    "real_only": _real_only,
-    "fully_synthetic": _latest,
-    "augmentation": _augmentation,
-    "fresh": _latest,
-    "accumulate": _accumulate,
-    "accumulate_subsample": _accumulate_subsample,
-    "iterative_retraining": _latest,
-    "curated": _latest,
-    "verified": _latest,
-    "memory": _memory,
-    "weighted_mixture": _weighted_mixture,
-}
-
-
-def _real(loop: LoopSettings, count: int, ledger: Ledger) -> tuple[tuple[Part, ...], Ledger]:
-    """``count`` real samples by the loop's supply."""
-    part, ledger = getattr(ledger, loop.supply)(count)
-    return _nonempty(replace(part, weight=loop.real_weight)), ledger
+    return [*real, *earlier, _drawn_by(generation - 1, counts["previous"])], ledger
 
 
 def _drawn_by(generation: int, count: int) -> Part:
     """The first ``count`` samples of what the model of ``generation`` drew."""
     return Part("synthetic", generation, 0, count)
-
-
-def _nonempty(*parts: Part) -> tuple[Part, ...]:
-    return tuple(part for part in parts if part.size)
 
 
 def largest_remainder(total: int, shares: Mapping[str, float]) -> dict[str, int]:

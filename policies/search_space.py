@@ -87,6 +87,11 @@ def corner_points(space: Mapping[str, Dimension]) -> list[Point]:
     return [{**first, key: value} for key, dimension in space.items() for value in dimension.values]
 
 
+def short(value: Any) -> str:
+    """A value of a point, for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def common_points(points: Sequence[Point]) -> list[Point]:
     """The different points, in the order they first appear."""
     return [point for index, point in enumerate(points) if point not in points[:index]]

@@ -1,15 +1,44 @@
 """Settings of the DDPO algorithm. Importable without torch."""
 
+import difflib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Settings(BaseModel):
     """A settings block: frozen, and every key known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
+    """The first problem as one line, with the nearest known key if one was not known."""
+    first = error.errors()[0]
+    location = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = list(known_keys(schema))
+        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = difflib.get_close_matches(location, known, n=1, cutoff=0.6)
+        near = near or [leaf[name] for name in difflib.get_close_matches(location.rsplit(".", 1)[-1], leaf, n=1)]
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known) or 'none'}"
+        return f"unknown key {location!r}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f", not {first['input']!r}" if shows_input and not isinstance(first["input"], dict) else ""
+    return f"{location}: {message}{shown}" if location else message
+
+
+def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a schema with its field."""
+    keys: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys |= known_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = field
+    return keys
 
 
 class SamplingSettings(Settings):

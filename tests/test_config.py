@@ -9,9 +9,10 @@ import yaml
 
 from orchestration import cli
 from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, known_keys, load_config
+from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.preflight import describe, preflight
 from pipelines.locations import CHECKOUT
+from policies.settings import known_keys
 
 DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
 

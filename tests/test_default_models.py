@@ -10,7 +10,7 @@ import torch
 
 from pipelines.digits import SLOTS, all_prompts, load_split, render
 from pipelines.evaluator import Evaluator, load_evaluator
-from pipelines.recipe.card import model_card
+from pipelines.recipe.pretrain import model_card
 
 MODELS = Path(__file__).parent.parent / "models" / "digits"
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines import figures
@@ -156,5 +158,9 @@ def test_no_global_state_of_matplotlib_is_used(images: np.ndarray, tmp_path: Pat
 
 
 def test_the_running_mean_is_exact() -> None:
-    values = np.array([1.0, 2.0, 6.0, 3.0])
-    np.testing.assert_allclose(figures._running_mean(values, 1), [1.5, 3.0, 11 / 3, 4.5])
+    values = np.arange(20.0) ** 2
+    axes = Figure().add_subplot()
+    figures._course("x", "red")(axes, pandas.DataFrame({"x": values}))
+    whole, smooth = (line.get_ydata() for line in axes.lines)
+    np.testing.assert_array_equal(whole, values)
+    np.testing.assert_allclose(smooth, [values[max(0, i - 3) : i + 4].mean() for i in range(20)])

@@ -107,7 +107,7 @@ def test_an_interrupted_run_is_shown_as_far_as_it_came(browser: Browser, interru
     widths = shown(browser, write_report(interrupted))
     assert len(widths) == 3
     assert min(widths) > 300
-    browser.wait_for_text("KILLED", "2 of 4 steps", "after 2 steps", "an interim measure", "training.clip_range")
+    browser.wait_for_text("KILLED", "2/4", "after 2 steps", "an interim measure", "training.clip_range")
     rows = browser.run(
         "return Object.fromEntries([...document.querySelectorAll('tr[id]')].map("
         "row => [row.id, [...row.querySelectorAll('data')].map(each => each.value)]))"

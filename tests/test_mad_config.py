@@ -11,10 +11,11 @@ from PIL import Image
 
 from orchestration import cli
 from orchestration.cluster import Machine
-from orchestration.config import ConfigError, known_keys, load_config
+from orchestration.config import ConfigError, load_config
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import contents, preflight_mad
 from pipelines.locations import CHECKOUT
+from policies.settings import known_keys
 
 MACHINE = Machine(cpus=2, gpus=0)
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]

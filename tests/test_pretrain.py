@@ -1,25 +1,29 @@
 """The recipe of the default models, in a few steps: it builds every part, resumes, and repeats itself."""
 
+import copy
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from pipelines.recipe import autoencoder, captioner, diffusion, evaluator, pretrain
+from pipelines import recipe
+from pipelines.digits import all_prompts
+from pipelines.recipe import models, pretrain
 
 
 @pytest.fixture
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (autoencoder, captioner, diffusion, evaluator):
-        monkeypatch.setattr(module, "STEPS", 2)
-        monkeypatch.setattr(module, "BATCH_SIZE", 4)
-    monkeypatch.setattr(diffusion, "LOOSENING_STEPS", 2)
-    monkeypatch.setattr(diffusion, "CHECKPOINT_EVERY", 1)
-    monkeypatch.setattr(diffusion, "LOOSENING_CHECKPOINT_EVERY", 1)
-    prompts = pretrain.all_prompts()[:2]
-    monkeypatch.setattr(pretrain, "all_prompts", lambda: prompts)
-    images, captions = pretrain._test_set()
-    monkeypatch.setattr(pretrain, "_test_set", lambda: (images[:8], captions[:8]))
+    hows = copy.deepcopy(recipe.configuration()["training"])
+    for how in hows.values():
+        how["batch_size"] = 4
+        for part in ("descent", "supervised", "loosening"):
+            how.setdefault(part, {})["steps"] = 2
+    for part in ("supervised", "loosening"):
+        hows["pipeline"][part]["every"] = 1
+    monkeypatch.setitem(recipe.configuration(), "training", hows)
+    monkeypatch.setattr(models, "_asked", lambda images: all_prompts()[:2] * images)
+    images, captions = models.test_set()
+    monkeypatch.setattr(models, "test_set", lambda: (images[:8], captions[:8]))
 
 
 def weights(directory: Path) -> dict[str, bytes]:

@@ -328,7 +328,7 @@ def test_a_redirect_is_not_followed() -> None:
         ("http", {"url": "http://host:99999/"}, "url: Port out of range"),
         ("http", {"url": "https://me:secret@host/score"}, "leave user and password out"),
         ("http", {"url": "http://h/", "timeout_seconds": 0}, "timeout_seconds: .*greater than 0"),
-        ("http", {"url": "http://h/", "timeout": 5}, "there is no 'timeout'; did you mean 'timeout_seconds'"),
+        ("http", {"url": "http://h/", "timeout": 5}, "unknown key 'timeout'; did you mean 'timeout_seconds'"),
         ("judge", {"url": "http://h/"}, "options of judge: model: Field required"),
         ("judge", {"url": "ftp://h/", "model": "m"}, "no web address"),
         ("judge", {"url": "http://h/", "model": "m", "question": "Is it nice?"}, r"question: .*\{prompt\\}"),
@@ -442,7 +442,7 @@ def test_a_key_is_never_told(status: int, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["jpeg_incompressibilty"], "neither one of"),
         (["tests.rewards:blueness"], "has no 'blueness'"),
-        (["jpeg_compressibility", "quality=3"], "there is no 'quality'; it has none"),
+        (["jpeg_compressibility", "quality=3"], "unknown key 'quality'; known keys: none"),
         (["sentence_cosine", "template"], "is not key=value"),
     ],
 )

@@ -5,7 +5,7 @@ A sampling bias λ sharpens: it draws with probabilities ∝ p^(1/λ).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,15 +27,8 @@ class CategoricalGenerator(Arrays):
         return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in streams]))
 
     @classmethod
-    def fit(
-        cls,
-        settings: CategoricalSettings,
-        data: Samples,
-        seeds: Sequence[int],
-        start: Self | None = None,
-        device: str = "cpu",
-    ) -> Self:
-        """The (weighted) frequency of each category; ``seeds`` and ``start`` change nothing."""
+    def fit(cls, settings: CategoricalSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+        """The (weighted) frequency of each category; nothing else changes it."""
         universes, count = data.values.shape
         weights = np.ones(count) if data.weights is None else data.weights
         cell = data.values + settings.categories * np.arange(universes)[:, None]

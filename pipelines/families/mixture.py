@@ -7,7 +7,7 @@ generation's own seed and run to convergence or 50 iterations. A sampling bias Î
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -44,9 +44,7 @@ class MixtureGenerator(Arrays):
         return Samples(np.stack([draw(seed) for seed in seeds]))
 
     @classmethod
-    def fit(
-        cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = ""
-    ) -> Self:
+    def fit(cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
         """Maximise the likelihood by EM from k-means++; weighted samples are resampled by their weights."""
         universes = zip(data.values, seeds, strict=True)
         fitted = [_fit_one(settings, points, data.weights, seed) for points, seed in universes]

@@ -1,13 +1,15 @@
-"""How the default models are made, from scikit-learn's digits alone: one short file a model, ``pretrain``
-joins them."""
+"""How the default models are made, from scikit-learn's digits alone: ``models`` trains each, ``pretrain`` joins them.
+Networks and hyperparameters are in ``models.yaml``."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 
-def configuration(network: str) -> dict[str, Any]:
-    """What a library is given to build an untrained ``network`` of ``models.yaml``."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
-    return content[network]
+@cache
+def configuration() -> dict[str, Any]:
+    """What ``models.yaml`` says: what libraries are given to build each untrained network, and how it is trained."""
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
+    return content

@@ -1,6 +1,5 @@
 """What each built-in reward can be told, by name. Importable without torch."""
 
-import difflib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar
@@ -8,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from policies.settings import Settings
+from policies.settings import Settings, explain
 
 
 def _check_template(text: str) -> str:
@@ -173,12 +172,4 @@ def parse_options(name: str, given: Mapping[str, Any]) -> RewardOptions:
     try:
         return kind.model_validate(dict(given))
     except ValidationError as error:
-        first = error.errors()[0]
-        option, where = ".".join(map(str, first["loc"])), f"options of {name}"
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(option, kind.model_fields, n=1)
-            known = ", ".join(kind.model_fields) or "none"
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {known}"
-            raise ValueError(f"{where}: there is no {option!r}; {hint}") from error
-        said = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {option}: {said}" if option else f"{where}: {said}") from error
+        raise ValueError(f"options of {name}: {explain(kind, error, shows_input=False)}") from error
