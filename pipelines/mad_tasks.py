@@ -183,11 +183,15 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
     manifest = Manifest.from_json(parameters["manifest"])
     parts = zip(manifest.parts, parameters["sources"], strict=True)
     held = [_held(parameters, part, source, inputs) for part, source in parts]
+    alike = manifest.subsample is None and all(part.drawn is None for part in manifest.parts)
     rows = [  # of each universe, for each part: a subsample takes other numbers of each in every universe
-        [row - each.first for row, each in zip(manifest.rows(seed), held, strict=True)] for seed in parameters["seeds"]
+        [row - each.first for row, each in zip(manifest.rows(seed), held, strict=True)]
+        for seed in parameters["seeds"][: 1 if alike else None]
     ]
 
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if alike:
+            return np.concatenate([array[:, row] for array, row in zip(arrays, rows[0], strict=True)], axis=1)
         universes = [[array[u][row] for array, row in zip(arrays, mine, strict=True)] for u, mine in enumerate(rows)]
         return np.stack([np.concatenate(parts) for parts in universes])
 

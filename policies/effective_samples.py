@@ -36,9 +36,10 @@ class Admissible(NamedTuple):
     high: int | None
 
 
-def wasserstein_squared(mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """W2²(N(μ, Σ), N(0, I)) = ‖μ‖² + d + tr Σ − 2 tr Σ^½ of ``mean`` (…, d), ``covariance`` (…, d, d): (…)."""
-    deviations = np.sqrt(np.linalg.eigvalsh(covariance).clip(min=0))
+def wasserstein_squared(mean: np.ndarray, covariance: np.ndarray, eigenvalues: np.ndarray | None = None) -> np.ndarray:
+    """W2²(N(μ, Σ), N(0, I)) = ‖μ‖² + d + tr Σ − 2 tr Σ^½ of ``mean`` (…, d), ``covariance`` (…, d, d), if known its
+    ``eigenvalues`` (…, d): (…)."""
+    deviations = np.sqrt((np.linalg.eigvalsh(covariance) if eigenvalues is None else eigenvalues).clip(min=0))
     return np.sum(mean**2, axis=-1) + np.sum((deviations - 1) ** 2, axis=-1)
 
 

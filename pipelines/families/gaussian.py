@@ -59,7 +59,7 @@ class GaussianGenerator(Arrays):
         eigenvalues = np.linalg.eigvalsh(self.covariance)
         singular = eigenvalues[:, 0] <= dimension * np.finfo(np.float64).eps * eigenvalues[:, -1]
         return {
-            "w2_squared": wasserstein_squared(self.mean, self.covariance),
+            "w2_squared": wasserstein_squared(self.mean, self.covariance, eigenvalues),
             "variance": np.trace(self.covariance, axis1=1, axis2=2) / dimension,
             "mean_square": np.mean(self.mean**2, axis=1),
             "log_det": np.where(singular, np.nan, np.log(np.where(eigenvalues > 0, eigenvalues, 1)).sum(axis=1)),
