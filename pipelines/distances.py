@@ -72,46 +72,39 @@ def entropy(counts: Sequence[float] | np.ndarray) -> float:
     return float(shannon(counts))
 
 
-def class_histogram(images: np.ndarray, extractor: "Extractor", classes: int) -> list[float]:
-    """Share of ``images`` (n, height, width, channels) that the extractor puts into each class."""
-    return _shares(extractor.probabilities(images).argmax(axis=1), classes)
-
-
 def measure_images(
     generated: np.ndarray,
     labels: np.ndarray | None,
     reference: np.ndarray,
+    reference_features: np.ndarray,
     training: np.ndarray,
     extractor: "Extractor",
     classes: int,
-) -> dict[str, float]:
-    """Every figure of a generation's images, all uint8 (n, height, width, channels).
+) -> tuple[dict[str, float], list[float]]:
+    """Every figure of a generation's images, all uint8 (n, height, width, channels), and the share of each class.
 
     ``labels`` (n,) are what the ``generated`` images were asked to show; ``reference`` are as many real images that no
-    generator trained on; ``training`` (any number) are those that may have been copied. ``class_entropy`` is that of
-    the classes that the extractor sees, ln(classes) at most.
+    generator trained on, with their features (n, 32), so that these are taken once a run; ``training`` (any number) are
+    those that may have been copied. ``class_entropy`` is that of the classes that the extractor sees, ln(classes) at
+    most.
 
     Raises:
         ValueError: if ``generated`` and ``reference`` are not equally many.
     """
     _require_equal_counts(generated, reference)
-    seen = extractor.probabilities(generated).argmax(axis=1)
-    features, reference_features = extractor.features(generated), extractor.features(reference)
+    features = extractor.features(generated)
+    seen = extractor.classify(features).argmax(axis=1)
+    shares: list[float] = (np.bincount(seen, minlength=classes) / len(seen)).tolist()
     pixels = (images.reshape(len(images), -1).astype(np.float64) for images in (generated, training, reference))
     figures = {
         "fid": frechet_distance(features, reference_features),
         **precision_recall_density_coverage(reference_features, features),
-        "class_entropy": entropy(_shares(seen, classes)),
+        "class_entropy": entropy(shares),
         "memorisation": memorisation(*pixels),
     }
     if labels is not None:
         figures["label_accuracy"] = float((seen == labels).mean())
-    return figures
-
-
-def _shares(seen: np.ndarray, classes: int) -> list[float]:
-    shares: list[float] = (np.bincount(seen, minlength=classes) / len(seen)).tolist()
-    return shares
+    return figures, shares
 
 
 def _require_equal_counts(generated: np.ndarray, reference: np.ndarray) -> None:

@@ -52,11 +52,15 @@ class Extractor:
         hidden = [self.network[:-1](batch.to(self.device)) for batch in to_network_input(images).split(512)]
         return torch.cat(hidden).double().numpy(force=True)
 
-    @torch.inference_mode()
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """uint8 (n, height, width, channels) → float64 (n, classes); rows sum to 1."""
-        features = torch.from_numpy(self.features(images)).float().to(self.device)
-        return self.network[-1](features).double().softmax(dim=1).numpy(force=True)
+        return self.classify(self.features(images))
+
+    @torch.inference_mode()
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """The :meth:`probabilities` of images whose features (n, 32) are known."""
+        inputs = torch.from_numpy(features).float().to(self.device)
+        return self.network[-1](inputs).double().softmax(dim=1).numpy(force=True)
 
     def save(self, directory: Path) -> None:
         """Write what :func:`load_extractor` reads. Equal extractors write equal bytes."""

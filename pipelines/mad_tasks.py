@@ -109,13 +109,15 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
 
 
 def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
-    """Train the frozen eye of the image metrics on the pool."""
+    """Train the frozen eye of the image metrics on the pool, and show it the reference."""
     from pipelines.features import train_extractor
 
     real = read_real_data(inputs[0])
     seed, classes = derive_seed(0, "extractor"), parameters["classes"]
     extractor = train_extractor(real["pool"], real["pool_labels"], classes, seed, device)
-    return {**packed(extractor.save), "about.json": json.dumps({"sha256": extractor.sha256}).encode()}
+    np.save(buffer := io.BytesIO(), extractor.features(real["reference"]))
+    about = json.dumps({"sha256": extractor.sha256}).encode()
+    return {**packed(extractor.save), "about.json": about, "reference.npy": buffer.getvalue()}
 
 
 def _load_extractor(files: Files, device: str) -> Any:
@@ -135,14 +137,14 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     if family in CLOSED_FORM:
         model = load_generator(family, inputs[0])
         return _write({name: values.tolist() for name, values in model.measure().items()})
-    from pipelines.distances import class_histogram, measure_images
+    from pipelines.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
     training, _ = _training_set(parameters, inputs[3:])
     images, labels = drawn.values[0], None if drawn.labels is None else drawn.labels[0]
+    reference = real["reference"], np.load(io.BytesIO(inputs[2]["reference.npy"]))
     classes = parameters["classes"]
-    values = measure_images(images, labels, real["reference"], training.values[0], extractor, classes)
-    return _metrics(values, class_histogram(images, extractor, classes))
+    return _metrics(*measure_images(images, labels, *reference, training.values[0], extractor, classes))
 
 
 def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
@@ -158,7 +160,8 @@ def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     order = np.random.default_rng(derive_seed(0, "floor")).permutation(len(data["pool"]))
     apart, rest = np.split(order, [len(data["reference"])])
     pool, labels, classes = data["pool"], data["pool_labels"], parameters["classes"]
-    return _metrics(measure_images(pool[apart], labels[apart], data["reference"], pool[rest], extractor, classes))
+    reference = data["reference"], np.load(io.BytesIO(inputs[1]["reference.npy"]))
+    return _metrics(*measure_images(pool[apart], labels[apart], *reference, pool[rest], extractor, classes))
 
 
 _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {

@@ -6,7 +6,6 @@ from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 
 from pipelines.distances import (
-    class_histogram,
     entropy,
     frechet_distance,
     measure_images,
@@ -75,11 +74,13 @@ def test_entropy_is_in_nats_and_knows_no_scale() -> None:
 
 def test_real_images_score_as_real_ones(extractor: Extractor) -> None:
     real, reference = IMAGES[1000:1398], IMAGES[1398:1796]
-    figures = measure_images(real, LABELS[1000:1398], reference, IMAGES[:1000], extractor, classes=10)
+    others = reference, extractor.features(reference), IMAGES[:1000], extractor, 10
+    figures, shares = measure_images(real, LABELS[1000:1398], *others)
+    assert shares == pytest.approx([0.1] * 10, abs=0.04)
     assert min(figures[name] for name in ("precision", "recall", "coverage", "label_accuracy")) > 0.85
     assert figures["class_entropy"] == pytest.approx(np.log(10), abs=0.02)
     assert figures["memorisation"] < 0.2
-    shuffled = measure_images(real, (LABELS[1000:1398] + 1) % 10, reference, IMAGES[:1000], extractor, classes=10)
+    shuffled, _ = measure_images(real, (LABELS[1000:1398] + 1) % 10, *others)
     assert shuffled["label_accuracy"] < 0.05
     assert shuffled["fid"] == figures["fid"]
 
@@ -87,11 +88,12 @@ def test_real_images_score_as_real_ones(extractor: Extractor) -> None:
 def test_collapse_copies_and_noise_show_in_their_own_figures(extractor: Extractor, rng: np.random.Generator) -> None:
     reference, training = IMAGES[1000:1200], IMAGES[:1000]
 
-    def measure(images: np.ndarray) -> dict[str, float]:
-        return measure_images(images, None, reference, training, extractor, classes=10)
+    def measure(images: np.ndarray) -> tuple[dict[str, float], list[float]]:
+        return measure_images(images, None, reference, extractor.features(reference), training, extractor, classes=10)
 
     zeros = np.resize(IMAGES[:1000][LABELS[:1000] == 0], (200, 8, 8, 1))
-    copies, noise = measure(zeros), measure(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8))
+    copies, shares = measure(zeros)
+    noise, _ = measure(rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8))
     assert copies["precision"] > 0.8
     assert copies["recall"] < 0.2
     assert copies["class_entropy"] < 0.1
@@ -100,12 +102,12 @@ def test_collapse_copies_and_noise_show_in_their_own_figures(extractor: Extracto
     assert noise["fid"] > 3
     assert noise["memorisation"] == 0
     assert "label_accuracy" not in copies
-    assert class_histogram(zeros, extractor, classes=10) == [1.0] + [0.0] * 9
+    assert shares == [1.0] + [0.0] * 9
 
 
 def test_unequal_counts_are_refused(extractor: Extractor) -> None:
     with pytest.raises(ValueError, match="10 generated samples cannot be compared with 11 real ones"):
-        measure_images(IMAGES[:10], None, IMAGES[:11], IMAGES, extractor, classes=10)
+        measure_images(IMAGES[:10], None, IMAGES[:11], np.zeros((11, 32)), IMAGES, extractor, classes=10)
     with pytest.raises(ValueError, match="give equally many"):
         frechet_distance(np.zeros((3, 2)), np.zeros((4, 2)))
     with pytest.raises(ValueError, match="give equally many"):

@@ -96,6 +96,36 @@ def test_what_arms_have_in_common_is_done_once(finished: Path) -> None:
     assert len(fits) == len(first) + len(ARMS) * SEEDS * (GENERATIONS - 1)
 
 
+def test_no_training_waits_for_an_evaluation(finished: Path) -> None:
+    found = tasks(finished)
+
+    def behind(key: str) -> set[str]:
+        return {found[key]["kind"]}.union(*map(behind, found[key]["inputs"]))
+
+    kinds = {key: behind(key) for key, task in found.items() if task["kind"] == "fit"}
+    assert max(map(len, kinds.values())) > 2
+    assert not any("measure" in each for each in kinds.values())
+    evaluations = {key for key, task in found.items() if task["parameters"].get("role") == "evaluation"}
+    assert evaluations
+    assert not any(evaluations & set(found[key]["inputs"]) for key in kinds)
+
+
+def test_each_sample_meets_the_extractor_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.features import Extractor
+    from pipelines.mad_tasks import perform
+    from pipelines.tasks import TaskStore
+
+    store, seen, features = TaskStore(finished / "tasks"), [], Extractor.features
+    monkeypatch.setattr(Extractor, "features", lambda self, images: seen.append(len(images)) or features(self, images))
+    measures = [(key, task) for key, task in tasks(finished).items() if task["kind"] == "measure"][:3]
+    for key, task in measures:
+        files = perform("measure", task["parameters"], [store.load(each) for each in task["inputs"]], "cpu")
+        again, stored = (json.loads(each["metrics.json"]) for each in (files, store.load(key)))
+        assert again["class_histogram"] == stored["class_histogram"]
+        assert again["metrics"]["fid"] == pytest.approx(stored["metrics"]["fid"], rel=1e-3)
+    assert seen == [REFERENCE] * len(measures)
+
+
 def test_no_model_ever_sees_the_reference(finished: Path) -> None:
     from pipelines.mad_tasks import read_real_data
     from pipelines.tasks import TaskStore
