@@ -1,6 +1,7 @@
 """TRL's DDPOTrainer beside this project: its own environment, and a process of it that does as it is told."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,12 @@ class Trl:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+            env={
+                **{
+                    name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH") if name in os.environ
+                },
+                **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+            },
         )
         self.parameters = self._answer()["parameters"]
 

@@ -50,7 +50,7 @@ def main() -> None:
     if given["ddpo"]["sample_guidance_scale"] == 1:
         # With this release of diffusers TRL cannot draw without guidance: it would join the empty prompts all the same.
         stock._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
-    config = DDPOConfig(log_with=None, mixed_precision="no", save_freq=10**9, **given["ddpo"])
+    config = DDPOConfig(**{"log_with": None, "mixed_precision": "no", "save_freq": 10**9} | given["ddpo"])
     trainer = DDPOTrainer(config, reward, next_prompt, pipeline)
     spent: dict[str, float] = defaultdict(float)
 
@@ -62,6 +62,8 @@ def main() -> None:
             try:
                 return work(*arguments, **options)
             finally:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 spent[f"{stage} cpu"] += time.process_time() - cpu
                 spent[f"{stage} wall"] += time.perf_counter() - wall
 
