@@ -35,6 +35,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peer import Trl
+from benchmarks.shared_pipelines import portable_copy
 from pipelines.captioner import Captioner
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
@@ -276,7 +277,7 @@ def main() -> int:
             rows.append(row)
             report(row, chosen.images)
         uses_trl = chosen.trl_python and chosen.shape != "sd3"  # whose trainer knows Stable Diffusion 1 and 2 only
-        trl = compare_with_trl(rows, pipeline, chosen) if uses_trl else []
+        trl = compare_with_trl(rows, portable_copy(pipeline, pipeline), chosen) if uses_trl else []
     if chosen.out:
         about = {"commit": commit, "torch": torch.__version__, "card": card, "shape": chosen.shape}
         sizes = {name: getattr(chosen, name) for name in ("images", "steps", "images_per_call", "updates", "rounds")}

@@ -16,7 +16,7 @@ from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.trainable import to_numpy
+from pipelines.trainable import load_weights, to_numpy
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
@@ -143,6 +143,36 @@ def test_ratio_is_one_on_the_first_update(tiny_pipeline: Path, guidance_scale: f
     errors = first_update_errors(ModelSettings(path=str(tiny_pipeline)), guidance_scale, micro_batch)
     assert len(errors) == 10
     assert max(errors.values()) < 1e-5
+
+
+def channels_last(network: torch.nn.Module) -> None:
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def captured(network: torch.nn.Module) -> None:
+    network.compile(dynamic=False, backend="eager")  # captured alike, without the minutes a compiler takes
+
+
+@pytest.mark.parametrize("change", [channels_last, captured])
+def test_a_network_made_fast_draws_the_same_and_has_ratio_one(
+    tiny_pipeline: Path, change: Callable[[torch.nn.Module], None]
+) -> None:
+    """What benchmarks/gpu.py does to both roles."""
+    model, sampling = ModelSettings(path=str(tiny_pipeline), lora_rank=2), SamplingSettings(steps=3, guidance_scale=5.0)
+    plain, policy = DiffusionPolicy(model, sampling), DiffusionPolicy(model, sampling)
+    training = TrainingSettings(images_per_step=8, images_per_prompt=1, updates_per_step=1, micro_batch=12)
+    learner = DiffusionLearner(model, sampling, training, seed=0)
+    for network in (policy.network, learner.policy.network):
+        change(network)
+    images, trajectory = policy.rollout(BATCH, SEEDS)
+    assert_same_images(images, plain.rollout(BATCH, SEEDS)[0])
+    for seed in range(2):  # weights that were sent are used, too
+        statistics, changed = learner.learn(trajectory, np.linspace(-1, 1, 8), seed=seed)
+        assert max(statistics.first_update_error.values()) < 1e-5
+        assert changed
+        load_weights(policy.network, learner.weights())
+        again, trajectory = policy.rollout(BATCH, SEEDS, learner.weights_version)
+    assert not np.array_equal(again, images)
 
 
 def test_ratio_is_one_where_the_last_step_is_deterministic(tiny_v_pipeline: Path) -> None:
