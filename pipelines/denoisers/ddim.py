@@ -30,6 +30,10 @@ def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingS
 class DdimFamily(Family):
     """UNets that predict ε, v or x_0."""
 
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._times: dict[tuple[int, int, float], int | None] = {}
+
     @staticmethod
     def scheduler(config: Any) -> Any:
         """DDIM. Clipping and thresholding would change the mean of the step, and its log-probability would be wrong."""
@@ -43,11 +47,19 @@ class DdimFamily(Family):
 
     def step(self, schedule: Schedule, step: int, latents: Tensor, output: Tensor, noise: Tensor, eta: float) -> Tensor:
         """The scheduler's own step, so that the stock pipeline draws the very same images."""
-        timestep = int(schedule.timesteps[step])
-        following = self.pipeline.scheduler.step(
+        key = (len(schedule.timesteps), step, eta)
+        if key not in self._times:  # looked up once: a GPU would have to be waited for
+            timestep, nothing = int(schedule.timesteps[step]), torch.zeros(1, dtype=latents.dtype)
+            # Its float32 1 − ᾱ − σ² can round below 0, and the root to nan.
+            works = bool(torch.isfinite(self._stock_step(nothing, timestep, nothing, nothing, eta)))
+            self._times[key] = timestep if works else None
+        known = self._times[key]
+        if known is None:
+            return super().step(schedule, step, latents, output, noise, eta)
+        return self._stock_step(output, known, latents, noise, eta)
+
+    def _stock_step(self, output: Tensor, timestep: int, latents: Tensor, noise: Tensor, eta: float) -> Tensor:
+        following: Tensor = self.pipeline.scheduler.step(
             output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False
         )[0]
-        if torch.isfinite(following).all():
-            return following
-        # Its float32 1 − ᾱ − σ² can round below 0, and the root to nan.
-        return super().step(schedule, step, latents, output, noise, eta)
+        return following
