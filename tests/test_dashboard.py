@@ -204,7 +204,7 @@ def numbers(browser: Browser, selector: str) -> list[float]:
 
 def test_the_numbers_of_a_ddpo_report_are_the_summarys(browser: Browser, ddpo: list[Path]) -> None:
     browser.open((ddpo[0] / "report.html").as_uri())
-    browser.wait_for_text("FINISHED", f"{STEPS} of {STEPS} steps")
+    browser.wait_for_text("FINISHED", f"{STEPS}/{STEPS}")
     held = summary(ddpo[0])
     assert numbers(browser, "tr[id='evaluation/reward']") == [held["reward_before"], held["reward_after"]]
     assert numbers(browser, "#calibration") == list(held["calibration"].values())
@@ -216,7 +216,7 @@ def test_the_numbers_of_a_mad_report_are_the_summarys(browser: Browser, mad: Pat
     browser.open((mad / "report.html").as_uri())
     done = json.loads((mad / "manifest.json").read_text())["total_steps"]
     assert done % (len(ARMS) * GENERATIONS) == 0  # seeds that fit into one task count once
-    browser.wait_for_text("FINISHED", "Does it go MAD?", f"{done} of {done} generations")
+    browser.wait_for_text("FINISHED", "Does it go MAD?", f"{done}/{done}")
     for name, arm in summary(mad)["arms"].items():
         for metric, found in arm["metrics"].items():
             law = [found["oracle"][-1]] if "oracle" in found else []
