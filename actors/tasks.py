@@ -87,8 +87,8 @@ class TaskRunner:
             self._let_go(each)
 
     def _let_go(self, task: Task) -> None:
-        if task in self._pending.values():
-            return  # done again, and looked after later than what was made of it: it goes when its own turn comes
+        if any(each.key == task.key for each in self._pending.values()):
+            return  # done again, and what was made of it was seen first: it goes when its own turn comes
         if not self._consumers[task.key] and task.key in self._store:
             self._references.pop(task.key, None)
             if not task.kept and not self._store.about(task.key).get("forgotten"):

@@ -8,7 +8,7 @@ settings but all timesteps. One thread; judging is not counted. What is on recor
 """
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actors.worker import keep_memory
-from benchmarks.rise import RISE, Curve, evaluations, seconds_to_rise, until_risen
+from benchmarks.rise import RISE, Curve, Record, evaluations, seconds_to_rise
 from orchestration.run import git_commit
 from policies.advantages import PromptStatistics
 from policies.streams import PromptSchedule, derive_seed
@@ -37,7 +37,9 @@ ARMS: dict[str, list[str]] = {
 class ByVariance(PromptSchedule):
     """Prompts drawn without replacement, by the deviation of their rewards."""
 
-    history: PromptStatistics
+    def __init__(self, prompts: Sequence[str], per_step: int, run_seed: int, history: PromptStatistics) -> None:
+        super().__init__(prompts, per_step, run_seed)
+        self.history = history
 
     def batch(self, step: int) -> list[str]:
         known = self.history.state()
@@ -54,17 +56,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    record = arguments.out / "curves.json"
-    curves: dict[str, Curve] = json.loads(record.read_text()) if record.exists() else {}
+    record, curves = Record(arguments.out / "curves.json"), dict[str, Curve]()
     for seed in range(arguments.seeds):
         for name, overrides in ARMS.items():
+            how = {"schedule": ByVariance} if "variance" in name else {}
             label = f"{name} seed {seed}"
-            if label not in curves:
-                schedule = ByVariance if "variance" in name else PromptSchedule
-                lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], 4, STEPS, schedule)
-                curves[label] = until_risen(lines, label)
-                record.write_text(json.dumps(curves))
+            lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], 4, STEPS, **how)
+            curves[label] = record.curve(label, lines)
     print(f"commit {git_commit()}: CPU seconds until accuracy has risen by {RISE}, {arguments.seeds} seeds")
     base = median(seconds_to_rise(curves[f"all timesteps seed {seed}"]) for seed in range(arguments.seeds))
     for name in ARMS:

@@ -10,7 +10,6 @@ if it rose then: what is printed for TRL is then a lower bound. One thread each.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors.numpy import load_file
 from actors.worker import keep_memory
 from benchmarks.one_process import OneProcess
 from benchmarks.peer import Trl, environment
-from benchmarks.rise import RISE, Curve, accuracy, evaluations, seconds_to_rise, until_risen
+from benchmarks.rise import RISE, Curve, Record, accuracy, evaluations, seconds_to_rise
 from benchmarks.shared_pipelines import DIGITS, portable_copy
 from orchestration.config import DdpoConfig, load_config
 from orchestration.run import git_commit
@@ -130,31 +129,22 @@ def main() -> int:
     torch.set_num_threads(1)
     keep_memory()
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "curves.json"
-    curves: dict[str, Curve] = json.loads(record.read_text()) if record.exists() else {}
-
-    def known(label: str, lines: Iterator[dict[str, float]]) -> float:
-        if label not in curves:
-            curves[label] = until_risen(lines, label)
-            record.write_text(json.dumps(curves))
-        return at_least(curves[label])
-
+    record, tried = Record(out / "curves.json"), dict[str, Curve]()
     seconds: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):  # alternating, so that a busy hour disturbs all alike
         for name, (configs, every) in OURS.items():
-            seconds.setdefault(name, []).append(
-                known(f"{name} seed {seed}", evaluations(configs, [f"seed={seed}"], every, TRL_STEPS))
-            )
+            lines = evaluations(configs, [f"seed={seed}"], every, TRL_STEPS)
+            seconds.setdefault(name, []).append(at_least(record.curve(f"{name} seed {seed}", lines)))
         if seed == 0:
-            tried = {name: known(f"TRL {name} seed 0", trls(own, 0, out)) for name, own in TRIES.items()}
-            best = min(tried, key=lambda name: order(curves[f"TRL {name} seed 0"]))
-        seconds.setdefault("TRL", []).append(known(f"TRL {best} seed {seed}", trls(TRIES[best], seed, out)))
+            tried = {name: record.curve(f"TRL {name} seed 0", trls(own, 0, out)) for name, own in TRIES.items()}
+            best = min(tried, key=lambda name: order(tried[name]))
+        curve = record.curve(f"TRL {best} seed {seed}", trls(TRIES[best], seed, out))
+        seconds.setdefault("TRL", []).append(at_least(curve))
     print(f"commit {git_commit()}: CPU seconds until accuracy has risen by {RISE} ({arguments.seeds} seeds)")
-    for name, spent in tried.items():
-        last = curves[f"TRL {name} seed 0"][-1]
-        risen = seconds_to_rise(curves[f"TRL {name} seed 0"]) < float("inf")
-        print(f"TRL {name:<50} {'' if risen else '>':>1}{spent:7.1f}  reached {last['accuracy']:.3f}  (seed 0)")
+    for name, curve in tried.items():
+        bound, reached = at_least(curve), curve[-1]["accuracy"]
+        sign = " " if seconds_to_rise(curve) < float("inf") else ">"
+        print(f"TRL {name:<50} {sign}{bound:7.1f}  reached {reached:.3f}  (seed 0)")
     for name, all_seeds in seconds.items():
         ratio = median(seconds["TRL"]) / median(all_seeds)
         shown = ", ".join(f"{each:.1f}" for each in all_seeds)

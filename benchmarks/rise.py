@@ -1,6 +1,7 @@
 """How soon a run's accuracy has risen by .15, in CPU seconds: what is judged is reward per second, not images."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.one_process import OneProcess
@@ -9,6 +10,7 @@ from policies.advantages import PromptStatistics
 from policies.streams import PromptSchedule
 
 RISE, JUDGED = 0.15, 1080
+Schedule = Callable[[list[str], int, int, PromptStatistics], PromptSchedule]
 Curve = list[dict[str, float]]  # steps, CPU seconds so far and accuracy, at each evaluation
 
 
@@ -22,14 +24,13 @@ def evaluations(
     overrides: Sequence[str],
     every: int,
     steps: int,
-    schedule: type[PromptSchedule] = PromptSchedule,
+    schedule: Schedule = lambda prompts, per_step, seed, _: PromptSchedule(prompts, per_step, seed),
 ) -> Iterator[dict[str, float]]:
     """Those of a run of this project, in one process."""
     config = load_config(DdpoConfig, configs, overrides)
     run = OneProcess(config)
-    prompts = schedule(run.prompts, config.training.prompts_per_step, config.seed)
     history = PromptStatistics(config.advantage.history_size)
-    prompts.history = history  # type: ignore[attr-defined]
+    prompts = schedule(run.prompts, config.training.prompts_per_step, config.seed, history)
     for step in range(steps + 1):
         if step:
             run.train(step - 1, prompts, history)
@@ -46,6 +47,22 @@ def until_risen(lines: Iterator[dict[str, float]], label: str) -> Curve:
         if line["accuracy"] >= curve[0]["accuracy"] + RISE:
             break
     return curve
+
+
+class Record:
+    """Curves by label, in a file: what is there is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._curves: dict[str, Curve] = json.loads(path.read_text()) if path.exists() else {}
+
+    def curve(self, label: str, lines: Iterator[dict[str, float]]) -> Curve:
+        """That of ``label``; ``lines`` are only computed if it is not known."""
+        if label not in self._curves:
+            self._curves[label] = until_risen(lines, label)
+            self._path.write_text(json.dumps(self._curves))
+        return self._curves[label]
 
 
 def seconds_to_rise(curve: Curve) -> float:

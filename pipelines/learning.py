@@ -101,8 +101,8 @@ class DiffusionLearner:
         if staleness and not training.on_forward_process:
             found = self._replay(rollouts, steps, generator)
         # An image that is as good as its prompt's others teaches nothing, but to stay near the first weights.
-        useful = None if training.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
-        statistics = self.learner.learn(objective, len(advantage), steps, generator, useful)
+        teaching = None if training.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
+        statistics = self.learner.learn(objective, len(advantage), steps, generator, teaching)
         statistics = replace(statistics, staleness=staleness, **found)
         pairs = [(own_part(before[name]), own_part(value)) for name, value in self.parameters.items()]
         sick = not all(torch.isfinite(after).all() for _, after in pairs)

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -247,10 +247,10 @@ def simulate(work: Work, costs: Costs, cast: Cast, steps: int = 6) -> Forecast:
     def pause(seconds: float) -> None:
         waits["driver"] += line.wait([line.submit(driver, seconds)])
 
-    def draw(images: int, rewards: Iterable[str], compared: int = 0) -> tuple[list[Call], list[Call]]:
+    def draw(images: int, rewards: Collection[str], compared: int = 0) -> tuple[list[Call], list[Call]]:
         """Calls that end with the images, and those that end with their scores."""
         starts, drawn, scored = range(0, images, work.images_per_call), list[Call](), list[Call]()
-        pause(costs.dispatch * len(starts) * (2 + len(list(rewards))))
+        pause(costs.dispatch * len(starts) * (2 + len(rewards)))
         for number, start in enumerate(starts):
 
             def ask(role: str, seconds: float, *after: Call, number: int = number) -> Call:

@@ -24,9 +24,10 @@ class RatioError(RuntimeError):
 
 @dataclass
 class UpdateStatistics:
-    """What one call of :meth:`PolicyLearner.learn` did, averaged over its transitions and updates. What is of the
-    ratio, objectives without one leave at None. ``staleness``: versions between the weights that drew and those that
-    learned; ``behaviour_kl``: KL of the ones to the others, None at the same version."""
+    """What one call of :meth:`PolicyLearner.learn` did, averaged over its updates and the transitions that were
+    computed. What is of the ratio, objectives without one leave at None. ``staleness``: versions between the weights
+    that drew and those that learned; ``behaviour_kl``: KL of the ones to the others, None at the same version.
+    """
 
     loss: float
     gradient_norm: float

@@ -105,3 +105,32 @@ def test_a_task_that_hangs_gives_its_place_back(ray_session: None, tmp_path: Pat
     mark.unlink()
     assert list(TaskRunner(hangs_if_told, store, cpus, 0, timeout=60).run([task])) == [task]
     assert store.load(task.key) == {"number": b"1"}
+
+
+def counts(kind: str, parameters: dict[str, Any], inputs: list[Files], device: str) -> Files:
+    return {"number": b"%d" % (1 + len(inputs))}
+
+
+def test_what_is_made_of_a_task_may_be_seen_before_the_task(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task whose files were forgotten is done again for another one, whose end is noticed first."""
+    import ray
+
+    store = TaskStore(tmp_path / "tasks")
+
+    def run(kind: str) -> list[str]:
+        sample, twin = (Task("sample", {}, kept=False) for _ in range(2))  # one task, as two arms name it
+        runner = TaskRunner(counts, store, 1, 0, timeout=60)
+        return [task.kind for task in runner.run([sample, Task(kind, {}, (twin,))])]
+
+    assert run("fit") == ["sample", "fit"]
+    wait = ray.wait
+
+    def latest_first(references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return wait(references, num_returns=len(references))[0][::-1], []
+
+    monkeypatch.setattr(ray, "wait", latest_first)
+    assert run("measure") == ["measure", "sample"]
+    key = Task("measure", {}, (Task("sample", {}),)).key
+    assert store.load(key) == {"number": b"2"}

@@ -32,7 +32,8 @@ class DdimFamily(Family):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        self._times: dict[tuple[int, int, float], int | None] = {}
+        # (steps, step, η) → the timestep of the scheduler's own step; None where that step gives nan.
+        self._stock_times: dict[tuple[int, int, float], int | None] = {}
 
     @staticmethod
     def scheduler(config: Any) -> Any:
@@ -48,12 +49,12 @@ class DdimFamily(Family):
     def step(self, schedule: Schedule, step: int, latents: Tensor, output: Tensor, noise: Tensor, eta: float) -> Tensor:
         """The scheduler's own step, so that the stock pipeline draws the very same images."""
         key = (len(schedule.timesteps), step, eta)
-        if key not in self._times:  # looked up once: a GPU would have to be waited for
+        if key not in self._stock_times:  # looked up once: a GPU would have to be waited for
             timestep, nothing = int(schedule.timesteps[step]), torch.zeros(1, dtype=latents.dtype)
             # Its float32 1 − ᾱ − σ² can round below 0, and the root to nan.
             works = bool(torch.isfinite(self._stock_step(nothing, timestep, nothing, nothing, eta)))
-            self._times[key] = timestep if works else None
-        known = self._times[key]
+            self._stock_times[key] = timestep if works else None
+        known = self._stock_times[key]
         if known is None:
             return super().step(schedule, step, latents, output, noise, eta)
         return self._stock_step(output, known, latents, noise, eta)
