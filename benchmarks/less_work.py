@@ -27,7 +27,11 @@ ARMS: dict[str, list[str]] = {
     "half of them": [],
     "a quarter": ["training.timestep_fraction=0.25"],
     "the noisier half": ["training.timestep_fraction=1.0", "training.timestep_window=[0,0.5]"],
+    "the noisiest three": ["training.timestep_fraction=1.0", "training.timestep_window=[0,0.3]"],
     "the cleaner half": ["training.timestep_fraction=1.0", "training.timestep_window=[0.5,1]"],
+    "the noisier half, 16 images a prompt": [
+        *("training.timestep_fraction=1.0", "training.timestep_window=[0,0.5]", "training.images_per_prompt=16")
+    ],
     "half, 4 images a prompt": ["training.images_per_prompt=4"],
     "half, 16 images a prompt": ["training.images_per_prompt=16"],
     "half, prompts by variance": [],
@@ -69,7 +73,7 @@ def main() -> None:
         found = [curves[f"{name} seed {seed}"] for seed in range(arguments.seeds)]
         seconds, steps = [seconds_to_rise(curve) for curve in found], [curve[-1]["steps"] for curve in found]
         shown = ", ".join(f"{each:.1f}" for each in seconds)
-        print(f"{name:<28}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
+        print(f"{name:<38}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
 
 
 if __name__ == "__main__":
