@@ -282,9 +282,9 @@ def mlflow(
     basic_auth: Annotated[bool, typer.Option("--basic-auth", help="ask for a user and a password")] = False,
 ) -> None:
     """Run an MLflow server, with artifacts through it."""
-    from orchestration.mlflow_server import MlflowServer, serve
+    from orchestration.mlflow_server import serve
 
-    serve(MlflowServer(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth))
+    serve(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth)
 
 
 @app.command()
