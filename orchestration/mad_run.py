@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from actors.tasks import TaskRunner
-from orchestration.display import Display, Row
+from orchestration.display import Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
 from orchestration.run import Run, ending, known_manifest, new_directory, new_manifest
@@ -45,6 +45,8 @@ Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where the
 class MadRun(Run):
     """One MAD experiment, new or continued. ``values`` holds every metric, by arm."""
 
+    config: MadConfig
+
     def __init__(
         self,
         directory: Path,
@@ -53,10 +55,8 @@ class MadRun(Run):
         experiment: Experiment,
         generations: Sequence[Generation],
     ) -> None:
-        title = f"{config.name} · {directory}"
-        display = Display(title, len(generations), rows=_ROWS, unit="generation", typical=statistics.fmean)
-        super().__init__(directory, manifest, config.tracking, display)
-        self.config = config
+        shown: dict[str, Any] = {"rows": _ROWS, "unit": "generation", "typical": statistics.fmean}
+        super().__init__(directory, config, manifest, len(generations), **shown)
         self.experiment = experiment
         self.generations = generations
         self.store = TaskStore(directory / "tasks")
@@ -92,28 +92,26 @@ class MadRun(Run):
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
         config, known = self.config, self.manifest.setdefault("mlflow_children", {})
         flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
-        commit = self.manifest["git_commit"]
         arms = config.resolved_arms.values()
-        tags = {"loop": "mad", "git_commit": commit, "run_directory": str(self.directory)}
-        tags |= {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
+        kinds = {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
         size = f"{len(arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations"
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
-        self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [], note)
+        self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
         self._trackers: dict[str, Tracker] = {}
         for (name, arm), colour in zip(config.resolved_arms.items(), cycle(_ARMS), strict=False):
             parent = self._trackers[name] = self.tracker.child(name, known.get(name))
-            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family, "git_commit": commit}
+            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family}
+            tags["git_commit"] = self.manifest["git_commit"]
             as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
-            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures, [])
+            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures)
             for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
                 child = f"{name} · seed {seed}"
                 self._trackers[child] = parent.child(child, known.get(child))
-                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)}, [])
+                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)})
         known.update({name: tracker.run_id for name, tracker in self._trackers.items()})
         self._status("RUNNING")
 
     def __exit__(self, *error: Any) -> None:
-        self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             if error[0] is None:  # else the next session sends everything, and this one has to end now
                 self.flush()

@@ -11,6 +11,7 @@ from rich.table import Column
 from rich.table import Table as Lines
 
 from orchestration.html_report import conclude
+from orchestration.run import register
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial, reports
 from policies.search_space import Point, common_points, short
@@ -159,8 +160,7 @@ def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | Non
     tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
     if confirmation:
         tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
-    run_id = first.trial.manifest()["mlflow_run_id"]
-    return run.tracker.register(str(run.config.register_as), run_id, "pipeline", "best", tags)
+    return register(first.trial.directory, run.config.register_as, "best", run.display.say, tags)
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

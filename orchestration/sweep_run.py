@@ -10,7 +10,7 @@ from ray.tune import Stopper
 
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError
-from orchestration.display import Display, Row
+from orchestration.display import Row
 from orchestration.outbox import undelivered
 from orchestration.run import Run, known_manifest, new_directory, new_manifest
 from orchestration.sweep_config import BudgetSettings, SweepConfig
@@ -46,16 +46,16 @@ class Budget(Stopper):
 class SweepRun(Run):
     """One sweep, new or continued. Trials keep their own state; leaving it closes those that Tune left open."""
 
+    config: SweepConfig
+
     def __init__(self, directory: Path, config: SweepConfig, manifest: dict[str, Any], machine: Machine) -> None:
         self.metric = metric_of(config)
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
         total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
         self._done = {trial.name for trial in trials_in(directory) if trial.over()}
-        title, before = f"{config.name} · {directory}", len(self._done)
-        display = Display(title, total, before, rows=(row,), unit="trial", typical=statistics.fmean)
-        super().__init__(directory, manifest, config.tracking, display)
-        self.config = config
+        shown: dict[str, Any] = {"rows": (row,), "unit": "trial", "typical": statistics.fmean}
+        super().__init__(directory, config, manifest, total, len(self._done), **shown)
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         self.budget = Budget(config.budget, self._wall_before)
 
@@ -72,12 +72,10 @@ class SweepRun(Run):
 
     def opened(self) -> None:
         """Tell MLflow what is swept."""
-        config = self.config
-        tags = {"loop": config.loop, "sweep": config.name, "metric": self.metric, "run_directory": str(self.directory)}
-        self.tracker.describe(self.manifest["config"], tags | {"git_commit": self.manifest["git_commit"]}, [])
+        tags = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
+        self.introduce(self.manifest["config"], tags)
 
     def __exit__(self, *error: Any) -> None:
-        self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             self.settle()
         finally:
@@ -97,7 +95,7 @@ class SweepRun(Run):
 
     def trial_tracking(self) -> dict[str, Any]:
         """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
-        store = {"uri": self.tracker.uri, "experiment": self._tracking.experiment or "sweep"}
+        store = {"uri": self.tracker.uri, "experiment": self.config.tracking.experiment or "sweep"}
         return {**store, "system_metrics": False, "parent": self.tracker.run_id}
 
     def ended(self, trial: Trial, step: int | None) -> None:
@@ -113,7 +111,7 @@ class SweepRun(Run):
         values = {self.metric: found[-1][self.metric]} if found else {}
         self.display.step(len(self._done), values, note=note)
         self.tracker.metrics(len(self._done), values, int(time.time() * 1000))
-        self.manifest |= {"wall_seconds": self.wall_seconds(), "committed_step": len(self._done)}
+        self.manifest["committed_step"] = len(self._done)
         self._status("RUNNING")
 
     def settle(self) -> None:

@@ -128,15 +128,13 @@ class Tracker:
         self._finished = False
         self._put("status", status="RUNNING", timestamp_ms=_now())
 
-    def describe(
-        self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str], note: str = ""
-    ) -> None:
-        """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
+    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+        """Record what the run is: ``parameters`` under dotted names, and ``tags``.
 
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
         machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
         """
-        self._put("describe", parameters=flatten(parameters), tags=dict(tags), prompts=list(prompts), note=note)
+        self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, in place of what they said."""
@@ -217,10 +215,6 @@ class Tracker:
             {"run": run_id, "kind": "tags", "tags": dict(tags)},
             {"run": run_id, "kind": "status", "status": status, "timestamp_ms": _now()},
         )
-
-    def register(self, name: str, run_id: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
-        """Make the artifacts of a run under ``path`` a version of the model ``name``. Returns its models:/ address."""
-        return self._store.register(name, run_id, path, alias, tags)
 
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
