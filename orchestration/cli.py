@@ -348,9 +348,9 @@ def fork(
     trust: Trust = False,
 ) -> None:
     """Make a DDPO run that begins at a commit of another, with other settings from there on."""
-    from orchestration.fork import fork as branch
+    from orchestration.ddpo_run import DdpoRun
 
-    directory = branch(find_run(run, root).directory, overrides or [], step, trust)
+    directory = DdpoRun.fork(find_run(run, root).directory, overrides or [], step, trust)
     print(f"go on with: ouroboros resume {directory}")
 
 

@@ -173,7 +173,7 @@ class Crew:
             references = [getattr(chunk, attribute) for chunk in chunks]
             return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
 
-        return Evaluation.collect(
+        return Evaluation(
             prompts,
             values("images"),
             values("captions"),

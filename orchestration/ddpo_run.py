@@ -5,6 +5,8 @@ are the metrics sent to MLflow. A resumed run cuts the journal back to the last 
 MLflow drops points it knows, so each is there once.
 """
 
+import copy
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -13,7 +15,8 @@ from typing import Any, Self
 
 from actors.settings import Role
 from actors.worker import Account
-from orchestration.config import ConfigError, DdpoConfig, validate
+from orchestration.config import ConfigError, DdpoConfig, override, validate
+from orchestration.preflight import preflight
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.timeline import append_spans
@@ -77,6 +80,47 @@ class DdpoRun(Run):
             manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
         taken = {"config": content, "seal": seal(content), "committed_step": step}
         write_json(directory / "manifest.json", manifest | taken)
+
+    @staticmethod
+    def fork(source: Path, overrides: Sequence[str], step: int | None = None, trusted: bool = False) -> Path:
+        """Make a run that begins at the commit of ``source`` after ``step`` steps, by default the newest, with settings
+        that may differ from there on. Returns its directory.
+
+        Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or
+        is a stranger's that names code and is not ``trusted``.
+        """
+        manifest, store = read_manifest(source), CheckpointStore(source / "checkpoints")
+        if manifest["loop"] != "ddpo":
+            remedy = "only DDPO runs are forked; MAD's go on with more arms"
+            raise ConfigError(f"{source} is a {manifest['loop']} run: {remedy}")
+        check_seal(source, manifest, trusted)
+        steps = store.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f"of step {step} "
+            raise ConfigError(f"{source} has no commit {wanted}(there are: {steps})")
+        step = steps[-1] if step is None else step
+        content = copy.deepcopy(manifest["config"]) | {"output_dir": None}
+        for each in overrides:
+            override(content, each)
+        config = validate(DdpoConfig, content)
+        if config.model.model_dump(mode="json") != manifest["config"]["model"]:
+            raise ConfigError("a fork goes on with the weights of its source: model.* cannot be changed")
+        if config.training.steps <= step:
+            raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
+        preflight(config)
+
+        directory = new_directory(config, f"-seed{config.seed}")
+        (directory / "evaluations").mkdir()
+        for path in (source / "evaluations").glob("step-*"):
+            if int(path.stem.removeprefix("step-")) <= step:
+                shutil.copy2(path, directory / "evaluations")
+        past = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
+        write_durably(directory / "metrics.jsonl", as_lines(past))
+        CheckpointStore(directory / "checkpoints").adopt(store.path(step))
+        stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
+        origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
+        write_json(directory / "manifest.json", new_manifest("ddpo", config) | stand | origin)
+        return directory
 
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""
