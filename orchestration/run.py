@@ -235,18 +235,20 @@ def stored_config(directory: Path, schema: type[Config], trusted: bool) -> Confi
     return validate(schema, manifest["config"] | {"output_dir": str(directory)})
 
 
-def sync(directory: Path, say: Callable[[str], None]) -> int:
+def sync(directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | None = None) -> int:
     """Deliver to MLflow what a run that is over left, a sweep's with its trials'. Returns how many records are left.
 
-    One whose process died is closed as KILLED. Raises ConfigError if it is still being run.
+    One whose process died is closed as KILLED. ``tags`` are added. Raises ConfigError if it is still being run.
     """
     manifest = read_manifest(directory)
     with contextlib.closing(_lock(directory)):
         left = sum(sync(trial.parent, say) for trial in sorted(directory.glob("trials/*/manifest.json")))
         died = manifest.get("status") == "RUNNING"
-        open_runs = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")] if died else []
+        ids = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")]
+        news = [{"kind": "tags", "tags": dict(tags)}] if tags else []
+        news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
         settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
-        left += deliver_rest(directory, settings, say, killed=[run for run in open_runs if run])
+        left += deliver_rest(directory, settings, say, [{"run": run, **each} for run in ids if run for each in news])
         if died:
             write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
     return left

@@ -32,7 +32,8 @@ class RunInfo:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest, self.summary = (_read(directory / name) for name in ("manifest.json", "summary.json"))
-        self.name, self.loop, self.created = (str(self.manifest.get(key) or "") for key in ("name", "loop", "created"))
+        self.name = str(self.manifest.get("name") or directory.name)
+        self.loop, self.created = (str(self.manifest.get(key) or "") for key in ("loop", "created"))
         status = self.manifest.get("status")
         self.status = status if isinstance(status, str) else "unreadable"
 
@@ -82,11 +83,7 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
-    parts = [
-        _panel(
-            run.name or run.directory.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT}
-        )
-    ]
+    parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
     arms = run.summary.get("arms")
     if isinstance(arms, Mapping):
         parts.append(_panel("generation 1 → last", _arms(arms)))

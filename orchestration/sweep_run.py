@@ -12,11 +12,9 @@ from orchestration.cluster import Machine
 from orchestration.config import ConfigError
 from orchestration.display import Row
 from orchestration.outbox import undelivered
-from orchestration.run import Run, known_manifest, new_directory, new_manifest
+from orchestration.run import Run, known_manifest, new_directory, new_manifest, sync
 from orchestration.sweep_config import BudgetSettings, SweepConfig
-from orchestration.tracking import TrackingSettings, deliver_rest
 from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
-from pipelines.atomic import write_json
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
 
@@ -117,18 +115,11 @@ class SweepRun(Run):
     def settle(self) -> None:
         """Close what trials left open in MLflow: Tune ends a trial's process without asking."""
         for trial in self.trials():
-            manifest, stopped = trial.manifest(), trial.known().get("stopped")
-            closed = manifest.get("status") != "RUNNING" and (stopped is None or trial.known().get("told"))
-            if closed and not undelivered(trial.directory / "outbox"):
-                continue
-            trial.wait_until_free()
-            deliver_rest(trial.directory, TrackingSettings(**self.trial_tracking()), self.display.say)
-            if closed:
-                continue
-            manifest = trial.manifest()  # its process may have closed it in the meantime
-            if manifest.get("status") == "RUNNING":
-                write_json(trial.directory / "manifest.json", manifest | {"status": "KILLED"})
-            tags = {} if stopped is None else {"stopped_by": f"{self.config.scheduler.kind} after step {stopped}"}
-            for run_id in (*manifest.get("mlflow_children", {}).values(), manifest["mlflow_run_id"]):
-                self.tracker.close(run_id, "KILLED", tags)
-            trial.note(told=stopped is not None)
+            known, status = trial.known(), trial.manifest().get("status")
+            untold = "stopped" in known and not known.get("told")
+            if untold or status == "RUNNING" or undelivered(trial.directory / "outbox"):
+                trial.wait_until_free()
+                why = {"stopped_by": f"{self.config.scheduler.kind} after step {known['stopped']}"} if untold else None
+                sync(trial.directory, self.display.say, why)
+                if untold:
+                    trial.note(told=True)

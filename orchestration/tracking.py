@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestration.mlflow_store import MlflowStore, TrackingError
-from orchestration.outbox import Outbox, undelivered
+from orchestration.outbox import Outbox, Record, undelivered
 from policies.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -209,13 +209,6 @@ class Tracker:
         if self._outbox.waiting:
             self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
-    def close(self, run_id: str, status: Ending, tags: Mapping[str, str]) -> None:
-        """Close another run of this store that its own process could not close."""
-        self._outbox.put(
-            {"run": run_id, "kind": "tags", "tags": dict(tags)},
-            {"run": run_id, "kind": "status", "status": status, "timestamp_ms": _now()},
-        )
-
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
         if self._store.is_server:
@@ -256,18 +249,14 @@ class _SystemMetrics(threading.Thread):
 
 
 def deliver_rest(
-    directory: Path, settings: TrackingSettings, say: Callable[[str], None], killed: Sequence[str] = ()
+    directory: Path, settings: TrackingSettings, say: Callable[[str], None], more: Sequence[Record] = ()
 ) -> int:
-    """Deliver what the outbox of a run that is over still holds. Returns how many records are left.
-
-    ``killed`` are MLflow runs of it that nobody closed.
-    """
-    if not killed and not undelivered(directory / "outbox"):
+    """Deliver what the outbox of a run that is over still holds, and ``more``. Returns how many records are left."""
+    if not more and not undelivered(directory / "outbox"):
         return 0
     store = open_store(directory, settings)
     outbox = Outbox(directory / "outbox", store.deliver, say)
-    end = {"kind": "status", "status": "KILLED", "timestamp_ms": _now()}
-    outbox.put(*({"run": run_id, **end} for run_id in killed))
+    outbox.put(*more)
     outbox.drain(_DONE_SECONDS)
     outbox.close()
     return outbox.waiting
