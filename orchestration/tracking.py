@@ -6,11 +6,8 @@ server that is away holds up nothing and loses nothing, and what is said again a
 
 import contextlib
 import copy
-import getpass
-import os
 import re
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -119,7 +116,9 @@ class Tracker:
         return child
 
     def _new(self, name: str, parent: str | None) -> str:
-        tags = _who() | ({"mlflow.parentRunId": parent} if parent else {})
+        from mlflow.tracking.context.registry import resolve_tags
+
+        tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
         return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
 
     def _begin(self, run_id: str) -> None:
@@ -213,7 +212,8 @@ class Tracker:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
         if self._store.is_server:
             return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
-        return f"{_program()} ui --backend-store-uri {shlex.quote(self.uri)} --host 127.0.0.1 --port 5000"
+        program = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+        return f"{program} --host 127.0.0.1 --port 5000"
 
     def _put(self, kind: str, **content: Any) -> None:
         self._outbox.put({"run": self.run_id, "kind": kind, **content})
@@ -285,24 +285,6 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def names_user(uri: str) -> bool:
     """Whether ``uri`` names a user, as in http://user:password@host."""
     return "@" in urlsplit(uri).netloc
-
-
-def _who() -> dict[str, str]:
-    """The tags by which MLflow knows who started a run."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = "unknown"
-    return {"mlflow.user": user, "mlflow.source.type": "LOCAL"}
-
-
-def _program() -> str:
-    """The ``mlflow`` of this environment, as short as the shell will still find it."""
-    own = Path(sys.executable).parent / "mlflow"
-    if not own.exists() or shutil.which("mlflow") == str(own):
-        return "mlflow"
-    with_folder = os.path.relpath(own)
-    return shlex.quote(str(own) if with_folder.startswith("..") else with_folder)
 
 
 def _digest(*texts: str) -> str:
