@@ -5,7 +5,6 @@ each is there once.
 """
 
 import json
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -55,8 +54,7 @@ class MadRun(Run):
         experiment: Experiment,
         generations: Sequence[Generation],
     ) -> None:
-        shown: dict[str, Any] = {"rows": _ROWS, "unit": "generation", "typical": statistics.fmean}
-        super().__init__(directory, config, manifest, len(generations), **shown)
+        super().__init__(directory, config, manifest, len(generations), rows=_ROWS, unit="generation")
         self.experiment = experiment
         self.generations = generations
         self.store = TaskStore(directory / "tasks")

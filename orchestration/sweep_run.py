@@ -1,6 +1,5 @@
 """A sweep's run: its directory and MLflow run, what it may spend, and what it shows while trials come and go."""
 
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,8 +51,7 @@ class SweepRun(Run):
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
         total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
         self._done = {trial.name for trial in trials_in(directory) if trial.over()}
-        shown: dict[str, Any] = {"rows": (row,), "unit": "trial", "typical": statistics.fmean}
-        super().__init__(directory, config, manifest, total, len(self._done), **shown)
+        super().__init__(directory, config, manifest, total, len(self._done), rows=(row,), unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         self.budget = Budget(config.budget, self._wall_before)
 
