@@ -9,8 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -42,22 +41,25 @@ Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where the
 
 
 class MadRun(Run):
-    """One MAD experiment, new or continued. ``values`` holds every metric, by arm."""
+    """One MAD experiment, new or the one that ``output_dir`` holds: its directory appears when this is made, and nothing
+    before. ``values`` holds every metric, by arm."""
 
     config: MadConfig
 
-    def __init__(
-        self,
-        directory: Path,
-        config: MadConfig,
-        manifest: dict[str, Any],
-        experiment: Experiment,
-        generations: Sequence[Generation],
-    ) -> None:
+    def __init__(self, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> None:
+        directory = new_directory(config)
+        manifest = new_manifest("mad", config, known_manifest(directory))
+        manifest |= {"total_steps": len(generations), "committed_step": 0}
+        images = next((source for source in experiment.sources.values() if source.data), None)
+        if images and images.data:
+            found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
+            manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
         super().__init__(directory, config, manifest, len(generations), rows=_ROWS, unit="generation")
         self.experiment = experiment
         self.generations = generations
         self.store = TaskStore(directory / "tasks")
+        if images and images.data and self.store.to_do([images.data]):
+            self.store.commit(images.data, experiment.real_files[images.data.key], {})
         self.values: dict[str, Values] = {name: {} for name in config.resolved_arms}
         self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)
         self._row = {seed: index for index, seed in enumerate(config.seed_list)}
@@ -70,21 +72,6 @@ class MadRun(Run):
         self._flushed_at = time.monotonic()
         self._done = 0
         self._recorded: set[str] = set()  # keys
-
-    @classmethod
-    def open(cls, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> Self:
-        """A new run, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
-        directory = new_directory(config)
-        manifest = new_manifest("mad", config, known_manifest(directory))
-        progress = {"total_steps": len(generations), "committed_step": 0}
-        images = next((source for source in experiment.sources.values() if source.data), None)
-        if images and images.data:
-            found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
-            manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
-        run = cls(directory, config, manifest | progress, experiment, generations)
-        if images and images.data and run.store.to_do([images.data]):
-            run.store.commit(images.data, experiment.real_files[images.data.key], {})
-        return run
 
     def opened(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""

@@ -20,7 +20,7 @@ from policies.search_space import Point, common_points
 def run_sweep(config: SweepConfig) -> Path:
     """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
     machine = preflight_sweep(config)
-    with SweepRun.open(config, machine) as run, connected(machine.gpus):
+    with SweepRun(config, machine) as run, connected(machine.gpus):
         fit(run, _search(run))
         best = Table.read(run).best
         if config.confirm_seeds and best is not None and not run.budget.spent:

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ray.tune import Stopper
 
@@ -41,11 +40,20 @@ class Budget(Stopper):
 
 
 class SweepRun(Run):
-    """One sweep, new or continued. Trials keep their own state; leaving it closes those that Tune left open."""
+    """One sweep, new or the one that ``output_dir`` holds: its directory appears when this is made, and nothing before.
+
+    Trials keep their own state; leaving it closes those that Tune left open.
+    """
 
     config: SweepConfig
 
-    def __init__(self, directory: Path, config: SweepConfig, manifest: dict[str, Any], machine: Machine) -> None:
+    def __init__(self, config: SweepConfig, machine: Machine) -> None:
+        directory = new_directory(config)
+        held = known_manifest(directory)
+        manifest = new_manifest("sweep", config, held)
+        for key in _DECIDES if held else ():
+            if held["config"].get(key) != manifest["config"][key]:
+                raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
         self.metric = metric_of(config)
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
@@ -54,17 +62,6 @@ class SweepRun(Run):
         super().__init__(directory, config, manifest, total, len(self._done), rows=(row,), unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         self.budget = Budget(config.budget, self._wall_before)
-
-    @classmethod
-    def open(cls, config: SweepConfig, machine: Machine) -> Self:
-        """A new sweep, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
-        directory = new_directory(config)
-        held = known_manifest(directory)
-        manifest = new_manifest("sweep", config, held)
-        for key in _DECIDES if held else ():
-            if held["config"].get(key) != manifest["config"][key]:
-                raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
-        return cls(directory, config, manifest, machine)
 
     def opened(self) -> None:
         """Tell MLflow what is swept."""
