@@ -41,7 +41,7 @@ Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where the
 
 
 class MadRun(Run):
-    """One MAD experiment, new or the one that ``output_dir`` holds: its directory appears when this is made, and nothing
+    """One MAD experiment, new or the one that ``output_dir`` holds: its directory appears when it is made, nothing
     before. ``values`` holds every metric, by arm."""
 
     config: MadConfig
