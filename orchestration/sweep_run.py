@@ -12,7 +12,7 @@ from orchestration.display import Row
 from orchestration.outbox import undelivered
 from orchestration.run import Run, known_manifest, new_directory, new_manifest, sync
 from orchestration.sweep_config import BudgetSettings, SweepConfig
-from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
+from orchestration.trial import Trial, metric_of, reports, trials_in
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
 
@@ -81,10 +81,6 @@ class SweepRun(Run):
     def trials(self) -> Iterator[Trial]:
         """Every trial that has begun."""
         return trials_in(self.directory)
-
-    def searched(self) -> list[Trial]:
-        """Those of the search, without the confirmation's."""
-        return [trial for trial in self.trials() if trial.seed < FRESH_SEEDS]
 
     def trial_tracking(self) -> dict[str, Any]:
         """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
