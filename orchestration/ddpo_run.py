@@ -21,7 +21,7 @@ from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import append_durably, as_lines, read_lines, write_durably, write_json
+from pipelines.atomic import append_durably, as_lines, cut_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
@@ -45,8 +45,10 @@ class DdpoRun(Run):
         self.seconds_by_stage.update(before.get("seconds_by_stage", {}))
         self.peaks: dict[str, dict[str, int]] = before.get("peaks", {})
         self.journal = directory / "metrics.jsonl"  # one finished step a line
-        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
-        self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
+        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers. Lines
+        # that were never committed will be written again.
+        committed = max(self.step, manifest["committed_step"])
+        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed)
         self._began = time.time()  # the step in progress
 
     @classmethod
@@ -285,14 +287,6 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
         update={"threads": {**config.actors.threads, "learner": resolved["learner_threads"]}}
     )
     return config.model_copy(update={"training": training, "actors": actors})
-
-
-def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
-    """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
-    lines = [line for line in read_lines(path) if line["step"] <= committed]
-    if path.exists():
-        write_durably(path, as_lines(lines))
-    return lines
 
 
 def ignore(run: DdpoRun) -> None:
