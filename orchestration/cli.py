@@ -1,6 +1,7 @@
 """The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -219,7 +220,7 @@ def submit(
     given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
     files = shipped_files(Path.cwd())
     if name == "resume":
-        job = Job.resume(str(given["run"]), job_id, given["trust"])
+        job = Job.resume(words, str(given["run"]), job_id)
     else:
         for path in given["config"] or ():
             if path not in files:
@@ -256,7 +257,8 @@ def stop(job_id: JobId, address: Address = None) -> None:
 
     details = stop_job(connect(address), job_id)
     run = (details.metadata or {}).get("run")
-    hint = f"; go on with: ouroboros submit -- resume {run}" if run and details.status == "STOPPED" else ""
+    again = f"; go on with: ouroboros submit -- resume {shlex.quote(run)}" if run else ""
+    hint = again if details.status == "STOPPED" else ""
     print(f"{job_id} is {details.status.value.lower()}{hint}")
 
 

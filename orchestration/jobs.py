@@ -140,10 +140,10 @@ class Job:
         return cls(identity, (*words, f"output_dir={run}"), run)
 
     @classmethod
-    def resume(cls, run: str, name: str | None, trusted: bool = False) -> "Job":
+    def resume(cls, words: Sequence[str], run: str, name: str | None) -> "Job":
         """Go on with the run in a directory of the cluster."""
         _check_lasting("RUN", run)
-        return cls(_identity(name, f"resume-{Path(run).name}"), ("resume", run, *(["--trust"] if trusted else [])), run)
+        return cls(_identity(name, f"resume-{Path(run).name}"), tuple(words), run)
 
 
 def launch(job: Job, files: dict[Path, int], address: str | None, follow: bool) -> int:
