@@ -26,7 +26,6 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
-_CLOCK_FITS = 50  # a narrower panel shows the time left without the time passed
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, _WIDEST)
         inner = width - 6
-        parts: list[RenderableType] = [self._progress(inner)]
+        parts: list[RenderableType] = [self._progress()]
         numbers = self._numbers(inner)
         if numbers.row_count:
             parts += ["", numbers]
@@ -153,15 +152,15 @@ class Display:
             width=width,
         )
 
-    def _progress(self, width: int) -> RenderableType:
+    def _progress(self) -> RenderableType:
         """Step, bar, elapsed and time left, on one line."""
-        elapsed, left, wide = duration(time.monotonic() - self._started), self.seconds_left(), width >= _CLOCK_FITS
+        elapsed, left = duration(time.monotonic() - self._started), self.seconds_left()
         count = Text.assemble((f"{self._unit} ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
         clock = Text(elapsed, "dim")
         if left is not None and self.done < self.total_steps:
-            clock = Text.assemble((f"{elapsed} · ", "dim") if wide else "", f"{duration(left)} left")
+            clock = Text.assemble((f"{elapsed} · ", "dim"), f"{duration(left)} left")
         bar = ProgressBar(max(1, self.total_steps), self.done, complete_style="cyan", finished_style="green")
-        last = Column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH if wide else 0)
+        last = Column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH)
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), last, padding=(0, 2, 0, 0), expand=True)
         line.add_row(count, bar, clock)
         return line
@@ -183,17 +182,13 @@ class Display:
         return grid
 
     def _roles(self, most: int) -> Table:
-        """A line a role; what does not fit the terminal's height is counted."""
+        """A line a role, as many as fit the terminal's height."""
         state_column = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (Column(no_wrap=True), Column(style="dim", no_wrap=True), state_column)
         grid = Table.grid(*columns, padding=(0, 1, 0, 0), expand=True)
-        roles = list(self._activities.items())
-        shown = roles if len(roles) <= most else roles[: max(0, most - 1)]
-        for role, state in shown:
+        for role, state in list(self._activities.items())[:most]:
             idle = state in {"waiting", "idle", "ready", ""}
             grid.add_row(Text("·", "dim") if idle else self._spinner, role, Text(state, "dim" if idle else ""))
-        if len(shown) < len(roles):
-            grid.add_row("", f"and {len(roles) - len(shown)} more", "")
         return grid
 
 
