@@ -63,9 +63,8 @@ class MadRun(Run):
         self.values: dict[str, Values] = {name: {} for name in config.resolved_arms}
         self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)
         self._row = {seed: index for index, seed in enumerate(config.seed_list)}
-        self._waiting: dict[str, list[Generation]] = defaultdict(list)  # by the key of the task they wait for
+        self._waiting: dict[str, list[Generation]] = defaultdict(list)  # by the key of the task that measures them
         for generation in generations:
-            self._waiting[generation.fit.key].append(generation)
             self._waiting[generation.measure.key].append(generation)
         self._measured: dict[tuple[str, int], int] = defaultdict(int)  # seeds by (arm, generation)
         self._unsent: dict[str, list[tuple[int, Mapping[str, float], int]]] = defaultdict(list)  # by tracker
@@ -89,6 +88,10 @@ class MadRun(Run):
             tags["git_commit"] = self.manifest["git_commit"]
             as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
             parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures)
+            for each in self.generations:
+                if each.arm == name and each.seeds[0] == config.seed_list[0]:
+                    key, about = each.fit.key, {"training set": contents(each.manifest), "samples": each.manifest.size}
+                    parent.dataset(f"generation {each.number:03d}", key, str(self.store.path(key)), about)
             for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
                 child = f"{name} · seed {seed}"
                 self._trackers[child] = parent.child(child, known.get(child))
@@ -130,10 +133,7 @@ class MadRun(Run):
         for name in ("wall", "cpu"):
             self.seconds_by_stage[f"{task.kind}/{name}"] += about.get(f"{name}_seconds", 0.0)
         for generation in self._waiting.get(task.key, []):
-            if task.key == generation.measure.key:
-                self._record_measure(generation, about["finished_at_ms"])
-            else:
-                self._record_training_set(generation)
+            self._record_measure(generation, about["finished_at_ms"])
 
     def go_on(self, lost: Exception) -> None:
         """After a loss, with what is stored. Raises ``lost`` if the run comes no further."""
@@ -168,16 +168,6 @@ class MadRun(Run):
         first, last = generation.seeds[0], generation.seeds[-1]
         seeds = f"seed {first}" if first == last else f"seeds {first}–{last}"
         self.display.step(self._done, shown, note=f"{arm}, {seeds}, G{number}")
-
-    def _record_training_set(self, generation: Generation) -> None:
-        """Tell MLflow what a generation was trained on."""
-        names = [f"{generation.arm} · seed {seed}" for seed in generation.seeds]
-        if names[0] not in self._trackers:
-            names = [generation.arm] if generation.seeds[0] == self.config.seed_list[0] else []
-        for name in names:
-            profile = {"training set": contents(generation.manifest), "samples": generation.manifest.size}
-            place = str(self.store.path(generation.fit.key))
-            self._trackers[name].dataset(f"generation {generation.number:03d}", generation.fit.key, place, profile)
 
     def _send_grid(self, tracker: Tracker, generation: Generation) -> None:
         """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider.

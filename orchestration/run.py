@@ -245,7 +245,7 @@ def sync(directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | 
         left = sum(sync(trial.parent, say) for trial in sorted(directory.glob("trials/*/manifest.json")))
         died = manifest.get("status") == "RUNNING"
         ids = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")]
-        news = [{"kind": "tags", "tags": dict(tags)}] if tags else []
+        news: list[dict[str, Any]] = [{"kind": "tags", "tags": dict(tags)}] if tags else []
         news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
         settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
         left += deliver_rest(directory, settings, say, [{"run": run, **each} for run in ids if run for each in news])
