@@ -17,6 +17,7 @@ from actors.tasks import TaskRunner
 from orchestration.display import Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
+from orchestration.mad_science import laws
 from orchestration.run import Run, ending, known_manifest, new_directory, new_manifest
 from orchestration.tracking import FIRST_LOOK, Tracker
 from pipelines.mad_figures import _ARMS
@@ -60,6 +61,7 @@ class MadRun(Run):
         self.store = TaskStore(directory / "tasks")
         if images and images.data and self.store.to_do([images.data]):
             self.store.commit(images.data, experiment.real_files[images.data.key], {})
+        self.laws = {name: laws(arm, config.generations) for name, arm in config.resolved_arms.items()}
         self.values: dict[str, Values] = {name: {} for name in config.resolved_arms}
         self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)
         self._row = {seed: index for index, seed in enumerate(config.seed_list)}
@@ -189,16 +191,13 @@ class MadRun(Run):
 
     def _means(self, arm: str, number: int) -> dict[str, float]:
         """An arm's means over its seeds, with their intervals and the exact laws' values."""
-        from orchestration.mad_report import laws
-
         found: dict[str, float] = {}
         for metric, values in self.values[arm].items():
             mean, low, high = interval(values[:, number - 1])
             ends = {f"interval/{metric}_low": float(low), f"interval/{metric}_high": float(high)}
             found |= {metric: float(mean), **ends}
-        exact = laws(self.config.resolved_arms[arm], self.config.generations)
         first = {f"{FIRST_LOOK}/{row.key}": found[row.key] for row in _ROWS if row.key in found}
-        theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()}
+        theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in self.laws[arm].items()}
         return _finite(first | found | theory)
 
     def flush(self) -> None:
