@@ -1,5 +1,6 @@
 """What a run, a job or a dashboard would trip over, found beforehand: each finding is well, or says what to do."""
 
+import contextlib
 import platform
 import shutil
 import tempfile
@@ -99,7 +100,21 @@ def _models(config: DdpoConfig) -> Iterator[Finding]:
     models = [config.model.path, config.captioner.path, config.evaluation.evaluator]
     models += [path for options in config.reward.functions.values() for path in options.model_paths.values()]
     for model in filter(None, models):
-        yield Finding(f"model {model} {f'in {place}' if (place := find(model)) else 'of the hub'}")
+        place = find(model)
+        yield Finding(f"model {model} in {place}") if place else _hub_model(model)
+
+
+def _hub_model(name: str) -> Finding:
+    from huggingface_hub import model_info, snapshot_download
+
+    with contextlib.suppress(OSError):  # it has not been fetched yet
+        return Finding(f"model {name} in {snapshot_download(name, local_files_only=True)}")
+    try:
+        model_info(name, timeout=_SECONDS)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return Finding(f"model {name} cannot be fetched", f"{reason}; name a directory, or set HF_TOKEN if it is gated")
+    return Finding(f"model {name} on the hub")
 
 
 def _ray(address: str | None) -> Iterator[Finding]:
