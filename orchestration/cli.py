@@ -15,7 +15,7 @@ from rich.console import Console
 
 from orchestration import run as run_directories
 from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override
-from orchestration.runs import find_run, list_runs, render_compare, render_list, render_show
+from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -344,6 +344,19 @@ def fork(
 
     directory = DdpoRun.fork(find_run(run, root).directory, overrides or [], step, trust)
     print(f"go on with: ouroboros resume {directory}")
+
+
+@runs_app.command()
+def rm(
+    names: RunNames,
+    root: Root = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove runs from the disk. What MLflow knows of them stays."""
+    found = [find_run(name, root) for name in names]
+    if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
+        for each in found:
+            remove(each)
 
 
 @runs_app.command()

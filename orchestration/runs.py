@@ -6,6 +6,7 @@ foreign directory gives a row with what could be read, never an exception.
 
 import difflib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from orchestration.config import ConfigError
 from orchestration.display import duration
+from orchestration.run import is_free
 from orchestration.tracking import flatten
 from pipelines.atomic import read_lines
 
@@ -55,6 +57,13 @@ def find_run(run: str, root: Path) -> RunInfo:
     near = difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"
     raise ConfigError(f"no run {run!r}, neither a run directory nor a name under {root}: {hint}")
+
+
+def remove(run: RunInfo) -> None:
+    """Remove a run's directory. Raises ConfigError while a process is running it."""
+    if not is_free(run.directory):
+        raise ConfigError(f"{run.directory} is being run by another process: wait for it or stop it")
+    shutil.rmtree(run.directory)
 
 
 def render_list(runs: Sequence[RunInfo]) -> RenderableType:

@@ -1,5 +1,6 @@
 """Run directories read back: whole, half-written, damaged and foreign ones."""
 
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from orchestration.config import ConfigError
 from orchestration.runs import (
     RunInfo,
     differing_keys,
     facts,
     find_run,
     list_runs,
+    remove,
     render_compare,
     render_list,
     render_show,
@@ -179,3 +182,13 @@ def test_compare_of_equal_configurations_says_so(tmp_path: Path) -> None:
     directories = [make_run(tmp_path, name, SUMMARY) for name in ("one", "two")]
     text = text_of(render_compare([str(directory) for directory in directories], tmp_path / "elsewhere"))
     assert "the configurations are the same" in text
+
+
+def test_a_run_is_removed_unless_it_is_being_run(tmp_path: Path) -> None:
+    free, busy = make_run(tmp_path, "free"), make_run(tmp_path, "busy")
+    with (busy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="busy is being run by another process"):
+            remove(RunInfo(busy))
+    remove(RunInfo(free))
+    assert [path.name for path in tmp_path.iterdir()] == ["busy"]
