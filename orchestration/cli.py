@@ -256,10 +256,19 @@ def stop(job_id: JobId, address: Address = None) -> None:
     from orchestration.jobs import stop as stop_job
 
     details = stop_job(connect(address), job_id)
-    run = (details.metadata or {}).get("run")
-    again = f"; go on with: ouroboros submit -- resume {shlex.quote(run)}" if run else ""
-    hint = again if details.status == "STOPPED" else ""
+    hint = f"; go on with: ouroboros jobs resume {job_id}" if details.status == "STOPPED" else ""
     print(f"{job_id} is {details.status.value.lower()}{hint}")
+
+
+@jobs_app.command("resume")
+def resume_job(
+    job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True, trust: Trust = False
+) -> None:
+    """Go on with the run that a job made, in a new job."""
+    from orchestration.jobs import Job, connect, launch, run_of, shipped_files
+
+    job = Job.resume(run_of(connect(address), job_id), new_id, trust)
+    raise typer.Exit(launch(job, shipped_files(Path.cwd()), address, follow))
 
 
 @app.command()

@@ -211,6 +211,14 @@ def stop(cluster: Cluster, job: str) -> JobDetails:
     return details
 
 
+def run_of(cluster: Cluster, job: str) -> str:
+    """The directory of the run that a job made. Raises ConfigError for a job that was not submitted here."""
+    run = (cluster.get_job_info(job).metadata or {}).get("run")
+    if run is None:
+        raise ConfigError(f"{job} does not say where its run is: use 'ouroboros submit -- resume RUN'")
+    return run
+
+
 def render_jobs(jobs: Sequence[JobDetails]) -> Table | Text:
     """A line a job, the newest first."""
     submitted = [job for job in jobs if job.submission_id]

@@ -135,13 +135,13 @@ def test_stop_closes_the_run_and_resume_ends_it(head: Head, tmp_path: Path) -> N
     follower = head.start(log, "submit", *words)
     wait_until(lambda: "generation  2/" in log.read_text() or follower.poll() is not None, 60, "two generations")
     code, text = head.run("jobs", "stop", "long")
-    assert (code, text) == (0, f"long is stopped; go on with: ouroboros submit -- resume {head.runs}/long\n")
+    assert (code, text) == (0, "long is stopped; go on with: ouroboros jobs resume long\n")
     assert follower.wait(30) == jobs.INTERRUPTED
     killed = head.manifest("long")
     assert killed["status"] == head.mlflow_status("long") == "KILLED"
     assert 2 <= killed["committed_step"] < killed["total_steps"]
 
-    code, text = head.run("submit", "--id", "longer", "--", "resume", f"{head.runs}/long")
+    code, text = head.run("jobs", "resume", "long", "--id", "longer")
     assert code == 0, text
     finished = head.manifest("long")
     assert finished["status"] == head.mlflow_status("long") == "FINISHED"
@@ -163,6 +163,7 @@ def test_nobody_else_is_let_in_or_told(head: Head, tmp_path: Path) -> None:
         (("list",), {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "there is no token here"),
         (("list", "--address", "http://127.0.0.1:9"), {}, "does not answer"),
         (("logs", "nobody"), {}, "nobody does not exist; see 'ouroboros jobs list'"),
+        (("resume", "nobody"), {}, "nobody does not exist"),
     ):
         code, text = head.run("jobs", *words, **environment)
         assert code in (1, 2)
