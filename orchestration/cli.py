@@ -1,7 +1,6 @@
 """The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
 
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
