@@ -62,7 +62,7 @@ class OneProcess:
         captions = self.captioner.caption(images)
         scores = {name: score(each, images, prompts, captions) for name, each in self.rewards.items()}
         verdict = self.evaluator.judge(images, prompts), self.evaluator.slots(images)
-        return Evaluation.collect(prompts, [images], [captions], scores, [verdict], self.config.reward, self.unseen)
+        return Evaluation(prompts, [images], [captions], scores, [verdict], self.config.reward, self.unseen)
 
     def train(self, step: int, prompts: PromptSchedule, history: PromptStatistics) -> dict[str, float]:
         """One step."""

@@ -219,7 +219,7 @@ def submit(
     given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
     files = shipped_files(Path.cwd())
     if name == "resume":
-        job = Job.resume(str(given["run"]), job_id, given["trust"])
+        job = Job.resume(words, str(given["run"]), job_id)
     else:
         for path in given["config"] or ():
             if path not in files:
@@ -282,9 +282,9 @@ def mlflow(
     basic_auth: Annotated[bool, typer.Option("--basic-auth", help="ask for a user and a password")] = False,
 ) -> None:
     """Run an MLflow server, with artifacts through it."""
-    from orchestration.mlflow_server import MlflowServer, serve
+    from orchestration.mlflow_server import serve
 
-    serve(MlflowServer(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth))
+    serve(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth)
 
 
 @app.command()
@@ -348,9 +348,9 @@ def fork(
     trust: Trust = False,
 ) -> None:
     """Make a DDPO run that begins at a commit of another, with other settings from there on."""
-    from orchestration.fork import fork as branch
+    from orchestration.ddpo_run import DdpoRun
 
-    directory = branch(find_run(run, root).directory, overrides or [], step, trust)
+    directory = DdpoRun.fork(find_run(run, root).directory, overrides or [], step, trust)
     print(f"go on with: ouroboros resume {directory}")
 
 

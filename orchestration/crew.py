@@ -73,14 +73,8 @@ class Crew:
         self.rewards = Rewards(seats, config.reward)
         self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
         self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
-        pools = (
-            self.samplers,
-            self.captioners,
-            *self.rewards.pools.values(),
-            self.evaluators,
-            getattr(self, "learner", None),
-        )
-        self.pools: list[Pool] = [pool for pool in pools if pool is not None]
+        others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
+        self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
@@ -173,7 +167,7 @@ class Crew:
             references = [getattr(chunk, attribute) for chunk in chunks]
             return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
 
-        return Evaluation.collect(
+        return Evaluation(
             prompts,
             values("images"),
             values("captions"),

@@ -5,20 +5,23 @@ are the metrics sent to MLflow. A resumed run cuts the journal back to the last 
 MLflow drops points it knows, so each is there once.
 """
 
+import copy
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
 from actors.settings import Role
 from actors.worker import Account
-from orchestration.config import ConfigError, DdpoConfig, validate
-from orchestration.display import Display
+from orchestration.config import ConfigError, DdpoConfig, override, validate
+from orchestration.preflight import preflight
 from orchestration.run import Run, new_directory, new_manifest, read_manifest
 from orchestration.seal import check_seal, seal
 from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import append_durably, as_lines, read_lines, write_durably, write_json
+from pipelines.atomic import append_durably, as_lines, cut_lines, read_lines, write_durably, write_json
 from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
@@ -30,24 +33,22 @@ _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "r
 class DdpoRun(Run):
     """One DDPO run, new or resumed."""
 
+    config: DdpoConfig
+
     def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], profile: bool = False) -> None:
+        super().__init__(directory, config, manifest, config.training.steps)
         self.profile = profile
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-        self.checkpoint = checkpoint = self.store.newest()
-        self.step = checkpoint.step if checkpoint else 0
-        display = Display(f"{config.name} · {directory}", config.training.steps, self.step)
-        super().__init__(directory, manifest, config.tracking, display)
-        self.config = config
-        self._cpu_before = checkpoint.state["cpu_seconds"] if checkpoint else 0.0  # of earlier sessions
-        self._discard()
-        if checkpoint:
-            self.seconds_by_stage.update(checkpoint.state["seconds_by_stage"])
-            self._wall_before = checkpoint.state["wall_seconds"]
+        self._stand_at_commit()
+        before = self.checkpoint.state if self.checkpoint else {}  # what earlier sessions used
+        self._wall_before, self._cpu_before = before.get("wall_seconds", 0.0), before.get("cpu_seconds", 0.0)
+        self.seconds_by_stage.update(before.get("seconds_by_stage", {}))
+        self.peaks: dict[str, dict[str, int]] = before.get("peaks", {})
         self.journal = directory / "metrics.jsonl"  # one finished step a line
-        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers.
-        self.history = _read_journal(self.journal, max(self.step, manifest["committed_step"]))
-        self._pending: list[dict[str, Any]] = []
-        self.peaks: dict[str, dict[str, int]] = checkpoint.state.get("peaks", {}) if checkpoint else {}
+        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers. Lines
+        # that were never committed will be written again.
+        committed = max(self.step, manifest["committed_step"])
+        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed)
         self._began = time.time()  # the step in progress
 
     @classmethod
@@ -82,21 +83,67 @@ class DdpoRun(Run):
         taken = {"config": content, "seal": seal(content), "committed_step": step}
         write_json(directory / "manifest.json", manifest | taken)
 
+    @staticmethod
+    def fork(source: Path, overrides: Sequence[str], step: int | None = None, trusted: bool = False) -> Path:
+        """Make a run that begins at the commit of ``source`` after ``step`` steps, by default the newest, with settings
+        that may differ from there on. Returns its directory.
+
+        Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or
+        is a stranger's that names code and is not ``trusted``.
+        """
+        manifest, store = read_manifest(source), CheckpointStore(source / "checkpoints")
+        if manifest["loop"] != "ddpo":
+            remedy = "only DDPO runs are forked; MAD's go on with more arms"
+            raise ConfigError(f"{source} is a {manifest['loop']} run: {remedy}")
+        check_seal(source, manifest, trusted)
+        steps = store.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f"of step {step} "
+            raise ConfigError(f"{source} has no commit {wanted}(there are: {steps})")
+        step = steps[-1] if step is None else step
+        content = copy.deepcopy(manifest["config"]) | {"output_dir": None}
+        for each in overrides:
+            override(content, each)
+        config = validate(DdpoConfig, content)
+        if config.model.model_dump(mode="json") != manifest["config"]["model"]:
+            raise ConfigError("a fork goes on with the weights of its source: model.* cannot be changed")
+        if config.training.steps <= step:
+            raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
+        preflight(config)
+
+        directory = new_directory(config, f"-seed{config.seed}")
+        (directory / "evaluations").mkdir()
+        for path in (source / "evaluations").glob("step-*"):
+            if int(path.stem.removeprefix("step-")) <= step:
+                shutil.copy2(path, directory / "evaluations")
+        past = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
+        write_durably(directory / "metrics.jsonl", as_lines(past))
+        CheckpointStore(directory / "checkpoints").adopt(store.path(step))
+        stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
+        origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
+        write_json(directory / "manifest.json", new_manifest("ddpo", config) | stand | origin)
+        return directory
+
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""
         from actors.failures import MicroBatchTooLarge  # whoever lost something has imported Ray
 
         self.withstand(lost, at=self.manifest["committed_step"])
-        self.checkpoint = self.store.newest()
-        self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
-        self._pending, self.spans = [], []
-        self._discard()
+        self._stand_at_commit()
         if self.checkpoint:  # processor time of the driver counts once, that of lost work not at all
             self._cpu_before = self.checkpoint.state["cpu_seconds"] - time.process_time()
         if isinstance(lost, MicroBatchTooLarge):
             self.manifest["resolved"]["micro_batch"] = -(-self.manifest["resolved"]["micro_batch"] // 2)
         self.config = _as_resolved(self.config, self.manifest["resolved"])
         self.display.say(f"{lost}; going back to {f'step {self.step}' if self.step else 'the start'}")
+
+    def _stand_at_commit(self) -> None:
+        """Be where the newest commit is, or at the start."""
+        self.checkpoint = self.store.newest()
+        self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
+        self._pending: list[dict[str, Any]] = []
+        self.spans = []
+        self._discard()
 
     def _discard(self) -> None:
         """Count what samplers were asked for, as far as the manifest knows, and nothing is learned from."""
@@ -109,7 +156,7 @@ class DdpoRun(Run):
         for damage in self.store.damaged:
             self.display.say(f"warning: {damage}; the commit before it is used")
         if self.manifest.get("adopted") or self.manifest.get("forked_from"):
-            self._introduce([])
+            self._introduce()
         for line in self.history:
             self._deliver(line)
 
@@ -123,16 +170,17 @@ class DdpoRun(Run):
         resolved = {"micro_batch": micro_batch, "learners": learner.count, "learner_threads": learner.threads}
         self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
         self._status("RUNNING")
-        self._introduce(prompts)
+        self._introduce()
+        digest = sha256("\n".join(prompts).encode()).hexdigest()
+        self.tracker.dataset("prompts", digest, self.config.prompts, {"prompts": len(prompts)})
 
-    def _introduce(self, prompts: list[str]) -> None:
+    def _introduce(self) -> None:
         config = self.config
-        tags = {"loop": "ddpo", "model": config.model.path, "reward": config.reward.title, "seed": str(config.seed)}
-        tags |= {"git_commit": self.manifest["git_commit"], "run_directory": str(self.directory)}
+        tags = {"model": config.model.path, "reward": config.reward.title, "seed": str(config.seed)}
         size = f"{config.training.steps} steps of {config.training.images_per_step} images"
         note = f"**{config.name}**: {size} and `{config.reward.title}` teach `{config.model.path}`."
         resolved = {key: value for key, value in self.manifest["resolved"].items() if key != "actors"}  # too many
-        self.tracker.describe({**self.manifest["config"], "resolved": resolved}, tags, prompts, note)
+        self.introduce({**self.manifest["config"], "resolved": resolved}, tags, note)
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
@@ -239,14 +287,6 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
         update={"threads": {**config.actors.threads, "learner": resolved["learner_threads"]}}
     )
     return config.model_copy(update={"training": training, "actors": actors})
-
-
-def _read_journal(path: Path, committed: int) -> list[dict[str, Any]]:
-    """Lines up to the last commit. Later ones were never committed: they are cut off, as they will be written again."""
-    lines = [line for line in read_lines(path) if line["step"] <= committed]
-    if path.exists():
-        write_durably(path, as_lines(lines))
-    return lines
 
 
 def ignore(run: DdpoRun) -> None:

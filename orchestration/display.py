@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
@@ -26,7 +26,6 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
-_CLOCK_FITS = 50  # a narrower panel shows the time left without the time passed
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Display:
 
     ``total_steps`` is the last step's number, ``first_step`` the number of steps that were done before this process
     (a resume); the time left is estimated from the steps of this process only. ``rows`` are the numbers to show,
-    ``unit`` is what a step is called, ``typical`` makes one time of the latest steps': their median, or their mean
-    where several are finished at once.
+    ``unit`` is what a step is called.
     """
 
     def __init__(
@@ -70,13 +68,11 @@ class Display:
         console: Console | None = None,
         rows: Sequence[Row] = DDPO_ROWS,
         unit: str = "step",
-        typical: Callable[[Sequence[float]], float] = statistics.median,
     ) -> None:
         self.title, self.total_steps, self.done = title, total_steps, first_step
         self.console = console or Console(highlight=False)
-        self._rows, self._unit, self._typical = rows, unit, typical
+        self._rows, self._unit = rows, unit
         self._activities: dict[str, str] = {}
-        self._latest: dict[str, float] = {}
         self._courses: dict[str, list[float]] = defaultdict(list)
         self._started = self._last_step_at = time.monotonic()
         self._step_times: list[float] = []
@@ -112,10 +108,8 @@ class Display:
         self._step_times.append(now - self._last_step_at)
         self.done, self._last_step_at = step, now
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
-        self._latest.update(numbers)
-        for row in self._rows:
-            if row.key in numbers:
-                self._courses[row.key].append(numbers[row.key])
+        for key, value in numbers.items():
+            self._courses[key].append(value)
         if self._live is None:
             self.say(self._line(numbers, note))
 
@@ -124,7 +118,7 @@ class Display:
         latest = self._step_times[1:][-20:]
         if not latest:
             return None
-        seconds_per_step = self._typical(latest)
+        seconds_per_step = statistics.fmean(latest)  # several may be finished at once, every tenth evaluated
         since_last = time.monotonic() - self._last_step_at
         return max(0.0, seconds_per_step * (self.total_steps - self.done) - min(since_last, seconds_per_step))
 
@@ -143,7 +137,7 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, _WIDEST)
         inner = width - 6
-        parts: list[RenderableType] = [self._progress(inner)]
+        parts: list[RenderableType] = [self._progress()]
         numbers = self._numbers(inner)
         if numbers.row_count:
             parts += ["", numbers]
@@ -158,19 +152,16 @@ class Display:
             width=width,
         )
 
-    def _progress(self, width: int) -> RenderableType:
+    def _progress(self) -> RenderableType:
         """Step, bar, elapsed and time left, on one line."""
-        elapsed = duration(time.monotonic() - self._started)
-        left = self.seconds_left()
+        elapsed, left = duration(time.monotonic() - self._started), self.seconds_left()
         count = Text.assemble((f"{self._unit} ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
         clock = Text(elapsed, "dim")
         if left is not None and self.done < self.total_steps:
-            clock = Text.assemble((f"{elapsed} · ", "dim") if width >= _CLOCK_FITS else "", f"{duration(left)} left")
-        clock_width = max(len(clock), _CLOCK_WIDTH if width >= _CLOCK_FITS else 0)
-        length, whole = max(4, width - len(count) - clock_width - 4), max(1, self.total_steps)
-        bar = ProgressBar(whole, self.done, width=length, complete_style="cyan", finished_style="green")
-        last = Column(no_wrap=True, justify="right", min_width=clock_width)
-        line = Table.grid(Column(no_wrap=True), Column(no_wrap=True), last, padding=(0, 2, 0, 0))
+            clock = Text.assemble((f"{elapsed} · ", "dim"), f"{duration(left)} left")
+        bar = ProgressBar(max(1, self.total_steps), self.done, complete_style="cyan", finished_style="green")
+        last = Column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH)
+        line = Table.grid(Column(no_wrap=True), Column(ratio=1), last, padding=(0, 2, 0, 0), expand=True)
         line.add_row(count, bar, clock)
         return line
 
@@ -183,32 +174,26 @@ class Display:
             if not (course := self._courses[row.key]):
                 continue
             value = Text(row.form.format(course[-1]), f"bold {row.colour}" if row.colour else "")
-            if row.spread and row.spread in self._latest:
-                value.append(f" ±{self._latest[row.spread]:.3f}", "dim")
+            if row.spread and (spreads := self._courses[row.spread]):
+                value.append(f" ±{spreads[-1]:.3f}", "dim")
             if row.gain and len(course) > 1:
                 value.append(f" {course[-1] - course[0]:+.3f}", "dim")
             grid.add_row(row.label, value, Text(sparkline(course, spark), row.colour) if row.colour else "")
         return grid
 
     def _roles(self, most: int) -> Table:
-        """A line a role; what does not fit the terminal's height is counted."""
+        """A line a role, as many as fit the terminal's height."""
         state_column = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (Column(no_wrap=True), Column(style="dim", no_wrap=True), state_column)
         grid = Table.grid(*columns, padding=(0, 1, 0, 0), expand=True)
-        roles = list(self._activities.items())
-        shown = roles if len(roles) <= most else roles[: max(0, most - 1)]
-        for role, state in shown:
+        for role, state in list(self._activities.items())[:most]:
             idle = state in {"waiting", "idle", "ready", ""}
             grid.add_row(Text("·", "dim") if idle else self._spinner, role, Text(state, "dim" if idle else ""))
-        if len(shown) < len(roles):
-            grid.add_row("", f"and {len(roles) - len(shown)} more", "")
         return grid
 
 
 def sparkline(values: list[float], width: int) -> str:
     """``values`` as at most ``width`` block characters, the mean of neighbours where there are more values."""
-    if not values or width < 1:
-        return ""
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +12,8 @@ from policies.advantages import weighted_sum
 from policies.streams import derive_seed
 
 
-@dataclass(frozen=True)
 class Evaluation:
-    """Some images and all that was said of them.
+    """Some images and all that was said of them, joined from what the chunks gave.
 
     ``unseen``: whether nothing is ever trained on the image's prompt (n,) bool;
     ``images`` (n, height, width, 3) uint8; ``scores`` (n,), the reward; ``by_function``: what each reward function
@@ -25,20 +23,8 @@ class Evaluation:
     denoising of the first images, in nats an image; ``held_out``: the function that the run is judged by, if any.
     """
 
-    prompts: list[str]
-    unseen: np.ndarray
-    images: np.ndarray
-    scores: np.ndarray
-    by_function: dict[str, np.ndarray]
-    captions: list[str] | None
-    fulfilled: dict[str, np.ndarray] | None
-    agreement: float | None
-    kl_to_base: float | None
-    held_out: str | None
-
-    @classmethod
-    def collect(
-        cls,
+    def __init__(
+        self,
         prompts: Sequence[str],
         images: Sequence[np.ndarray],
         captions: Sequence[list[str]],
@@ -47,19 +33,18 @@ class Evaluation:
         reward: RewardSettings,
         unseen: Collection[str] = (),
         divergences: Sequence[np.ndarray] = (),
-    ) -> Self:
-        """Join what the chunks gave."""
-        said = [caption for part in captions for caption in part] or None
-        fulfilled = agreement = None
+    ) -> None:
+        self.prompts, self.images, self.by_function = list(prompts), np.concatenate(images), by_function
+        self.unseen = np.array([prompt in unseen for prompt in prompts])
+        self.captions = [caption for part in captions for caption in part] or None
+        self.scores, self.held_out = weighted_sum(by_function, reward.weights), next(iter(reward.held_out), None)
+        self.kl_to_base = float(np.concatenate(divergences).mean()) if divergences else None
+        self.fulfilled: dict[str, np.ndarray] | None = None
+        self.agreement: float | None = None
         if verdicts:
-            fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
+            self.fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
             seen = {slot: [word for v in verdicts for word in v[1][slot]] for slot in verdicts[0][1]}
-            agreement = _agreement(said, seen) if said else None
-        kl = float(np.concatenate(divergences).mean()) if divergences else None
-        scores = weighted_sum(by_function, reward.weights)
-        apart, held_out = np.array([prompt in unseen for prompt in prompts]), next(iter(reward.held_out), None)
-        all_images = np.concatenate(images)
-        return cls(list(prompts), apart, all_images, scores, by_function, said, fulfilled, agreement, kl, held_out)
+            self.agreement = _agreement(self.captions, seen) if self.captions else None
 
     @property
     def accuracy(self) -> float | None:

@@ -7,7 +7,6 @@ policy forbids both. Names of arms, prompts and errors are somebody's text, and 
 import base64
 import contextlib
 import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from orchestration.evaluation import kept_evaluations, kept_step
 from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
-from pipelines.atomic import read_lines, write_durably
+from pipelines.atomic import read_lines, replace_durably
 from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
@@ -52,9 +51,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
         highest=max((sum(spent.values()) for _, spent in timeline), default=0),
         settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
     )
-    path, aside = directory / "report.html", directory / ".report.html.partial"
-    write_durably(aside, content.encode())
-    os.replace(aside, path)
+    replace_durably(path := directory / "report.html", content.encode())
     return path
 
 

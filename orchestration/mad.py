@@ -27,7 +27,7 @@ def run_mad(config: MadConfig) -> Path:
     experiment = preflight_mad(config)
     generations = unroll(config, experiment)
     wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
-    with MadRun.open(config, experiment, generations) as run:
+    with MadRun(config, experiment, generations) as run:
         while True:
             try:
                 return _perform_all(run, [*experiment.floors.values(), *wanted])

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestration.html_report import conclude, figure_name
 from orchestration.mad_run import MadRun
-from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, laws, verdict
+from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, verdict
 from pipelines.families.registry import CLOSED_FORM
 from policies.verdicts import interval, plain
 
@@ -43,7 +43,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
     config = run.config
     arms: dict[str, dict[str, Any]] = {}
     for name, arm in config.resolved_arms.items():
-        exact, values = laws(arm, config.generations), run.values[name]
+        exact, values = run.laws[name], run.values[name]
         arms[name] = {
             "settings": arm.model_dump(mode="json", exclude={"gan", "diffusion"}) | arm.family_settings(),
             "sizes": [[m.size - (s := _synthetic(m)), s] for m in run.experiment.manifests[name]],
@@ -72,11 +72,9 @@ def draw(run: MadRun) -> Path:
 
     directory, config = run.directory / "figures", run.config
     directory.mkdir(exist_ok=True)
-    arms = config.resolved_arms
     shown = [metric for metric in _CURVES if any(metric in values for values in run.values.values())]
     curves = {metric: {name: v[metric] for name, v in run.values.items() if metric in v} for metric in shown}
-    exact = {name: laws(arm, config.generations) for name, arm in arms.items()}
-    theory = {metric: {name: found[metric] for name, found in exact.items() if metric in found} for metric in shown}
+    theory = {metric: {name: found[metric] for name, found in run.laws.items() if metric in found} for metric in shown}
     floors = {k: value for found in _floors(run).values() for k, value in found.items() if k in shown}
     mad_figures.arm_curves(directory / "curves.png", curves, theory, floors, titles=_TITLES)
     paths = {name: (v["precision"], v["recall"]) for name, v in run.values.items() if "precision" in v}
@@ -87,7 +85,7 @@ def draw(run: MadRun) -> Path:
         if series is not None:
             path, floor = directory / "fresh_fraction.png", floors.get(metric)
             mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric])
-    for name in arms:
+    for name in config.resolved_arms:
         _draw_samples(run, name, directory)
     return directory
 

@@ -5,20 +5,19 @@ each is there once.
 """
 
 import json
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from actors.tasks import TaskRunner
-from orchestration.display import Display, Row
+from orchestration.display import Row
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
+from orchestration.mad_science import laws
 from orchestration.run import Run, ending, known_manifest, new_directory, new_manifest
 from orchestration.tracking import FIRST_LOOK, Tracker
 from pipelines.mad_figures import _ARMS
@@ -43,29 +42,31 @@ Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where the
 
 
 class MadRun(Run):
-    """One MAD experiment, new or continued. ``values`` holds every metric, by arm."""
+    """One MAD experiment, new or the one that ``output_dir`` holds: its directory appears when it is made, nothing
+    before. ``values`` holds every metric, by arm."""
 
-    def __init__(
-        self,
-        directory: Path,
-        config: MadConfig,
-        manifest: dict[str, Any],
-        experiment: Experiment,
-        generations: Sequence[Generation],
-    ) -> None:
-        title = f"{config.name} · {directory}"
-        display = Display(title, len(generations), rows=_ROWS, unit="generation", typical=statistics.fmean)
-        super().__init__(directory, manifest, config.tracking, display)
-        self.config = config
+    config: MadConfig
+
+    def __init__(self, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> None:
+        directory = new_directory(config)
+        manifest = new_manifest("mad", config, known_manifest(directory))
+        manifest |= {"total_steps": len(generations), "committed_step": 0}
+        images = next((source for source in experiment.sources.values() if source.data), None)
+        if images and images.data:
+            found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
+            manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
+        super().__init__(directory, config, manifest, len(generations), rows=_ROWS, unit="generation")
         self.experiment = experiment
         self.generations = generations
         self.store = TaskStore(directory / "tasks")
+        if images and images.data and self.store.to_do([images.data]):
+            self.store.commit(images.data, experiment.real_files[images.data.key], {})
+        self.laws = {name: laws(arm, config.generations) for name, arm in config.resolved_arms.items()}
         self.values: dict[str, Values] = {name: {} for name in config.resolved_arms}
         self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)
         self._row = {seed: index for index, seed in enumerate(config.seed_list)}
-        self._waiting: dict[str, list[Generation]] = defaultdict(list)  # by the key of the task they wait for
+        self._waiting: dict[str, list[Generation]] = defaultdict(list)  # by the key of the task that measures them
         for generation in generations:
-            self._waiting[generation.fit.key].append(generation)
             self._waiting[generation.measure.key].append(generation)
         self._measured: dict[tuple[str, int], int] = defaultdict(int)  # seeds by (arm, generation)
         self._unsent: dict[str, list[tuple[int, Mapping[str, float], int]]] = defaultdict(list)  # by tracker
@@ -73,47 +74,34 @@ class MadRun(Run):
         self._done = 0
         self._recorded: set[str] = set()  # keys
 
-    @classmethod
-    def open(cls, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> Self:
-        """A new run, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
-        directory = new_directory(config)
-        manifest = new_manifest("mad", config, known_manifest(directory))
-        progress = {"total_steps": len(generations), "committed_step": 0}
-        images = next((source for source in experiment.sources.values() if source.data), None)
-        if images and images.data:
-            found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
-            manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
-        run = cls(directory, config, manifest | progress, experiment, generations)
-        if images and images.data and run.store.to_do([images.data]):
-            run.store.commit(images.data, experiment.real_files[images.data.key], {})
-        return run
-
     def opened(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
         config, known = self.config, self.manifest.setdefault("mlflow_children", {})
         flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
-        commit = self.manifest["git_commit"]
         arms = config.resolved_arms.values()
-        tags = {"loop": "mad", "git_commit": commit, "run_directory": str(self.directory)}
-        tags |= {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
+        kinds = {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
         size = f"{len(arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations"
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
-        self.tracker.describe(flat | {"arms": ", ".join(config.resolved_arms)}, tags, [], note)
+        self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
         self._trackers: dict[str, Tracker] = {}
         for (name, arm), colour in zip(config.resolved_arms.items(), cycle(_ARMS), strict=False):
             parent = self._trackers[name] = self.tracker.child(name, known.get(name))
-            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family, "git_commit": commit}
+            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family}
+            tags["git_commit"] = self.manifest["git_commit"]
             as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
-            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures, [])
+            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures)
+            for each in self.generations:
+                if each.arm == name and each.seeds[0] == config.seed_list[0]:
+                    key, about = each.fit.key, {"training set": contents(each.manifest), "samples": each.manifest.size}
+                    parent.dataset(f"generation {each.number:03d}", key, str(self.store.path(key)), about)
             for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
                 child = f"{name} · seed {seed}"
                 self._trackers[child] = parent.child(child, known.get(child))
-                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)}, [])
+                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)})
         known.update({name: tracker.run_id for name, tracker in self._trackers.items()})
         self._status("RUNNING")
 
     def __exit__(self, *error: Any) -> None:
-        self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             if error[0] is None:  # else the next session sends everything, and this one has to end now
                 self.flush()
@@ -147,10 +135,7 @@ class MadRun(Run):
         for name in ("wall", "cpu"):
             self.seconds_by_stage[f"{task.kind}/{name}"] += about.get(f"{name}_seconds", 0.0)
         for generation in self._waiting.get(task.key, []):
-            if task.key == generation.measure.key:
-                self._record_measure(generation, about["finished_at_ms"])
-            else:
-                self._record_training_set(generation)
+            self._record_measure(generation, about["finished_at_ms"])
 
     def go_on(self, lost: Exception) -> None:
         """After a loss, with what is stored. Raises ``lost`` if the run comes no further."""
@@ -186,16 +171,6 @@ class MadRun(Run):
         seeds = f"seed {first}" if first == last else f"seeds {first}–{last}"
         self.display.step(self._done, shown, note=f"{arm}, {seeds}, G{number}")
 
-    def _record_training_set(self, generation: Generation) -> None:
-        """Tell MLflow what a generation was trained on."""
-        names = [f"{generation.arm} · seed {seed}" for seed in generation.seeds]
-        if names[0] not in self._trackers:
-            names = [generation.arm] if generation.seeds[0] == self.config.seed_list[0] else []
-        for name in names:
-            profile = {"training set": contents(generation.manifest), "samples": generation.manifest.size}
-            place = str(self.store.path(generation.fit.key))
-            self._trackers[name].dataset(f"generation {generation.number:03d}", generation.fit.key, place, profile)
-
     def _send_grid(self, tracker: Tracker, generation: Generation) -> None:
         """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider.
 
@@ -216,16 +191,13 @@ class MadRun(Run):
 
     def _means(self, arm: str, number: int) -> dict[str, float]:
         """An arm's means over its seeds, with their intervals and the exact laws' values."""
-        from orchestration.mad_report import laws
-
         found: dict[str, float] = {}
         for metric, values in self.values[arm].items():
             mean, low, high = interval(values[:, number - 1])
             ends = {f"interval/{metric}_low": float(low), f"interval/{metric}_high": float(high)}
             found |= {metric: float(mean), **ends}
-        exact = laws(self.config.resolved_arms[arm], self.config.generations)
         first = {f"{FIRST_LOOK}/{row.key}": found[row.key] for row in _ROWS if row.key in found}
-        theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in exact.items()}
+        theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in self.laws[arm].items()}
         return _finite(first | found | theory)
 
     def flush(self) -> None:

@@ -71,9 +71,7 @@ class MlflowStore:
         ]
         self._log(run, "metrics", points, _METRIC_BATCH)
 
-    def _describe(
-        self, run: str, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str], note: str
-    ) -> None:
+    def _describe(self, run: str, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str) -> None:
         from mlflow.entities import Param
 
         wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in parameters.items()}
@@ -82,12 +80,6 @@ class MlflowStore:
         changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
         self._log(run, "params", [Param(k, v) for k, v in wanted.items() if k not in held], _BATCH)
         self._tags(run, {**tags, **changed, **({NOTE: note} if note and NOTE not in data.tags else {})})
-        if prompts:
-            import pandas
-            from mlflow.data.pandas_dataset import from_pandas
-
-            table = pandas.DataFrame({"prompt": list(prompts)})
-            self._log_dataset(run, from_pandas(table, name="prompts")._to_mlflow_entity())
 
     def _tags(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -106,9 +98,10 @@ class MlflowStore:
         self.client.log_artifact(run, path, under or None)
 
     def _dataset(self, run: str, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        self._log_dataset(run, Dataset(name, digest[:36], "local", source, profile=json.dumps(profile)))
+        dataset = Dataset(name, digest[:36], "local", source, profile=json.dumps(profile))
+        self.client.log_inputs(run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _status(self, run: str, status: str, timestamp_ms: int) -> None:
         if status == "RUNNING":
@@ -121,12 +114,6 @@ class MlflowStore:
         for start in range(0, len(entities), most):
             batch: dict[str, Any] = {kind: entities[start : start + most]}
             self.client.log_batch(run, **batch)
-
-    def _log_dataset(self, run: str, dataset: Any) -> None:
-        from mlflow.entities import DatasetInput, InputTag
-
-        tag = InputTag("mlflow.data.context", "training")
-        self.client.log_inputs(run, datasets=[DatasetInput(dataset, tags=[tag])])
 
     def experiment(self, name: str, note: str | None) -> str:
         """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""

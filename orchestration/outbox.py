@@ -7,15 +7,14 @@ then holds it once.
 """
 
 import json
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.atomic import append_durably, as_lines, write_json
+from pipelines.atomic import append_durably, as_lines, cut_lines, write_json
 
 Record = dict[str, Any]  # run: MLflow's id; kind; once: what it tells, if it may be told once; what the kind needs
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries
@@ -37,7 +36,7 @@ class Outbox:
         directory.mkdir(parents=True, exist_ok=True)
         self._path, self._position = directory / "records.jsonl", directory / "delivered.json"
         self._deliver, self._say = deliver, say
-        known = list(_read(self._path))
+        known = cut_lines(self._path)  # a last one that was cut off was never put
         self._told = {_identity(record) for record in known if "once" in record}
         if not self._position.exists():
             write_json(self._position, {"records": 0, "began": time.time()})
@@ -163,15 +162,3 @@ def undelivered(directory: Path) -> bool:
 
 def _identity(record: Record) -> tuple[str, str]:
     return record["run"], record["once"]
-
-
-def _read(path: Path) -> Iterator[Record]:
-    """The records of a file. A last one that was cut off was never put: it is removed."""
-    whole = 0
-    content = path.read_bytes() if path.exists() else b""
-    for line in content.splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            whole += len(line)
-            yield json.loads(line)
-    if whole < len(content):
-        os.truncate(path, whole)

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from actors.settings import ActorSettings, Offer, Role, plan_roles, reward_roles
+from actors.settings import ActorSettings, Offer, Role, reward_roles
 from orchestration.cluster import Machine, find_machine, imagine_machine
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.memory_plan import cards, memory_plan
-from orchestration.preflight import learnable_steps, preflight
+from orchestration.preflight import learnable_steps, preflight, seat
 from orchestration.stage_costs import StageCosts, assumed, measure
 from pipelines.atomic import write_json
 from policies.cost_model import Cast, Cost, Forecast, Processor, Seat, Work, bottlenecks, simulate
@@ -101,14 +101,12 @@ def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Itera
 
 def best(config: DdpoConfig, machine: Machine, known: StageCosts) -> list[Option]:
     """The fastest split of ``machine`` at depth 0, and at depth 1. Raises ConfigError if there is none."""
-    parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
-    offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
     found: list[tuple[Option, Option]] = []
     reason = "no split leaves a GPU for a sampler"
     for actors in splits(config, machine.gpus, machine.cpus, known):
-        chosen, rewards = config.model_copy(update={"actors": actors}), reward_roles(config.reward)
+        chosen = config.model_copy(update={"actors": actors})
         try:
-            roles = plan_roles(actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards)
+            roles, offers = seat(chosen, machine)
         except ValueError as error:
             reason = str(error)
             continue

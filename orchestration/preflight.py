@@ -46,12 +46,16 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
         _check_sizes(config, prompts)
         check_output(config.output_dir)
-        machine = machine or find_machine(config.actors.device)
-        parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
-        rewards = reward_roles(config.reward)
-        offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
-        roles = plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards)
+        roles, offers = seat(config, machine or find_machine(config.actors.device))
     return Plan(prompts, unseen, roles, offers)
+
+
+def seat(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
+    """The actors of a run, and the nodes of ``machine`` that they are to fit on. Raises ValueError if they do not."""
+    parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
+    offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
+    rewards = reward_roles(config.reward)
+    return plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards), offers
 
 
 def replan(config: DdpoConfig, plan: Plan) -> Plan:

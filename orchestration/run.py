@@ -40,16 +40,23 @@ class DiskError(RuntimeError):
 
 
 class Run:
-    """One run of either loop, new or resumed. Leaving it closes its MLflow run with the status it ended in."""
+    """One run of either loop, new or resumed. Leaving it closes its MLflow run with the status it ended in.
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], tracking: TrackingSettings, display: Display) -> None:
+    ``total`` and ``done`` are its steps; ``shown`` goes to its display.
+    """
+
+    config: Any
+
+    def __init__(
+        self, directory: Path, config: Any, manifest: dict[str, Any], total: int, done: int = 0, **shown: Any
+    ) -> None:
         self.directory = directory
         self._lock = _lock(directory)
+        self.config = config
         self.manifest = manifest
-        self.display = display
+        self.display = Display(f"{config.name} · {directory}", total, done, **shown)
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self.spans: list[Span] = []  # the stages since they were last written
-        self._tracking = tracking
         self._losses: list[int] = []  # where the run stood at each loss since it last came further
         self._wall_before = manifest.get("wall_seconds", 0.0)
 
@@ -58,7 +65,7 @@ class Run:
         try:
             known = self.manifest.get("mlflow_run_id")
             name, loop, say = self.directory.name, self.manifest["loop"], self.display.say
-            self.tracker = Tracker(self.directory, self._tracking, name, known, loop, say)
+            self.tracker = Tracker(self.directory, self.config.tracking, name, known, loop, say)
             self.manifest["mlflow_run_id"] = self.tracker.run_id
             self._status("RUNNING")
             self.opened()
@@ -101,6 +108,11 @@ class Run:
         free = shutil.disk_usage(self.directory).free
         what = f"{error.filename or self.directory}: {error.strerror} ({free / 1e9:.1f} GB free)"
         return DiskError(f"{what}; the last commit stands: mend that, then 'ouroboros resume {self.directory}'")
+
+    def introduce(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+        """Tell MLflow what this run is."""
+        common = {key: self.manifest[key] for key in ("loop", "git_commit")} | {"run_directory": str(self.directory)}
+        self.tracker.describe(parameters, common | dict(tags), note)
 
     def opened(self) -> None:
         """What a loop does once its tracker is there."""
@@ -152,7 +164,7 @@ class Run:
         return path
 
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
-        self.manifest["status"] = status
+        self.manifest |= {"status": status, "wall_seconds": self.wall_seconds()}
         write_json(self.directory / "manifest.json", self.manifest)
 
 
@@ -223,35 +235,40 @@ def stored_config(directory: Path, schema: type[Config], trusted: bool) -> Confi
     return validate(schema, manifest["config"] | {"output_dir": str(directory)})
 
 
-def sync(directory: Path, say: Callable[[str], None]) -> int:
+def sync(directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | None = None) -> int:
     """Deliver to MLflow what a run that is over left, a sweep's with its trials'. Returns how many records are left.
 
-    One whose process died is closed as KILLED. Raises ConfigError if it is still being run.
+    One whose process died is closed as KILLED. ``tags`` are added. Raises ConfigError if it is still being run.
     """
     manifest = read_manifest(directory)
     with contextlib.closing(_lock(directory)):
         left = sum(sync(trial.parent, say) for trial in sorted(directory.glob("trials/*/manifest.json")))
         died = manifest.get("status") == "RUNNING"
-        open_runs = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")] if died else []
+        ids = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")]
+        news: list[dict[str, Any]] = [{"kind": "tags", "tags": dict(tags)}] if tags else []
+        news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
         settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
-        left += deliver_rest(directory, settings, say, killed=[run for run in open_runs if run])
+        left += deliver_rest(directory, settings, say, [{"run": run, **each} for run in ids if run for each in news])
         if died:
             write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
     return left
 
 
-def register(directory: Path, name: str, alias: str, say: Callable[[str], None]) -> str:
-    """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``. Returns its models:/ address."""
+def register(
+    directory: Path, name: str, alias: str, say: Callable[[str], None], tags: Mapping[str, str] | None = None
+) -> str:
+    """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``, tagged with what it gained and
+    with ``tags``. Returns its models:/ address."""
     manifest, pipeline = read_manifest(directory), directory / "pipeline"
     if manifest.get("status") != "FINISHED" or not pipeline.exists():
         raise ConfigError(f"{directory} has no pipeline to register: it is not a finished DDPO run")
     if left := sync(directory, say):
         raise TrackingError(f"{left} records are to be delivered before {name} can be registered: MLflow is away")
     summary = json.loads((directory / "summary.json").read_text())
-    tags = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
+    gained = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
     settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
     store = open_store(directory, settings)
-    return store.register(name, manifest["mlflow_run_id"], "pipeline", alias, tags)
+    return store.register(name, manifest["mlflow_run_id"], "pipeline", alias, gained | dict(tags or {}))
 
 
 def git_commit() -> str:

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -22,37 +22,20 @@ from orchestration.run import is_free
 from orchestration.tracking import flatten
 from pipelines.atomic import read_lines
 
-T = TypeVar("T")
-
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 _ABSENT = "–"
 
 
 class RunInfo:
-    """What a run directory tells; None where it does not (yet). Without a summary, results are of the steps so far."""
+    """What a run directory tells: its manifest and its summary, empty where there is none (yet)."""
 
     def __init__(self, directory: Path) -> None:
-        manifest, summary = (_json(_text(directory / name)) for name in ("manifest.json", "summary.json"))
-        steps = read_lines(directory / "metrics.jsonl")
-        rewards, accuracies = _ends(steps, "reward/mean"), _ends(steps, "evaluator/full")
-        begun, ended = _ends(steps, "timestamp_ms")
-        elapsed = None if begun is None or ended is None or begun == ended else (ended - begun) / 1000
-
-        def result(key: str, fallback: float | None) -> float | None:
-            return _number(summary.get(key)) if key in summary else fallback
-
-        self.directory, self.manifest, self.summary = directory, manifest, summary
-        self.name = str(manifest.get("name") or directory.name)
-        self.loop = _exactly(str, manifest.get("loop"))
-        self.status = _exactly(str, manifest.get("status")) or "unreadable"
-        self.created = _exactly(str, manifest.get("created"))
-        self.committed_step = _exactly(int, manifest.get("committed_step"))
-        self.total_steps = _exactly(int, manifest.get("total_steps"))
-        self.reward_before = result("reward_before", rewards[0])
-        self.reward_after = result("reward_after", rewards[1])
-        self.accuracy_before = result("evaluator_accuracy_before", accuracies[0])
-        self.accuracy_after = result("evaluator_accuracy_after", accuracies[1])
-        self.wall_seconds = result("wall_seconds", elapsed)
+        self.directory = directory
+        self.manifest, self.summary = (_read(directory / name) for name in ("manifest.json", "summary.json"))
+        self.name = str(self.manifest.get("name") or directory.name)
+        self.loop, self.created = (str(self.manifest.get(key) or "") for key in ("loop", "created"))
+        status = self.manifest.get("status")
+        self.status = status if isinstance(status, str) else "unreadable"
 
 
 def list_runs(root: Path) -> list[RunInfo]:
@@ -62,7 +45,7 @@ def list_runs(root: Path) -> list[RunInfo]:
     except OSError:
         return []
     runs = [RunInfo(entry) for entry in directories]
-    return sorted(runs, key=lambda run: (run.created or "", run.name), reverse=True)
+    return sorted(runs, key=lambda run: (run.created, run.directory.name), reverse=True)
 
 
 def find_run(run: str, root: Path) -> RunInfo:
@@ -115,20 +98,28 @@ def render_show(name: str, root: Path) -> RenderableType:
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
-    """What there is to say about a run at a glance, None where it does not tell."""
-    total, summary = "" if run.total_steps is None else f"/{run.total_steps}", run.summary
+    """What there is to say about a run at a glance, None where it does not tell; without a summary, of its steps so
+    far."""
+    manifest, summary = run.manifest, run.summary
+    steps, seconds = read_lines(run.directory / "metrics.jsonl"), _number({**manifest, **summary}.get("wall_seconds"))
+
+    def change(result: str, metric: str) -> str | None:
+        ends = [summary.get(f"{result}_{end}") for end in ("before", "after")]
+        return _change(*(ends if f"{result}_before" in summary else _ends(steps, metric)))
+
+    total = f"/{manifest['total_steps']}" if "total_steps" in manifest else ""
     return {
-        "loop": run.loop,
-        "created": run.created and run.created[:16].replace("T", " "),
-        "step": None if run.committed_step is None else f"{run.committed_step}{total}",
-        "reward": _change(run.reward_before, run.reward_after),
-        "held-out accuracy": _change(run.accuracy_before, run.accuracy_after),
-        "wall time": None if run.wall_seconds is None else duration(run.wall_seconds),
+        "loop": run.loop or None,
+        "created": run.created[:16].replace("T", " ") or None,
+        "step": f"{manifest['committed_step']}{total}" if "committed_step" in manifest else None,
+        "reward": change("reward", "reward/mean"),
+        "held-out accuracy": change("evaluator_accuracy", "evaluator/full"),
+        "wall time": None if seconds is None else duration(seconds),
         "images": summary.get("images"),
         "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
         "weights SHA-256": summary.get("weights_sha256"),
-        "git commit": run.manifest.get("git_commit"),
-        "MLflow run": run.manifest.get("mlflow_run_id"),
+        "git commit": manifest.get("git_commit"),
+        "MLflow run": manifest.get("mlflow_run_id"),
         "directory": str(run.directory),
     }
 
@@ -146,7 +137,7 @@ def _arms(arms: Mapping[str, Any]) -> Table:
     table = plain_table("arm", "goes MAD", *present)
     for name, arm in arms.items():
         means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
-        changes = [_plain(_change(_number(mean[0]), _number(mean[-1])) if mean else None) for mean in means]
+        changes = [_plain(_change(mean[0], mean[-1]) if mean else None) for mean in means]
         table.add_row(Text(name), (arm["verdict"] or {}).get("goes_mad", _ABSENT), *changes)
     return table
 
@@ -180,18 +171,11 @@ def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
 
 
-def _text(path: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    """The object that a file holds; an empty one if it is damaged or not there."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(text: str) -> dict[str, Any]:
-    """The object that ``text`` holds; an empty one if it is damaged, such as the last line of a journal."""
-    try:
-        content = json.loads(text)
-    except ValueError:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -206,15 +190,9 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _exactly(kind: type[T], value: Any) -> T | None:
-    return value if type(value) is kind else None
-
-
-def _change(before: float | None, after: float | None) -> str | None:
-    if before is None and after is None:
-        return None
-    first, last = (_ABSENT if value is None else f"{value:.3f}" for value in (before, after))
-    return f"{first} → {last}"
+def _change(before: Any, after: Any) -> str | None:
+    ends = _number(before), _number(after)
+    return None if ends == (None, None) else " → ".join(_ABSENT if end is None else f"{end:.3f}" for end in ends)
 
 
 def _plain(value: Any) -> Text:

@@ -20,12 +20,12 @@ from policies.search_space import Point, common_points
 def run_sweep(config: SweepConfig) -> Path:
     """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
     machine = preflight_sweep(config)
-    with SweepRun.open(config, machine) as run, connected(machine.gpus):
+    with SweepRun(config, machine) as run, connected(machine.gpus):
         fit(run, _search(run))
-        best = Table.read(run).best
+        best = Table(run).best
         if config.confirm_seeds and best is not None and not run.budget.spent:
             fit(run, _meeting(run, best.point))
-        return report(run, Table.read(run))
+        return report(run, Table(run))
 
 
 def resume_sweep(directory: Path, trusted: bool = False) -> Path:
@@ -36,7 +36,8 @@ def resume_sweep(directory: Path, trusted: bool = False) -> Path:
 def _search(run: SweepRun) -> Plan:
     config, root = run.config, run.directory
     if config.search == "optuna":
-        return Plan.suggested(config, root, common_points([trial.point for trial in run.searched()]))
+        known = [trial.point for trial in run.trials() if trial.seed < FRESH_SEEDS]
+        return Plan.suggested(config, root, common_points(known))
     if config.scheduler.kind == "pbt":
         return Plan.population(config, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
     points, seeds = common_points(config.points), range(config.seeds)

@@ -11,6 +11,7 @@ from rich.table import Column
 from rich.table import Table as Lines
 
 from orchestration.html_report import conclude
+from orchestration.run import register
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial, reports
 from policies.search_space import Point, common_points, short
@@ -21,20 +22,24 @@ from policies.verdicts import interval, plain
 class Outcome:
     """What came of one trial: the metric at its last report, and how it ended."""
 
-    trial: Trial
+    name: str
+    point: Point
+    seed: int
     status: str  # FINISHED, STOPPED (by the scheduler), KILLED or FAILED
     value: float | None
     step: int
     images: int
     error: str | None
+    mlflow_run_id: str | None
 
     @classmethod
     def of(cls, run: SweepRun, trial: Trial) -> Self:
         """Read from the trial's directory."""
-        known, told = trial.known(), reports(run.config, trial)
+        known, manifest, told = trial.known(), trial.manifest(), reports(run.config, trial)
         last: dict[str, Any] = told[-1] if told else {run.metric: None, "step": 0, "images": 0}
-        status = "STOPPED" if "stopped" in known else trial.manifest().get("status", "FAILED")
-        return cls(trial, status, last[run.metric], last["step"], last["images"], known.get("error"))
+        status = "STOPPED" if "stopped" in known else manifest.get("status", "FAILED")
+        ends = status, last[run.metric], last["step"], last["images"], known.get("error")
+        return cls(trial.name, trial.point, trial.seed, *ends, manifest.get("mlflow_run_id"))
 
 
 @dataclass(frozen=True)
@@ -52,30 +57,31 @@ class PointResult:
 class Table:
     """All outcomes of a sweep, and its points from best to worst."""
 
-    def __init__(self, outcomes: list[Outcome], better: int) -> None:
-        self.outcomes = outcomes
-        self._better = better
-        self.points = self._ranked([each for each in outcomes if each.trial.seed < FRESH_SEEDS])
-        complete = [point for point in self.points if point.complete]
-        self.best = complete[0] if complete else None
-        self.fresh = self._ranked([each for each in outcomes if each.trial.seed >= FRESH_SEEDS])
+    def __init__(self, run: SweepRun) -> None:
+        self._better = 1 if run.config.direction == "max" else -1
+        self.outcomes = [Outcome.of(run, trial) for trial in run.trials()]
+        self.points = self._ranked([each for each in self.outcomes if each.seed < FRESH_SEEDS])
+        self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
+        self.best = next((point for point in self.points if point.complete), None)
 
-    @classmethod
-    def read(cls, run: SweepRun) -> Self:
-        """From the directories of the trials."""
-        outcomes = [Outcome.of(run, trial) for trial in run.trials()]
-        return cls(outcomes, 1 if run.config.direction == "max" else -1)
+    def searched(self, point: Point) -> list[Outcome]:
+        """The trials of a point in the search."""
+        return [each for each in self.outcomes if each.point == point and each.seed < FRESH_SEEDS]
 
     def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
         found = []
-        for point in common_points([each.trial.point for each in outcomes]):
-            mine = [each for each in outcomes if each.trial.point == point]
+        for point in common_points([each.point for each in outcomes]):
+            mine = [each for each in outcomes if each.point == point]
             values = [each.value for each in mine if each.value is not None]
             mean, low, high = map(float, interval(np.array(values))) if values else (np.nan,) * 3
             complete = all(each.status == "FINISHED" for each in mine)
             found.append(PointResult(point, values, mean, low, high, complete))
         # A point that was stopped early is not compared with one that was not.
         return sorted(found, key=lambda p: (p.complete, self._better * p.mean if p.values else -np.inf), reverse=True)
+
+    def first(self, point: Point) -> Outcome:
+        """The best trial of a point, all of which have finished."""
+        return max(self.searched(point), key=lambda each: self._better * (each.value or 0.0))
 
     def confirmation(self) -> dict[str, Any] | None:
         """The best point's gain over the unchanged configuration, paired by fresh seed: positive is better."""
@@ -96,7 +102,7 @@ class Table:
 def report(run: SweepRun, table: Table) -> Path:
     """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
     config = run.config
-    tried = [(each.trial.point, each.value) for each in table.outcomes if each.value is not None]
+    tried = [(each.point, each.value) for each in table.outcomes if each.value is not None]
     if not tried:
         reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
         raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
@@ -110,7 +116,7 @@ def report(run: SweepRun, table: Table) -> Path:
         "best": vars(table.best) if table.best else None,
         "confirmation": confirmation,
         "model": model,
-        "trials": [_told(each) for each in table.outcomes],
+        "trials": [vars(each) for each in table.outcomes],
         "reward_queries": sum(each.images for each in table.outcomes),
         "budget_spent": run.budget.spent,
     }
@@ -126,7 +132,7 @@ def lines(metric: str, table: Table) -> Lines:
     value_column = Column(metric, justify="right")
     found = Lines(*names, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
     for point in table.points:
-        mine = [each for each in table.outcomes if each.trial.point == point.point and each.trial.seed < FRESH_SEEDS]
+        mine = table.searched(point.point)
         spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
         value = f"{point.mean:.4g}{spread}" if point.values else "–"
         ends = sorted({f"{each.status.lower()} at {each.step}" for each in mine if each.status != "FINISHED"})
@@ -153,18 +159,9 @@ def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
 def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str:
     """The best point's best trial as a version of an MLflow model, with the alias "best"."""
     assert table.best is not None
-    mine = [each for each in table.outcomes if each.trial.point == table.best.point and each.trial.seed < FRESH_SEEDS]
-    sign = 1 if run.config.direction == "max" else -1
-    first = max(mine, key=lambda each: sign * (each.value if each.value is not None else -np.inf))
+    first = table.first(table.best.point)
     tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
     if confirmation:
         tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
-    run_id = first.trial.manifest()["mlflow_run_id"]
-    return run.tracker.register(str(run.config.register_as), run_id, "pipeline", "best", tags)
-
-
-def _told(outcome: Outcome) -> dict[str, Any]:
-    trial = outcome.trial
-    about = {key: value for key, value in vars(outcome).items() if key != "trial"}
-    run_id = trial.manifest().get("mlflow_run_id")
-    return {"name": trial.name, "point": trial.point, "seed": trial.seed, **about, "mlflow_run_id": run_id}
+    name = str(run.config.register_as)
+    return register(run.directory / "trials" / first.name, name, "best", run.display.say, tags)

@@ -1,22 +1,18 @@
 """A sweep's run: its directory and MLflow run, what it may spend, and what it shows while trials come and go."""
 
-import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ray.tune import Stopper
 
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError
-from orchestration.display import Display, Row
+from orchestration.display import Row
 from orchestration.outbox import undelivered
-from orchestration.run import Run, known_manifest, new_directory, new_manifest
+from orchestration.run import Run, known_manifest, new_directory, new_manifest, sync
 from orchestration.sweep_config import BudgetSettings, SweepConfig
-from orchestration.tracking import TrackingSettings, deliver_rest
-from orchestration.trial import FRESH_SEEDS, Trial, metric_of, reports, trials_in
-from pipelines.atomic import write_json
+from orchestration.trial import Trial, metric_of, reports, trials_in
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
 
@@ -44,40 +40,35 @@ class Budget(Stopper):
 
 
 class SweepRun(Run):
-    """One sweep, new or continued. Trials keep their own state; leaving it closes those that Tune left open."""
+    """One sweep, new or the one that ``output_dir`` holds: its directory appears when this is made, and nothing before.
 
-    def __init__(self, directory: Path, config: SweepConfig, manifest: dict[str, Any], machine: Machine) -> None:
-        self.metric = metric_of(config)
-        label = self.metric.replace("_", " ")
-        row = Row(self.metric, label, f"{label} {{}}", colour="green")
-        total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
-        self._done = {trial.name for trial in trials_in(directory) if trial.over()}
-        title, before = f"{config.name} · {directory}", len(self._done)
-        display = Display(title, total, before, rows=(row,), unit="trial", typical=statistics.fmean)
-        super().__init__(directory, manifest, config.tracking, display)
-        self.config = config
-        self.cpus_per_trial = config.cpus_per_trial or machine.cpus
-        self.budget = Budget(config.budget, self._wall_before)
+    Trials keep their own state; leaving it closes those that Tune left open.
+    """
 
-    @classmethod
-    def open(cls, config: SweepConfig, machine: Machine) -> Self:
-        """A new sweep, or the one that ``output_dir`` holds. Its directory appears here, and nothing before."""
+    config: SweepConfig
+
+    def __init__(self, config: SweepConfig, machine: Machine) -> None:
         directory = new_directory(config)
         held = known_manifest(directory)
         manifest = new_manifest("sweep", config, held)
         for key in _DECIDES if held else ():
             if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
-        return cls(directory, config, manifest, machine)
+        self.metric = metric_of(config)
+        label = self.metric.replace("_", " ")
+        row = Row(self.metric, label, f"{label} {{}}", colour="green")
+        total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
+        self._done = {trial.name for trial in trials_in(directory) if trial.over()}
+        super().__init__(directory, config, manifest, total, len(self._done), rows=(row,), unit="trial")
+        self.cpus_per_trial = config.cpus_per_trial or machine.cpus
+        self.budget = Budget(config.budget, self._wall_before)
 
     def opened(self) -> None:
         """Tell MLflow what is swept."""
-        config = self.config
-        tags = {"loop": config.loop, "sweep": config.name, "metric": self.metric, "run_directory": str(self.directory)}
-        self.tracker.describe(self.manifest["config"], tags | {"git_commit": self.manifest["git_commit"]}, [])
+        tags = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
+        self.introduce(self.manifest["config"], tags)
 
     def __exit__(self, *error: Any) -> None:
-        self.manifest["wall_seconds"] = self.wall_seconds()
         try:
             self.settle()
         finally:
@@ -91,13 +82,9 @@ class SweepRun(Run):
         """Every trial that has begun."""
         return trials_in(self.directory)
 
-    def searched(self) -> list[Trial]:
-        """Those of the search, without the confirmation's."""
-        return [trial for trial in self.trials() if trial.seed < FRESH_SEEDS]
-
     def trial_tracking(self) -> dict[str, Any]:
         """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
-        store = {"uri": self.tracker.uri, "experiment": self._tracking.experiment or "sweep"}
+        store = {"uri": self.tracker.uri, "experiment": self.config.tracking.experiment or "sweep"}
         return {**store, "system_metrics": False, "parent": self.tracker.run_id}
 
     def ended(self, trial: Trial, step: int | None) -> None:
@@ -113,24 +100,17 @@ class SweepRun(Run):
         values = {self.metric: found[-1][self.metric]} if found else {}
         self.display.step(len(self._done), values, note=note)
         self.tracker.metrics(len(self._done), values, int(time.time() * 1000))
-        self.manifest |= {"wall_seconds": self.wall_seconds(), "committed_step": len(self._done)}
+        self.manifest["committed_step"] = len(self._done)
         self._status("RUNNING")
 
     def settle(self) -> None:
         """Close what trials left open in MLflow: Tune ends a trial's process without asking."""
         for trial in self.trials():
-            manifest, stopped = trial.manifest(), trial.known().get("stopped")
-            closed = manifest.get("status") != "RUNNING" and (stopped is None or trial.known().get("told"))
-            if closed and not undelivered(trial.directory / "outbox"):
-                continue
-            trial.wait_until_free()
-            deliver_rest(trial.directory, TrackingSettings(**self.trial_tracking()), self.display.say)
-            if closed:
-                continue
-            manifest = trial.manifest()  # its process may have closed it in the meantime
-            if manifest.get("status") == "RUNNING":
-                write_json(trial.directory / "manifest.json", manifest | {"status": "KILLED"})
-            tags = {} if stopped is None else {"stopped_by": f"{self.config.scheduler.kind} after step {stopped}"}
-            for run_id in (*manifest.get("mlflow_children", {}).values(), manifest["mlflow_run_id"]):
-                self.tracker.close(run_id, "KILLED", tags)
-            trial.note(told=stopped is not None)
+            known, status = trial.known(), trial.manifest().get("status")
+            untold = "stopped" in known and not known.get("told")
+            if untold or status == "RUNNING" or undelivered(trial.directory / "outbox"):
+                trial.wait_until_free()
+                why = {"stopped_by": f"{self.config.scheduler.kind} after step {known['stopped']}"} if untold else None
+                sync(trial.directory, self.display.say, why)
+                if untold:
+                    trial.note(told=True)

@@ -6,11 +6,8 @@ server that is away holds up nothing and loses nothing, and what is said again a
 
 import contextlib
 import copy
-import getpass
-import os
 import re
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -25,7 +22,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestration.mlflow_store import MlflowStore, TrackingError
-from orchestration.outbox import Outbox, undelivered
+from orchestration.outbox import Outbox, Record, undelivered
 from policies.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -119,7 +116,9 @@ class Tracker:
         return child
 
     def _new(self, name: str, parent: str | None) -> str:
-        tags = _who() | ({"mlflow.parentRunId": parent} if parent else {})
+        from mlflow.tracking.context.registry import resolve_tags
+
+        tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
         return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
 
     def _begin(self, run_id: str) -> None:
@@ -128,15 +127,13 @@ class Tracker:
         self._finished = False
         self._put("status", status="RUNNING", timestamp_ms=_now())
 
-    def describe(
-        self, parameters: Mapping[str, Any], tags: Mapping[str, str], prompts: Sequence[str], note: str = ""
-    ) -> None:
-        """Record what the run is: ``parameters`` under dotted names, ``tags``, ``prompts`` as its dataset.
+    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+        """Record what the run is: ``parameters`` under dotted names, and ``tags``.
 
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
         machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
         """
-        self._put("describe", parameters=flatten(parameters), tags=dict(tags), prompts=list(prompts), note=note)
+        self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, in place of what they said."""
@@ -211,22 +208,12 @@ class Tracker:
         if self._outbox.waiting:
             self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
-    def close(self, run_id: str, status: Ending, tags: Mapping[str, str]) -> None:
-        """Close another run of this store that its own process could not close."""
-        self._outbox.put(
-            {"run": run_id, "kind": "tags", "tags": dict(tags)},
-            {"run": run_id, "kind": "status", "status": status, "timestamp_ms": _now()},
-        )
-
-    def register(self, name: str, run_id: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
-        """Make the artifacts of a run under ``path`` a version of the model ``name``. Returns its models:/ address."""
-        return self._store.register(name, run_id, path, alias, tags)
-
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
         if self._store.is_server:
             return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
-        return f"{_program()} ui --backend-store-uri {shlex.quote(self.uri)} --host 127.0.0.1 --port 5000"
+        program = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+        return f"{program} --host 127.0.0.1 --port 5000"
 
     def _put(self, kind: str, **content: Any) -> None:
         self._outbox.put({"run": self.run_id, "kind": kind, **content})
@@ -262,18 +249,14 @@ class _SystemMetrics(threading.Thread):
 
 
 def deliver_rest(
-    directory: Path, settings: TrackingSettings, say: Callable[[str], None], killed: Sequence[str] = ()
+    directory: Path, settings: TrackingSettings, say: Callable[[str], None], more: Sequence[Record] = ()
 ) -> int:
-    """Deliver what the outbox of a run that is over still holds. Returns how many records are left.
-
-    ``killed`` are MLflow runs of it that nobody closed.
-    """
-    if not killed and not undelivered(directory / "outbox"):
+    """Deliver what the outbox of a run that is over still holds, and ``more``. Returns how many records are left."""
+    if not more and not undelivered(directory / "outbox"):
         return 0
     store = open_store(directory, settings)
     outbox = Outbox(directory / "outbox", store.deliver, say)
-    end = {"kind": "status", "status": "KILLED", "timestamp_ms": _now()}
-    outbox.put(*({"run": run_id, **end} for run_id in killed))
+    outbox.put(*more)
     outbox.drain(_DONE_SECONDS)
     outbox.close()
     return outbox.waiting
@@ -302,24 +285,6 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def names_user(uri: str) -> bool:
     """Whether ``uri`` names a user, as in http://user:password@host."""
     return "@" in urlsplit(uri).netloc
-
-
-def _who() -> dict[str, str]:
-    """The tags by which MLflow knows who started a run."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = "unknown"
-    return {"mlflow.user": user, "mlflow.source.type": "LOCAL"}
-
-
-def _program() -> str:
-    """The ``mlflow`` of this environment, as short as the shell will still find it."""
-    own = Path(sys.executable).parent / "mlflow"
-    if not own.exists() or shutil.which("mlflow") == str(own):
-        return "mlflow"
-    with_folder = os.path.relpath(own)
-    return shlex.quote(str(own) if with_folder.startswith("..") else with_folder)
 
 
 def _digest(*texts: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never half of it; large ones without indent."""
-    aside = path.with_name(f".{path.name}.partial")
-    write_durably(aside, (json.dumps(content, indent=indent) + "\n").encode())
-    os.replace(aside, path)
+    """Put a JSON file in place of the old one; large ones without indent."""
+    replace_durably(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 def as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -94,6 +92,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
+
+
+def cut_lines(path: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines that are ``wanted``; what else is in it, or damaged, is taken out of it."""
+    records = [record for record in read_lines(path) if wanted(record)]
+    if path.exists() and path.read_bytes() != as_lines(records):
+        replace_durably(path, as_lines(records))
+    return records
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, never half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    write_durably(aside, content)
+    os.replace(aside, path)
 
 
 def write_durably(path: Path, content: bytes) -> None:

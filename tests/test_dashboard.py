@@ -148,7 +148,7 @@ def test_what_somebody_wrote_is_kept(server: str, ddpo: list[Path]) -> None:
     client, run_id = MlflowClient(server), run_of(ddpo[1])
     client.set_tag(run_id, "mlflow.note.content", "somebody's own words")
     tracker = Tracker(ddpo[1], TrackingSettings(uri=server, system_metrics=False), "fast", run_id)
-    tracker.describe({}, {"loop": "ddpo"}, [], "the program's words")
+    tracker.describe({}, {"loop": "ddpo"}, "the program's words")
     tracker.finish("FINISHED")
     assert client.get_run(run_id).data.tags["mlflow.note.content"] == "somebody's own words"
 

@@ -285,15 +285,15 @@ def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.ddpo import resume_ddpo
-    from orchestration.fork import fork
+    from orchestration.ddpo_run import DdpoRun
 
-    same = fork(finished, [f"output_dir={tmp_path / 'same'}", "actors.samplers=3"], step=STEPS - 1)
+    same = DdpoRun.fork(finished, [f"output_dir={tmp_path / 'same'}", "actors.samplers=3"], step=STEPS - 1)
     resume_ddpo(same)
     assert_same_end(same, finished)
     assert summary(same)["mlflow_run_id"] != summary(finished)["mlflow_run_id"]
     past = [(directory / "metrics.jsonl").read_text().splitlines()[: STEPS - 1] for directory in (same, finished)]
     assert past[0] == past[1]
-    other = fork(finished, [f"output_dir={tmp_path / 'other'}", "training.learning_rate=5e-4"], step=STEPS - 1)
+    other = DdpoRun.fork(finished, [f"output_dir={tmp_path / 'other'}", "training.learning_rate=5e-4"], step=STEPS - 1)
     resume_ddpo(other)
     assert summary(other)["weights_sha256"] != summary(finished)["weights_sha256"]
     for wrong, message in (
@@ -302,18 +302,19 @@ def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
         ([f"output_dir={finished}"], "holds a run already"),
     ):
         with pytest.raises(ConfigError, match=message):
-            fork(finished, wrong, step=STEPS - 1)
+            DdpoRun.fork(finished, wrong, step=STEPS - 1)
     with pytest.raises(ConfigError, match=r"no commit of step 1 \(there are: \[3, 4\]\)"):
-        fork(finished, [], step=1)
+        DdpoRun.fork(finished, [], step=1)
 
 
 def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.ddpo import resume_ddpo
-    from orchestration.fork import fork
+    from orchestration.ddpo_run import DdpoRun
 
-    directory = fork(finished, [f"output_dir={tmp_path / 'run'}", "actors.learners=2", "actors.samplers=1"], step=3)
+    other = [f"output_dir={tmp_path / 'run'}", "actors.learners=2", "actors.samplers=1"]
+    directory = DdpoRun.fork(finished, other, step=3)
 
     def kill_one_when_all_is_learned(run: DdpoRun) -> None:
         learners = []

@@ -194,15 +194,15 @@ def test_mlflow_holds_arms_and_seeds_below_the_run(finished: Path) -> None:
             dict(enumerate(content["arms"][name]["metrics"]["fid"]["mean"], start=1))
         )
         assert arm.data.tags["rule"] == content["arms"][name]["settings"]["rule"]
+        inputs = {each.dataset.name: each.dataset for each in client.get_run(arm.info.run_id).inputs.dataset_inputs}
+        assert sorted(inputs) == [f"generation {number:03d}" for number in (1, 2, 3)]
+        assert "60" in inputs["generation 001"].profile
         seeds = below(arm)
         assert {run.data.params["seed"] for run in seeds} == {"0", "1"}
         for run in seeds:
             points = client.get_metric_history(run.info.run_id, "recall")
             values = content["arms"][name]["metrics"]["recall"]["values"][int(run.data.params["seed"])]
             assert {p.step: p.value for p in points} == dict(enumerate(values, start=1))
-            inputs = {each.dataset.name: each.dataset for each in run.inputs.dataset_inputs}
-            assert sorted(inputs) == [f"generation {number:03d}" for number in (1, 2, 3)]
-            assert "60" in inputs["generation 001"].profile
             images = [Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "images")]
             steps = sorted(int(image.split("+")[2]) for image in images if "compressed" in image)
             assert steps == list(range(GENERATIONS + 1))  # at step 0, real images

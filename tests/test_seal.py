@@ -10,7 +10,7 @@ import pytest
 from orchestration.cli import app
 from orchestration.config import ConfigError
 from orchestration.ddpo import resume_ddpo
-from orchestration.fork import fork
+from orchestration.ddpo_run import DdpoRun
 from orchestration.mad import resume_mad
 from orchestration.seal import check_seal, seal
 from orchestration.sweep import resume_sweep
@@ -20,6 +20,7 @@ DDPO = {"reward": {"function": "strangers_code:prettiness"}, "output_dir": None}
 CURATED = {"rule": "curated", "n_ini": 9, "n_real": 9, "n_synthetic": 9, "reward": "strangers_code:prettiness"}
 MAD = {"family": "gaussian", "arms": {"plain": CURATED}}
 SWEEP = {"loop": "ddpo", "config": "base.yaml", "space": {}}
+fork = DdpoRun.fork
 LOOPS = [("ddpo", DDPO, resume_ddpo), ("mad", MAD, resume_mad), ("sweep", SWEEP, resume_sweep), ("ddpo", DDPO, fork)]
 
 

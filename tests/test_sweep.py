@@ -242,10 +242,10 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     from orchestration.sweep_run import SweepRun
 
     content = {**PHASE, "output_dir": str(tmp_path)}
-    with SweepRun.open(configure(content), Machine(2, 0)):
+    with SweepRun(configure(content), Machine(2, 0)):
         pass
     with pytest.raises(ConfigError, match="holds a sweep with another space"):
-        SweepRun.open(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))
+        SweepRun(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))
 
 
 def test_the_shipped_sweeps_can_run() -> None:

@@ -59,8 +59,8 @@ def test_a_run_is_described(directory: Path) -> None:
             "odd<key>": True,
         },
         {"git_commit": "abc", "long": "y" * 9000},
-        ["a red seven", "a blue two"],
     )
+    tracker.dataset("prompts", "0123abc", "prompts.txt", {"prompts": 2})
     run = client_of(tracker).get_run(tracker.run_id)
     assert run.info.run_name == "first"
     assert run.data.params["model.path"] == "x"
@@ -74,7 +74,7 @@ def test_a_run_is_described(directory: Path) -> None:
     (entry,) = run.inputs.dataset_inputs
     assert entry.dataset.name == "prompts"
     assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
-    assert '"num_rows": 2' in entry.dataset.profile
+    assert (entry.dataset.source, entry.dataset.profile) == ("prompts.txt", '{"prompts": 2}')
 
 
 def test_artifacts_lie_beside_the_database(directory: Path) -> None:
@@ -96,7 +96,8 @@ def test_artifacts_lie_beside_the_database(directory: Path) -> None:
 def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> None:
     picture = np.zeros((8, 8, 3), np.uint8)
     first = Tracker(directory, QUIET, "first")
-    first.describe({"threads": 1, "steps": 5}, {}, ["p"])
+    first.describe({"threads": 1, "steps": 5}, {})
+    first.dataset("prompts", "0123abc", "prompts.txt", {})
     first.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
     first.metrics(2, {"reward/mean": 0.6}, 2000)
     first.image("samples/fixed", picture, 2)
@@ -106,7 +107,8 @@ def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> N
     second = Tracker(directory, QUIET, "ignored", run_id=first.run_id)
     assert second.run_id == first.run_id
     assert client_of(second).get_run(second.run_id).info.status == "RUNNING"
-    second.describe({"threads": 2, "steps": 5}, {}, ["p"])
+    second.describe({"threads": 2, "steps": 5}, {})
+    second.dataset("prompts", "0123abc", "prompts.txt", {})
     second.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
     second.metrics(2, {"reward/mean": 0.6}, 2000)
     second.metrics(3, {"reward/mean": 0.7}, 3000)
@@ -168,7 +170,7 @@ def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path:
     program = (
         "from pathlib import Path; from orchestration.tracking import *; import sys;"
         f"tracker = Tracker(Path({str(run)!r}), TrackingSettings(), 'name');"
-        "tracker.describe({'a': 1}, {}, ['p']); tracker.metrics(1, {'m': 1.0}, 1); tracker.finish('FINISHED')"
+        "tracker.describe({'a': 1}, {}); tracker.metrics(1, {'m': 1.0}, 1); tracker.finish('FINISHED')"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -239,7 +241,7 @@ def server(tmp_path: Path, empty_store: Path) -> Iterator[MlflowServer]:
 def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, tmp_path: Path) -> None:
     settings = TrackingSettings(uri=server.uri, experiment="served")
     first = Tracker(tmp_path / "run", settings, "first")
-    first.describe({"seed": 1}, {"kind": "test"}, ["a red seven"])
+    first.describe({"seed": 1}, {"kind": "test"})
     first.metrics(1, {"reward/mean": 0.1 + 0.2}, 1000)
     first.image("fixed", np.full((8, 8, 3), 200, np.uint8), 1)
     first.artifact(Path(__file__), "source")
