@@ -26,13 +26,15 @@ class Pool:
     RESTARTS: ClassVar[int] = 20
 
     def __init__(self, seats: Seats, worker: type, *arguments: Any) -> None:
+        """Every member is a ``worker`` made of ``arguments``, its device and its threads, and what is its own."""
         self.role = role = seats.role
         options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
         # Without a bound of their own, as Ray tries again and again before it knows that a node is gone.
         options |= {"max_restarts": self.RESTARTS, "max_task_retries": -1 if self.RESTARTS else 0}
         actor: Any = ray.remote(worker)
+        given = *arguments, role.device, role.threads
         self.members: list[ActorHandle] = [
-            actor.options(**options, scheduling_strategy=place).remote(*arguments, *self._of_its_own(number))
+            actor.options(**options, scheduling_strategy=place).remote(*given, *self._of_its_own(number))
             for number, place in enumerate(seats.places)
         ]
         self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]

@@ -101,7 +101,7 @@ class Samplers(Pool):
     """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""
 
     def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
-        super().__init__(seats, Sampler, model, sampling, seats.role.device, seats.role.threads)
+        super().__init__(seats, Sampler, model, sampling)
         self.images_per_call = images_per_call
         self.published = Published()
 

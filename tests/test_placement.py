@@ -146,12 +146,15 @@ def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None
         from actors.worker import Worker
 
         class Where(Worker):
+            def __init__(self, device: str, threads: int) -> None:
+                super().__init__(threads)
+
             def group(self) -> str:
                 return get_current_placement_group().id.hex()
 
         room = Room([HALF])
         room.wait(0, lambda: None)
-        pool = Pool(room.seats()["half"], Where, 1)
+        pool = Pool(room.seats()["half"], Where)
         room.leave()
         return get_current_placement_group().id.hex(), ray.get(pool.everyone("group"), timeout=60)
 
