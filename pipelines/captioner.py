@@ -14,9 +14,7 @@ class Captioner:
     def __init__(self, settings: CaptionerSettings, device: str = "cpu") -> None:
         import transformers
 
-        if settings.path is None:
-            raise ValueError("captioner.path is null: there is no captioner to load")
-        path = resolve_model(settings.path)
+        path = resolve_model(str(settings.path))
         self.device = torch.device(device)
         kind = transformers.AutoConfig.from_pretrained(path).model_type
         if kind not in ("blip", "blip-2"):

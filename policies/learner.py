@@ -67,8 +67,6 @@ class PolicyLearner:
         micro_batch: int,
         group: Group | None = None,
     ) -> None:
-        if not parameters:
-            raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(parameters)
         self.settings = settings
         self.micro_batch = micro_batch

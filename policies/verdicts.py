@@ -35,11 +35,11 @@ class Verdict:
     seeds_needed: int | None
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds of ``values`` (seeds, …), and its Student interval, each (…). One seed has no interval (nan)."""
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over seeds of ``values`` (seeds, …), and its 95 % Student interval, each (…); of one seed nan."""
     values = np.asarray(values, dtype=np.float64)
     mean, seeds = values.mean(axis=0), len(values)
-    half = _half_width(seeds, level) * values.std(axis=0, ddof=1) if seeds > 1 else np.full_like(mean, nan)
+    half = _half_width(seeds) * values.std(axis=0, ddof=1) if seeds > 1 else np.full_like(mean, nan)
     return mean, mean - half, mean + half
 
 
@@ -127,11 +127,11 @@ def rank_correlation(levels: np.ndarray, values: np.ndarray) -> tuple[float, flo
     return correlation(seeds), float(draws.confidence_interval.low), float(draws.confidence_interval.high)
 
 
-def _half_width(seeds: int | np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Half of an interval's width over the standard deviation of what ``seeds`` values it is for."""
+def _half_width(seeds: int | np.ndarray) -> np.ndarray:
+    """Half of a 95 % interval's width over the standard deviation of what ``seeds`` values it is for."""
     from scipy.stats import t
 
-    return np.asarray(t.ppf((1 + level) / 2, np.asarray(seeds) - 1) / np.sqrt(seeds))
+    return np.asarray(t.ppf(0.975, np.asarray(seeds) - 1) / np.sqrt(seeds))
 
 
 def _seeds_needed(changes: np.ndarray, limit: float) -> int:
