@@ -136,7 +136,7 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
     if family in CLOSED_FORM:
         model = load_generator(family, inputs[0])
-        return _write({name: values.tolist() for name, values in model.measure().items()})
+        return _metrics(model.measure())
     from pipelines.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
@@ -173,11 +173,9 @@ _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
 }
 
 
-def _metrics(values: Mapping[str, float], histogram: Sequence[float] | None = None) -> Files:
-    return _write({name: [value] for name, value in values.items()}, histogram)
-
-
-def _write(metrics: Mapping[str, list[float]], histogram: Sequence[float] | None = None) -> Files:
+def _metrics(values: Mapping[str, float | np.ndarray], histogram: Sequence[float] | None = None) -> Files:
+    """``values`` of one universe, or (universes,) each."""
+    metrics = {name: np.atleast_1d(value).tolist() for name, value in values.items()}
     return {"metrics.json": json.dumps({"metrics": metrics, "class_histogram": histogram}).encode()}
 
 
