@@ -124,17 +124,14 @@ class Learner(Pool):
         seed: int,
         timeout: float,
     ) -> None:
-        self._timeout, self._store = timeout, None
-        if seats.role.count > 1:
+        role, meetings = seats.role, []
+        if role.count > 1:
             from policies.group import meeting_place
 
-            self._store = meeting_place(ray.util.get_node_ip_address())
-        super().__init__(seats, LearnerActor, model, sampling, training, seed)
-
-    def _of_its_own(self, number: int) -> tuple[Any, ...]:
-        if self._store is None:
-            return ()
-        return ((self._store.host, self._store.port, number, self.role.count, self.role.device, self._timeout),)
+            self._store = store = meeting_place(ray.util.get_node_ip_address())  # for as long as they may look for it
+            members = range(role.count)
+            meetings = [(store.host, store.port, number, role.count, role.device, timeout) for number in members]
+        super().__init__(seats, LearnerActor, model, sampling, training, seed, own=meetings)
 
     def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[list[ObjectRef], ObjectRef]:
         """References of every member's :class:`Update`, and of the new weights."""

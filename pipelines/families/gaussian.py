@@ -64,12 +64,7 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
-        return np.stack([_root_of_one(each) for each in covariance])
-
-
-def _root_of_one(covariance: np.ndarray) -> np.ndarray:
-    try:
-        return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:  # fewer samples than dimensions, or a variance that has vanished
-        values, vectors = np.linalg.eigh(covariance)
-        return vectors * np.sqrt(np.clip(values, 0, None))
+        if len(covariance) > 1:
+            return np.concatenate([_square_root(each[None]) for each in covariance])
+        values, vectors = np.linalg.eigh(covariance)  # fewer samples than dimensions, or a variance that has vanished
+        return vectors * np.sqrt(np.clip(values, 0, None))[:, None]
