@@ -82,12 +82,9 @@ class Evaluator:
         """
         wanted = [parse(prompt) for prompt in prompts]
         seen = self.slots(images)
-        verdict = {}
-        for slot in SLOTS:
-            met = [want[slot] in (None, word) for want, word in zip(wanted, seen[slot], strict=True)]
-            verdict[slot] = np.array(met, dtype=bool)
-        verdict["full"] = np.logical_and.reduce([verdict[slot] for slot in SLOTS])
-        return verdict
+        pairs = {slot: zip(wanted, seen[slot], strict=True) for slot in SLOTS}
+        met = {slot: np.array([want[slot] in (None, word) for want, word in each]) for slot, each in pairs.items()}
+        return met | {"full": np.logical_and.reduce(list(met.values()))}
 
 
 def to_network_input(images: np.ndarray) -> Tensor:
