@@ -34,8 +34,8 @@ def seeds_with(changes: list[float], first: float, better: str) -> np.ndarray:
 
 def test_interval_is_students(rng: np.random.Generator) -> None:
     values = rng.normal(size=(5, 2, 3))
-    mean, low, high = interval(values, level=0.9)
-    expected = stats.t.interval(0.9, 4, loc=values.mean(axis=0), scale=stats.sem(values, axis=0))
+    mean, low, high = interval(values)
+    expected = stats.t.interval(0.95, 4, loc=values.mean(axis=0), scale=stats.sem(values, axis=0))
     np.testing.assert_allclose([low, high], expected)
     np.testing.assert_allclose(mean, values.mean(axis=0))
 
