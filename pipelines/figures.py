@@ -121,27 +121,24 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     shown = dict(list(lanes.items())[:_MOST_LANES])
     steps = [span for spans in lanes.values() for span in spans if span[0] == "step"]
     begin, end = min(span[1] for span in steps), max(span[2] for span in steps)
-    kinds = [*dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")]
-    colours = {what: _KINDS.get(what, _FAINT) for what in kinds}
+    kinds = dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")
     figure, (axes,) = _sheet(1, 1, 9, 1.3 + 0.3 * len(shown))
     _dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
     labels = []
     for row, (name, spans) in enumerate(shown.items()):
-        done = [(what, start, stop - start) for what, start, stop in spans if what != "step"]
-        for kind, colour in colours.items():
-            bars = [(start - begin, length) for what, start, length in done if what == kind]
-            axes.broken_barh(bars, (row - 0.38, 0.76), color=colour)
-        busy = min(1.0, sum(length for *_, length in done) / (end - begin))
+        done = [(what, (start - begin, stop - start)) for what, start, stop in spans if what != "step"]
+        colours = [_KINDS.get(what, _FAINT) for what, _ in done]
+        axes.broken_barh([bar for _, bar in done], (row - 0.38, 0.76), color=colours)
+        busy = min(1.0, sum(length for _, (_, length) in done) / (end - begin))
         labels.append(f"{name}  {'waiting' if name == 'driver' else 'busy'} {busy:.0%}, {1 - busy:.0%} idle")
     for _, start, _ in steps:
         axes.axvline(start - begin, color=_INK, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(shown)), labels)
     axes.set(xlim=(0, end - begin), ylim=(len(shown) - 0.4, -0.6))
-    handles = []
-    for colour in dict.fromkeys(colours.values()):
-        alike = ", ".join(kind for kind, its in colours.items() if its == colour)
-        handles.append(axes.plot([], [], "s", color=colour, label=alike)[0])
-    axes.legend(handles=handles, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
+    for colour in dict.fromkeys([*_KINDS.values(), _FAINT]):
+        if alike := ", ".join(kind for kind in kinds if _KINDS.get(kind, _FAINT) == colour):
+            axes.plot([], [], "s", color=colour, label=alike)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
     _save(figure, path)
 
 

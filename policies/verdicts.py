@@ -48,15 +48,9 @@ def judge(values: np.ndarray, better: Literal["lower", "higher"], margin: float 
 
     *holds*: the whole interval lies within the margin, a factor 1 + ``margin`` either way for distances, ``margin``
     times the first mean for shares. *improves*, *degrades*: the interval excludes no change, and its centre lies beyond
-    the margin. Else *undecided*. Raises ValueError for fewer than two generations, or values that cannot be compared.
+    the margin. Else *undecided*, as is what has no finite change.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] < 2:
-        raise ValueError(f"a verdict compares generations, values has shape {values.shape}: give (seeds, 2 or more)")
-    ends = values[:, [0, -1]]
-    if not np.isfinite(ends).all() or (better == "lower" and ends.min() <= 0):
-        wanted = "positive" if better == "lower" else "finite"
-        raise ValueError(f"the first and last values must be {wanted}, they are {ends.tolist()}: judge another metric")
+    ends = np.asarray(values, dtype=np.float64)[:, [0, -1]]
     first, last = ends.mean(axis=0)
     if better == "lower":
         changes, limit, worse = np.log(ends[:, 1] / ends[:, 0]), log1p(margin), 1
