@@ -129,8 +129,7 @@ class Generation:
     number: int
     manifest: Manifest
     fit: Task
-    drawn: Task | None
-    count: int  # of samples drawn for later generations
+    drawn: Drawn | None  # for later generations
     evaluation: Task | None
     measure: Task
 
