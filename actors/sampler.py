@@ -69,18 +69,15 @@ class Sampler(Worker):
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
-        self._take(source)
+        if source.version != self.version:
+            receipt = self.set_weights(source.version, ray.get(source.weights))
+            if receipt.checksum != source.checksum:
+                raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
         return self.policy.rollout(prompts, seeds, source.version)
 
     def divergence(self, trajectory: Trajectory) -> np.ndarray:
         """How far from the base model the trajectory's policy is: KL of its first images (≤ 16,) in nats an image."""
         return self.policy.divergence(trajectory.first(_COMPARED), self.base)
-
-    def _take(self, source: Published) -> None:
-        if source.version != self.version:
-            receipt = self.set_weights(source.version, ray.get(source.weights))
-            if receipt.checksum != source.checksum:
-                raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
 
 
 class Samplers(Pool):

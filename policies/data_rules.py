@@ -119,12 +119,15 @@ def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -
         if generation == 1 or loop.rule == "real_only":  # the control, and generation 1 of every loop: one real set
             part, after = ledger.fixed(loop.initial())
             return Manifest(generation, (part,)), after
-        parts, after = _parts(loop, generation, generations, ledger)
+        count, synthetic = loop.sizes(generation, generations)
+        real, after = getattr(ledger, loop.supply)(count)
     except LedgerExhausted as error:
         raise LedgerExhausted(
             f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
             f"reference, or allow repeats with real_supply=fresh_with_replacement"
         ) from error
+    drawn = [Part("synthetic", g, 0, size) for g, size in _synthetic(loop, generation, synthetic).items()]
+    parts = [replace(real, weight=loop.real_weight), *drawn]
     # Kazdan et al.'s draw of fixed size, without replacement, from everything so far.
     subsample = (loop.n_total or loop.initial()) if loop.rule == "accumulate_subsample" else None
     manifest = Manifest(generation, tuple(part for part in parts if part.size), subsample)
@@ -140,14 +143,6 @@ def training_sets(loop: LoopSettings, generations: int, pool: int | None) -> lis
         manifest, ledger = mix(loop, generation, generations, ledger)
         manifests.append(manifest)
     return manifests
-
-
-def _parts(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
-    """Real samples by the loop's supply, then synthetic ones of earlier generations; parts may be empty."""
-    count, synthetic = loop.sizes(generation, generations)
-    real, ledger = getattr(ledger, loop.supply)(count)
-    drawn = [Part("synthetic", g, 0, size) for g, size in _synthetic(loop, generation, synthetic).items()]
-    return [replace(real, weight=loop.real_weight), *drawn], ledger
 
 
 def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int]:
