@@ -243,12 +243,9 @@ def _write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **
 
 
 def _figure(width: float, height: float, **options: Any) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **options)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **options)
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from pipelines import mad_figures
@@ -98,7 +99,7 @@ def test_the_legend_takes_no_room_from_the_panels_and_covers_none(figures: list[
             tmp_path / "x.png", {"fid": {f"a fairly long name, number {k}": VALUES for k in range(count)}}, {}, {}, {}
         )
         figure = figures[-1]
-        renderer = figure.canvas.get_renderer()
+        renderer = FigureCanvasAgg(figure).get_renderer()
         box = figure.axes[0].get_tightbbox(renderer)
         below = figure.legends[0].get_window_extent(renderer)
         assert below.y1 < box.y0

@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_runs_where() -> None:
     assert "8 threads, on cuda, stable nodes" in shown
     assert "2 × sampler: " in shown
     assert "on cuda, preemptible nodes" in shown
-    with pytest.raises(ConfigError, match=r"actors\.nodes: there is no role 'samplers', only sampler, captioner"):
+    with pytest.raises(ConfigError, match=r"actors\.nodes\.samplers.*'\^\(sampler\|captioner\|"):
         load_config(DdpoConfig, None, ["actors.nodes.samplers=preemptible"])
 
 
