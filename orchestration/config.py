@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from actors.settings import ActorSettings
 from orchestration.tracking import TrackingSettings
+from pipelines.checkpoint import parse_size
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
 from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings, explain
 
@@ -54,7 +55,16 @@ class CheckpointSettings(Settings):
     """Commits of the whole run state."""
 
     every: int = Field(5, ge=1, description="steps between commits")
-    keep: int = Field(2, ge=1, description="newest commits to keep")
+    keep: int | str = Field(2, description='newest commits to keep: their number, or what all may take ("20 GB")')
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _is_number_or_size(cls, keep: Any) -> Any:
+        if isinstance(keep, str):
+            parse_size(keep)
+        elif isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError('write how many commits are to be kept, 1 at least, or a size such as "20 GB"')
+        return keep
 
 
 class DdpoConfig(Settings):

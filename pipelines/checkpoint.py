@@ -1,11 +1,12 @@
-"""Commits of a run's state: named arrays and JSON after so many steps; the newest stay.
+"""Commits of a run's state: named arrays and JSON after so many steps; the newest stay, by number or by size.
 
 Tensors are safetensors, the rest is JSON: reading a commit can execute nothing.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 from pipelines.atomic import DamagedFiles, commit_directory, read_directory
 
 SCHEMA = 1
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -38,10 +40,22 @@ class LearnerState:
     weights_version: int
 
 
-class CheckpointStore:
-    """The commits of one run. The newest ``keep`` of them stay."""
+def parse_size(text: str) -> float:
+    """Bytes of a size such as "20 GB". Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text)
+    if found is None:
+        raise ValueError(f'write a size such as "20 GB", in {", ".join(_UNITS)}')
+    return float(found[1]) * _UNITS[found[2]]
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+
+class QuotaError(RuntimeError):
+    """A commit that is too large for what all commits together may take."""
+
+
+class CheckpointStore:
+    """The commits of one run. ``keep`` of them stay, the newest: so many, or as many as fit in a size ("20 GB")."""
+
+    def __init__(self, directory: Path, keep: int | str = 2) -> None:
         self.directory = directory
         self.keep = keep
         self.pinned: int | None = None  # the step of a commit that stays in any case
@@ -56,7 +70,7 @@ class CheckpointStore:
         return self.directory / f"step-{step:06d}"
 
     def commit(self, step: int, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> Path:
-        """Write a commit and forget those beyond ``keep``."""
+        """Write a commit and forget those beyond ``keep``. Raises QuotaError, before anything is written."""
         from safetensors.numpy import save
 
         target = self.path(step)
@@ -65,11 +79,31 @@ class CheckpointStore:
             _TENSORS: save({name: np.asarray(array, order="C") for name, array in tensors.items()}),
             _STATE: json.dumps(state).encode(),
         }
+        if isinstance(self.keep, str):
+            self._make_room(sum(map(len, files.values())), self.keep)
         commit_directory(target, files, {"schema": SCHEMA, "step": step})
-        for old in self.steps()[: -self.keep]:
-            if old != self.pinned:
-                shutil.rmtree(self.path(old), ignore_errors=True)
+        if isinstance(self.keep, int):
+            self._forget(self.steps()[: -self.keep])
         return target
+
+    def _make_room(self, size: int, quota: str) -> None:
+        """Forget old commits until one of ``size`` bytes fits in beside the others; the newest stays in any case."""
+        if 2 * size > parse_size(quota):
+            takes = f"a commit takes {size / 1e9:.3g} GB, and the one before it stays until it is whole"
+            raise QuotaError(f"{takes}: checkpoint.keep={quota!r} has to be {2 * size / 1e9:.3g} GB at least")
+        steps, taken = self.steps(), size
+        if self.pinned in steps:
+            steps.remove(self.pinned)
+            taken += sum(file.stat().st_size for file in self.path(self.pinned).iterdir())
+        for number, step in enumerate(reversed(steps)):
+            taken += sum(file.stat().st_size for file in self.path(step).iterdir())
+            if number and taken > parse_size(quota):
+                return self._forget(steps[:-number])
+
+    def _forget(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            if step != self.pinned:
+                shutil.rmtree(self.path(step), ignore_errors=True)
 
     def adopt(self, source: Path) -> int:
         """Put a commit of another store in place of what is held of its step and later. Returns its step."""

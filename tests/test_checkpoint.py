@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import atomic
 from pipelines.atomic import DamagedFiles, write_json
-from pipelines.checkpoint import CheckpointStore
+from pipelines.checkpoint import CheckpointStore, QuotaError
 from tests.damage import damaged
 
 TENSORS: dict[str, np.ndarray] = {
@@ -49,12 +49,28 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
         store.load(2)
 
 
-def test_the_best_commit_stays(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+def test_commits_stay_within_a_size(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep="1 MB")
+    tensors = {"weight": np.zeros(300_000, np.uint8)}
+    for step in (1, 2, 3, 4, 5):
+        store.commit(step, tensors, {})
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 1_000_000
+    assert store.steps() == [3, 4, 5]
+    with pytest.raises(QuotaError, match=r"0\.0006 GB, .*checkpoint\.keep='1 MB' has to be 0\.0012 GB"):
+        store.commit(6, {"weight": np.zeros(600_000, np.uint8)}, {})
+    assert store.load().step == 5
+    for step in (6, 7):
+        store.commit(step, {"weight": np.zeros(490_000, np.uint8)}, {})
+    assert store.steps() == [6, 7]
+
+
+@pytest.mark.parametrize("keep", [1, "1.5 MB"])
+def test_the_best_commit_stays(tmp_path: Path, keep: int | str) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep)
     for step in range(1, 7):
-        store.commit(step, {"weight": np.zeros(4)}, {})
+        store.commit(step, {"weight": np.zeros(400_000, np.uint8)}, {})
         store.pinned = 2 if step >= 2 else None
-    assert store.steps() == [2, 6]
+    assert store.steps() == ([2, 6] if keep == 1 else [2, 5, 6])
 
 
 def test_a_new_store_is_empty(store: CheckpointStore) -> None:

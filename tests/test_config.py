@@ -84,8 +84,8 @@ WRONG = {
     "tracking to nowhere": (["tracking.uri=ftp://server"], "tracking: uri"),
     "output in a file": (["output_dir=pyproject.toml"], "not an empty directory"),
     "output in a used directory": (["output_dir=configs"], "not an empty directory"),
-    "no commit kept": (["checkpoint.keep=0"], "greater than or equal to 1"),
-    "commits kept by a word": (["checkpoint.keep=some"], "valid integer"),
+    "no commit kept": (["checkpoint.keep=0"], "1 at least"),
+    "commits kept by a word": (["checkpoint.keep=some"], 'a size such as "20 GB"'),
     "LoRA of negative rank": (["model.lora_rank=-4"], "model.lora_rank"),
 }
 
