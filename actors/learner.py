@@ -77,6 +77,25 @@ class LearnerActor(Worker):
         """The files of a diffusers directory of the current weights, LoRA merged; of the first learner, others none."""
         return packed(self.learner.save)
 
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        import torch
+
+        from pipelines import learning, trainable
+
+        return [
+            (Trajectory, "concatenate", "gathering"),
+            (self.learner, "_rollouts", "gathering"),
+            (self.learner, "_replay", "replay"),
+            (self.learner.policy, "predict", "forward"),
+            (torch.Tensor, "backward", "backward"),
+            (torch.nn.utils, "clip_grad_norm_", "clipping"),
+            (self.learner.learner.optimizer, "step", "optimiser"),
+            (torch, "equal", "checks"),
+            (self.learner, "weights", "weights out"),
+            (trainable, "checksum", "checks"),
+            (learning, "copied", "copies"),
+        ]
+
     def _update(
         self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any], version: int
     ) -> tuple[Update, dict[str, np.ndarray]]:

@@ -79,6 +79,20 @@ class Sampler(Worker):
         """How far from the base model the trajectory's policy is: KL of its first images (≤ 16,) in nats an image."""
         return self.policy.divergence(trajectory.first(_COMPARED), self.base)
 
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        import torch
+
+        policy = self.policy
+        return [
+            (policy, "embed", "prompts"),
+            (policy, "predict", "network"),
+            (torch, "randn", "noise"),
+            (policy.family, "step", "scheduler"),
+            (type(policy.schedule), "log_prob", "log-probability"),
+            (policy, "decode", "decoding"),
+            (torch.Tensor, "cpu", "transfer"),
+        ]
+
 
 class Samplers(Pool):
     """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""

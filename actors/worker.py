@@ -91,6 +91,15 @@ class Worker:
         self.spans.clear()
         return Account.of_this_process(spans)
 
+    def profile(self) -> None:
+        """From now on note what the work consists of, too."""
+        for owner, name, what in self._insides():
+            setattr(owner, name, _timed(self, getattr(owner, name), what))
+
+    def _insides(self) -> list[tuple[Any, str, str]]:
+        """(object, its function, what that does) of the parts of the work that a profile tells apart."""
+        return []
+
 
 def keep_memory() -> None:
     """Let this process keep the memory of what it computed for what it computes next, where the C library is glibc.
@@ -114,3 +123,18 @@ def _noted(method: Callable[..., Any], what: str) -> Callable[..., Any]:
             self.spans.append((what, started, time.time()))
 
     return work
+
+
+def _timed(worker: Worker, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """``function``, noted; what it gave a GPU to do is waited for."""
+    import torch
+
+    def inside(*arguments: Any, **options: Any) -> Any:
+        started = time.time()
+        result = function(*arguments, **options)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        worker.spans.append((what, started, time.time()))
+        return result
+
+    return inside

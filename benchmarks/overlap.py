@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.run import git_commit
-from orchestration.timeline import read_spans, steps_of
+from orchestration.timeline import nested, read_spans, steps_of
 from pipelines.atomic import read_lines
 
 ARMS = {
@@ -40,7 +40,7 @@ def measure(directory: Path, settings: list[str]) -> dict[str, Any]:
     steps = steps_of(lanes)[1:-1]  # the first warms up, the last evaluates
     begin, end = steps[0][1], steps[-1][2]
     busy = {
-        name: sum(max(0.0, min(b, end) - max(a, begin)) for _, a, b in spans)
+        name: sum(max(0.0, min(b, end) - max(a, begin)) for _, a, b, depth, _ in nested(spans) if not depth)
         for name, spans in lanes.items()
         if name != "driver"
     }

@@ -65,7 +65,7 @@ def ddpo(
         return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
     from orchestration.ddpo import run_ddpo
 
-    path = run_ddpo(settings)
+    path = run_ddpo(settings, profile=profile)
     if profile:
         from orchestration.timeline import render_profile, write_trace
 

@@ -36,10 +36,10 @@ class PublishError(RuntimeError):
 class Crew:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
-    def __init__(self, config: DdpoConfig, plan: Plan, display: Display) -> None:
+    def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
         self.config = config
         self.plan = plan
-        self._display = display
+        self._display, self._profile = display, profile
         self._stack = ExitStack()
         self._patrol = Patrol()
         self._receipts: tuple[list[ObjectRef], bool] = [], False
@@ -84,6 +84,8 @@ class Crew:
         self._stack.callback(self._patrol.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
+        if self._profile:
+            self.wait([done for pool in self.pools for done in pool.everyone("profile")], "preparing to profile")
 
     def _end_actors(self) -> None:
         import ray

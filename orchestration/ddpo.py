@@ -25,10 +25,10 @@ from policies.over_optimisation import look_to_keep
 from policies.streams import PromptSchedule, derive_seed
 
 
-def run_ddpo(config: DdpoConfig, watch: Watch = ignore) -> Path:
+def run_ddpo(config: DdpoConfig, watch: Watch = ignore, profile: bool = False) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(DdpoRun.create(config), plan, watch)
+    return _loop(DdpoRun.create(config, profile), plan, watch)
 
 
 def resume_ddpo(directory: Path, trusted: bool = False, watch: Watch = ignore) -> Path:
@@ -41,7 +41,7 @@ def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
     with run:
         while True:
             try:
-                with Crew(run.config, plan, run.display) as crew:
+                with Crew(run.config, plan, run.display, run.profile) as crew:
                     return _train(run, crew, plan, watch)
             except ActorLost as lost:  # one that cannot be replaced: the learner, or several with their node
                 run.roll_back(lost)

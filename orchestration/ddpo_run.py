@@ -30,7 +30,8 @@ _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "r
 class DdpoRun(Run):
     """One DDPO run, new or resumed."""
 
-    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], profile: bool = False) -> None:
+        self.profile = profile
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
         self.checkpoint = checkpoint = self.store.newest()
         self.step = checkpoint.step if checkpoint else 0
@@ -50,11 +51,11 @@ class DdpoRun(Run):
         self._began = time.time()  # the step in progress
 
     @classmethod
-    def create(cls, config: DdpoConfig) -> Self:
+    def create(cls, config: DdpoConfig, profile: bool = False) -> Self:
         """A new run. Its directory appears here, and nothing before."""
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
         manifest = new_manifest("ddpo", config) | progress
-        return cls(new_directory(config, f"-seed{config.seed}"), config, manifest)
+        return cls(new_directory(config, f"-seed{config.seed}"), config, manifest, profile)
 
     @classmethod
     def resume(cls, directory: Path, trusted: bool) -> Self:

@@ -5,7 +5,7 @@ A lane is an actor, or the driver, whose spans are what it waited for. Clocks ar
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -40,15 +40,39 @@ def steps_of(lanes: Lanes) -> list[Span]:
 
 
 def middle_of(lanes: Lanes) -> dict[str, list[Span]]:
-    """What was done in a few steps in the middle of a run; nothing if there is no step."""
+    """What was done in a few steps in the middle of a run, without parts of the work; nothing if there is no step."""
     steps = steps_of(lanes)
     first = max(0, (len(steps) - _SHOWN) // 2)
     shown = steps[first : first + _SHOWN]
     if not shown:
         return {}
     begin, end = shown[0][1], shown[-1][2]
-    cut = {name: [(what, max(a, begin), min(b, end)) for what, a, b in spans] for name, spans in lanes.items()}
+    cut = {
+        name: [(what, max(a, begin), min(b, end)) for what, a, b, depth, _ in nested(spans) if not depth]
+        for name, spans in lanes.items()
+    }
     return {name: [span for span in spans if span[1] < span[2]] for name, spans in cut.items()}
+
+
+def nested(spans: Sequence[Span]) -> Iterator[tuple[str, float, float, int, float]]:
+    """What, start, end, depth, and the seconds that no part of it takes, of each span; steps hold nothing."""
+    inner = [span for span in spans if span[0] != STEP]
+    own = [end - begin for _, begin, end in inner]
+    names: list[str] = []
+    open_: list[int] = []
+    depths = []
+    for index, (what, begin, end) in enumerate(inner):
+        while open_ and inner[open_[-1]][2] <= begin:
+            open_.pop()
+        if open_:
+            own[open_[-1]] -= end - begin
+        above = names[open_[-1]] if open_ else ""
+        names.append(above if above.endswith(what) else f"{above} › {what}" if above else what)
+        depths.append(len(open_))
+        open_.append(index)
+    for name, (_, begin, end), depth, seconds in zip(names, inner, depths, own, strict=True):
+        yield name, begin, end, depth, seconds
+    yield from ((STEP, begin, end, 0, 0.0) for what, begin, end in spans if what == STEP)
 
 
 def render_profile(directory: Path) -> Table:
@@ -61,9 +85,9 @@ def render_profile(directory: Path) -> Table:
         table.add_column(title, justify="left" if title in ("actor", "activity") else "right", no_wrap=True)
     for name, spans in lanes.items():
         spent: dict[str, float] = defaultdict(float)
-        for what, began, ended in spans:
+        for what, began, ended, _, seconds in nested(spans):
             if begin <= began and ended <= end and what != STEP:
-                spent[what] += ended - began
+                spent[what] += seconds
         spent["idle"] = max(0.0, end - begin - sum(spent.values()))
         peak = summary["peak_memory_bytes"].get(name, {})
         shown = " + GPU ".join(f"{peak[kind] / 1e6:,.0f} MB" for kind in ("memory", "gpu_memory") if peak.get(kind))

@@ -13,6 +13,7 @@ from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.timeline import (
     append_spans,
     middle_of,
+    nested,
     read_spans,
     render_profile,
     steps_of,
@@ -191,7 +192,7 @@ def finished(settings: list[str], ray_session: None, tmp_path_factory: pytest.Te
     from orchestration.ddpo import run_ddpo
 
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    run_ddpo(load_config(DdpoConfig, None, [*settings, f"output_dir={directory}"]))
+    run_ddpo(load_config(DdpoConfig, None, [*settings, f"output_dir={directory}"]), profile=True)
     return directory
 
 
@@ -263,7 +264,10 @@ def test_a_profile_accounts_for_every_second_of_every_actor(finished: Path) -> N
     assert [name for name in actors if name] == ["driver", "sampler 0", "sampler 1", "reward", "learner"]
     sums = np.add.reduceat([float(str(each)) for each in seconds], [row for row, name in enumerate(actors) if name])
     np.testing.assert_allclose(sums, sums[0], atol=0.02)
-    assert {"drawing", "taking weights", "scoring", "learning", "idle"} <= set(activities)
+    parts = ("network", "noise", "scheduler", "log-probability", "decoding")
+    learned = ("forward", "backward", "optimiser", "clipping", "replay › forward")
+    expected = {f"drawing › {part}" for part in parts} | {f"learning › {part}" for part in learned}
+    assert expected <= set(activities)
     events = json.loads(write_trace(finished).read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(read_spans(finished))
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
@@ -274,6 +278,24 @@ def test_memory_is_told_for_every_actor(finished: Path) -> None:
     assert peaks.keys() == read_spans(finished).keys()
     assert all(peak["memory"] > 50e6 for peak in peaks.values())
     assert all(line["object_store_bytes"] >= 0 for line in journal(finished))
+
+
+def test_time_within_time_counts_once() -> None:
+    spans = [
+        ("learning", 0.0, 10.0),
+        ("forward", 1.0, 4.0),
+        ("checks", 2.0, 3.0),
+        ("forward", 5.0, 6.0),
+        ("state", 10.0, 12.0),
+    ]
+    found = [(what, depth, own) for what, _, _, depth, own in nested(spans)]
+    assert found == [
+        ("learning", 0, 6.0),
+        ("learning › forward", 1, 2.0),
+        ("learning › forward › checks", 2, 1.0),
+        ("learning › forward", 1, 1.0),
+        ("state", 0, 2.0),
+    ]
 
 
 def test_what_is_written_again_of_a_step_counts(tmp_path: Path) -> None:
