@@ -119,15 +119,12 @@ def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -
         if generation == 1 or loop.rule == "real_only":  # the control, and generation 1 of every loop: one real set
             part, after = ledger.fixed(loop.initial())
             return Manifest(generation, (part,)), after
-        count, synthetic = loop.sizes(generation, generations)
-        real, after = getattr(ledger, loop.supply)(count)
+        parts, after = _parts(loop, generation, generations, ledger)
     except LedgerExhausted as error:
         raise LedgerExhausted(
             f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
             f"reference, or allow repeats with real_supply=fresh_with_replacement"
         ) from error
-    drawn = [Part("synthetic", g, 0, size) for g, size in _synthetic(loop, generation, synthetic).items()]
-    parts = [replace(real, weight=loop.real_weight), *drawn]
     # Kazdan et al.'s draw of fixed size, without replacement, from everything so far.
     subsample = (loop.n_total or loop.initial()) if loop.rule == "accumulate_subsample" else None
     manifest = Manifest(generation, tuple(part for part in parts if part.size), subsample)
@@ -143,6 +140,16 @@ def training_sets(loop: LoopSettings, generations: int, pool: int | None) -> lis
         manifest, ledger = mix(loop, generation, generations, ledger)
         manifests.append(manifest)
     return manifests
+
+
+def _parts(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    """Real samples by the loop's supply, then synthetic ones of earlier generations; parts may be empty."""
+    if loop.rule == "weighted_mixture":
+        return _weighted_mixture(loop, generation, ledger)
+    count, synthetic = loop.sizes(generation, generations)
+    real, ledger = getattr(ledger, loop.supply)(count)
+    drawn = _synthetic(loop, generation, synthetic)
+    return [replace(real, weight=loop.real_weight), *(_drawn_by(g, size) for g, size in drawn.items())], ledger
 
 
 def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int]:
@@ -162,3 +169,33 @@ def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int
         each, rest = divmod(count, len(remembered))
         return {g: each + (rest if g == generation - 1 else 0) for g in remembered}
     return {generation - 1: count}
+
+
+def _weighted_mixture(loop: LoopSettings, generation: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
+    counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
+    shares = {str(source): share for source, share in (loop.shares or {}).items()}
+    counts |= largest_remainder(loop.n_total or loop.initial(), shares)
+    fixed, ledger = ledger.fixed(counts["real_fixed"])
+    fresh, ledger = ledger.fresh(counts["real_fresh"])
+    real = [replace(part, weight=loop.real_weight) for part in (fixed, fresh)]
+    before = range(1, generation - 1)
+    if not before:  # generation 2 has nothing earlier yet
+        return [*real, _drawn_by(1, counts["previous"] + counts["earlier"])], ledger
+    each, rest = divmod(counts["earlier"], len(before))
+    earlier = [_drawn_by(g, each + (g <= rest)) for g in before]
+    return [*real, *earlier, _drawn_by(generation - 1, counts["previous"])], ledger
+
+
+def _drawn_by(generation: int, count: int) -> Part:
+    """The first ``count`` samples of what the model of ``generation`` drew."""
+    return Part("synthetic", generation, 0, count)
+
+
+def largest_remainder(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """``total`` split by ``shares`` (they sum to 1) into whole numbers that sum to it."""
+    counts = {name: int(total * share) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: counts[name] - total * shares[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts

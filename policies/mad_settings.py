@@ -20,8 +20,10 @@ Rule = Literal[
     "curated",
     "verified",
     "memory",
+    "weighted_mixture",
 ]
 Supply = Literal["fixed", "fresh", "fresh_with_replacement"]
+Source = Literal["real_fixed", "real_fresh", "previous", "earlier"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _SUPPLIED = ("fresh", "curated", "verified", "memory")  # rules whose real samples need not be one fixed set
@@ -42,6 +44,7 @@ class LoopSettings(Settings):
     real_supply: Supply | None = Field(None, description="where later real samples come from; null: the rule's own")
     synthetic_from: Literal["previous", "all"] = Field("previous", description="augmentation: which generations")
     memory: int = Field(3, ge=1, description="memory: synthetic data of the last K generations")
+    shares: dict[Source, Share] | None = Field(None, description="weighted_mixture: each source's share of n_total")
     real_weight: float = Field(1.0, gt=0, description="weight of a real sample in a fit; a synthetic one has 1")
     candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
     reward: str = Field("confidence", description="curated: confidence, first_coordinate, or module:function")
@@ -62,6 +65,10 @@ class LoopSettings(Settings):
             )
         if self.fresh_fraction is not None and self.rule in ("augmentation", "accumulate", "accumulate_subsample"):
             raise ValueError(f"rule {self.rule} uses the same real set every time: give n_real, not fresh_fraction")
+        if self.rule == "weighted_mixture" and (not self.shares or abs(sum(self.shares.values()) - 1) > 1e-9):
+            raise ValueError(
+                "rule weighted_mixture needs shares that sum to 1, such as {real_fixed: 0.3, previous: 0.7}"
+            )
         if self.rule == "fresh" and self.real_supply == "fixed":
             raise ValueError("rule fresh draws new real data: for the same real set each time use rule=augmentation")
         if self.real_supply not in (None, "fixed") and self.rule not in _SUPPLIED:
@@ -83,6 +90,8 @@ class LoopSettings(Settings):
             return None if first or self.n_synthetic or self.n_total else "n_synthetic or n_ini"
         if self.rule in ("accumulate", "accumulate_subsample"):
             return None if first or self.n_real else "n_ini (real samples) and n_synthetic (a batch; null: n_ini)"
+        if self.rule == "weighted_mixture":
+            return None if first or self.n_total else "n_total or n_ini"
         return None if counts or fraction else "n_real and n_synthetic, or n_total and fresh_fraction"
 
     @property

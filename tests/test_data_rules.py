@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.data_rules import REAL, LedgerExhausted, Manifest, training_sets
+from policies.data_rules import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
 from policies.mad_settings import LoopSettings
 
 POOL = 1000
@@ -41,6 +41,16 @@ RULES: dict[str, tuple[dict[str, Any], list[tuple[str, int, int, int]]]] = {
     "memory": (
         {"n_real": 5, "n_synthetic": 21, "memory": 2},
         [("real-fixed", 0, 0, 5), ("synthetic", 2, 0, 10), ("synthetic", 3, 0, 11)],
+    ),
+    "weighted_mixture": (
+        {"n_ini": 100, "shares": {"real_fixed": 0.2, "real_fresh": 0.1, "previous": 0.4, "earlier": 0.3}},
+        [
+            ("real-fixed", 0, 0, 20),
+            ("real-fresh", 0, 120, 130),
+            ("synthetic", 1, 0, 15),
+            ("synthetic", 2, 0, 15),
+            ("synthetic", 3, 0, 40),
+        ],
     ),
 }
 
@@ -125,6 +135,12 @@ def test_real_weight_is_on_real_parts_only() -> None:
     assert [(part.role, part.weight) for part in manifest.parts] == [("real-fixed", 3.0), ("synthetic", 1.0)]
 
 
+def test_largest_remainder() -> None:
+    assert largest_remainder(10, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}) == {"a": 4, "b": 3, "c": 3}
+    assert largest_remainder(7, {"a": 0.5, "b": 0.5}) == {"a": 4, "b": 3}
+    assert largest_remainder(5, {"a": 1.0, "b": 0.0}) == {"a": 5, "b": 0}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -134,6 +150,8 @@ def test_real_weight_is_on_real_parts_only() -> None:
         ({"rule": "fully_synthetic"}, "needs n_synthetic or n_ini"),
         ({"rule": "fully_synthetic", "n_ini": 10, "n_real": 5}, "no real data after generation 1"),
         ({"rule": "augmentation", "n_ini": 10, "fresh_fraction": 0.1}, "same real set every time"),
+        ({"rule": "weighted_mixture", "n_ini": 10}, "needs shares that sum to 1"),
+        ({"rule": "weighted_mixture", "n_ini": 10, "shares": {"previous": 0.5}}, "needs shares that sum to 1"),
         ({"rule": "fresh", "n_ini": 10, "fresh_fraction": 0.5, "real_supply": "fixed"}, "rule=augmentation"),
         ({"rule": "accumulate", "n_ini": 10, "real_supply": "fresh"}, "uses one fixed real set"),
     ],
