@@ -29,6 +29,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 _SUPPLIED = ("fresh", "curated", "verified", "memory")  # rules whose real samples need not be one fixed set
 
 
+class FreshSchedule(Settings):
+    """A fresh fraction that goes linearly from ``first`` at generation 2 to ``last`` at the last generation."""
+
+    first: Share
+    last: Share
+
+
 class LoopSettings(Settings):
     """One arm's loop. Sizes are given as ``n_real`` and ``n_synthetic``, or as ``n_total`` and ``fresh_fraction``."""
 
@@ -37,8 +44,8 @@ class LoopSettings(Settings):
     n_real: int | None = Field(None, ge=0, description="real samples of every later generation")
     n_synthetic: int | None = Field(None, ge=0, description="synthetic samples of every later generation")
     n_total: int | None = Field(None, ge=2, description="size N of every later training set; null: n_ini")
-    fresh_fraction: Share | tuple[Share, ...] | None = Field(
-        None, description="share of real data in a later set: a number, or one a generation from 2 on"
+    fresh_fraction: Share | tuple[Share, ...] | FreshSchedule | None = Field(
+        None, description="share of real data in a later set: a number, one a generation from 2 on, or {first, last}"
     )
     sampling_bias: float = Field(1.0, gt=0, le=1, description="MAD's λ: 1 is unbiased, less is quality over diversity")
     real_supply: Supply | None = Field(None, description="where later real samples come from; null: the rule's own")
@@ -130,6 +137,9 @@ class LoopSettings(Settings):
 
     def _fraction(self, generation: int, generations: int) -> float:
         fraction = self.fresh_fraction
+        if isinstance(fraction, FreshSchedule):
+            way = (generation - 2) / max(1, generations - 2)
+            return fraction.first + (fraction.last - fraction.first) * way
         if isinstance(fraction, tuple):
             if len(fraction) != generations - 1:
                 raise ValueError(

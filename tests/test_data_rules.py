@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from policies.data_rules import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
-from policies.mad_settings import LoopSettings
+from policies.mad_settings import FreshSchedule, LoopSettings
 
 POOL = 1000
 
@@ -75,6 +75,7 @@ def test_augmentation_from_all_is_accumulation() -> None:
     [
         (0.1, [(10, 90)] * 3),
         ((0.5, 0.25, 0.0), [(50, 50), (25, 75), (0, 100)]),
+        (FreshSchedule(first=0.4, last=0.2), [(40, 60), (30, 70), (20, 80)]),
     ],
 )
 def test_fresh_fraction(fraction: Any, expected: list[tuple[int, int]]) -> None:
