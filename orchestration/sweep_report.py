@@ -135,7 +135,7 @@ def lines(metric: str, table: Table) -> Lines:
 
 
 def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
-    from pipelines.sweep_figures import phase_diagram, responses
+    from pipelines.sweep_figures import parallel_coordinates, phase_diagram, responses
 
     figures = run.directory / "figures"
     figures.mkdir(exist_ok=True)
@@ -144,6 +144,7 @@ def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
     space = run.config.dimensions
     logarithmic = [key for key, dimension in space.items() if dimension.kind == "log_uniform"]
     responses(figures / "responses.png", tried, run.metric, logarithmic)
+    parallel_coordinates(figures / "parallel_coordinates.png", tried, run.metric, logarithmic)
     if run.config.search == "grid" and len(wide := [key for key in space if len(space[key].values) > 1]) >= 2:
         phase_diagram(figures / "phase_diagram.png", tried, run.metric, *wide[:2])
     return figures

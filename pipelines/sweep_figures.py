@@ -1,4 +1,4 @@
-"""The pictures of a sweep: each setting against the metric, and the plane of two of them."""
+"""The pictures of a sweep: each setting against the metric, all settings at once, and the plane of two of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.figures import _INK, _LINES, _dress, _save, _sheet
+from pipelines.figures import _FAINT, _INK, _LINES, _dress, _save, _sheet
 from policies.search_space import short
 
 Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each trial that has one
+
+_MAP = "viridis"
 
 
 def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
@@ -31,6 +33,36 @@ def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str])
     _save(figure, path)
 
 
+def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
+    """One line a trial through all of its settings to its metric, which colours it."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    keys = [*tried[0][0], metric]
+    columns = [[point[key] for point, _ in tried] for key in keys[:-1]] + [[value for _, value in tried]]
+    values = np.array(columns[-1], dtype=float)
+    colours = colormaps[_MAP](Normalize(values.min(), values.max() or 1)(values))
+    figure, (axes,) = _sheet(1, 1, 1.6 + 1.9 * len(keys), 3.6)
+    heights = []
+    for index, (key, column) in enumerate(zip(keys, columns, strict=True)):
+        places, labels = _places(column)
+        places = np.log10(places) if key in logarithmic else places
+        low, span = places.min(), (places.max() - places.min()) or 1
+        heights.append((places - low) / span)
+        axes.axvline(index, color=_FAINT, linewidth=0.8)
+        ends = [(0.0, short(min(column))), (1.0, short(max(column)))] if labels is None else []
+        marks = ends or [((place - low) / span, label) for place, label in enumerate(labels or [])]
+        for height, text in dict(marks).items():
+            axes.annotate(text, (index, height), xytext=(4, 2), textcoords="offset points", fontsize=7, color=_INK)
+    for line, colour in zip(np.array(heights).T, colours, strict=True):
+        axes.plot(range(len(keys)), line, color=colour, linewidth=1.4, alpha=0.85)
+    axes.set_xticks(range(len(keys)), keys, fontsize=8)
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(keys) - 0.55)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
 def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -> None:
     """The mean metric over the plane of two settings, with its number in each cell."""
     import pandas
@@ -42,7 +74,7 @@ def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -
     known = mean[np.isfinite(mean)]
     scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
     figure, (axes,) = _sheet(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
-    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap="viridis", norm=scale)
+    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap=_MAP, norm=scale)
     for (row, column), value in np.ndenumerate(mean):
         if np.isfinite(value):
             red, green, blue, _ = picture.cmap(picture.norm(value))
