@@ -10,12 +10,8 @@ from policies.health import ShortOfMemoryError, SickNumbers
 
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 60.0
-MARKS_OF_A_PEER = (
-    "gloo/transport",
-    "DistBackendError",
-    "DistNetworkError",
-    "DistStoreError",
-)  # torch.distributed's errors
+# In the errors of torch.distributed.
+MARKS_OF_A_PEER = ("gloo/transport", "DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class ActorFailure(RuntimeError):  # noqa: N818

@@ -14,6 +14,7 @@ from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.atomic import Files
+from pipelines.checkpoint import LearnerState, WeightsKind
 from pipelines.families.registry import packed
 from pipelines.settings import ModelSettings
 from pipelines.trajectory import Trajectory
@@ -57,25 +58,18 @@ class LearnerActor(Worker):
     def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, dict[str, np.ndarray]]:
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
         statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
-        return self._update(self.learner.weights(), changed, dataclasses.asdict(statistics))
+        weights, version = self.learner.weights(), self.learner.weights_version
+        return self._update(weights, changed, dataclasses.asdict(statistics), version)
 
-    def current(self) -> tuple[Update, dict[str, np.ndarray]]:
-        """The weights to draw with, as they are."""
-        return self._update(self.learner.weights(), 0, {})
+    def weights(self, kind: WeightsKind) -> tuple[Update, dict[str, np.ndarray]]:
+        """Some of the weights, as they are."""
+        return self._update(self.learner.weights(kind), 0, {}, self.learner.weights_version - (kind == "previous"))
 
-    def averaged(self) -> tuple[Update, dict[str, np.ndarray]]:
-        """The weights to evaluate and to save: their average over steps, if there is one."""
-        return self._update(self.learner.averaged_weights(), 0, {})
-
-    def previous(self) -> tuple[Update, dict[str, np.ndarray]]:
-        """The weights that samplers drew with before the last step of learning."""
-        return self._update(self.learner.previous_weights(), 0, {}, self.learner.weights_version - 1)
-
-    def state(self) -> Any:
-        """A :class:`pipelines.learning.LearnerState`."""
+    def state(self) -> LearnerState:
+        """What another learner goes on from."""
         return self.learner.state()
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: LearnerState) -> None:
         """Go on from a state."""
         self.learner.restore(state)
 
@@ -103,14 +97,13 @@ class LearnerActor(Worker):
         ]
 
     def _update(
-        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any], version: int | None = None
+        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any], version: int
     ) -> tuple[Update, dict[str, np.ndarray]]:
         from pipelines.trainable import checksum
 
         digest = checksum(weights)
         self.group.check_same(digest)
         first = self.group.rank == 0  # whose weights travel
-        version = self.learner.weights_version if version is None else version
         return Update(version, digest, changed, statistics), weights if first else {}
 
 
@@ -131,33 +124,22 @@ class Learner(Pool):
         seed: int,
         timeout: float,
     ) -> None:
-        role, self._timeout, self._store = seats.role, timeout, None
+        role, meetings = seats.role, []
         if role.count > 1:
             from policies.group import meeting_place
 
-            self._store = meeting_place(ray.util.get_node_ip_address())
-        super().__init__(seats, LearnerActor, model, sampling, training, seed, role.device, role.threads)
-
-    def _of_its_own(self, number: int) -> tuple[Any, ...]:
-        if self._store is None:
-            return ()
-        return ((self._store.host, self._store.port, number, self.role.count, self.role.device, self._timeout),)
+            self._store = store = meeting_place(ray.util.get_node_ip_address())  # for as long as they may look for it
+            members = range(role.count)
+            meetings = [(store.host, store.port, number, role.count, role.device, timeout) for number in members]
+        super().__init__(seats, LearnerActor, model, sampling, training, seed, own=meetings)
 
     def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[list[ObjectRef], ObjectRef]:
         """References of every member's :class:`Update`, and of the new weights."""
         return self._together("learn", advantage, seed, *(chunk.trajectory for chunk in chunks))
 
-    def current(self) -> tuple[list[ObjectRef], ObjectRef]:
-        """References of every member's :class:`Update` that changed nothing, and of the present weights."""
-        return self._together("current")
-
-    def averaged(self) -> tuple[list[ObjectRef], ObjectRef]:
-        """The same of what is evaluated and saved."""
-        return self._together("averaged")
-
-    def previous(self) -> tuple[list[ObjectRef], ObjectRef]:
-        """The same of what samplers drew with before the last step of learning."""
-        return self._together("previous")
+    def weights(self, kind: WeightsKind) -> tuple[list[ObjectRef], ObjectRef]:
+        """References of every member's :class:`Update` that changed nothing, and of some of the weights."""
+        return self._together("weights", kind)
 
     def _together(self, method: str, *arguments: Any) -> tuple[list[ObjectRef], ObjectRef]:
         updates, weights = zip(*self.everyone(method, *arguments, returns=2), strict=True)

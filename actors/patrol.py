@@ -62,8 +62,8 @@ class Patrol:
     """The driver's watchmen, one on every node. Called again and again by whoever waits."""
 
     def __init__(self) -> None:
-        self._watchmen: dict[str, Any] = {}
-        self._asked: dict[str, tuple[Any, float]] = {}
+        # Of each node its watchman, and its answer that is waited for, since when.
+        self._watchmen: dict[str, tuple[Any, Any, float]] = {}
         self._next = time.monotonic() + _DELAY_SECONDS
 
     def __call__(self) -> list[str]:
@@ -76,28 +76,26 @@ class Patrol:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for node in self._watchmen.keys() - alive:
             del self._watchmen[node]
-            self._asked.pop(node, None)
-        for node in alive:
-            if node not in self._watchmen:
-                place = NodeAffinitySchedulingStrategy(node, soft=False)
-                watchman: Any = ray.remote(Watchman)
-                self._watchmen[node] = watchman.options(num_cpus=0, max_restarts=-1, scheduling_strategy=place).remote()
-            elif node in self._asked:
-                reference, since = self._asked[node]
-                if not ray.wait([reference], timeout=0)[0]:
-                    if late:
-                        self._asked[node] = reference, now
-                    elif now - since > _SILENT_SECONDS:
-                        ray.kill(self._watchmen[node], no_restart=False)
-                        del self._asked[node]
-                    continue
+        for node in alive - self._watchmen.keys():
+            place = NodeAffinitySchedulingStrategy(node, soft=False)
+            actor: Any = ray.remote(Watchman)
+            watchman = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=place).remote()
+            self._watchmen[node] = watchman, watchman.report.remote(), now
+        for node, (watchman, answer, since) in self._watchmen.items():
+            if ray.wait([answer], timeout=0)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):  # it died: Ray starts another
-                    ended += ray.get(reference)
-            self._asked[node] = self._watchmen[node].report.remote(), now
+                    ended += ray.get(answer)
+                answer = watchman.report.remote()
+            elif not late:
+                if now - since <= _SILENT_SECONDS:
+                    continue
+                ray.kill(watchman, no_restart=False)
+                answer = watchman.report.remote()
+            self._watchmen[node] = watchman, answer, now
         return ended
 
     def end(self) -> None:
         """Send the watchmen home."""
-        for watchman in self._watchmen.values():
+        for watchman, *_ in self._watchmen.values():
             with contextlib.suppress(Exception):
                 ray.kill(watchman)

@@ -25,21 +25,19 @@ class Pool:
 
     RESTARTS: ClassVar[int] = 20
 
-    def __init__(self, seats: Seats, worker: type, *arguments: Any) -> None:
+    def __init__(self, seats: Seats, worker: type, *arguments: Any, own: Sequence[Any] = ()) -> None:
+        """Every member is a ``worker`` made of ``arguments``, its device, its threads, and what is its ``own``."""
         self.role = role = seats.role
         options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
         # Without a bound of their own, as Ray tries again and again before it knows that a node is gone.
         options |= {"max_restarts": self.RESTARTS, "max_task_retries": -1 if self.RESTARTS else 0}
         actor: Any = ray.remote(worker)
+        given = *arguments, role.device, role.threads
         self.members: list[ActorHandle] = [
-            actor.options(**options, scheduling_strategy=place).remote(*arguments, *self._of_its_own(number))
+            actor.options(**options, scheduling_strategy=place).remote(*given, *own[number : number + 1])
             for number, place in enumerate(seats.places)
         ]
         self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]
-
-    def _of_its_own(self, number: int) -> tuple[Any, ...]:
-        """What the worker of a member is given besides what all are."""
-        return ()
 
     def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Give one call to the least busy member. Returns its reference, or a list of ``returns`` references."""

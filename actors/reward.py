@@ -46,7 +46,7 @@ class Rewards:
     def __init__(self, seats: Mapping[str, Seats], settings: RewardSettings) -> None:
         self.weights = settings.weights
         self.pools = {
-            name: Pool(seats[role], RewardActor, name, options, seats[role].role.device, seats[role].role.threads)
+            name: Pool(seats[role], RewardActor, name, options)
             for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True)
         }
 

@@ -69,7 +69,10 @@ class Sampler(Worker):
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
-        self._take(source)
+        if source.version != self.version:
+            receipt = self.set_weights(source.version, ray.get(source.weights))
+            if receipt.checksum != source.checksum:
+                raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
         return self.policy.rollout(prompts, seeds, source.version)
 
     def divergence(self, trajectory: Trajectory) -> np.ndarray:
@@ -90,18 +93,12 @@ class Sampler(Worker):
             (torch.Tensor, "cpu", "transfer"),
         ]
 
-    def _take(self, source: Published) -> None:
-        if source.version != self.version:
-            receipt = self.set_weights(source.version, ray.get(source.weights))
-            if receipt.checksum != source.checksum:
-                raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
-
 
 class Samplers(Pool):
     """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""
 
     def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
-        super().__init__(seats, Sampler, model, sampling, seats.role.device, seats.role.threads)
+        super().__init__(seats, Sampler, model, sampling)
         self.images_per_call = images_per_call
         self.published = Published()
 

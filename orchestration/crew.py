@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from ray import ObjectRef
 
-from actors.captioner import Captioners
-from actors.evaluator import Evaluators
+from actors.captioner import CaptionerActor
+from actors.evaluator import EvaluatorActor
 from actors.learner import Learner, Update
 from actors.patrol import Patrol
 from actors.placement import Room
@@ -23,7 +23,7 @@ from orchestration.config import DdpoConfig
 from orchestration.display import Display
 from orchestration.evaluation import Evaluation
 from orchestration.preflight import Plan
-from pipelines.checkpoint import LearnerState
+from pipelines.checkpoint import LearnerState, WeightsKind
 from pipelines.locations import portable
 from policies.advantages import weighted_sum
 from policies.streams import derive_seed
@@ -71,8 +71,8 @@ class Crew:
             self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
         self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(seats, config.reward)
-        self.captioners = Captioners(seats["captioner"], config.captioner) if "captioner" in seats else None
-        self.evaluators = Evaluators(seats["evaluator"], judge) if "evaluator" in seats and judge else None
+        self.captioners = Pool(seats["captioner"], CaptionerActor, config.captioner) if "captioner" in seats else None
+        self.evaluators = Pool(seats["evaluator"], EvaluatorActor, judge) if "evaluator" in seats and judge else None
         others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
         self._stack.callback(self._patrol.end)
@@ -104,7 +104,8 @@ class Crew:
         """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
         on: references only, nothing waits."""
         if self.captioners is not None:
-            self.captioners.caption(chunks)
+            for chunk in chunks:
+                chunk.captions = self.captioners.submit("caption", chunk.images)
         self.rewards.score(chunks, names)
 
     def scores(self, chunks: Sequence[Chunk], what: str) -> dict[str, np.ndarray]:
@@ -139,9 +140,9 @@ class Crew:
         self._receipts = [], False
 
     @contextmanager
-    def drawing_with(self, kind: Literal["averaged", "previous"]) -> Iterator[None]:
+    def drawing_with(self, kind: WeightsKind) -> Iterator[None]:
         """In this block samplers are asked to draw with other weights of the learner's than those published."""
-        usual, (learned, weights) = self.samplers.published, getattr(self.learner, kind)()
+        usual, (learned, weights) = self.samplers.published, self.learner.weights(kind)
         other: Update = self.wait(learned, f"{kind} weights")[0]
         self._send(Published(-other.version if kind == "averaged" else other.version, other.checksum, weights))
         yield
@@ -160,7 +161,8 @@ class Crew:
         """Caption, score and judge chunks, drawn or being drawn."""
         self.score(chunks, self.rewards.pools)
         if self.evaluators is not None:
-            self.evaluators.judge(chunks)
+            for chunk in chunks:
+                chunk.verdicts = self.evaluators.submit("judge", chunk.images, chunk.prompts)
         scores = self.scores(chunks, "evaluation: rewards")
 
         def values(attribute: str) -> list[Any]:
@@ -183,7 +185,7 @@ class Crew:
         import ray
 
         self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
-        learned, weights = self.learner.current()
+        learned, weights = self.learner.weights("current")
         self.publish(self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0)
 
     def accounts(self) -> dict[str, Account]:

@@ -113,6 +113,6 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         crew.restore(LearnerState(best.tensors, best.state["weights_version"]))
     whole = held_out is not None and len(held_out.images) == config.evaluation.images
     after = held_out if held_out and whole else evaluate(config.evaluation.images)
-    update = crew.wait(crew.learner.averaged()[0], "the final weights")[0]
+    update = crew.wait(crew.learner.weights("averaged")[0], "the final weights")[0]
     files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
     return report.finish(after, update.checksum, files, crew.accounts())

@@ -53,5 +53,5 @@ def _open(source: Path, sampling: SamplingSettings | None) -> Any:
     learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
     learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
     policy = DiffusionPolicy(config.model, sampling)
-    load_weights(policy.network, learner.averaged_weights())
+    load_weights(policy.network, learner.weights("averaged"))
     return policy

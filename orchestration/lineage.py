@@ -67,11 +67,11 @@ def render_lineage(directory: Path, sample: str) -> RenderableType:
     if row is not None:
         if last.drawn is None:
             raise ConfigError(f"{sample}: no later generation reads samples of generation {number}, so none were drawn")
-        if row >= last.count:
-            raise ConfigError(f"{sample}: generation {number} drew {last.count} samples, counted from 0")
+        if row >= last.drawn.count:
+            raise ConfigError(f"{sample}: generation {number} drew {last.drawn.count} samples, counted from 0")
         how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, stream sampling/{number}"
-        again = last.drawn is last.fit
-        stored = "drawn again where it is read" if again else f"stored in {store.path(last.drawn.key)}"
+        again = last.drawn.task is last.fit
+        stored = "drawn again where it is read" if again else f"stored in {store.path(last.drawn.task.key)}"
         lines.append(Text(f"{how}; {stored}"))
     headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
     table = plain_table(*headings)

@@ -74,6 +74,4 @@ def chain(
         measure = tasks.measure(model, evaluation, manifest, drawn)
         if counts.get(number):
             drawn[number] = tasks.sample(model, number, counts[number])
-        samples = drawn[number].task if number in drawn else None
-        count = counts.get(number, 0)
-        yield Generation(name, tuple(seeds), number, manifest, model, samples, count, evaluation, measure)
+        yield Generation(name, tuple(seeds), number, manifest, model, drawn.get(number), evaluation, measure)

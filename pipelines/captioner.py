@@ -14,9 +14,7 @@ class Captioner:
     def __init__(self, settings: CaptionerSettings, device: str = "cpu") -> None:
         import transformers
 
-        if settings.path is None:
-            raise ValueError("captioner.path is null: there is no captioner to load")
-        path = resolve_model(settings.path)
+        path = resolve_model(str(settings.path))
         self.device = torch.device(device)
         kind = transformers.AutoConfig.from_pretrained(path).model_type
         if kind not in ("blip", "blip-2"):
@@ -35,8 +33,8 @@ class Captioner:
         tokens = self.model.generate(
             pixel_values=pixels, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         )
-        captions = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-        captions = [text.removeprefix("[DEC]").strip() for text in captions]  # BLIP's own start token survives decoding
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        captions = [text.strip().removeprefix("[DEC]").strip() for text in texts]  # BLIP's own start token stays
         if not all(captions):
             raise SickNumbers(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
         return captions

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Checkpoint:
     step: int
     tensors: dict[str, np.ndarray]
     state: dict[str, Any]
+
+
+WeightsKind = Literal["current", "previous", "averaged"]  # of a learner
 
 
 @dataclass(frozen=True)

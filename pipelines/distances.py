@@ -20,7 +20,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    _require_equal_counts(a, b)
     features = torch.nn.Identity()
     features.num_features = a.shape[1]  # where torchmetrics looks for D
     metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
@@ -40,7 +39,6 @@ def precision_recall_density_coverage(real: np.ndarray, generated: np.ndarray, k
     from sklearn.metrics import pairwise_distances
     from sklearn.neighbors import NearestNeighbors
 
-    _require_equal_counts(generated, real)
     real_radius, generated_radius = (
         NearestNeighbors(n_neighbors=k).fit(samples).kneighbors()[0][:, -1] for samples in (real, generated)
     )
@@ -91,7 +89,11 @@ def measure_images(
     Raises:
         ValueError: if ``generated`` and ``reference`` are not equally many.
     """
-    _require_equal_counts(generated, reference)
+    if len(generated) != len(reference):
+        raise ValueError(
+            f"{len(generated)} generated samples cannot be compared with {len(reference)} real ones: "
+            "these figures depend on the number of samples, so give equally many"
+        )
     features = extractor.features(generated)
     seen = extractor.classify(features).argmax(axis=1)
     shares: list[float] = (np.bincount(seen, minlength=classes) / len(seen)).tolist()
@@ -105,11 +107,3 @@ def measure_images(
     if labels is not None:
         figures["label_accuracy"] = float((seen == labels).mean())
     return figures, shares
-
-
-def _require_equal_counts(generated: np.ndarray, reference: np.ndarray) -> None:
-    if len(generated) != len(reference):
-        raise ValueError(
-            f"{len(generated)} generated samples cannot be compared with {len(reference)} real ones: "
-            "these figures depend on the number of samples, so give equally many"
-        )

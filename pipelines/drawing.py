@@ -61,8 +61,7 @@ def _verified(
     plainly: Callable[[int, int], Samples], count: int, selection: Selection, extractor: "Extractor | None"
 ) -> Samples:
     """Draw until the classifier has accepted enough, at most ``candidates`` times as many."""
-    if extractor is None:
-        raise ValueError("rule verified needs images: its verifier is the classifier of real images")
+    assert extractor is not None  # as of all images
     accepted: list[Samples] = []
     found = 0
     for attempt in range(selection["candidates"]):
@@ -84,8 +83,7 @@ def _scores(reward: str, values: np.ndarray, labels: np.ndarray | None, extracto
     if reward == "first_coordinate":
         return values.reshape(len(values), -1)[:, 0].astype(np.float64)
     if reward == "confidence":
-        if extractor is None:
-            raise ValueError("reward confidence needs images: it is the classifier's log-probability of the label")
+        assert extractor is not None  # as of all images
         probabilities = extractor.probabilities(values)
         sure = probabilities.max(axis=1) if labels is None else probabilities[np.arange(len(labels)), labels]
         return np.log(np.clip(sure, 1e-12, None))

@@ -1,7 +1,7 @@
 """The pictures a run leaves behind: grids for the dashboard, before and after, and the curves of its numbers.
 
-Images are uint8 RGB, ``(batch, height, width, 3)``. Small ones are enlarged by whole factors without smoothing, so
-that every pixel of a 16-pixel image is seen as it is; large ones are reduced. Nothing here touches the display.
+Images are uint8 RGB, ``(batch, height, width, 3)``. Small ones are enlarged without smoothing, so that every pixel of a
+16-pixel image is seen as it is; large ones are reduced. Nothing here touches the display.
 """
 
 import textwrap
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 _Draw = Callable[["Axes", "DataFrame"], None]
 
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
-_PAIR_PIXELS = 208  # an image of a before/after pair is about this wide
 _DPI = 160
 _GUTTER = 170  # grey of the gutters, seen between white images as between black ones
 
-_INK, _FAINT, _RIGHT, _WRONG = "#1f2430", "#8b93a1", "#1a7f4b", "#c0392b"
+_INK, _FAINT, _FRAME, _RIGHT, _WRONG = "#1f2430", "#8b93a1", "#cfd5de", "#1a7f4b", "#c0392b"
 _LINES = {"blue": "#3b6fd4", "green": "#1a9e77", "orange": "#e0822f", "purple": "#8757c7", "red": "#cf4a5a"}
 _STAGES = {
     "sample": "#3b6fd4",
@@ -47,15 +46,12 @@ _KINDS = {  # of work, and of the driver's waiting for it
 _MOST_LANES = 32
 
 
-def image_grid(images: np.ndarray, columns: int, zoom: int | None = None) -> np.ndarray:
-    """One picture of ``images``, row by row, with thin gutters; ``zoom`` None chooses the enlargement.
-
-    Returns (height, width, 3) uint8. Raises ValueError if there are no images or they are not RGB bytes.
-    """
-    _check_images(images)
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """One picture (height, width, 3) uint8 of ``images``, row by row, with thin gutters; small ones are enlarged by a
+    whole factor."""
     count, height = images.shape[:2]
-    columns = max(1, min(columns, count))
-    zoom = zoom or max(1, -(-_GRID_PIXELS // height))
+    columns = min(columns, count)
+    zoom = max(1, -(-_GRID_PIXELS // height))
     gutter = max(1, zoom // 3)
     edges = (0, -count % columns), (gutter, 0), (gutter, 0), (0, 0)  # before each cell, and cells to fill the last row
     cells = np.pad(images.repeat(zoom, 1).repeat(zoom, 2), edges, constant_values=_GUTTER)
@@ -69,43 +65,33 @@ def before_after(
     before: np.ndarray,
     after: np.ndarray,
     prompts: Sequence[str],
-    captions_before: Sequence[str] | None = None,
-    captions_after: Sequence[str] | None = None,
+    captions_before: Sequence[str] | None,
+    captions_after: Sequence[str] | None,
 ) -> None:
     """Write a PNG of pairs: what a prompt and seed gave before the run, and what they give after it.
 
-    Images of one size, in rows of one length where that can be. Under each image stand the captioner's words, green
-    where they are the prompt and red where they are not. Raises ValueError if the numbers of images, prompts and
-    captions differ.
+    Images of one size, in rows of one length where that can be. Under each image stand the captioner's words, if there
+    are any, green where they are the prompt and red where they are not.
     """
-    _check_images(before)
-    _check_images(after)
-    captions = {"before": captions_before, "after": captions_after}
-    lengths = {len(before), len(after), len(prompts), *(len(words) for words in captions.values() if words is not None)}
-    if len(lengths) != 1:
-        raise ValueError(f"images, prompts and captions must be equally many, got {sorted(lengths)}")
     columns = next((number for number in (4, 5, 3) if len(prompts) % number == 0), min(4, len(prompts)))
     rows = -(-len(prompts) // columns)
-    pictures = {name: [_scaled(image) for image in images] for name, images in (("before", before), ("after", after))}
-    high, side = (size / _DPI for size in pictures["before"][0].shape[:2])
-    width = 2 * side + 0.42  # inches, as everything below: a pair with the space around it
-    below = 0.2 if captions_before is None and captions_after is None else 0.44
-    pair_height, heading = 0.62 + high + below, 0.4
-    figure = _figure(columns * width + 0.1, rows * pair_height + heading)
-    page = _Page(figure)
-    title = "before and after: same prompts and seeds"
-    page.write(page.width / 2, page.height - 0.12, title, 9, _FAINT, page.width, va="top")
+    width, height = 3.0 * columns, 2.36 * rows + 0.4  # inches
+    figure = _figure(width, height)
+    figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=_FAINT)
+    edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.95 / height}
+    places = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.75, **edges)
+    looks = {"before": (before, captions_before), "after": (after, captions_after)}
     for index, prompt in enumerate(prompts):
-        left = 0.05 + index % columns * width
-        base = page.height - heading - (index // columns + 1) * pair_height + below
-        page.write(left + width / 2, base + high + 0.23, prompt, 8.5, _INK, width - 0.2, va="bottom", weight="bold")
-        for half, name in enumerate(("before", "after")):
-            x = left + 0.18 + half * (side + 0.06)
-            page.place(x, base, pictures[name][index])
-            page.write(x + side / 2, base + high + 0.04, name, 6.5, _FAINT, side, va="bottom")
-            if words := captions[name]:
-                colour = _RIGHT if words[index].strip() == prompt.strip() else _WRONG
-                page.write(x + side / 2, base - 0.05, words[index], 6.6, colour, side, va="top")
+        pair = places[index].subgridspec(1, 2, wspace=0.05).subplots()
+        _write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=_INK, va="bottom", weight="bold")
+        for axes, (name, (images, captions)) in zip(pair, looks.items(), strict=True):
+            axes.imshow(images[index])
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color(_FRAME)
+            axes.set_title(name, fontsize=6.5, color=_FAINT, pad=3)
+            if captions:
+                colour = _RIGHT if captions[index].strip() == prompt.strip() else _WRONG
+                _write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
     _save(figure, path)
 
 
@@ -118,12 +104,8 @@ def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     import pandas
 
     table = pandas.DataFrame(list(history), dtype=float).replace([np.inf, -np.inf], np.nan)
-    table = table.set_index("step").dropna(axis="columns", how="all") if len(table) else table
+    table = table.set_index("step").dropna(axis="columns", how="all")
     measured = [panel for key, panel in _PANELS.items() if any(name.startswith(key) for name in table)]
-    if not measured:
-        figure = _figure(4.3, 2.9)
-        figure.text(0.5, 0.5, "no steps yet", ha="center", va="center", color=_FAINT)
-        return _save(figure, path)
     figure, sheet = _sheet(len(measured), 3, 4.3, 2.9)
     for axes, (title, draw) in zip(sheet, measured, strict=True):
         _dress(axes, title, "step", ticks=6)
@@ -139,27 +121,24 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     shown = dict(list(lanes.items())[:_MOST_LANES])
     steps = [span for spans in lanes.values() for span in spans if span[0] == "step"]
     begin, end = min(span[1] for span in steps), max(span[2] for span in steps)
-    kinds = [*dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")]
-    colours = {what: _KINDS.get(what, _FAINT) for what in kinds}
+    kinds = dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")
     figure, (axes,) = _sheet(1, 1, 9, 1.3 + 0.3 * len(shown))
     _dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
     labels = []
     for row, (name, spans) in enumerate(shown.items()):
-        done = [(what, start, stop - start) for what, start, stop in spans if what != "step"]
-        for kind, colour in colours.items():
-            bars = [(start - begin, length) for what, start, length in done if what == kind]
-            axes.broken_barh(bars, (row - 0.38, 0.76), color=colour)
-        busy = min(1.0, sum(length for *_, length in done) / (end - begin))
+        done = [(what, (start - begin, stop - start)) for what, start, stop in spans if what != "step"]
+        colours = [_KINDS.get(what, _FAINT) for what, _ in done]
+        axes.broken_barh([bar for _, bar in done], (row - 0.38, 0.76), color=colours)
+        busy = min(1.0, sum(length for _, (_, length) in done) / (end - begin))
         labels.append(f"{name}  {'waiting' if name == 'driver' else 'busy'} {busy:.0%}, {1 - busy:.0%} idle")
     for _, start, _ in steps:
         axes.axvline(start - begin, color=_INK, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(shown)), labels)
     axes.set(xlim=(0, end - begin), ylim=(len(shown) - 0.4, -0.6))
-    handles = []
-    for colour in dict.fromkeys(colours.values()):
-        alike = ", ".join(kind for kind, its in colours.items() if its == colour)
-        handles.append(axes.plot([], [], "s", color=colour, label=alike)[0])
-    axes.legend(handles=handles, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
+    for colour in dict.fromkeys([*_KINDS.values(), _FAINT]):
+        if alike := ", ".join(kind for kind in kinds if _KINDS.get(kind, _FAINT) == colour):
+            axes.plot([], [], "s", color=colour, label=alike)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
     _save(figure, path)
 
 
@@ -173,28 +152,19 @@ def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:
     _legend(axes)
 
 
-def _measured(key: str, colour: str) -> _Draw:
-    """Draws one metric of the evaluations."""
-
-    def draw(axes: "Axes", table: "DataFrame") -> None:
-        axes.plot(table[key].dropna(), "o-", color=_LINES[colour], linewidth=2, markersize=3)
-
-    return draw
-
-
 def _course(
     key: str, colour: str, form: str = "", bottom: float | None = None, spread: str = "", logarithmic: bool = False
 ) -> _Draw:
-    """Draws a metric of the steps: faint, under its running mean where there are enough of them to have one; within
-    ± ``spread``, another metric; on a ``logarithmic`` axis if its values differ by orders of magnitude."""
+    """Draws a metric: as dots, or where there are enough of them faint, under its running mean; within ± ``spread``,
+    another metric; on a ``logarithmic`` axis if its values differ by orders of magnitude."""
 
     def draw(axes: "Axes", table: "DataFrame") -> None:
-        values, style = table[key].dropna(), dict[str, Any](color=_LINES[colour], linewidth=1.8)
+        values, marker = table[key].dropna(), "o"
         if len(values) >= 20:
             axes.plot(values, color=_LINES[colour], linewidth=1, alpha=0.35)
             reach = max(3, len(values) // 16)  # neighbours on either side; at the ends there are fewer
-            values, style["linewidth"] = values.rolling(2 * reach + 1, center=True, min_periods=1).mean(), 2.0
-        axes.plot(values, "-" if len(values) > 1 else "o", label="mean", **style)
+            values, marker = values.rolling(2 * reach + 1, center=True, min_periods=1).mean(), ""
+        axes.plot(values, marker=marker, markersize=3, linewidth=2, color=_LINES[colour], label="mean")
         if spread in table:
             both = table[[key, spread]].dropna()
             band = both[key] - both[spread], both[key] + both[spread]
@@ -226,9 +196,9 @@ def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
 _PANELS: dict[str, tuple[str, _Draw]] = {  # what its metrics' names begin with → title, and what draws them
     "reward/mean": ("reward", _course("reward/mean", "blue", spread="reward/std")),
     "evaluator/full": ("held-out accuracy", _draw_accuracy),
-    "evaluator/agreement": ("captioner–evaluator agreement", _measured("evaluator/agreement", "blue")),
-    "evaluation/diversity": ("diversity of held-out images", _measured("evaluation/diversity", "orange")),
-    "evaluation/kl_to_base": ("KL to the base (nats an image)", _measured("evaluation/kl_to_base", "purple")),
+    "evaluator/agreement": ("captioner–evaluator agreement", _course("evaluator/agreement", "blue")),
+    "evaluation/diversity": ("diversity of held-out images", _course("evaluation/diversity", "orange")),
+    "evaluation/kl_to_base": ("KL to the base (nats an image)", _course("evaluation/kl_to_base", "purple")),
     "policy/approximate_kl": ("approximate KL", _course("policy/approximate_kl", "purple", "{x:.2g}")),
     "policy/clip_fraction": ("share of clipped transitions", _course("policy/clip_fraction", "orange", "{x:.0%}", 0)),
     "policy/gradient_norm": ("gradient norm", _course("policy/gradient_norm", "red", logarithmic=True)),
@@ -240,8 +210,6 @@ def _sheet(count: int, most: int, width: float, height: float) -> tuple[Any, lis
     """A figure and its ``count`` panels of this size (inches), at most so many in a row."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    if not count:
-        raise ValueError("there is nothing to draw: give at least one array")
     columns = min(most, count)
     rows = -(-count // columns)
     figure = _figure(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -261,60 +229,26 @@ def _dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color("#cfd5de")
+        spine.set_color(_FRAME)
 
 
 def _legend(axes: "Axes", **options: Any) -> None:
     axes.legend(fontsize=7.5, labelcolor=_INK, edgecolor="none", framealpha=0.7, **options)
 
 
-class _Page:
-    """A figure addressed in inches from its lower left corner."""
-
-    def __init__(self, figure: "Figure") -> None:
-        self.figure = figure
-        self.width, self.height = figure.get_size_inches()
-
-    def place(self, x: float, y: float, picture: np.ndarray) -> None:
-        """Put ``picture`` on whole pixels, unscaled, in a hairline frame."""
-        framed = np.pad(picture, ((1, 1), (1, 1), (0, 0)), constant_values=_GUTTER)
-        self.figure.figimage(framed, round(x * _DPI) - 1, round(y * _DPI) - 1, origin="upper")
-
-    def write(self, x: float, y: float, text: str, size: float, colour: str, width: float, **style: Any) -> None:
-        """Centre ``text`` (``size`` points) on x, in at most two lines of about ``width`` inches."""
-        letters = max(8, int(width * 72 / (size * 0.56)))
-        lines = "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))
-        style |= {"ha": "center", "fontsize": size, "color": colour, "parse_math": False, "linespacing": 1.15}
-        self.figure.text(x / self.width, y / self.height, lines, **style)
-
-
-def _scaled(image: np.ndarray) -> np.ndarray:
-    """``image`` about ``_PAIR_PIXELS`` wide: whole factors up, smoothly down."""
-    from PIL import Image
-
-    height, width, _ = image.shape
-    if width <= _PAIR_PIXELS:
-        zoom = max(1, _PAIR_PIXELS // width)
-        return image.repeat(zoom, 0).repeat(zoom, 1)
-    size = (_PAIR_PIXELS, max(1, round(height * _PAIR_PIXELS / width)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+def _write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **style: Any) -> None:
+    """Centre ``text`` at a place relative to the axes, in at most two lines of so many ``letters``."""
+    lines = "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))
+    axes.text(*place, lines, transform=axes.transAxes, ha="center", linespacing=1.15, parse_math=False, **style)
 
 
 def _figure(width: float, height: float, **options: Any) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **options)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **options)
 
 
 def _save(figure: "Figure", path: Path) -> None:
     """Write the PNG without matplotlib's version in it, so that equal pictures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
-
-
-def _check_images(images: np.ndarray) -> None:
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-        raise ValueError(f"expected uint8 images (batch, height, width, 3), got {images.dtype} {images.shape}")

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import LearnerState
+from pipelines.checkpoint import LearnerState, WeightsKind
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
@@ -173,32 +173,23 @@ class DiffusionLearner:
         """DiffusionNFT's old policy, which draws, is the average; elsewhere the learned weights draw."""
         return bool(self.average) and self.training.objective == "negative_aware"
 
-    def weights(self) -> Weights:
-        """What samplers draw with, under the plain network's names."""
-        if self._draws_average:
-            return self.averaged_weights()
-        with unsharded(self.policy.network):
+    def weights(self, kind: WeightsKind = "current") -> Weights:
+        """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step
+        of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
+        with self._holding(kind), unsharded(self.policy.network):
             return exported_weights(self.policy.network)
 
-    def averaged_weights(self) -> Weights:
-        """What is evaluated and saved: the average over steps, or the weights themselves."""
-        with self._averaging(), unsharded(self.policy.network):
-            return exported_weights(self.policy.network)
-
-    def previous_weights(self) -> Weights:
-        """What samplers drew with before the last step of learning, at depth 1."""
-        with swapped(self.parameters, self.previous), unsharded(self.policy.network):
-            return exported_weights(self.policy.network)
-
-    def _averaging(self) -> AbstractContextManager[None]:
-        """In this block the network holds what is evaluated and saved."""
-        return swapped(self.parameters, self.average) if self.average else nullcontext()
+    def _holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
+        """In this block the network holds some of the weights."""
+        held = self.previous if kind == "previous" else {}
+        if kind == "averaged" or (kind == "current" and self._draws_average):
+            held = self.average
+        return swapped(self.parameters, held) if held else nullcontext()
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
-        held: dict[str, Any] = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
-        held |= {f"average/{name}": mean for name, mean in self.average.items()}
-        held |= {f"previous/{name}": value for name, value in self.previous.items()}
+        kinds = {"parameter": self.parameters, "average": self.average, "previous": self.previous}
+        held = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():
                 held[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
@@ -211,50 +202,42 @@ class DiffusionLearner:
 
     def restore(self, state: LearnerState) -> None:
         """The inverse of :meth:`state`. Raises KeyError if the state is of another model or another LoRA."""
-        moments: dict[str, dict[str, Tensor]] = {}
+
+        def held(kind: str, name: str) -> Tensor:
+            like = self.parameters[name]
+            return placed_as(from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
+
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(placed_as(from_numpy(state.tensors[f"parameter/{name}"], parameter.dtype), parameter))
+                parameter.copy_(held("parameter", name))
             for name, mean in self.average.items():
-                kept = state.tensors.get(f"average/{name}", state.tensors[f"parameter/{name}"])
-                mean.copy_(placed_as(from_numpy(kept, mean.dtype), mean))
-            self.previous = {
-                name: placed_as(from_numpy(state.tensors[f"previous/{name}"], parameter.dtype), parameter)
-                for name, parameter in self.parameters.items()
-                if self.training.depth and f"previous/{name}" in state.tensors
-            }
+                mean.copy_(held("average" if f"average/{name}" in state.tensors else "parameter", name))
+        kept = [name for name in self.parameters if self.training.depth and f"previous/{name}" in state.tensors]
+        self.previous = {name: held("previous", name) for name in kept}
         for key, array in state.tensors.items():
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
                 like = self.parameters[name]
-                value = from_numpy(array, torch.float32 if moment == "step" else like.dtype)
                 # AdamW keeps its count of steps on the CPU, and whole.
-                moments.setdefault(name, {})[moment] = value if moment == "step" else placed_as(value, like)
-        for name, values in moments.items():
-            self.learner.optimizer.state[self.parameters[name]] = values
+                value = from_numpy(array, torch.float32 if moment == "step" else like.dtype)
+                self.learner.optimizer.state[like][moment] = value if moment == "step" else placed_as(value, like)
         self.weights_version = state.weights_version
 
-    def merged_pipeline(self, weights: Weights | None = None) -> Any:
-        """A stock pipeline with ``weights``, by default :meth:`averaged_weights`, LoRA merged."""
-        family = load_family(self.model.path, getattr(torch, self.model.dtype))
-        load_weights(family.network, self.averaged_weights() if weights is None else weights)
-        return family.pipeline
-
     def save(self, directory: str | Path) -> None:
-        """Write a diffusers directory of :meth:`merged_pipeline`, and LoRA alone in its ``lora/``, for the base's.
-
-        The first of a group writes.
+        """Write a diffusers directory of the averaged weights, LoRA merged, and LoRA alone in its ``lora/``, for the
+        base's. The first of a group writes.
         """
-        weights = self.averaged_weights()
-        with self._averaging(), unsharded(self.policy.network):
+        weights = self.weights("averaged")
+        with self._holding("averaged"), unsharded(self.policy.network):
             layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
         if self.group.rank:
             return
-        pipeline = self.merged_pipeline(weights)
-        pipeline.save_pretrained(directory, safe_serialization=True)
-        if layers and hasattr(pipeline, "save_lora_weights"):
-            named = {f"{self.policy.family.network_name}_lora_layers": layers}
-            pipeline.save_lora_weights(Path(directory) / "lora", **named)
+        family = load_family(self.model.path, self.policy.dtype)
+        load_weights(family.network, weights)
+        family.pipeline.save_pretrained(directory, safe_serialization=True)
+        if layers and hasattr(family.pipeline, "save_lora_weights"):
+            named = {f"{family.network_name}_lora_layers": layers}
+            family.pipeline.save_lora_weights(Path(directory) / "lora", **named)
 
     def _find_micro_batch(self) -> int:
         """Transitions a network call: as many as fit into memory, at most a learner's part of an update or

@@ -1,17 +1,16 @@
 """The pictures of a self-consuming experiment, from plain arrays: curves, trajectories, samples and class shares.
 
 A colour belongs to an arm, in the order of first appearance. Bands and bars are 95 % intervals over seeds; nan leaves a
-gap. Generations count from 1. Equal input gives equal bytes. Arrays of other shapes than documented raise ValueError,
-as do none at all.
+gap. Generations count from 1. Equal input gives equal bytes.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.figures import _DPI, _FAINT, _INK, _LINES, _dress, _figure, _Page, _save, _sheet, image_grid
+from pipelines.figures import _DPI, _FAINT, _FRAME, _INK, _LINES, _dress, _save, _sheet, image_grid
 from policies.verdicts import interval
 
 _ARMS = (*_LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
@@ -23,29 +22,25 @@ _Arms = Mapping[str, np.ndarray]
 def arm_curves(
     path: Path,
     curves: Mapping[str, _Arms],
-    laws: Mapping[str, _Arms] | None = None,
-    floors: Mapping[str, float] | None = None,
-    log_metrics: Collection[str] = (),
-    titles: Mapping[str, str] | None = None,
+    laws: Mapping[str, _Arms],
+    floors: Mapping[str, float],
+    titles: Mapping[str, str],
 ) -> None:
     """Write a PNG with a panel for each metric of ``curves``: metric → arm → (seeds, generations).
 
     ``laws`` (metric → arm → (generations,)) are dashed over the means, ``floors`` (metric → what real data scores
     against real data) dotted; ``titles`` head the panels.
     """
-    laws, floors, titles = laws or {}, floors or {}, titles or {}
     colours = _colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
-    figure, panels = _sheet(len(curves) if colours else 0, 3, 4.3, 2.9)
+    figure, panels = _sheet(len(curves), 3, 4.3, 2.9)
     for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
         _dress(axes, titles.get(metric, metric), "generation")
-        axes.set_yscale("log" if metric in log_metrics else "linear")
         bands = {}
         for name, values in arms.items():
-            mean, *bands[name] = interval(_shaped(values, f"{metric} of {name}", "seeds", "generations"))
+            mean, *bands[name] = interval(values)
             line = "o-" if len(mean) <= 30 else "-"
             axes.plot(np.arange(1, len(mean) + 1), mean, line, color=colours[name], label=name, lw=1.8, ms=3)
-        for name, values in laws.get(metric, {}).items():
-            law = _shaped(values, f"law of {metric} of {name}", "generations")
+        for name, law in laws.get(metric, {}).items():
             axes.plot(np.arange(1, len(law) + 1), law, "--", color=0.55 * colours[name], lw=1.2, label="exact law")
         if metric in floors:
             axes.axhline(floors[metric], **_FLOOR)
@@ -59,38 +54,31 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
     Lines are means over seeds, their dots grow with the generation; single seeds are faint.
     """
     colours = _colours(paths)
-    figure, (axes,) = _sheet(min(1, len(paths)), 1, 5.6, 4.9)
+    figure, (axes,) = _sheet(1, 1, 5.6, 4.9)
     _dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
     axes.set_aspect("equal", adjustable="datalim")
-    starts, ends = [], []
-    for name, pair in paths.items():
-        seeds = _shaped(np.stack(pair[::-1]), f"recall and precision of {name}", "2", "seeds", "generations")
+    for name, (precision, recall) in paths.items():
+        seeds = np.stack([recall, precision])
         x, y = seeds.mean(axis=1)
         axes.plot(*seeds.swapaxes(1, 2), color=colours[name], lw=0.7, alpha=0.25)
         axes.plot(x, y, color=colours[name], lw=1.6, label=name)
         axes.scatter(x[1:], y[1:], np.linspace(4, 34, len(x))[1:], color=colours[name], lw=0, zorder=3)
         axes.scatter(x[:1], y[:1], 26, facecolors="white", edgecolors=colours[name], lw=1.6, zorder=4)
-        starts.append(("G1", (x[0], y[0])))
-        ends.append((f"G{len(x)}", (x[-1], y[-1])))
-    _name(axes, starts + ends)
     _finish(figure, path)
 
 
 def fresh_fraction_curve(
-    path: Path, fractions: np.ndarray, final: np.ndarray, floor: float | None = None, metric: str = "FID"
+    path: Path, fractions: np.ndarray, final: np.ndarray, floor: float | None, metric: str
 ) -> None:
-    """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,)."""
-    fractions = _shaped(fractions, "fractions", "k")
-    order = np.argsort(fractions)
-    x, final = fractions[order], _shaped(final, "final", "seeds", str(len(fractions)))[:, order]
+    """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,), in order."""
     mean, low, high = interval(final)
     figure, (axes,) = _sheet(1, 1, 5.6, 3.6)
     _dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
     axes.xaxis.set_major_formatter("{x:.0%}")
     bars = (mean - low, high - mean)
-    axes.errorbar(x, mean, bars, fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval")
-    axes.scatter(np.tile(x, len(final)), final, 18, color=_BLUE, alpha=0.3, lw=0, label="one seed")
+    axes.errorbar(fractions, mean, bars, fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval")
+    axes.scatter(np.tile(fractions, len(final)), final, 18, color=_BLUE, alpha=0.3, lw=0, label="one seed")
     if floor is not None:
         axes.axhline(floor, **_FLOOR)
     axes.set_ylim(bottom=0)
@@ -99,19 +87,17 @@ def fresh_fraction_curve(
 
 def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
     """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
-    if images.ndim != 5 or images.shape[-1] not in (1, 3) or len(labels) != len(images):
-        raise ValueError(f"expected images (rows, columns, height, width, 1 or 3), a label a row; got {images.shape}")
-    coloured = images.repeat(3 // images.shape[-1], axis=-1)
-    grid = image_grid(coloured.reshape(-1, *coloured.shape[2:]), images.shape[1])
-    high, wide = grid.shape[0] / _DPI, grid.shape[1] / _DPI
-    left, top, edge = 0.25 + 0.075 * max(map(len, labels)), 0.32, 0.12  # inches
-    page = _Page(_figure(left + wide + edge, edge + high + top))
-    page.place(left, edge, grid)
-    page.write(left + wide / 2, page.height - 0.21, "each column: one latent seed", 8, _FAINT, wide)
-    for row, label in enumerate(labels):
-        middle = edge + high * (1 - (row + 0.5) / len(labels))
-        page.write(left / 2, middle, label, 9, _INK, 4 * left, va="center", weight="bold")
-    _save(page.figure, path)
+    rows = len(images)
+    rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
+    grid = image_grid(rgb.reshape(-1, *rgb.shape[2:]), images.shape[1])
+    figure, (axes,) = _sheet(1, 1, grid.shape[1] / _DPI + 0.8, grid.shape[0] / _DPI + 0.5)
+    axes.imshow(grid)
+    axes.set_title("each column: one latent seed", fontsize=8, color=_FAINT)
+    axes.set_xticks([])
+    axes.set_yticks((np.arange(rows) + 0.5) * len(grid) / rows, labels, fontsize=9, color=_INK, weight="bold")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
 
 
 def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndarray) -> None:
@@ -120,14 +106,12 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
     All panels show one square, which holds 99 % of all coordinates.
     """
     figure, panels = _sheet(len(points), 5, 2.1, 2.3)
-    clouds = [_shaped(cloud, f"points of {label}", "n", "2") for label, cloud in points.items()]
-    reference = _shaped(reference, "reference", "n", "2")
-    low, high = np.percentile(np.vstack([reference, *clouds]), (0.5, 99.5))
+    low, high = np.percentile(np.vstack([reference, *points.values()]), (0.5, 99.5))
     view = (low - 0.08 * (high - low), high + 0.08 * (high - low))
-    for axes, label, cloud in zip(panels, points, clouds, strict=True):
+    for axes, (label, cloud) in zip(panels, points.items(), strict=True):
         axes.set(xticks=[], yticks=[], xlim=view, ylim=view, aspect="equal")
         axes.set_title(label, loc="left", fontsize=9, color=_INK, weight="bold", pad=4)
-        axes.spines[:].set_color("#cfd5de")
+        axes.spines[:].set_color(_FRAME)
         for name, dots, colour in (("real", reference, _FAINT), ("generated", cloud, _BLUE)):
             size = np.clip(4000 / len(dots), 1.5, 8)
             axes.scatter(*dots.T, s=size, color=colour, alpha=0.5, linewidths=0, label=name)
@@ -136,7 +120,6 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
 
 def class_heatmap(path: Path, shares: np.ndarray) -> None:
     """Write a PNG of the classes' ``shares`` (generations, classes)."""
-    shares = _shaped(shares, "shares", "generations", "classes")
     extent = (0.5, shares.shape[0] + 0.5, -0.5, shares.shape[1] - 0.5)
     figure, (axes,) = _sheet(1, 1, 5.6, min(0.9 + 0.26 * shares.shape[1], 7))
     _dress(axes, "share of each class", "generation", "class")
@@ -147,15 +130,6 @@ def class_heatmap(path: Path, shares: np.ndarray) -> None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=_FAINT, labelsize=8, length=0)
     _save(figure, path)
-
-
-def _shaped(values: np.ndarray, what: str, *axes: str) -> np.ndarray:
-    """``values`` as float64, unless they lack these axes (an axis named by a number has that length) or elements."""
-    values = np.asarray(values, np.float64)
-    fits = all(not name.isdigit() or int(name) == size for name, size in zip(axes, values.shape, strict=False))
-    if values.ndim != len(axes) or not fits or not values.size:
-        raise ValueError(f"{what}: expected an array ({', '.join(axes)}), got {values.shape}")
-    return values
 
 
 def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -176,21 +150,6 @@ def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _
         axes.fill_between(x, *band, color=colours[name], alpha=0.14, lw=0, label=label)
     lowest, highest = scale.transform(axes.get_ylim())
     axes.set_ylim(*scale.inverted().transform((max(lowest, 2 * low - high), min(highest, 2 * high - low))))
-
-
-def _name(axes: Any, labels: Iterable[tuple[str, tuple[float, float]]]) -> None:
-    """Write labels beside their points, where no earlier one stands in the way."""
-    from matplotlib.patheffects import withStroke
-
-    axes.apply_aspect()
-    halo = [withStroke(linewidth=3, foreground="white")]
-    style = {"fontsize": 8, "weight": "bold", "color": _INK, "path_effects": halo}
-    taken: list[np.ndarray] = []
-    for label, point in labels:
-        spot = axes.transData.transform(point)
-        if np.isfinite(spot).all() and all((np.abs(spot - other) > (50, 30)).any() for other in taken):
-            axes.annotate(label, point, (5, 5), textcoords="offset points", zorder=5, **style)
-            taken.append(spot)
 
 
 def _finish(figure: Any, path: Path, **options: Any) -> None:

@@ -48,6 +48,7 @@ class Chain:
         self._common = {"family": family, "settings": dict(settings), "seeds": list(seeds)}
         self._closed_form = family in CLOSED_FORM
         self._source = source
+        self._real = [task for task in (source.data, source.extractor) if task]
         self._selection = _selection(loop)
 
     def fit(self, manifest: Manifest, drawn: Mapping[int, "Drawn"], start: Task | None, kept: bool) -> Task:
@@ -65,7 +66,7 @@ class Chain:
         """Draw what later generations may be trained on; closed forms draw it wherever they need it."""
         if self._closed_form:
             return Drawn(model, count)
-        inputs = [model, self._extractor()] if self._selection else [model]
+        inputs = [model, self._real[1]] if self._selection else [model]
         parameters = {"selection": self._selection, "role": "training", "count": count}
         return Drawn(self._draw(model, generation, parameters, inputs), count)
 
@@ -81,7 +82,7 @@ class Chain:
             parameters: dict[str, Any] = {"samples": self._source.samples, "sampling_bias": self._loop.sampling_bias}
             return self._task("measure", manifest.generation, self._common | parameters, [model])
         parameters, training = self._training_set(manifest, drawn)
-        inputs = [evaluation, self._data(), self._extractor(), *training]
+        inputs = [evaluation, *self._real, *training]
         return self._task("measure", manifest.generation, {**parameters, "classes": self._source.classes}, inputs)
 
     def _training_set(self, manifest: Manifest, drawn: Mapping[int, "Drawn"]) -> tuple[dict[str, Any], list[Task]]:
@@ -90,10 +91,10 @@ class Chain:
         sources: list[dict[str, int] | None] = []
         parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json(), "sources": sources}
         for part in manifest.parts:
-            if part.generation == REAL and self._source.data is None:
+            if part.generation == REAL and not self._real:
                 sources.append(None)
                 continue
-            batch = Drawn(self._data(), 0) if part.generation == REAL else drawn[part.generation]
+            batch = Drawn(self._real[0], 0) if part.generation == REAL else drawn[part.generation]
             if part.generation != REAL and self._closed_form:
                 parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
             if batch.task not in inputs:
@@ -109,14 +110,6 @@ class Chain:
         self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task], kept: bool = True
     ) -> Task:
         return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}", kept)
-
-    def _data(self) -> Task:
-        assert self._source.data is not None
-        return self._source.data
-
-    def _extractor(self) -> Task:
-        assert self._source.extractor is not None
-        return self._source.extractor
 
 
 @dataclass(frozen=True)
@@ -136,8 +129,7 @@ class Generation:
     number: int
     manifest: Manifest
     fit: Task
-    drawn: Task | None
-    count: int  # of samples drawn for later generations
+    drawn: Drawn | None  # for later generations
     evaluation: Task | None
     measure: Task
 

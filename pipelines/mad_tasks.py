@@ -14,7 +14,7 @@ import numpy as np
 from pipelines.atomic import Files
 from pipelines.drawing import draw
 from pipelines.families import Generator, Samples
-from pipelines.families.registry import CLOSED_FORM, family_settings, generator_class, load_generator, packed, unpacked
+from pipelines.families.registry import CLOSED_FORM, SETTINGS, generator_class, load_generator, packed, unpacked
 from pipelines.real_data import ledger_order
 from policies.data_rules import REAL, Manifest, Part
 from policies.streams import derive_seed
@@ -63,7 +63,7 @@ def evaluation_points(family: str, model: Generator, parameters: Parameters) -> 
 
 
 def _reference_points(family: str, parameters: Parameters, stream: str = "reference") -> np.ndarray:
-    settings = family_settings(family, parameters["settings"])
+    settings = SETTINGS[family](**parameters["settings"])
     truth: Samples = generator_class(family).truth(settings, [derive_seed(0, stream)], 0, parameters["samples"])
     return truth.values[0]
 
@@ -71,7 +71,7 @@ def _reference_points(family: str, parameters: Parameters, stream: str = "refere
 def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """Train a generation's model on the samples of its manifest."""
     family, seeds = parameters["family"], parameters["seeds"]
-    settings = family_settings(family, parameters["settings"])
+    settings = SETTINGS[family](**parameters["settings"])
     start = load_generator(family, inputs[-1], device) if parameters["fine_tunes"] else None
     data, ids = _training_set(parameters, inputs)
     streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
@@ -136,7 +136,7 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
     if family in CLOSED_FORM:
         model = load_generator(family, inputs[0])
-        return _write({name: values.tolist() for name, values in model.measure().items()})
+        return _metrics(model.measure())
     from pipelines.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
@@ -173,11 +173,9 @@ _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
 }
 
 
-def _metrics(values: Mapping[str, float], histogram: Sequence[float] | None = None) -> Files:
-    return _write({name: [value] for name, value in values.items()}, histogram)
-
-
-def _write(metrics: Mapping[str, list[float]], histogram: Sequence[float] | None = None) -> Files:
+def _metrics(values: Mapping[str, float | np.ndarray], histogram: Sequence[float] | None = None) -> Files:
+    """``values`` of one universe, or (universes,) each."""
+    metrics = {name: np.atleast_1d(value).tolist() for name, value in values.items()}
     return {"metrics.json": json.dumps({"metrics": metrics, "class_histogram": histogram}).encode()}
 
 
@@ -223,7 +221,7 @@ class _Held(NamedTuple):
 def _held(parameters: Parameters, part: Part, source: Parameters | None, inputs: Sequence[Files]) -> _Held:
     family, seeds = parameters["family"], parameters["seeds"]
     if source is None:  # a distribution, which never runs out
-        settings = family_settings(family, parameters["settings"])
+        settings = SETTINGS[family](**parameters["settings"])
         drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
         return _Held(drawn, np.arange(part.start, part.stop), part.start)
     files = inputs[source["input"]]

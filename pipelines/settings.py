@@ -45,11 +45,9 @@ class RewardSettings(Settings):
     @property
     def title(self) -> str:
         """For people and charts."""
-        return (
-            self.function
-            if isinstance(self.function, str)
-            else " + ".join(f"{w:g} {n}" for n, w in self.weights.items())
-        )
+        if isinstance(self.function, str):
+            return self.function
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
 
     @property
     def functions(self) -> dict[str, RewardOptions]:

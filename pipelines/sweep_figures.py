@@ -14,7 +14,7 @@ Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each tri
 _MAP = "viridis"
 
 
-def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str] = ()) -> None:
+def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
     """One panel a setting: every trial's metric, and the mean at each value that several trials share."""
     keys, values = list(tried[0][0]), np.array([value for _, value in tried])
     figure, panels = _sheet(len(keys), 3, 3.6, 2.9)
@@ -33,7 +33,7 @@ def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str] 
     _save(figure, path)
 
 
-def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str] = ()) -> None:
+def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
     """One line a trial through all of its settings to its metric, which colours it."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize

@@ -149,11 +149,10 @@ class Call:
 
 @dataclass(eq=False)
 class Actor:
-    """A queue of calls, worked off in order."""
+    """It works off its calls in order: each waits for the ``last`` one before it."""
 
     seat: Seat
-    queue: deque[Call] = field(default_factory=deque)
-    running: bool = False
+    last: Call | None = None
     busy: float = 0.0
 
 
@@ -165,34 +164,31 @@ class Timeline:
         self._processors = processors
         self._running: dict[str, list[Call]] = defaultdict(list)
         self._settled: dict[str, float] = defaultdict(float)  # until when the work that is left is up to date
-        self._events: list[tuple[float, int, str]] = []
-        self._next: dict[str, int] = {}  # the number of each processor's event that counts; older ones are void
-        self._numbers = itertools.count()
+        self._events: list[tuple[float, str]] = []
+        self._next: dict[str, float] = {}  # when a processor's event that counts is; others of it are void
 
     def submit(self, actor: Actor, seconds: float, after: Iterable[Call] = ()) -> Call:
-        """Put a call at the end of the actor's queue. It begins once it is at the head and ``after`` is done."""
+        """Ask the actor for a call. It begins once the actor's earlier ones and ``after`` are done."""
         call = Call(actor, seconds)
-        for other in after:
-            if not other.done:
+        for other in (*after, actor.last):
+            if other and not other.done:
                 other.followers.append(call)
                 call.awaited += 1
-        actor.queue.append(call)
-        self._begin(actor)
+        actor.last = call
+        self._begin(call)
         return call
 
     def wait(self, calls: Iterable[Call]) -> float:
-        """Let time pass until ``calls`` are done. Returns how much did. Raises RuntimeError if they never will be."""
+        """Let time pass until ``calls`` are done. Returns how much did."""
         began = self.now
         for call in calls:
             while not call.done:
-                if not self._events:
-                    raise RuntimeError("a call waits for one behind it in its own queue")
                 self._step()
         return self.now - began
 
     def _step(self) -> None:
-        time, number, name = heapq.heappop(self._events)
-        if number != self._next[name]:
+        time, name = heapq.heappop(self._events)
+        if time != self._next[name]:
             return
         self.now = time
         self._settle(name)
@@ -201,23 +197,19 @@ class Timeline:
         finished = [call for call in running if call.left <= 1e-12 + 1e-12 * time]
         self._running[name] = [call for call in running if call not in finished]
         for call in finished:
-            call.done, call.actor.running = True, False
+            call.done = True
             call.actor.busy += time - call.began
-            call.actor.queue.popleft()
         self._plan(name)
-        for call in finished:
-            for follower in call.followers:
-                follower.awaited -= 1
-                self._begin(follower.actor)
-            self._begin(call.actor)
+        for follower in itertools.chain.from_iterable(call.followers for call in finished):
+            follower.awaited -= 1
+            self._begin(follower)
 
-    def _begin(self, actor: Actor) -> None:
-        if actor.running or not actor.queue or actor.queue[0].awaited:
-            return
-        actor.running, actor.queue[0].began = True, self.now
-        self._settle(actor.seat.processor)
-        self._running[actor.seat.processor].append(actor.queue[0])
-        self._plan(actor.seat.processor)
+    def _begin(self, call: Call) -> None:
+        if not call.awaited:
+            name, call.began = call.actor.seat.processor, self.now
+            self._settle(name)
+            self._running[name].append(call)
+            self._plan(name)
 
     def _rates(self, name: str) -> list[float]:
         threads = [call.actor.seat.threads for call in self._running[name]]
@@ -231,8 +223,8 @@ class Timeline:
     def _plan(self, name: str) -> None:
         if running := self._running[name]:
             soonest = min(call.left / rate for call, rate in zip(running, self._rates(name), strict=True))
-            self._next[name] = next(self._numbers)
-            heapq.heappush(self._events, (self.now + max(0.0, soonest), self._next[name], name))
+            self._next[name] = self.now + max(0.0, soonest)
+            heapq.heappush(self._events, (self._next[name], name))
 
 
 def simulate(work: Work, costs: Costs, cast: Cast, steps: int = 6) -> Forecast:

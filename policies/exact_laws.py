@@ -34,7 +34,6 @@ def fully_synthetic(
     """
     from scipy.special import digamma, gammaln
 
-    _check_bias(sampling_bias)
     n = _sizes(generations, n_ini, n_synthetic)
     bias = np.append(1.0, np.full(generations - 1, sampling_bias))
     shrinkage = _shrinkage(n, covariance)
@@ -66,7 +65,6 @@ def fresh(
     With V = E tr(Σ)/d, C = E‖μ‖²/d:  V_t = p + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = (p + λqV_{t−1})/N + q²C_{t−1};
     V_1 = 1, C_1 = 1/n_ini. The MLE's V is (1 − 1/N) times as large. The dimension does not enter.
     """
-    _check_bias(sampling_bias)
     real, synthetic = _sizes(generations, n_ini, n_real), _sizes(generations, 0, n_synthetic)
     total = real + synthetic
     p, q, shrinkage = real / total, synthetic / total, _shrinkage(total, covariance)
@@ -84,9 +82,6 @@ def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -
 
     V = p(1 + κ)/(1 − λq(1 + κ));  C = (p + λqV)/(N(1 − q²)).
     """
-    if n_real < 1:
-        raise ValueError(f"n_real is {n_real}: without real samples there is no steady state, give at least 1")
-    _check_bias(sampling_bias)
     total = n_real + n_synthetic
     p, q = n_real / total, n_synthetic / total
     inflation = 1 + q / ((total - 1) * (1 + q))
@@ -104,7 +99,6 @@ def augmentation(
     E‖μ_t‖²/d = 1/n_r + C_t:  V_t = (n_r − 1)/(N − 1) + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = λqV_{t−1}/N + q²C_{t−1};
     V_1 = 1, C_1 = 0. The MLE's V is (1 − 1/N) times as large.
     """
-    _check_bias(sampling_bias)
     total = n_real + n_synthetic
     p, q = n_real / total, n_synthetic / total
     shrinkage = _shrinkage(_sizes(generations, n_real, total), covariance)
@@ -125,7 +119,6 @@ def accumulate(*, generations: int, n_ini: int, n_synthetic: int, sampling_bias:
     S' = [NS + λΣ n(1 − 1/(N + n))]/(N + n). For the MLE (Σ = S), λ = 1 and n_ini = n this is
     E tr(Σ_t)/d = Π_{k≤t} (1 − 1/(k²n)), which falls to sin(π/√n)/(π/√n) and no further.
     """
-    _check_bias(sampling_bias)
     pool = n_ini + n_synthetic * np.arange(generations)
     fitted = _shrinkage(pool, covariance) * pool / (pool - 1)
     s, m = np.empty(generations), np.empty(generations)
@@ -145,7 +138,6 @@ def accumulate_subsample(*, generations: int, n: int, sampling_bias: float, cova
     mean strays from the pool's by (1 − 1/t)U_t/n, the batch's by D_t = (1 − 1/t + λg)U_t/n, so
     S_{t+1} = [tS_t + λg(1 − 1/n)U_t]/(t + 1) + t/(t + 1)² D_t.
     """
-    _check_bias(sampling_bias)
     g = float(_shrinkage(np.array([n]), covariance)[0])
     drawn = sampling_bias * g
     s, m = 1 - 1 / n, 1 / n
@@ -167,22 +159,11 @@ def categorical(*, generations: int, n_ini: int, n: int, probabilities: Sequence
 
 
 def _sizes(generations: int, first: int, later: int | Sequence[int]) -> np.ndarray:
-    """float64 (generations,): ``first``, then ``later``. Raises ValueError if there is not one size a generation."""
-    rest = [later] * (generations - 1) if isinstance(later, int) else list(later)
-    if len(rest) != generations - 1:
-        raise ValueError(f"{len(rest)} sizes were given for generations 2 to {generations}: give {generations - 1}")
+    """float64 (generations,): ``first``, then ``later``."""
+    rest = [later] * (generations - 1) if isinstance(later, int) else later
     return np.array([first, *rest], dtype=np.float64)
 
 
 def _shrinkage(n: np.ndarray, covariance: Covariance) -> np.ndarray:
-    """E of a fitted variance over the variance of what was fitted, for fits to ``n`` points, (generations,).
-
-    Raises ValueError if a fit would have fewer than 2 points."""
-    if n.min() < 2:
-        raise ValueError(f"a generation is fitted to {n.min():.0f} samples: a covariance needs at least 2")
+    """E of a fitted variance over the variance of what was fitted, for fits to ``n`` ≥ 2 points, (generations,)."""
     return 1 - 1 / n if covariance == "mle" else np.ones(len(n))
-
-
-def _check_bias(sampling_bias: float) -> None:
-    if not 0 < sampling_bias <= 1:
-        raise ValueError(f"sampling_bias is {sampling_bias}: it must lie in (0, 1], 1 is unbiased")

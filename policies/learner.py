@@ -6,6 +6,8 @@ transitions, computed in micro-batches of whatever size the device likes best.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,15 @@ class UpdateStatistics:
     images, of their replay."""
 
 
+class _Update(NamedTuple):
+    """What one update found: of each transition (transitions,) its loss and, where there is one, Δ log p."""
+
+    loss: Tensor
+    difference: Tensor | None
+    gradient_norm: float
+    errors: dict[int, float]  # of the first update
+
+
 class PolicyLearner:
     """Updates ``parameters``, alone or as one of a ``group`` whose members are all told the same. Knows nothing of
     diffusion: an objective gives the loss of each transition."""
@@ -56,8 +67,6 @@ class PolicyLearner:
         micro_batch: int,
         group: Group | None = None,
     ) -> None:
-        if not parameters:
-            raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(parameters)
         self.settings = settings
         self.micro_batch = micro_batch
@@ -82,8 +91,7 @@ class PolicyLearner:
         computed, and they still count in the mean. Raises :class:`RatioError` before the first update if the policy
         does not reproduce the log-probabilities that the images were drawn with.
         """
-        tally = _Tally(self.settings.clip_range)
-        settings = self.settings
+        settings, updates = self.settings, list[_Update]()
         share = settings.timesteps_per_image(len(steps))
         self.moved = False
         order = torch.randperm(images, generator=generator)
@@ -94,8 +102,8 @@ class PolicyLearner:
             drawn, count = members.repeat_interleave(share), len(members) * share
             rows = torch.ones(count, dtype=torch.bool) if teaching is None else teaching[drawn]
             rows[0] |= not rows.any()  # an update without a gradient is still one for the optimiser's moments
-            self._update(objective, drawn[rows], picks.flatten()[rows], count, tally)
-        return tally.summary(self.micro_batch, self.group.size)
+            updates.append(self._update(objective, drawn[rows], picks.flatten()[rows], count, first=not updates))
+        return self._summary(updates)
 
     def on_some(
         self, values: Callable[[Tensor, Tensor], Tensor], images: int, steps: Tensor, generator: torch.Generator
@@ -111,9 +119,8 @@ class PolicyLearner:
         calls = zip(*(part.split(self.micro_batch) for part in parts), strict=True)
         return self.group.gather(torch.cat([values(*call) for call in calls]))[: len(row)], chosen
 
-    def _update(self, objective: Objective, images: Tensor, steps: Tensor, count: int, tally: "_Tally") -> None:
+    def _update(self, objective: Objective, images: Tensor, steps: Tensor, count: int, first: bool) -> _Update:
         """One optimiser update on the transitions (``images``, ``steps``), both (transitions,), of ``count`` in all."""
-        first = tally.updates == 0
         parts = None
         while parts is None:  # nothing is changed before the gradients are whole
             shortage = ""  # the error itself would keep what its frames hold
@@ -131,20 +138,37 @@ class PolicyLearner:
                     torch.cuda.empty_cache()
         self.group.sum_gradients(self.parameters)
         loss, difference = parts
-        together = [self.group.gather(each)[: len(images)] for each in (loss, difference) if each is not None]
-        tally.add(steps, *together)
-        if first:
-            tally.check_first_update(self.settings.ratio_tolerance)
-        tally.updates += 1
+        loss, errors = self.group.gather(loss)[: len(images)], {}
+        if difference is not None:
+            difference = self.group.gather(difference)[: len(images)]
+        if first and difference is not None:
+            errors = check_reproduced(difference, steps, self.settings.ratio_tolerance)
         norm = gathered(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm))
-        if not torch.isfinite(norm):
-            if self.settings.on_sick_numbers == "stop":
-                raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
-            tally.skipped += 1
-            return
-        self.optimizer.step()
-        self.moved = True
-        tally.gradient_norms.append(float(norm))
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.moved = True
+        elif self.settings.on_sick_numbers == "stop":
+            raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
+        return _Update(loss, difference, float(norm), errors)
+
+    def _summary(self, updates: Sequence[_Update]) -> UpdateStatistics:
+        norms = [update.gradient_norm for update in updates if isfinite(update.gradient_norm)]
+        statistics = UpdateStatistics(
+            loss=float(torch.cat([update.loss for update in updates]).mean()),
+            gradient_norm=sum(norms) / max(1, len(norms)),
+            micro_batch=self.micro_batch,
+            learners=self.group.size,
+            skipped_updates=len(updates) - len(norms),
+            first_update_error=updates[0].errors,
+        )
+        if differences := [update.difference for update in updates if update.difference is not None]:
+            difference = torch.cat(differences)
+            ratio = difference.exp()
+            statistics.approximate_kl = estimated_kl(difference)
+            statistics.ratio_mean, statistics.ratio_max = float(ratio.mean()), float(ratio.max())
+            clipped = (ratio - 1).abs() > self.settings.clip_range
+            statistics.clip_fraction = float(clipped.double().mean())
+        return statistics
 
     def _gradients(
         self, objective: Objective, images: Tensor, steps: Tensor, count: int
@@ -181,48 +205,3 @@ def check_reproduced(difference: Tensor, steps: Tensor, tolerance: float) -> dic
             "precision and dropout"
         )
     return errors
-
-
-class _Tally:
-    """Running sums over the transitions of one step."""
-
-    def __init__(self, clip_range: float) -> None:
-        self.updates = self.skipped = 0
-        self.gradient_norms: list[float] = []
-        self._losses: list[Tensor] = []
-        self._differences: list[Tensor] = []
-        self._steps: list[Tensor] = []
-        self._first_update_error: dict[int, float] = {}
-        self._clip_range = clip_range
-
-    def add(self, steps: Tensor, loss: Tensor, difference: Tensor | None = None) -> None:
-        self._losses.append(loss)
-        if difference is not None:
-            self._differences.append(difference)
-            self._steps.append(steps)
-
-    def check_first_update(self, tolerance: float) -> None:
-        if not self._differences:
-            return
-        self._first_update_error = check_reproduced(torch.cat(self._differences), torch.cat(self._steps), tolerance)
-
-    def summary(self, micro_batch: int, learners: int) -> UpdateStatistics:
-        return UpdateStatistics(
-            loss=float(torch.cat(self._losses).mean()),
-            gradient_norm=sum(self.gradient_norms) / max(1, len(self.gradient_norms)),
-            micro_batch=micro_batch,
-            learners=learners,
-            skipped_updates=self.skipped,
-            first_update_error=self._first_update_error,
-            **(self._of_the_ratio() if self._differences else {}),  # type: ignore[arg-type]
-        )
-
-    def _of_the_ratio(self) -> dict[str, float]:
-        difference = torch.cat(self._differences)
-        ratio = difference.exp()
-        return {
-            "approximate_kl": estimated_kl(difference),
-            "ratio_mean": float(ratio.mean()),
-            "ratio_max": float(ratio.max()),
-            "clip_fraction": float(((ratio - 1).abs() > self._clip_range).double().mean()),
-        }

@@ -26,7 +26,6 @@ Supply = Literal["fixed", "fresh", "fresh_with_replacement"]
 Source = Literal["real_fixed", "real_fresh", "previous", "earlier"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-_SUPPLY: dict[str, Supply] = {"fresh": "fresh"}  # other rules use one fixed real set unless told otherwise
 _SUPPLIED = ("fresh", "curated", "verified", "memory")  # rules whose real samples need not be one fixed set
 
 
@@ -104,8 +103,8 @@ class LoopSettings(Settings):
 
     @property
     def supply(self) -> Supply:
-        """Where the real samples of later generations come from."""
-        return self.real_supply or _SUPPLY.get(self.rule, "fixed")
+        """Where the real samples of later generations come from: one fixed set, unless told otherwise."""
+        return self.real_supply or ("fresh" if self.rule == "fresh" else "fixed")
 
     @property
     def fine_tunes(self) -> bool:

@@ -129,16 +129,10 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainingSettings":
-        if self.images_per_step % self.images_per_prompt:
-            raise ValueError(
-                f"images_per_step ({self.images_per_step}) must be a multiple of "
-                f"images_per_prompt ({self.images_per_prompt})"
-            )
-        if self.images_per_step % self.updates_per_step:
-            raise ValueError(
-                f"images_per_step ({self.images_per_step}) must be a multiple of "
-                f"updates_per_step ({self.updates_per_step})"
-            )
+        images = self.images_per_step
+        for name, parts in (("images_per_prompt", self.images_per_prompt), ("updates_per_step", self.updates_per_step)):
+            if images % parts:
+                raise ValueError(f"images_per_step ({images}) must be a multiple of {name} ({parts})")
         if not 0 <= self.timestep_window[0] < self.timestep_window[1] <= 1:
             raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
         if self.kl_weight and self.on_forward_process:

@@ -22,8 +22,6 @@ class PromptSchedule:
     """
 
     def __init__(self, prompts: Sequence[str], per_step: int, run_seed: int) -> None:
-        if per_step > len(prompts):
-            raise ValueError(f"{per_step} prompts a step were asked for, but there are only {len(prompts)}")
         self.prompts = list(prompts)
         self.per_step = per_step
         self.run_seed = run_seed

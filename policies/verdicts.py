@@ -35,11 +35,11 @@ class Verdict:
     seeds_needed: int | None
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds of ``values`` (seeds, …), and its Student interval, each (…). One seed has no interval (nan)."""
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over seeds of ``values`` (seeds, …), and its 95 % Student interval, each (…); of one seed nan."""
     values = np.asarray(values, dtype=np.float64)
     mean, seeds = values.mean(axis=0), len(values)
-    half = _half_width(seeds, level) * values.std(axis=0, ddof=1) if seeds > 1 else np.full_like(mean, nan)
+    half = _half_width(seeds) * values.std(axis=0, ddof=1) if seeds > 1 else np.full_like(mean, nan)
     return mean, mean - half, mean + half
 
 
@@ -48,15 +48,9 @@ def judge(values: np.ndarray, better: Literal["lower", "higher"], margin: float 
 
     *holds*: the whole interval lies within the margin, a factor 1 + ``margin`` either way for distances, ``margin``
     times the first mean for shares. *improves*, *degrades*: the interval excludes no change, and its centre lies beyond
-    the margin. Else *undecided*. Raises ValueError for fewer than two generations, or values that cannot be compared.
+    the margin. Else *undecided*, as is what has no finite change.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] < 2:
-        raise ValueError(f"a verdict compares generations, values has shape {values.shape}: give (seeds, 2 or more)")
-    ends = values[:, [0, -1]]
-    if not np.isfinite(ends).all() or (better == "lower" and ends.min() <= 0):
-        wanted = "positive" if better == "lower" else "finite"
-        raise ValueError(f"the first and last values must be {wanted}, they are {ends.tolist()}: judge another metric")
+    ends = np.asarray(values, dtype=np.float64)[:, [0, -1]]
     first, last = ends.mean(axis=0)
     if better == "lower":
         changes, limit, worse = np.log(ends[:, 1] / ends[:, 0]), log1p(margin), 1
@@ -127,11 +121,11 @@ def rank_correlation(levels: np.ndarray, values: np.ndarray) -> tuple[float, flo
     return correlation(seeds), float(draws.confidence_interval.low), float(draws.confidence_interval.high)
 
 
-def _half_width(seeds: int | np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Half of an interval's width over the standard deviation of what ``seeds`` values it is for."""
+def _half_width(seeds: int | np.ndarray) -> np.ndarray:
+    """Half of a 95 % interval's width over the standard deviation of what ``seeds`` values it is for."""
     from scipy.stats import t
 
-    return np.asarray(t.ppf((1 + level) / 2, np.asarray(seeds) - 1) / np.sqrt(seeds))
+    return np.asarray(t.ppf(0.975, np.asarray(seeds) - 1) / np.sqrt(seeds))
 
 
 def _seeds_needed(changes: np.ndarray, limit: float) -> int:

@@ -95,16 +95,6 @@ def test_an_actor_keeps_the_order_of_its_queue() -> None:
     assert held.done
 
 
-def test_a_call_that_waits_for_itself_is_an_error() -> None:
-    line = Timeline({"a": Processor()})
-    actor, other = Actor(Seat("a")), Actor(Seat("a"))
-    first = line.submit(actor, 1.0)
-    late = line.submit(other, 1.0, [first])
-    late.awaited += 1
-    with pytest.raises(RuntimeError, match="its own queue"):
-        line.wait([late])
-
-
 @pytest.mark.parametrize("slower", ["sample", "gradient"])
 def test_at_depth_1_the_longer_of_drawing_and_learning_is_left(slower: str) -> None:
     costs = COSTS.scaled([slower], 10).model_copy(update={"publish": 0.0})

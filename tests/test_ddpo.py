@@ -275,11 +275,6 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     assert math.hypot(*(float(p.grad) for p in policy.parameters)) == pytest.approx(0.01, rel=1e-3)  # type: ignore[arg-type]
 
 
-def test_nothing_to_train_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing to train"):
-        PolicyLearner([], settings(), 64)
-
-
 def test_an_update_without_a_finite_gradient_may_be_left_out() -> None:
     policy = LinearPolicy()
     spoiled = iter([True, False])

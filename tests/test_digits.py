@@ -2,7 +2,6 @@
 digits."""
 
 import numpy as np
-import pytest
 
 from pipelines.digits import (
     CHOICES,
@@ -36,11 +35,6 @@ def test_captions_use_the_right_article() -> None:
 def test_a_missing_slot_is_none_and_case_does_not_matter() -> None:
     assert parse("A Red thing") == {"digit": None, "ink": "red", "ground": None}
     assert parse("someone blackened it") == {"digit": None, "ink": None, "ground": None}
-
-
-def test_an_unknown_word_is_refused_with_its_slot() -> None:
-    with pytest.raises(ValueError, match="ink 'pink'"):
-        caption("seven", "pink", "black")
 
 
 def test_splits_are_disjoint_complete_and_hold_every_digit_alike() -> None:
@@ -85,8 +79,3 @@ def test_render_says_what_it_drew_and_repeats_itself() -> None:
     expected = [GROUNDS[parse(text)["ground"]] for text in captions]
     assert np.mean([tuple(a) == b for a, b in zip(corners, expected, strict=True)]) > 0.95
     assert {parse(text)["ink"] for text in captions} == set(CHOICES["ink"])
-
-
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="validation"):
-        load_split("validation")  # type: ignore[arg-type]

@@ -253,14 +253,3 @@ def test_categorical(n_ini: int, n: int, probabilities: list[float]) -> None:
         values.append(1 - np.sum(frequencies**2, axis=1))
     laws = categorical(generations=6, n_ini=n_ini, n=n, probabilities=probabilities)
     assert_agree(laws, {"heterozygosity": np.stack(values, axis=1)})
-
-
-def test_unusable_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="4 sizes were given for generations 2 to 4: give 3"):
-        fresh(generations=4, n_ini=5, n_real=[1] * 4, n_synthetic=1, sampling_bias=1.0, covariance="mle")
-    with pytest.raises(ValueError, match=r"sampling_bias is 1\.5"):
-        augmentation(generations=2, n_real=5, n_synthetic=5, sampling_bias=1.5, covariance="mle")
-    with pytest.raises(ValueError, match="fitted to 1 samples"):
-        accumulate(generations=2, n_ini=1, n_synthetic=5, sampling_bias=1.0, covariance="unbiased")
-    with pytest.raises(ValueError, match="n_real is 0"):
-        fresh_steady_state(n_real=0, n_synthetic=5, sampling_bias=1.0)

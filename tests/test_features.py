@@ -66,10 +66,3 @@ def test_loading_restores_it(tmp_path: Path) -> None:
     assert loaded.sha256 == trained.sha256
     assert np.array_equal(loaded.probabilities(images), trained.probabilities(images))
     assert not loaded.network.training
-
-
-def test_other_images_are_refused(extractor: Extractor) -> None:
-    with pytest.raises(ValueError, match=r"uint8 images of shape \(n, 8, 8, 1\), but was given float64"):
-        extractor.features(IMAGES[:2] / 255)
-    with pytest.raises(ValueError, match=r"\(2, 7, 8, 1\)"):
-        extractor.features(IMAGES[:2, 1:])

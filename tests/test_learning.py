@@ -292,12 +292,12 @@ def test_the_average_follows_the_weights(model: ModelSettings, sampler: Diffusio
     for name, mean in learner.average.items():
         expected = 0.75 * (0.75 * values[0][name] + 0.25 * values[1][name]) + 0.25 * values[2][name]
         torch.testing.assert_close(mean, expected)
-    current, average = checksum(learner.weights()), checksum(learner.averaged_weights())
+    current, average = checksum(learner.weights()), checksum(learner.weights("averaged"))
     assert current != average
     assert checksum(learner.weights()) == current  # looking at the average leaves the weights as they are
     resumed = averaging(model)
     resumed.restore(learner.state())
-    assert (checksum(resumed.weights()), checksum(resumed.averaged_weights())) == (current, average)
+    assert (checksum(resumed.weights()), checksum(resumed.weights("averaged"))) == (current, average)
     learner.save(tmp_path)
     saved = dict(load_family(str(tmp_path), torch.float32).network.named_parameters())
     assert checksum({name: saved[name].numpy() for name in learner.weights()}) == average
@@ -311,7 +311,7 @@ def test_objectives_on_the_forward_process(model: ModelSettings, sampler: Diffus
     assert changed > 0
     assert statistics.loss > 0
     assert (statistics.ratio_mean, statistics.approximate_kl, statistics.first_update_error) == (None, None, {})
-    draws_average = checksum(learner.weights()) == checksum(learner.averaged_weights())
+    draws_average = checksum(learner.weights()) == checksum(learner.weights("averaged"))
     assert draws_average == (objective == "negative_aware")
 
 

@@ -85,7 +85,7 @@ def test_a_learner_takes_images_of_the_version_before_and_no_others(
     first = draw(sampler, 0)
     before = learner.weights()
     assert learner.learn(first, ADVANTAGE, seed=1)[0].staleness == 0
-    assert checksum(learner.previous_weights()) == checksum(before)
+    assert checksum(learner.weights("previous")) == checksum(before)
     statistics, changed = learner.learn(first, ADVANTAGE, seed=2)
     assert (statistics.staleness, learner.weights_version) == (1, 2)
     assert changed > 0
@@ -143,7 +143,7 @@ def test_restored_with_the_weights_before_it_goes_on_bit_for_bit(
     learner.learn(first, ADVANTAGE, seed=1)
     other = DiffusionLearner(learner.model, SAMPLING, learner.training, seed=9)
     other.restore(LearnerState(learner.state().tensors, 1))
-    assert checksum(other.previous_weights()) == checksum(learner.previous_weights()) != checksum(learner.weights())
+    assert checksum(other.weights("previous")) == checksum(learner.weights("previous")) != checksum(learner.weights())
     ends = [each.learn(first, ADVANTAGE, seed=2) and each.state() for each in (learner, other)]
     assert checksum(ends[0].tensors) == checksum(ends[1].tensors)
 

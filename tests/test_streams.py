@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import pytest
-
 from policies.streams import PromptSchedule, derive_seed
 
 PROMPTS = [f"prompt {index}" for index in range(10)]
@@ -44,7 +42,5 @@ def test_a_batch_is_a_function_of_step_and_seed() -> None:
     assert forwards != [PromptSchedule(PROMPTS, 4, run_seed=1).batch(step) for step in range(6)]
 
 
-def test_a_step_cannot_draw_more_prompts_than_there_are() -> None:
+def test_a_step_may_draw_every_prompt() -> None:
     assert sorted(PromptSchedule(PROMPTS, 10, 0).batch(5)) == sorted(PROMPTS)
-    with pytest.raises(ValueError, match="11 prompts a step were asked for, but there are only 10"):
-        PromptSchedule(PROMPTS, 11, 0)

@@ -78,20 +78,16 @@ class Family(ABC):
         mean = schedule.mean(latents, output, index)
         return (mean + schedule.sigma[step] * noise).to(latents.dtype)
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [−1, 1], (batch, 3, height, width)."""
-
-
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Latents through an autoencoder, scaled back by its own configuration."""
-    vae.to(latents.device)  # the first time: a learner never decodes
-    config, latents = vae.config, latents.to(vae.dtype)
-    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-        mean, std = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std))
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor
-    if getattr(config, "shift_factor", None):
-        latents = latents + config.shift_factor
-    return vae.decode(latents, return_dict=False)[0]
+        """Pixels in [−1, 1], (batch, 3, height, width): through the autoencoder, scaled back by its configuration."""
+        vae = self.pipeline.vae.to(latents.device)  # the first time: a learner never decodes
+        config, latents = vae.config, latents.to(vae.dtype)
+        if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+            known = config.latents_mean, config.latents_std
+            mean, std = (latents.new_tensor(each).view(1, -1, 1, 1) for each in known)
+            latents = latents * std / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor
+        if getattr(config, "shift_factor", None):
+            latents = latents + config.shift_factor
+        return vae.decode(latents, return_dict=False)[0]

@@ -23,6 +23,3 @@ class Pixels(DdimFamily):
     def decode(self, latents: Tensor) -> Tensor:
         """They are pixels."""
         return latents
-
-
-FAMILY = Pixels

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines.denoisers.ddim import DdimFamily
-from pipelines.denoisers.family import Conditions, decode_latents
+from pipelines.denoisers.family import Conditions
 
 
 class StableDiffusion(DdimFamily):
@@ -27,10 +27,3 @@ class StableDiffusion(DdimFamily):
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """ε, v or x_0."""
         return self.network(latents, timesteps, **conditions, return_dict=False)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Through the autoencoder."""
-        return decode_latents(self.pipeline.vae, latents)
-
-
-FAMILY = StableDiffusion

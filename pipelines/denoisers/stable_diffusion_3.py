@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.denoisers.family import Conditions, Family, decode_latents
+from pipelines.denoisers.family import Conditions, Family
 from policies.flow_matching import FlowSchedule
 from policies.settings import SamplingSettings
 
@@ -41,10 +41,3 @@ class StableDiffusion3(Family):
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The velocity ε − x_0."""
         return self.network(hidden_states=latents, timestep=timesteps, **conditions, return_dict=False)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Through the autoencoder."""
-        return decode_latents(self.pipeline.vae, latents)
-
-
-FAMILY = StableDiffusion3

@@ -45,6 +45,3 @@ class StableDiffusionXL(StableDiffusion):
             added_cond_kwargs={name: conditions[name] for name in added},
             return_dict=False,
         )[0]
-
-
-FAMILY = StableDiffusionXL

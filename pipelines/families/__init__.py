@@ -34,20 +34,16 @@ class Generator(Protocol):
         cls, settings: Any, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
     ) -> Self:
         """Train from scratch on ``data``, or go on from ``start``. ``settings`` is the family's own block."""
-        ...
 
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """``count`` samples a universe; ``bias`` in (0, 1] trades diversity for quality, 1 is unbiased (MAD's λ)."""
-        ...
 
     def save(self, directory: Path) -> None:
         """Write everything that :meth:`load` needs. Equal generators write equal bytes."""
-        ...
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
-        ...
 
 
 class Arrays:

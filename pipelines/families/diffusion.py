@@ -41,8 +41,9 @@ class DiffusionGenerator:
         device: str = "cpu",
     ) -> Self:
         """Train from scratch, or on from ``start``'s weights, on batches drawn in proportion to ``data.weights``."""
-        (seed,) = seeds
-        images, labels, weights = _tensors(data)
+        assert data.labels is not None  # real images have them, and those of this family
+        (seed,), images, labels = seeds, to_network_input(data.values[0]), torch.from_numpy(data.labels[0])
+        weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
         unet = deepcopy(start.unet) if start is not None else _build(settings, images, labels, seed)
         generator = cls(settings, unet.to(device))
         if labels.max() >= generator.classes:
@@ -74,8 +75,6 @@ class DiffusionGenerator:
         A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
         """
         (seed,) = seeds
-        if not 0 < bias <= 1:
-            raise ValueError(f"the sampling bias is {bias}: give one in (0, 1], 1 for none")
         random = torch.Generator().manual_seed(seed)
         rounds = [torch.randperm(self.classes, generator=random) for _ in range(0, count, self.classes)]
         labels = torch.cat(rounds)[:count]
@@ -111,9 +110,7 @@ class DiffusionGenerator:
 
 def _build(settings: DiffusionSettings, images: Tensor, labels: Tensor, seed: int) -> Any:
     """An untrained UNet for ``images`` (n, channels, height, width) and ``labels`` (n,)."""
-    (_, channels, *size), halvings = images.shape, settings.levels - 1
-    if any(side % 2**halvings for side in size):
-        raise ValueError(f"images of {size[0]}x{size[1]} cannot be halved {halvings} times: set levels lower")
+    _, channels, *size = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DModel(
@@ -128,14 +125,3 @@ def _build(settings: DiffusionSettings, images: Tensor, labels: Tensor, seed: in
             norm_num_groups=8,
             num_class_embeds=(settings.classes or int(labels.max()) + 1) + 1,
         )
-
-
-def _tensors(data: Samples) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (n, channels, height, width) in [-1, 1], labels (n,) and weights (n,); ValueError if there are none."""
-    images, labels = data.values, data.labels
-    if labels is None:
-        raise ValueError("the diffusion family is class-conditional, but these data have no labels: give them labels")
-    if images.dtype != np.uint8 or images.ndim != 5 or len(images) != 1:
-        raise ValueError(f"give uint8 images (1, n, height, width, channels), not {images.dtype} {images.shape}")
-    weights = np.ones(images.shape[1]) if data.weights is None else data.weights
-    return to_network_input(images[0]), torch.from_numpy(labels[0]), torch.from_numpy(weights)

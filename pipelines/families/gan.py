@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
@@ -37,7 +36,7 @@ class Networks(nn.Module):
 
     def __init__(self, settings: GanSettings, shape: Sequence[int]) -> None:
         super().__init__()
-        self.size = settings.width, settings.latent, tuple(shape)
+        self.shape = tuple(shape)
         height, width, channels = shape
         latent, fine, coarse, leaky = settings.latent, settings.width, 2 * settings.width, nn.LeakyReLU(0.2)
         grid = coarse, height // 4, width // 4
@@ -79,14 +78,10 @@ class GanGenerator:
     def fit(
         cls, settings: GanSettings, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
     ) -> Self:
-        """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``.
-        Raises ValueError if the data are no such images, or ``start`` has another size."""
-        (seed,) = seeds
-        images = _images(data)
+        """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``."""
+        (seed,), (images,) = seeds, data.values
         networks = _networks(settings, images.shape[1:], seed)
         if start is not None:
-            if networks.size != start.networks.size:
-                raise ValueError(f"width, latent, shape are {networks.size}, but the start has {start.networks.size}")
             networks.load_state_dict(start.networks.state_dict())
         networks.to(device)
         critic = list(networks.critic.parameters())
@@ -113,8 +108,6 @@ class GanGenerator:
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """``count`` images; ``bias`` is the truncation factor: 1 is none, toward 0 only 16 images are left."""
         (seed,) = seeds
-        if not 0 < bias <= 1:
-            raise ValueError(f"sampling_bias is {bias}, but it must be in (0, 1]; 1 is unbiased")
         latents = torch.randn(count, self.settings.latent, generator=torch.Generator().manual_seed(seed))
         batches = [self.networks.truncated(batch, bias) for batch in latents.split(SAMPLING_BATCH)]
         return Samples(((torch.cat(batches) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()[None])
@@ -123,7 +116,7 @@ class GanGenerator:
         """All networks, so that training can go on, and ``config.json`` with the settings and the images' shape."""
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.networks.state_dict(), directory / "model.safetensors")
-        config = {"settings": self.settings.model_dump(), "shape": self.networks.size[-1]}
+        config = {"settings": self.settings.model_dump(), "shape": self.networks.shape}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -148,12 +141,3 @@ def _update(optimizer: Optimizer, player: list[nn.Parameter], loss: Tensor) -> N
     optimizer.zero_grad()
     loss.backward(inputs=player)
     optimizer.step()
-
-
-def _images(data: Samples) -> np.ndarray:
-    """The one universe's images (n, height, width, channels)."""
-    kind, shape = data.values.dtype, data.values.shape
-    if kind != np.uint8 or len(shape) != 5 or shape[0] != 1 or any(side < 8 or side % 4 for side in shape[2:4]):
-        wanted = "uint8 images (1, n, height, width, channels) with sides of 8, 12, 16, … pixels"
-        raise ValueError(f"the gan family takes {wanted}, but was given {kind} of shape {shape}: set data.image_size")
-    return data.values[0]

@@ -5,7 +5,7 @@ The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,15 +29,8 @@ class GaussianGenerator(Arrays):
         return Samples(np.stack([stream.standard_normal((count, settings.dimension)) for stream in streams]))
 
     @classmethod
-    def fit(
-        cls,
-        settings: GaussianSettings,
-        data: Samples,
-        seeds: Sequence[int],
-        start: Self | None = None,
-        device: str = "cpu",
-    ) -> Self:
-        """Mean and covariance of the data. A closed form has one optimum: ``seeds`` and ``start`` change nothing."""
+    def fit(cls, settings: GaussianSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+        """Mean and covariance of the data. A closed form has one optimum: nothing else changes it."""
         count = data.values.shape[1]
         weights = np.full(count, 1 / count) if data.weights is None else data.weights / data.weights.sum()
         mean = np.einsum("n,und->ud", weights, data.values)
@@ -71,12 +64,7 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
-        return np.stack([_root_of_one(each) for each in covariance])
-
-
-def _root_of_one(covariance: np.ndarray) -> np.ndarray:
-    try:
-        return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:  # fewer samples than dimensions, or a variance that has vanished
-        values, vectors = np.linalg.eigh(covariance)
-        return vectors * np.sqrt(np.clip(values, 0, None))
+        if len(covariance) > 1:
+            return np.concatenate([_square_root(each[None]) for each in covariance])
+        values, vectors = np.linalg.eigh(covariance)  # fewer samples than dimensions, or a variance that has vanished
+        return vectors * np.sqrt(np.clip(values, 0, None))[:, None]

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,6 @@ CONDITIONAL = ("diffusion",)
 def generator_class(family: str) -> Any:
     """The class that implements a family."""
     return getattr(importlib.import_module(f"pipelines.families.{family}"), f"{family.capitalize()}Generator")
-
-
-def family_settings(family: str, content: Mapping[str, Any]) -> Settings:
-    """A family's settings from plain content."""
-    return SETTINGS[family](**content)
 
 
 def packed(save: Callable[[Path], Any]) -> Files:

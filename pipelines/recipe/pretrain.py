@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.digits import SPLIT_SIZES, all_prompts
 from pipelines.pages import fill
 
+_PARTS = "evaluator", "captioner", "autoencoder", "pipeline"
 _PLACES = {"autoencoder": ".autoencoder"}  # until the pipeline holds it; any other part's directory has its name
 
 
@@ -27,12 +28,6 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
     """
     from pipelines.recipe import models
 
-    builders = {
-        "evaluator": models.build_evaluator,
-        "captioner": models.build_captioner,
-        "autoencoder": models.build_autoencoder,
-        "pipeline": models.build_pipeline,
-    }
     output_dir.mkdir(parents=True, exist_ok=True)
     record = output_dir / "measurements.json"
     measurements: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
@@ -41,7 +36,7 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
             f"{output_dir} was begun with seed {measurements['seed']}, not {seed}: use that seed or another directory"
         )
     measurements["target_accuracy"] = models.TARGET_ACCURACY
-    for name, build in builders.items():
+    for name in _PARTS:
         directory, partial = output_dir / _PLACES.get(name, name), output_dir / f".{name}.partial"
         held = directory.is_dir() or (name in _PLACES and (output_dir / "pipeline").is_dir())
         if held and name in measurements:
@@ -50,7 +45,7 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
         start = time.process_time()
         for begun in (partial, directory):
             shutil.rmtree(begun, ignore_errors=True)
-        measured = build(partial, output_dir, seed, progress)
+        measured = getattr(models, f"build_{name}")(partial, output_dir, seed, progress)
         progress(f"{name}: measured {measured.get('test') or measured['chosen']}")
         measured["cpu_seconds"] = round(time.process_time() - start)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())

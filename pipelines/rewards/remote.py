@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import requests
-from pydantic import Base64Bytes, BaseModel, Field, ValidationError
+from pydantic import AliasPath, Base64Bytes, BaseModel, Field, ValidationError
 
 from pipelines.rewards import NonsenseError, RewardError, TooSlowError, UnreachableError
 from pipelines.rewards.options import HttpOptions, JudgeOptions
@@ -43,16 +43,8 @@ class Scores(BaseModel):
     )
 
 
-class _Message(BaseModel):
-    content: str
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    content: str = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -94,7 +86,7 @@ class Judge:
         messages = [{"role": "user", "content": content}]
         query = {"model": self.options.model, "temperature": 0, "messages": messages}
         key = os.environ.get(self.options.api_key_variable, "").strip()
-        words = _ask(self.url, query, _Completion, self.options.timeout_seconds, key).choices[0].message.content
+        words = _ask(self.url, query, _Completion, self.options.timeout_seconds, key).content
         number = _NUMBER.search(words)
         if number is None or not 0 <= float(number[0]) <= scale:
             raise NonsenseError(f"{self.url} answered {words[:_WORDS]!r}, not a number of 0 to {scale:g}")
