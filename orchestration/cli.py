@@ -266,7 +266,8 @@ def resume_job(
     """Go on with the run that a job made, in a new job."""
     from orchestration.jobs import Job, connect, launch, run_of, shipped_files
 
-    job = Job.resume(run_of(connect(address), job_id), new_id, trust)
+    run = run_of(connect(address), job_id)
+    job = Job.resume(["resume", run, *(["--trust"] if trust else [])], run, new_id)
     raise typer.Exit(launch(job, shipped_files(Path.cwd()), address, follow))
 
 
