@@ -44,7 +44,7 @@ def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
     training, evaluation = config.training, config.evaluation
     transitions = training.images_per_update * training.timesteps_per_image(learnable_steps(config))
     size, found = min(config.actors.images_per_call, training.images_per_step), training.micro_batch or micro_batch
-    step = training.images_per_step, size, config.sampling.steps, transitions, training.updates_per_step, found
+    step = training.images_per_step, size, config.sampling.steps, transitions, training.updates, found
     often = config.checkpoint.every, evaluation.every, evaluation.interim_images
     return Work(*step, tuple(config.reward.weights), depth, *often)
 

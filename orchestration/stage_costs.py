@@ -164,7 +164,7 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
     share = min(training.timesteps_per_image(learnable), max(1, 2 * whole // images))
 
     def learn(count: int, updates: int, micro_batch: int) -> None:
-        some = {"timestep_fraction": share / learnable, "updates_per_step": updates}
+        some = {"timestep_fraction": share / learnable, "updates_per_step": updates, "inner_epochs": 1}
         learner.learner.settings, learner.learner.micro_batch = training.model_copy(update=some), micro_batch
         drawn = dataclasses.replace(trajectory.first(count), weights_version=learner.weights_version)
         learner.learn(drawn, np.linspace(-1, 1, count), seed=0)

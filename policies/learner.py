@@ -94,8 +94,8 @@ class PolicyLearner:
         settings, updates = self.settings, list[_Update]()
         share = settings.timesteps_per_image(len(steps))
         self.moved = False
-        order = torch.randperm(images, generator=generator)
-        for members in order.chunk(settings.updates_per_step):
+        epochs = [torch.randperm(images, generator=generator) for _ in range(settings.inner_epochs)]
+        for members in (part for order in epochs for part in order.chunk(settings.updates_per_step)):
             picks = torch.stack(
                 [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
             )

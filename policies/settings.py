@@ -71,7 +71,8 @@ class TrainingSettings(Settings):
     )
     images_per_step: int = Field(256, ge=1)
     images_per_prompt: int = Field(8, ge=1)
-    updates_per_step: int = Field(4, ge=1, description="optimiser updates a step, each on its share of the images")
+    updates_per_step: int = Field(4, ge=1, description="optimiser updates a pass over the images, each on its share")
+    inner_epochs: int = Field(1, ge=1, description="passes over a step's images")
     timestep_fraction: float = Field(
         1.0, gt=0, le=1, description="random share of each image's timesteps to learn from"
     )
@@ -109,6 +110,11 @@ class TrainingSettings(Settings):
         return self.images_per_step // self.images_per_prompt
 
     @property
+    def updates(self) -> int:
+        """Optimiser updates a step."""
+        return self.updates_per_step * self.inner_epochs
+
+    @property
     def images_per_update(self) -> int:
         return self.images_per_step // self.updates_per_step
 
@@ -137,9 +143,9 @@ class TrainingSettings(Settings):
             raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
         if self.kl_weight and self.on_forward_process:
             raise ValueError(f"kl_weight: objective {self.objective} has no density to take it of; set it to 0")
-        if self.objective == "score_function" and (self.updates_per_step > 1 or self.depth):
+        if self.objective == "score_function" and (self.updates > 1 or self.depth):
             raise ValueError(
-                "objective score_function is on-policy: set updates_per_step to 1 and depth to 0, "
+                "objective score_function is on-policy: set updates_per_step and inner_epochs to 1, depth to 0, "
                 "or use objective importance_sampling"
             )
         return self

@@ -49,6 +49,10 @@ WRONG = {
     "group does not divide": (["training.images_per_prompt=7"], "must be a multiple of images_per_prompt"),
     "updates do not divide": (["training.updates_per_step=3"], "must be a multiple of updates_per_step"),
     "score function off policy": (["training.objective=score_function"], "on-policy"),
+    "score function over again": (
+        ["training.objective=score_function", "training.updates_per_step=1", "training.inner_epochs=2"],
+        "on-policy",
+    ),
     "more prompts than there are": (
         ["training.images_per_step=1024", "training.images_per_prompt=4"],
         "256 prompts a step",

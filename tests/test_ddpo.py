@@ -236,10 +236,12 @@ def test_updates_share_the_images() -> None:
         calls.append(sorted(set(images.tolist())))
         return policy.intercept * torch.zeros(len(images))
 
-    training = settings(updates_per_step=4)
+    training = settings(updates_per_step=4, inner_epochs=2)
     learn(policy, torch.zeros(IMAGES, STEPS), torch.randn(IMAGES), training, log_prob, micro_batch=10_000)
-    assert [len(images) for images in calls] == [IMAGES // 4] * 4
-    assert sorted(image for images in calls for image in images) == list(range(IMAGES))
+    assert [len(images) for images in calls] == [IMAGES // 4] * 8
+    for epoch in (calls[:4], calls[4:]):
+        assert sorted(image for images in epoch for image in images) == list(range(IMAGES))
+    assert calls[:4] != calls[4:]
 
 
 def test_the_generator_decides_everything_random() -> None:
