@@ -123,7 +123,7 @@ def build_pipeline(directory: Path, built: Path, seed: int, tell: Tell) -> Measu
     how, judge = configuration()["training"]["pipeline"], load_evaluator(built / "evaluator")
 
     def measure(pipeline: StableDiffusionPipeline, images: int, guidance_scale: float = 1.0) -> dict[str, float]:
-        prompts = all_prompts() * images
+        prompts = _asked(images)
         return accuracy(judge.judge(draw_images(pipeline, prompts, seed, guidance_scale), prompts))
 
     def follow(checkpoints: Checkpoints, images: int, before: int) -> Iterator[tuple[Measurements, Any]]:
@@ -145,13 +145,13 @@ def build_pipeline(directory: Path, built: Path, seed: int, tell: Tell) -> Measu
     return {
         "parameters": {name: parameters(getattr(chosen[1], name)) for name in ("unet", "text_encoder")},
         "curve": [point for point, _ in curve],
-        "curve_images": CURVE_IMAGES * len(all_prompts()),
+        "curve_images": len(_asked(CURVE_IMAGES)),
         "candidates": [point for point, _ in candidates],
-        "candidate_images": CANDIDATE_IMAGES * len(all_prompts()),
+        "candidate_images": len(_asked(CANDIDATE_IMAGES)),
         "wrong_digits": how["loosening"]["wrong_digits"],
         "supervised": measure_finely(*curve[-1]),
         "chosen": measure_finely(*chosen),
-        "fine_images": FINE_IMAGES * len(all_prompts()),
+        "fine_images": len(_asked(FINE_IMAGES)),
         "torch": torch.__version__,
     }
 
@@ -171,6 +171,11 @@ def accuracy(verdict: dict[str, np.ndarray]) -> dict[str, float]:
 def parameters(module: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _asked(images: int) -> list[str]:
+    """Every caption, for so many images of each."""
+    return all_prompts() * images
 
 
 def build_tokenizer() -> transformers.CLIPTokenizer:
