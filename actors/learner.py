@@ -84,7 +84,7 @@ class LearnerActor(Worker):
 
         digest = checksum(weights)
         self.group.check_same(digest)
-        return Update(version, digest, changed, statistics), {} if self.group.rank else weights
+        return Update(version, digest, changed, statistics), {} if self.group.rank else weights  # the first's travel
 
 
 class Learner(Pool):
