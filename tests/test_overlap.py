@@ -263,7 +263,7 @@ def test_a_profile_accounts_for_every_second_of_every_actor(finished: Path) -> N
     assert [name for name in actors if name] == ["driver", "sampler 0", "sampler 1", "reward", "learner"]
     sums = np.add.reduceat([float(str(each)) for each in seconds], [row for row, name in enumerate(actors) if name])
     np.testing.assert_allclose(sums, sums[0], atol=0.02)
-    assert {"drawing", "taking weights", "scoring", "learning", "idle"} <= set(activities)
+    assert {"drawing", "taking weights", "learning", "idle"} <= set(activities)
     events = json.loads(write_trace(finished).read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(read_spans(finished))
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
