@@ -103,8 +103,7 @@ class LearnerActor(Worker):
 
         digest = checksum(weights)
         self.group.check_same(digest)
-        first = self.group.rank == 0  # whose weights travel
-        return Update(version, digest, changed, statistics), weights if first else {}
+        return Update(version, digest, changed, statistics), {} if self.group.rank else weights  # the first's travel
 
 
 class Learner(Pool):

@@ -27,7 +27,6 @@ class DamagedWeightsError(RuntimeError):
 class Acknowledgement:
     """A sampler's receipt for new weights."""
 
-    version: int
     checksum: str
     changed_tensors: int
 
@@ -62,7 +61,7 @@ class Sampler(Worker):
             self.base = copied({name: known[name] for name in weights}, "cpu")
         changed = load_weights(self.policy.network, weights)
         self.version = version
-        return Acknowledgement(version, checksum(weights), changed)
+        return Acknowledgement(checksum(weights), changed)
 
     def rollout(self, source: Published, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
         """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``.
@@ -111,10 +110,6 @@ class Samplers(Pool):
             images, trajectory = self.submit("rollout", self.published, chunk_prompts, chunk_seeds, returns=2)
             chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory, self.published))
         return chunks
-
-    def divergence(self, chunk: Chunk) -> ObjectRef:
-        """How far the policy that draws a chunk is from the base model."""
-        return self.submit("divergence", chunk.trajectory)
 
     def publish(self, published: Published) -> list[ObjectRef]:
         """Send new weights to every sampler. Work submitted from now on asks for this version, that before it for its

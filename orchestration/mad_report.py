@@ -151,7 +151,7 @@ def _seconds_by_generation(run: MadRun) -> dict[str, list[float]]:
     """CPU seconds (generations,) of each kind of task, the mean over the tasks that were done."""
     spent: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for each in run.generations:
-        for task in (each.fit, each.drawn and each.drawn.task, each.evaluation, each.measure):
+        for task in (each.fit, each.drawn.task if each.drawn else None, each.evaluation, each.measure):
             if task is not None and task.key in run.store:
                 spent[task.kind][each.number][task.key] = run.store.about(task.key).get("cpu_seconds", 0.0)
     numbers = range(1, run.config.generations + 1)

@@ -82,7 +82,7 @@ def before_after(
     places = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.75, **edges)
     looks = {"before": (before, captions_before), "after": (after, captions_after)}
     for index, prompt in enumerate(prompts):
-        pair = places[index].subgridspec(1, 2, wspace=0.05).subplots()
+        pair: Any = places[index].subgridspec(1, 2, wspace=0.05).subplots()
         _write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=_INK, va="bottom", weight="bold")
         for axes, (name, (images, captions)) in zip(pair, looks.items(), strict=True):
             axes.imshow(images[index])

@@ -1,5 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,11 @@ class DiffusionLearner:
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
-        kinds = {"parameter": self.parameters, "average": self.average, "previous": self.previous}
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "parameter": self.parameters,
+            "average": self.average,
+            "previous": self.previous,
+        }
         held = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():

@@ -30,11 +30,10 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class RealData:
-    """``images`` (n, height, width, 1 or 3) uint8, ``labels`` (n,) int64 in 0..classes−1 and the classes' names."""
+    """``images`` (n, height, width, 1 or 3) uint8, ``labels`` (n,) int64 in 0..classes−1."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
-    class_names: tuple[str, ...] | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -67,8 +66,8 @@ def load_real_data(settings: DataSettings) -> RealData:
     if None in values or (names and -1 in values):
         raise ValueError(f"label_column: {column!r} leaves images without a label: choose another split or column")
     if names is None:
-        names, values = np.unique(values, return_inverse=True)
-    return RealData(images, np.asarray(values, np.int64), tuple(map(str, names)))
+        _, values = np.unique(values, return_inverse=True)
+    return RealData(images, np.asarray(values, np.int64))
 
 
 def split_reference(data: RealData, reference: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

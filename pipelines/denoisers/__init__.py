@@ -41,5 +41,4 @@ def check_family(path: str, guidance_scale: float) -> None:
 
 def load_family(path: str, dtype: Any) -> "Family":
     """The pipeline of a directory or hub name, with frozen parts of ``dtype``, as its family."""
-    family: Family = resolve_name(f"pipelines.denoisers.{family_of(path)}").load(resolve_model(path), dtype)
-    return family
+    return resolve_name(f"pipelines.denoisers.{family_of(path)}").load(resolve_model(path), dtype)

@@ -60,7 +60,5 @@ class DdimFamily(Family):
         return self._stock_step(output, known, latents, noise, eta)
 
     def _stock_step(self, output: Tensor, timestep: int, latents: Tensor, noise: Tensor, eta: float) -> Tensor:
-        following: Tensor = self.pipeline.scheduler.step(
-            output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False
-        )[0]
-        return following
+        scheduler = self.pipeline.scheduler
+        return scheduler.step(output, timestep, latents, eta=eta, variance_noise=noise, return_dict=False)[0]

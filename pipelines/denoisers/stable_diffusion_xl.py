@@ -37,11 +37,5 @@ class StableDiffusionXL(StableDiffusion):
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """ε or v."""
-        states, *added = ("encoder_hidden_states", "text_embeds", "time_ids")
-        return self.network(
-            latents,
-            timesteps,
-            encoder_hidden_states=conditions[states],
-            added_cond_kwargs={name: conditions[name] for name in added},
-            return_dict=False,
-        )[0]
+        states = conditions["encoder_hidden_states"]
+        return self.network(latents, timesteps, states, added_cond_kwargs=conditions, return_dict=False)[0]

@@ -51,8 +51,7 @@ class Networks(nn.Module):
         """The images of c + ``factor`` · (w − c), c being the centre nearest to w."""
         styles = self.style(latents.to(self.centres.device))
         nearest = self.centres[torch.cdist(styles, self.centres).argmin(dim=1)]
-        images: Tensor = self.synthesis(torch.lerp(nearest, styles, factor))
-        return images
+        return self.synthesis(torch.lerp(nearest, styles, factor))
 
 
 def pairing_loss(favoured: Tensor, other: Tensor) -> Tensor:

@@ -49,5 +49,4 @@ def unpacked(files: Files, load: Callable[[Path], Any]) -> Any:
 
 def load_generator(family: str, files: Files, device: str = "cpu") -> Generator:
     """The fitted generator that ``packed(generator.save)`` holds."""
-    generator: Generator = unpacked(files, lambda directory: generator_class(family).load(directory, device))
-    return generator
+    return unpacked(files, lambda directory: generator_class(family).load(directory, device))

@@ -11,5 +11,4 @@ import yaml
 @cache
 def configuration() -> dict[str, Any]:
     """What ``models.yaml`` says: what libraries are given to build each untrained network, and how it is trained."""
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
-    return content
+    return yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())

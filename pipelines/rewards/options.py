@@ -9,18 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 
 from policies.settings import Settings, explain
 
-
-def _check_template(text: str) -> str:
-    try:
-        filled = text.format(prompt="\0")
-    except (LookupError, ValueError, AttributeError):
-        filled = ""
-    if "\0" not in filled:
-        raise ValueError(f"{text!r} must hold {{prompt}}, and no other braces")
-    return text
-
-
-Template = Annotated[str, AfterValidator(_check_template)]
+Template = Annotated[str, Field(pattern=r"^[^{}]*(\{prompt\}[^{}]*)+$")]  # {prompt}, and no other braces
 
 
 class RewardOptions(Settings):
