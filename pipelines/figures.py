@@ -189,8 +189,7 @@ def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
     axes.stackplot(spent.index, spent.T.to_numpy(), colors=colours, **look)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
-    handles, labels = axes.get_legend_handles_labels()
-    _legend(axes, handles=handles[::-1], labels=labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(axes, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 _PANELS: dict[str, tuple[str, _Draw]] = {  # what its metrics' names begin with → title, and what draws them

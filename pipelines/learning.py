@@ -1,6 +1,5 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -189,12 +188,9 @@ class DiffusionLearner:
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
-        kinds: dict[str, Mapping[str, Tensor]] = {
-            "parameter": self.parameters,
-            "average": self.average,
-            "previous": self.previous,
-        }
-        held = {f"{kind}/{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        held: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
+        held |= {f"average/{name}": mean for name, mean in self.average.items()}
+        held |= {f"previous/{name}": value for name, value in self.previous.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.learner.optimizer.state.get(parameter, {}).items():
                 held[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
