@@ -136,8 +136,12 @@ class Generation:
 
 def batch_sizes(manifests: Iterable[Manifest]) -> dict[int, int]:
     """How many samples each generation has to draw: the most that any later one reads."""
-    drawn = [part for manifest in manifests for part in manifest.parts if part.generation != REAL]
-    return {each: max(part.stop for part in drawn if part.generation == each) for each in {p.generation for p in drawn}}
+    sizes: dict[int, int] = {}
+    for manifest in manifests:
+        for part in manifest.parts:
+            if part.generation != REAL:
+                sizes[part.generation] = max(sizes.get(part.generation, 0), part.stop)
+    return sizes
 
 
 def _selection(loop: LoopSettings) -> dict[str, Any] | None:
