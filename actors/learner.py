@@ -1,8 +1,7 @@
 """The learner turns scored trajectories into new weights."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ class LearnerActor(Worker):
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
         statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
         weights, version = self.learner.weights(), self.learner.weights_version
-        return self._update(weights, changed, dataclasses.asdict(statistics), version)
+        return self._update(weights, changed, asdict(statistics), version)
 
     def weights(self, kind: WeightsKind) -> tuple[Update, dict[str, np.ndarray]]:
         """Some of the weights, as they are."""

@@ -5,7 +5,6 @@ Fréchet distance, precision and the like are taken between features; memorisati
 classifier's features forget what tells two images of a class apart.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,13 +62,6 @@ def memorisation(generated: np.ndarray, training: np.ndarray, reference: np.ndar
     return float((nearest.kneighbors(generated)[0] < threshold).mean())
 
 
-def entropy(counts: Sequence[float] | np.ndarray) -> float:
-    """Shannon entropy in nats of a histogram of counts or shares."""
-    from scipy.stats import entropy as shannon
-
-    return float(shannon(counts))
-
-
 def measure_images(
     generated: np.ndarray,
     labels: np.ndarray | None,
@@ -89,6 +81,8 @@ def measure_images(
     Raises:
         ValueError: if ``generated`` and ``reference`` are not equally many.
     """
+    from scipy.stats import entropy
+
     if len(generated) != len(reference):
         raise ValueError(
             f"{len(generated)} generated samples cannot be compared with {len(reference)} real ones: "
@@ -101,7 +95,7 @@ def measure_images(
     figures = {
         "fid": frechet_distance(features, reference_features),
         **precision_recall_density_coverage(reference_features, features),
-        "class_entropy": entropy(shares),
+        "class_entropy": float(entropy(shares)),
         "memorisation": memorisation(*pixels),
     }
     if labels is not None:

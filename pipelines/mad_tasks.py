@@ -129,14 +129,13 @@ def _load_extractor(files: Files, device: str) -> Any:
 def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """The metrics of a generation: for each name one value a universe."""
     family = parameters["family"]
-    if family == "mixture":
+    if family in CLOSED_FORM:
+        model: Any = load_generator(family, inputs[0])
+        if family != "mixture":
+            return _metrics(model.measure())
         from pipelines.families.mixture import measure_points
 
-        model: Any = load_generator(family, inputs[0])
         return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
-    if family in CLOSED_FORM:
-        model = load_generator(family, inputs[0])
-        return _metrics(model.measure())
     from pipelines.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)

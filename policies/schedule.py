@@ -4,10 +4,9 @@ The network's output enters in the precision it was computed in; everything afte
 difference x_{t−1} − μ cancels more digits than float32 has. The cost is a few element-wise operations a step.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self
 
 import torch
@@ -59,8 +58,8 @@ class Schedule(ABC):
 
     def to(self, device: torch.device) -> Self:
         """The same schedule with its tables on ``device``."""
-        tables = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: v.to(device) for k, v in tables.items() if isinstance(v, Tensor)})
+        tables = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tables.items() if isinstance(v, Tensor)})
 
     def log_prob(
         self,

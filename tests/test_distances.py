@@ -6,7 +6,6 @@ from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 
 from pipelines.distances import (
-    entropy,
     frechet_distance,
     measure_images,
     memorisation,
@@ -64,12 +63,6 @@ def test_memorisation_is_one_in_twenty_for_the_real_distribution(rng: np.random.
     assert memorisation(generated, training, reference) == pytest.approx(0.05, abs=0.015)
     assert memorisation(training[:50], training, reference) == 1
     assert memorisation(generated + 100, training, reference) == 0
-
-
-def test_entropy_is_in_nats_and_knows_no_scale() -> None:
-    assert entropy([3, 3, 3, 3]) == pytest.approx(np.log(4))
-    assert entropy(np.array([0.5, 0.25, 0.25, 0])) == pytest.approx(1.5 * np.log(2))
-    assert entropy([7, 0]) == 0
 
 
 def test_real_images_score_as_real_ones(extractor: Extractor) -> None:

@@ -99,7 +99,9 @@ def measure_points(generated: np.ndarray, reference: np.ndarray, modes: np.ndarr
 
     A mode is covered if a sample lies within 3 of its standard deviations.
     """
-    from pipelines.distances import entropy, frechet_distance, precision_recall_density_coverage
+    from scipy.stats import entropy
+
+    from pipelines.distances import frechet_distance, precision_recall_density_coverage
 
     distance = np.linalg.norm(generated[:, None] - modes, axis=2)
     near = distance.min(axis=1) <= NEAR * SPREAD
@@ -108,6 +110,6 @@ def measure_points(generated: np.ndarray, reference: np.ndarray, modes: np.ndarr
         "frechet": frechet_distance(reference, generated),
         **precision_recall_density_coverage(reference, generated),
         "modes_covered": float(np.count_nonzero(counts)),
-        "mode_entropy": entropy(counts),
+        "mode_entropy": float(entropy(counts)),
         "in_mode": float(near.mean()),
     }
