@@ -218,10 +218,10 @@ def test_a_limit_draws_the_same_images_of_all_classes() -> None:
 def test_the_hash_is_of_images_shape_and_labels() -> None:
     images, labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1), np.array([0, 1])
     hashes = [
-        RealData(images, labels, ("a", "b")).sha256,
-        RealData(images, labels[::-1].copy(), ("a", "b")).sha256,
-        RealData(images[::-1].copy(), labels, ("a", "b")).sha256,
-        RealData(images.reshape(2, 4, 3, 1), labels, ("a", "b")).sha256,
+        RealData(images, labels).sha256,
+        RealData(images, labels[::-1].copy()).sha256,
+        RealData(images[::-1].copy(), labels).sha256,
+        RealData(images.reshape(2, 4, 3, 1), labels).sha256,
         RealData(images).sha256,
     ]
     assert len(set(hashes)) == 5
