@@ -87,14 +87,15 @@ def fresh_fraction_curve(
 
 def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
     """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
-    rows = len(images)
     rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
     grid = image_grid(rgb.reshape(-1, *rgb.shape[2:]), images.shape[1])
     figure, (axes,) = _sheet(1, 1, grid.shape[1] / _DPI + 0.8, grid.shape[0] / _DPI + 0.5)
     axes.imshow(grid)
     axes.set_title("each column: one latent seed", fontsize=8, color=_FAINT)
     axes.set_xticks([])
-    axes.set_yticks((np.arange(rows) + 0.5) * len(grid) / rows, labels, fontsize=9, color=_INK, weight="bold")
+    axes.set_yticks(
+        (np.arange(len(labels)) + 0.5) * len(grid) / len(labels), labels, fontsize=9, color=_INK, weight="bold"
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     _save(figure, path)
