@@ -53,6 +53,16 @@ class ServerError(ClusterError):
 class Cluster(JobSubmissionClient):
     """The job server at an address. Every request has a bound, and fails in one line."""
 
+    def __init__(self, address: str) -> None:
+        before = os.environ.get(_SERVER)
+        os.environ[_SERVER] = address  # Ray lets the environment go before the argument
+        try:
+            super().__init__(address)
+        finally:
+            del os.environ[_SERVER]
+            if before is not None:
+                os.environ[_SERVER] = before
+
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         seconds = _UPLOAD_SECONDS if method == "PUT" else _REQUEST_SECONDS
         try:
@@ -88,7 +98,7 @@ def named_server(address: str | None) -> str | None:
 
 def connect(address: str | None) -> Cluster:
     """The job server to use, by default that of this machine. Raises ClusterError unless it answers and lets us in."""
-    server = os.environ[_SERVER] = named_server(address) or _LOCAL  # Ray lets the environment go before the argument
+    server = named_server(address) or _LOCAL
     try:
         return Cluster(server)
     except ClusterError:

@@ -27,7 +27,7 @@ from policies.settings import Settings
 # exchange between learners, seconds a byte between GPUs of a node and between nodes; and between processes on CPUs.
 NETWORK: dict[str, Any] = {"dispatch": 3e-4, "latency": 3e-5, "bus": 5e-12, "link": 8e-11}
 LOOPBACK = 1e-9
-COUPLING = 1.5  # between threads of a learner that has too few cores: benchmarks/cost_model.py
+COUPLING = 2.3  # between threads of a learner that has too few cores: benchmarks/cost_model.py
 
 
 class StageCosts(Settings):
