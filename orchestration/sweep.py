@@ -6,6 +6,7 @@ is the only memory, so whoever gives the command again loses nothing and runs no
 
 from pathlib import Path
 
+from orchestration import tuning
 from orchestration.cluster import connected
 from orchestration.run import stored_config
 from orchestration.sweep_config import SweepConfig
@@ -13,7 +14,6 @@ from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import FRESH_SEEDS, Trial
-from orchestration.tuning import Plan, fit
 from policies.search_space import Point, common_points
 
 
@@ -21,10 +21,10 @@ def run_sweep(config: SweepConfig) -> Path:
     """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
     machine = preflight_sweep(config)
     with SweepRun(config, machine) as run, connected(machine.gpus):
-        fit(run, _search(run))
+        _search(run)
         best = Table(run).best
         if config.confirm_seeds and best is not None and not run.budget.spent:
-            fit(run, _meeting(run, best.point))
+            _confirm(run, best.point)
         return report(run, Table(run))
 
 
@@ -33,21 +33,22 @@ def resume_sweep(directory: Path, trusted: bool = False) -> Path:
     return run_sweep(stored_config(directory, SweepConfig, trusted))
 
 
-def _search(run: SweepRun) -> Plan:
+def _search(run: SweepRun) -> None:
     config, root = run.config, run.directory
     if config.search == "optuna":
         known = [trial.point for trial in run.trials() if trial.seed < FRESH_SEEDS]
-        return Plan.suggested(config, root, common_points(known))
+        return tuning.suggested(run, common_points(known))
     if config.scheduler.kind == "pbt":
-        return Plan.population(config, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
+        return tuning.population(run, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
     points, seeds = common_points(config.points), range(config.seeds)
     trials = [Trial.of(root, point, seed) for point in points for seed in seeds]
     # A scheduler compares with what is done as well; without one, that needs no place.
-    return Plan.listed([each for each in trials if config.scheduler.kind != "none" or not each.over()], config)
+    wanted = [each for each in trials if config.scheduler.kind != "none" or not each.over()]
+    return tuning.listed(run, wanted, stopping=True)
 
 
-def _meeting(run: SweepRun, best: Point) -> Plan:
+def _confirm(run: SweepRun, best: Point) -> None:
     """The best point and the unchanged configuration on seeds that had no part in choosing it."""
     seeds = range(FRESH_SEEDS, FRESH_SEEDS + run.config.confirm_seeds)
     trials = [Trial.of(run.directory, point, seed) for seed in seeds for point in (best, {})]
-    return Plan.listed([trial for trial in trials if not trial.over()])
+    tuning.listed(run, [trial for trial in trials if not trial.over()])
