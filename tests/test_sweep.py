@@ -201,10 +201,10 @@ def test_successive_halving_stops_the_worse_and_confirms_the_best(
 
 
 def test_a_population_copies_the_better(tiny: dict[str, Any], ray_session: None, tmp_path: Path) -> None:
-    content = {**tiny, "scheduler": {"kind": "pbt", "interval": 2}, "trials": 2, "fixed": {"training.steps": 4}}
+    content = {**tiny, "scheduler": {"kind": "pbt", "interval": 2}, "trials": 4, "fixed": {"training.steps": 4}}
     directory = tmp_path / "sweep"
     found = swept(content, directory)
-    assert [each["status"] for each in found["trials"]] == ["FINISHED"] * 2
+    assert [each["status"] for each in found["trials"]] == ["FINISHED"] * 4
     manifests = [json.loads(path.read_text()) for path in directory.glob("trials/*/manifest.json")]
     adopted = [manifest for manifest in manifests if manifest.get("adopted")]
     assert adopted  # somebody took over other weights and another learning rate
