@@ -109,6 +109,8 @@ def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files]]:
     for arm in arms:
         multiple = {"gan": 4, "diffusion": 2 ** (arm.diffusion.levels - 1)}.get(arm.family, 1)
         height, width = real.images.shape[1:3]
+        if arm.family == "gan" and min(height, width) < 8:
+            raise ValueError(f"family gan needs sides of 8 pixels at least, not {height}×{width}: set data.image_size")
         if height % multiple or width % multiple:
             raise ValueError(
                 f"family {arm.family} needs sides that are multiples of {multiple}, not {height}×{width}: "

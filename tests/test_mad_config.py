@@ -67,6 +67,7 @@ def refused(*overrides: str) -> str:
             "generation 4: 350 more real samples are needed, but 0 of 1400 are left unseen",
         ),
         ([*DIFFUSION, "data.image_size=9"], "family diffusion needs sides that are multiples of"),
+        (["family=gan", *DIFFUSION[1:], "data.image_size=4"], "family gan needs sides of 8 pixels at least"),
         ([*DIFFUSION, "workers.cpus_per_task=64"], "workers.cpus_per_task is 64, there are 2 CPUs"),
         ([*DIFFUSION, "workers.device=cuda"], "no GPU was found"),
     ],

@@ -9,7 +9,14 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 
 from policies.settings import Settings, explain
 
-Template = Annotated[str, Field(pattern=r"^[^{}]*(\{prompt\}[^{}]*)+$")]  # {prompt}, and no other braces
+
+def _check_template(text: str) -> str:
+    if "{prompt}" not in text or set("{}") & set(text.replace("{prompt}", "")):
+        raise ValueError(f"{text!r} must hold {{prompt}}, and no other braces")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
 
 
 class RewardOptions(Settings):
