@@ -16,6 +16,7 @@ from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
 from pipelines.atomic import read_lines, replace_durably
+from pipelines.names import file_name
 from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
@@ -66,11 +67,6 @@ def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any)
     return path
 
 
-def figure_name(arm: str) -> str:
-    """What an arm is called in the names of its figures' files."""
-    return "".join(letter if letter.isalnum() else "_" for letter in arm)
-
-
 def _measured(directory: Path) -> list[dict[str, Any]]:
     """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
     kept = kept_evaluations(directory)
@@ -83,7 +79,7 @@ def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
 
     titles: dict[str, str] = {}
     for stem, title in _PICTURES.items():
-        titles |= {stem: title} | {f"{stem}_{figure_name(arm)}": f"{title}: {arm}" for arm in arms}
+        titles |= {stem: title} | {f"{stem}_{file_name(arm)}": f"{title}: {arm}" for arm in arms}
     found = {path.stem: path for path in sorted(directory.glob("*.png"))}
     for name in sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles)):
         with contextlib.suppress(OSError), Image.open(found[name]) as image:

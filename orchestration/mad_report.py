@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.html_report import conclude, figure_name
+from orchestration.html_report import conclude
 from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, verdict
 from pipelines.families.registry import CLOSED_FORM
+from pipelines.names import file_name
 from policies.verdicts import interval, plain
 
 _TITLES = {
@@ -99,7 +100,7 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
     picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
-    file = figure_name(name)
+    file = file_name(name)
     if arm.family not in CLOSED_FORM:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
         rows = np.stack([images[:_GRID_COLUMNS] for images in sets])

@@ -85,7 +85,7 @@ class MadRun(Run):
         self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
         self._trackers: dict[str, Tracker] = {}
         for (name, arm), colour in zip(config.resolved_arms.items(), cycle(_ARMS), strict=False):
-            parent = self._trackers[name] = self.tracker.child(name, known.get(name))
+            parent = self._trackers[_key(name)] = self.tracker.child(name, known.get(_key(name)))
             tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family}
             tags["git_commit"] = self.manifest["git_commit"]
             as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
@@ -95,10 +95,10 @@ class MadRun(Run):
                     key, about = each.fit.key, {"training set": contents(each.manifest), "samples": each.manifest.size}
                     parent.dataset(f"generation {each.number:03d}", key, str(self.store.path(key)), about)
             for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
-                child = f"{name} · seed {seed}"
-                self._trackers[child] = parent.child(child, known.get(child))
-                self._trackers[child].describe({"seed": seed}, {**tags, "seed": str(seed)})
-        known.update({name: tracker.run_id for name, tracker in self._trackers.items()})
+                key = _key(name, seed)
+                child = self._trackers[key] = parent.child(f"{name} · seed {seed}", known.get(key))
+                child.describe({"seed": seed}, {**tags, "seed": str(seed)})
+        known.update({key: tracker.run_id for key, tracker in self._trackers.items()})
         self._status("RUNNING")
 
     def __exit__(self, *error: Any) -> None:
@@ -116,7 +116,7 @@ class MadRun(Run):
 
     def tag(self, arm: str, tags: Mapping[str, str]) -> None:
         """Set tags on the run of an arm."""
-        self._trackers[arm].tags(tags)
+        self._trackers[_key(arm)].tags(tags)
 
     def watch(self, runner: TaskRunner) -> None:
         """Called while tasks run: show what runs, and send what has come in."""
@@ -157,13 +157,13 @@ class MadRun(Run):
         for index, seed in enumerate(generation.seeds):
             if result["class_histogram"]:
                 self.histograms[arm][seed, number] = result["class_histogram"]
-            if (name := f"{arm} · seed {seed}") in self._trackers:
+            if (key := _key(arm, seed)) in self._trackers:
                 mine = {metric: values[index] for metric, values in result["metrics"].items()}
-                self._unsent[name].append((number, _finite(mine), timestamp_ms))
-                self._send_grid(self._trackers[name], generation)
+                self._unsent[key].append((number, _finite(mine), timestamp_ms))
+                self._send_grid(self._trackers[key], generation)
         self._measured[arm, number] += len(generation.seeds)
         if self._measured[arm, number] == len(self._row):
-            self._unsent[arm].append((number, self._means(arm, number), timestamp_ms))
+            self._unsent[_key(arm)].append((number, self._means(arm, number), timestamp_ms))
         self._done += 1
         self.manifest["committed_step"] = self._done
         shown = {metric: float(np.mean(values)) for metric, values in result["metrics"].items()}
@@ -202,11 +202,16 @@ class MadRun(Run):
 
     def flush(self) -> None:
         """Send what has come in to MLflow, and note in the manifest how far the run is."""
-        for name, steps in self._unsent.items():
-            self._trackers[name].many_metrics(steps)
+        for key, steps in self._unsent.items():
+            self._trackers[key].many_metrics(steps)
         self._unsent.clear()
         self._status("RUNNING")
         self._flushed_at = time.monotonic()
+
+
+def _key(arm: str, seed: int | None = None) -> str:
+    """What the MLflow run of an arm, or of one of its seeds, is known by here: no two by the same."""
+    return f"{'' if seed is None else seed}/{arm}"
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:
