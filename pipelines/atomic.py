@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
 A directory is written aside, flushed to the disk and renamed. Its ``manifest.json`` holds the SHA-256 of every file, so
-a truncated or altered one is detected when it is read.
+a truncated or altered one is detected when it is read. Readers name the file that is damaged, and bound what they read.
 """
 
 import contextlib
@@ -9,12 +9,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 Files = dict[str, bytes]  # relative path → content
+_MOST, _DEEPEST = 2**28, 100  # bytes of a JSON file or a journal, and levels of an object in it
+_DIGEST = "_digest"  # of a record: the end of what it says, so that a digit that was changed is noticed
 
 
 class DamagedFiles(RuntimeError):  # noqa: N818
@@ -24,15 +27,36 @@ class DamagedFiles(RuntimeError):  # noqa: N818
 def commit_directory(target: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
     """Put ``files`` at ``target``, in place of what was there; ``about`` is kept in the manifest."""
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     try:
         _write_directory(aside, files, about)
     except OSError:  # a full disk is not left fuller
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    before = target.with_name(f".{target.name}.before")
+    recover(target)
+    if target.exists():
+        os.replace(target, before)
     os.replace(aside, target)
     _flush_directory(target.parent)
+    remove(before)
+
+
+def recover(target: Path) -> None:
+    """Put back what was at ``target`` if the process that replaced it died in between; then remove what it left."""
+    before = target.with_name(f".{target.name}.before")
+    if before.exists() and not target.exists():
+        os.replace(before, target)
+    remove(before)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if it is there and as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _write_directory(aside: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
@@ -50,10 +74,7 @@ def _write_directory(aside: Path, files: Mapping[str, bytes], about: Mapping[str
 def read_directory(directory: Path) -> tuple[Files, dict[str, Any]]:
     """The files of a commit and its manifest. Raises DamagedFiles."""
     manifest = read_manifest(directory)
-    try:
-        contents = {name: (directory / name).read_bytes() for name in manifest["sha256"]}
-    except OSError as error:
-        raise DamagedFiles(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
+    contents = {name: read_bytes(directory / name, most=2**63) for name in manifest["sha256"]}
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
             raise DamagedFiles(f"{directory / name} does not match its manifest: it was truncated or altered")
@@ -62,16 +83,64 @@ def read_directory(directory: Path) -> tuple[Files, dict[str, Any]]:
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a commit. Raises DamagedFiles."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedFiles(f"{directory} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-        raise DamagedFiles(f"{directory} cannot be read: its {MANIFEST} is not one of a commit")
+    recover(directory)
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest.get("sha256"), dict):
+        raise DamagedFiles(f"{directory / MANIFEST} is not one of a commit")
     for name in manifest["sha256"]:  # a stranger's may point anywhere
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DamagedFiles(f"{directory} cannot be read: its {MANIFEST} names {name!r}, outside of it")
     return manifest
+
+
+def read_bytes(path: Path, most: int = _MOST) -> bytes:
+    """A regular file of at most ``most`` bytes. Raises DamagedFiles: a pipe or a device would be read for ever."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+                raise DamagedFiles(f"{path} is not a file of at most {most / 1e6:,.0f} MB")
+            return file.read()
+    except OSError as error:
+        raise DamagedFiles(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds; of one with a digest, as ``with_digest`` adds it. Raises DamagedFiles."""
+    return _record(read_bytes(path), str(path))
+
+
+def _record(text: bytes, where: str, needed: Collection[str] = ()) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFiles(f"{where} is damaged: {type(error).__name__}: {str(error)[:80]}") from error
+    if not isinstance(content, dict):
+        raise DamagedFiles(f"{where} is damaged: it holds no object")
+    if missing := [key for key in needed if not isinstance(content.get(key), int | dict)]:
+        raise DamagedFiles(f"{where} is damaged: it has no {missing[0]}")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        level = [v for each in level for v in (each.values() if isinstance(each, dict) else each) if _is_nested(v)]
+    if level:
+        raise DamagedFiles(f"{where} is damaged: it goes deeper than {_DEEPEST} levels")
+    if content.pop(_DIGEST, None) not in (None, _digest(content)):
+        raise DamagedFiles(f"{where} was altered: it does not match its digest")
+    return content
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict | list) and bool(value)
+
+
+def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` and the digest by which a reader knows that nobody changed it."""
+    return {**record, _DIGEST: _digest(record)}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -84,21 +153,39 @@ def as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(record, default=str).encode() + b"\n" for record in records)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines; none if there is no such file. What is damaged, as a last line may be that
-    was cut off in the middle, is left out."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+def read_lines(path: Path, needed: Collection[str] = (), damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of a journal; none if there is no such file. What is damaged or lacks a ``needed`` number or object
+    is left out, and named in ``damaged`` unless it is a last line that was cut off in the middle."""
+    return [record for _, record in _lines(path, needed, damaged)]
 
 
-def cut_lines(path: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines that are ``wanted``; what else is in it, or damaged, is taken out of it."""
-    records = [record for record in read_lines(path) if wanted(record)]
-    if path.exists() and path.read_bytes() != as_lines(records):
-        replace_durably(path, as_lines(records))
+def cut_lines(
+    path: Path,
+    wanted: Callable[[dict[str, Any]], bool] = lambda _: True,
+    needed: Collection[str] = (),
+    damaged: list[str] | None = None,
+) -> list[dict[str, Any]]:
+    """The records of a journal that are ``wanted``; what else is in it, or damaged, is taken out of it."""
+    kept = [(line, record) for line, record in _lines(path, needed, damaged) if wanted(record)]
+    content = b"".join(line + b"\n" for line, _ in kept)
+    if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content):
+        replace_durably(path, content)
+    return [record for _, record in kept]
+
+
+def _lines(path: Path, needed: Collection[str], damaged: list[str] | None) -> list[tuple[bytes, dict[str, Any]]]:
+    records: list[tuple[bytes, dict[str, Any]]] = []
+    damaged = [] if damaged is None else damaged
+    try:
+        lines = read_bytes(path).split(b"\n") if os.path.lexists(path) else []
+    except DamagedFiles as error:
+        damaged.append(str(error))
+        return records
+    for number, line in enumerate(lines, start=1):
+        try:
+            records += [(line, _record(line, f"{path}:{number}", needed))] if line.strip() else []
+        except DamagedFiles as error:
+            damaged += [str(error)] if number < len(lines) else []
     return records
 
 
@@ -111,7 +198,7 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=_never_through_a_link) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -119,7 +206,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def append_durably(path: Path, content: bytes) -> None:
     """Add all of ``content`` to a file, or nothing of it if the disk takes no more, and flush it to the disk."""
-    with path.open("ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_never_through_a_link) as file:
         before, left = os.fstat(file.fileno()).st_size, memoryview(content)
         try:
             while left:
@@ -128,6 +215,11 @@ def append_durably(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def _never_through_a_link(path: str, flags: int) -> int:
+    """What a stranger's directory links to is not written to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _flush_directory(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.atomic import DamagedFiles, commit_directory, read_directory
+from pipelines.atomic import DamagedFiles, commit_directory, read_directory, recover
 
 SCHEMA = 1
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -60,6 +60,8 @@ class CheckpointStore:
         self.keep = keep
         self.pinned: int | None = None  # the step of a commit that stays in any case
         self.damaged: list[str] = []
+        for left in directory.glob(".step-*.before"):  # of a commit that was being replaced when the process died
+            recover(directory / left.name[1:].removesuffix(".before"))
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""

@@ -1,6 +1,7 @@
 """A commit is everything or nothing, and damage is noticed."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -203,3 +204,78 @@ def test_two_hundred_damaged_commits_are_refused(store: CheckpointStore) -> None
         refused += bool(damage)
         path.write_bytes(whole[path])
     assert refused > 180
+
+
+@pytest.mark.parametrize("dies_after", [1, 2])
+def test_death_while_a_commit_is_replaced_loses_neither(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, dies_after: int
+) -> None:
+    """Between the renames, and before the old one is removed."""
+    store.commit(1, TENSORS, {"which": "old"})
+    replace, done = atomic.os.replace, []
+
+    def dying(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(target)
+        if len(done) == dies_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit(1, TENSORS, {"which": "new"})
+    found = CheckpointStore(store.directory)
+    assert found.load().state == {"which": "old" if dies_after == 1 else "new"}
+    found.commit(1, TENSORS, {"which": "newest"})
+    assert [path.name for path in store.directory.iterdir()] == ["step-000001"]
+    assert found.load().state == {"which": "newest"}
+
+
+@pytest.mark.parametrize("in_place", ["file", "pipe", "link"])
+def test_what_is_no_directory_in_place_of_one_is_replaced(tmp_path: Path, in_place: str) -> None:
+    target, other = tmp_path / "result", tmp_path / "other"
+    other.mkdir()
+    {"file": target.touch, "pipe": lambda: os.mkfifo(target), "link": lambda: target.symlink_to(other)}[in_place]()
+    with pytest.raises(DamagedFiles, match=str(target)):
+        atomic.read_directory(target)
+    atomic.commit_directory(target, {"a": b"1"}, {})
+    assert atomic.read_directory(target)[0] == {"a": b"1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"result", "other"}
+    assert [*other.iterdir()] == []
+
+
+def test_a_damaged_line_of_a_journal_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = atomic.as_lines(atomic.with_digest({"step": step, "reward/mean": 0.25}) for step in range(1, 7)).split(b"\n")
+    lines[1] = lines[1][:20]
+    lines[2] = b'{"a": 1}'
+    lines[3] = lines[3].replace(b"0.25", b"0.35")
+    path.write_bytes(b"\n".join([*lines[:6], b'{"step": 7, "rew']))
+    named: list[str] = []
+    found = atomic.cut_lines(path, lambda line: line["step"] < 6, ["step"], named)
+    assert found == [{"step": step, "reward/mean": 0.25} for step in (1, 5)]
+    assert [text.split(" ")[0] for text in named] == [f"{path}:{number}" for number in (2, 3, 4)]
+    assert "was altered" in named[2]
+    assert path.read_bytes().split(b"\n") == [lines[0], lines[4], b""]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{", b'{"a": ' * 50_000, b'{"a": ' * 150 + b"1" + b"}" * 150, b'{"a": ' + b"9" * 5000 + b"}", b"\xff"],
+)
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(DamagedFiles, match=r"summary\.json is damaged"):
+        atomic.read_json(tmp_path / "summary.json")
+
+
+def test_nothing_is_read_for_ever_or_written_through_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"12345")
+    (tmp_path / ".report.partial").symlink_to(tmp_path / "large")
+    for name in ("pipe", "large", "none"):
+        with pytest.raises(DamagedFiles, match=name):
+            atomic.read_bytes(tmp_path / name, most=4)
+    with pytest.raises(OSError, match="symbolic links"):
+        atomic.replace_durably(tmp_path / "report", b"new")
+    assert (tmp_path / "large").read_bytes() == b"12345"
