@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from orchestration import run as run_directories
-from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override
+from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override, visible
 from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -434,13 +434,13 @@ def _report(error: Exception) -> int:
         show()
         return BAD_INPUT
     if isinstance(error, ConfigError):
-        print(f"ouroboros: {error}", file=sys.stderr)
+        print(visible(f"ouroboros: {error}"), file=sys.stderr)
         return BAD_INPUT
     if os.environ.get("OUROBOROS_TRACEBACK"):
         import traceback
 
         traceback.print_exception(error)
-    print(f"ouroboros: {type(error).__name__}: {error}", file=sys.stderr)
+    print(visible(f"ouroboros: {type(error).__name__}: {error}"), file=sys.stderr)
     return FAILED
 
 

@@ -1,19 +1,20 @@
 """A run's configuration: typed, read from YAML, overridden by dotted keys, every key known. Light to import."""
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from actors.settings import ActorSettings
 from orchestration.tracking import TrackingSettings
 from pipelines.checkpoint import parse_size
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
-from policies.settings import AdvantageSettings, SamplingSettings, Settings, TrainingSettings, explain
+from pipelines.yaml_text import parse_yaml, read_yaml
+from policies.settings import AdvantageSettings, Name, SamplingSettings, Settings, TrainingSettings, explain
 
 
 class ConfigError(ValueError):
@@ -70,7 +71,7 @@ class CheckpointSettings(Settings):
 class DdpoConfig(Settings):
     """One DDPO run."""
 
-    name: str = Field("ddpo", pattern=r"^[\w.-]+$")
+    name: Name = "ddpo"
     seed: int = Field(0, ge=0)
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>-seed<seed>")
     prompts: str = Field("configs/prompts/digits.txt", description="a text file, one prompt a line")
@@ -87,40 +88,49 @@ class DdpoConfig(Settings):
 
 
 Config = TypeVar("Config", bound=BaseModel)
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_DEPTH = 50  # of blocks in blocks
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # into a terminal, a path or a UTF-8 file
 
 
-def load_config(schema: type[Config], paths: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML files ``paths`` (none: all defaults), apply ``key.sub=value`` overrides, validate.
+def load_config(
+    schema: type[Config],
+    paths: Path | Sequence[Path] | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read the YAML files ``paths`` (none: all defaults), apply ``key.sub=value`` overrides and ``values`` by dotted
+    key, validate.
 
     Of several files a later one wins, key by key within each block. Raises ConfigError.
     """
     content: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, Path) else paths or ():
         try:
-            blocks = yaml.safe_load(path.read_text()) or {}
+            held = read_yaml(path)
         except OSError as error:
             raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(blocks, dict):
-            raise ConfigError(f"config {path} holds a {type(blocks).__name__}, not keys and values")
+        except ValueError as error:
+            raise ConfigError(f"config {path} is not YAML that can be used: {error}") from error
+        if not isinstance(held, dict | None):
+            raise ConfigError(f"config {path} holds a {type(held).__name__}, not keys and values")
+        with about(f"config {path}"):
+            blocks = _plain(held or {})
         for key, block in blocks.items():
             both = isinstance(block, dict) and isinstance(content.get(key), dict)
             content[key] = {**content[key], **block} if both else block
     for each in overrides:
         override(content, each)
+    for name, value in (values or {}).items():
+        assign(content, name, value)
     return validate(schema, content)
 
 
 def validate(schema: type[Config], content: dict[str, Any]) -> Config:
     """The typed configuration of plain ``content``. Raises ConfigError naming the key."""
     try:
-        return schema.model_validate(_tuples(content))
+        return schema.model_validate(_plain(content))
     except ValidationError as error:
         raise ConfigError(explain(schema, error)) from error
-    except RecursionError as error:
-        raise ConfigError("the configuration refers to itself (a YAML alias inside its own anchor)") from error
 
 
 def override(content: dict[str, Any], assignment: str) -> None:
@@ -128,25 +138,50 @@ def override(content: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {assignment!r} is not key=value, such as training.learning_rate=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {assignment!r}: the value is not YAML") from error
+    with about(f"override {assignment!r}: the value is not YAML"):
+        value = parse_yaml(text)
+    assign(content, key, value)
+
+
+def assign(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at the dotted ``key`` of plain ``content``. Raises ConfigError."""
     *parents, last = key.split(".")
+    if len(parents) > _DEPTH:
+        raise ConfigError(f"{key[:60]!r}… is no key: it has {len(parents)} dots")
     block = content
     for parent in parents:
         if block.get(parent) is None:
             block[parent] = {}
         block = block[parent]
         if not isinstance(block, dict):
-            raise ConfigError(f"override {assignment!r}: {parent!r} is a value, it has no keys below it")
+            raise ConfigError(f"{key!r}: {parent!r} is a value, it has no keys below it")
     block[last] = value
 
 
-def _tuples(content: Any) -> Any:
-    """Plain YAML for strict models: lists become tuples, and 1e-4, which YAML 1.1 reads as text, a number."""
+def visible(text: str) -> str:
+    """``text``, which may hold a stranger's words, with nothing in it that a terminal would obey."""
+    return _UNWRITABLE.sub(lambda found: found[0] if found[0] == "\n" else repr(found[0])[1:-1], text)
+
+
+def _plain(content: Any, key: str = "") -> Any:
+    """Plain values for strict models, lists as tuples. Raises ConfigError for what no setting means and no file of a
+    run can hold."""
     if isinstance(content, dict):
-        return {key: _tuples(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return tuple(_tuples(value) for value in content)
-    return float(content) if isinstance(content, str) and _EXPONENT.fullmatch(content) else content
+        below = f"{key}." if key else ""
+        if odd := [name for name in content if not isinstance(name, str) or not name or _UNWRITABLE.search(name)]:
+            raise ConfigError(f"{below}{odd[0]!r} is no key")
+        return {name: _plain(value, f"{below}{name}") for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return tuple(_plain(value, key) for value in content)
+    problem = None
+    if isinstance(content, str) and (found := _UNWRITABLE.search(content.replace("\n", " "))):
+        problem = f"the character {found[0]!r} cannot be part of a setting"
+    elif isinstance(content, float) and not math.isfinite(content):
+        problem = f"{content} is no finite number"
+    elif isinstance(content, int) and not -(2**63) <= content < 2**63:
+        problem = "a whole number has 64 bits at most"
+    elif not isinstance(content, str | float | int | None):
+        problem = f"{content} is a {type(content).__name__}; write text in quotes"
+    if problem:
+        raise ConfigError(f"{key}: {problem}")
+    return content

@@ -12,7 +12,7 @@ from pipelines.families import settings as families
 from pipelines.families.registry import CLOSED_FORM, SETTINGS
 from pipelines.real_data import DataSettings
 from policies.mad_settings import LoopSettings
-from policies.settings import Settings, explain
+from policies.settings import Name, Settings, explain
 
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
@@ -44,7 +44,7 @@ class DeriveSettings(Settings):
 class MadConfig(ArmSettings):
     """A MAD experiment: arms × seeds × generations."""
 
-    name: str = Field("mad", pattern=r"^[\w.-]+$")
+    name: Name = "mad"
     generations: int = Field(10, ge=1)
     seeds: int | tuple[int, ...] = Field(3, description="how many, from 0 on; or a list of them")
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>")

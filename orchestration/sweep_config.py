@@ -1,6 +1,5 @@
 """The configuration of a sweep: one loop run many times over a space of its settings. Light to import."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -12,7 +11,7 @@ from orchestration.mad_config import MadConfig
 from orchestration.tracking import TrackingSettings
 from pipelines.locations import find
 from policies.search_space import Dimension, Point, corner_points, grid_points, random_points, read_space
-from policies.settings import Settings
+from policies.settings import Name, Settings
 
 SCHEMAS: dict[str, type[DdpoConfig] | type[MadConfig]] = {"ddpo": DdpoConfig, "mad": MadConfig}
 
@@ -35,7 +34,7 @@ class BudgetSettings(Settings):
 class SweepConfig(Settings):
     """Points × seeds, each a trial: one run of the loop."""
 
-    name: str = Field("sweep", pattern=r"^[\w.-]+$")
+    name: Name = "sweep"
     loop: Literal["ddpo", "mad"] = "ddpo"
     config: str = Field("configs/ddpo/digits.yaml", description="what every trial starts from")
     fixed: dict[str, Any] = Field({}, description="dotted keys that every trial overrides")
@@ -104,5 +103,4 @@ class SweepConfig(Settings):
         if path is None or not path.is_file():
             raise ConfigError(f"config: there is no file {self.config!r}")
         own: dict[str, Any] = {"seeds": [seed]} if self.loop == "mad" else {"seed": seed}
-        wanted = {**self.fixed, **point, **own, **(place or {})}
-        return load_config(SCHEMAS[self.loop], path, [f"{key}={json.dumps(value)}" for key, value in wanted.items()])
+        return load_config(SCHEMAS[self.loop], path, values={**self.fixed, **point, **own, **(place or {})})

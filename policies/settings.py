@@ -1,16 +1,26 @@
 """Settings of the DDPO algorithm. Importable without torch."""
 
 import difflib
+import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Settings(BaseModel):
-    """A settings block: frozen, and every key known."""
+    """A settings block: frozen, every key known, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > 150 or not name.strip("."):
+        raise ValueError("a name has letters, digits, '.', '-' and '_', 150 bytes at most, and is no '.' or '..'")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]  # that a directory, a URL's segment or a job can have
 
 
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
@@ -25,7 +35,12 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known) or 'none'}"
         return f"unknown key {location!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
-    shown = f", not {first['input']!r}" if shows_input and not isinstance(first["input"], dict) else ""
+    given = repr(first["input"])
+    shown = (
+        f", not {given if len(given) < 120 else given[:120] + '…'}"
+        if shows_input and not isinstance(first["input"], dict)
+        else ""
+    )
     return f"{location}: {message}{shown}" if location else message
 
 

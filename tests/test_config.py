@@ -12,7 +12,7 @@ from orchestration.cluster import Machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.preflight import describe, preflight
 from pipelines.locations import CHECKOUT
-from policies.settings import known_keys
+from policies.settings import TrainingSettings, known_keys
 
 DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
 
@@ -90,6 +90,9 @@ WRONG = {
     "output in a used directory": (["output_dir=configs"], "not an empty directory"),
     "no commit kept": (["checkpoint.keep=0"], "1 at least"),
     "commits kept by a word": (["checkpoint.keep=some"], 'a size such as "20 GB"'),
+    "a rate without an end": (["training.learning_rate=.inf"], "training.learning_rate: inf is no finite number"),
+    "a key of a thousand blocks": (["a." * 5000 + "b=1"], "has 5000 dots"),
+    "a name for a terminal": (['name="\\e]0;x\\a"'], "name: the character"),
     "LoRA of negative rank": (["model.lora_rank=-4"], "model.lora_rank"),
 }
 
@@ -111,22 +114,70 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert set(Path("runs").glob("*")) == before
 
 
+LETTERS = list(zip("abcdefgh", "bcdefghi", strict=True))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("training: [1, 2", "not YAML"),
+        ("training: [1, 2", "not YAML that can be used: .*line 1"),
         ("- 1\n- 2", "holds a list"),
         ("training: 3", "training"),
-        ("name: &x [*x]", "refers to itself"),
+        ("name: &x [*x]", r"refers to itself \(line 1\)"),
+        (
+            "a: &a {k: x}\n" + "\n".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in LETTERS),
+            "more than 30,000",
+        ),
+        ("a: &a {k: x}\n" + "\n".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}" for a, b in LETTERS), "30,000"),
+        ("name: " + "[" * 60, "nested more than 50 deep"),
+        ("training:\n  steps: 1\n  steps: 2", r"key 'steps' stands twice \(line 2\)"),
+        ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+        ("\tseed: 1", r"'\\t' that cannot start"),
+        ("name: 2026-13-45", "month must be in"),
+        ("name: 2026-11-28", "name: 2026-11-28 is a date; write text in quotes"),
+        ("7: 1", "7 is no key"),
+        ("training: {learning_rate: .inf}", r"training\.learning_rate: inf is no finite number"),
+        ("sampling: {eta: .nan}", r"sampling\.eta: nan is no finite number"),
+        ("training: {clip_range: 1e999}", r"training\.clip_range: inf is no finite number"),
+        ("seed: " + "9" * 40, "seed: a whole number has 64 bits"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+        ('output_dir: "a\\0b"', r"output_dir: the character '\\x00' cannot be part"),
+        ('prompts: "\\e[2J"', r"prompts: the character '\\x1b'"),
+        ('"tra\\e[2Jining": 1', r"'tra\\x1b\[2Jining' is no key"),
+        ('name: "a\\n"', "name: a name has letters"),
+        ("name: " + "ø" * 80, "name: a name has letters"),
+        ("name: ..", "name: a name has letters"),
+        (b"name: \xff", r"it is not UTF-8 text \(byte 6\)"),
+        (b"# " + b"x" * 2**20, "more than 1,048,576 bytes"),
     ],
 )
-def test_bad_files_are_refused(text: str, expected: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused(text: str | bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=expected):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=expected) as refusal:
         load_config(DdpoConfig, path)
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < 500
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(DdpoConfig, tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(DdpoConfig, tmp_path / "other.yaml")
+
+
+def test_numbers_are_finite_and_words_are_kept(tmp_path: Path) -> None:
+    """Also where no file is read; and what is quoted is text, what is merged or shared is written out."""
+    for infinite in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="finite number"):
+            TrainingSettings(learning_rate=infinite)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "\ufeffname: '1e-4'\ntraining: {<<: &own {steps: 7}, learning_rate: 3e-4}\n"
+        "reward: {function: {'m:a': 1, 'm:b': 1}, options: {'m:a': &o {x: 1}, 'm:b': *o}}\n",
+        encoding="utf-8",
+    )
+    config = load_config(DdpoConfig, path, ["reward.options.m:a.x=2"])
+    assert (config.name, config.training.steps, config.training.learning_rate) == ("1e-4", 7, 3e-4)
+    assert config.reward.options == {"m:a": {"x": 2}, "m:b": {"x": 1}}
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
@@ -202,3 +253,10 @@ def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "2 []"
+
+
+def test_an_error_cannot_speak_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["ddpo", "--config", str(tmp_path / "\x1b[2Jno.yaml")], monkeypatch) == 2
+    assert r"\x1b[2Jno.yaml cannot be read" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from annotated_types import Len
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from pipelines.locations import resolve_model
 from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
+from pipelines.yaml_text import read_yaml
 from policies.settings import Settings
 
 
@@ -87,10 +87,9 @@ class Vqa:
 def read_questions(path: str) -> dict[str, list[_Question]]:
     """The questions of each prompt in a YAML file; ``yes`` and ``7`` are words there. Raises ValueError naming it."""
     try:
-        # BaseLoader leaves every scalar a string; an answer is never a truth value or a number.
-        held = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader)
+        held = read_yaml(Path(path), words=True)  # an answer is never a truth value or a number
         return TypeAdapter(dict[str, Annotated[list[_Question], Len(1)]]).validate_python(held)
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a mapping of prompts to lists of {{question, answer}}: {error}") from error
 
 
