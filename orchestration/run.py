@@ -29,7 +29,7 @@ from pipelines.locations import CHECKOUT
 
 TEMPLATES = Path(__file__).with_name("templates")  # of what people are told
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
-_PACKAGES += ["torchmetrics", "optuna", "mlflow", "numpy"]
+_PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
 _KEPT = ("created", "mlflow_run_id", "mlflow_children", "wall_seconds")  # of the manifest, when a run goes on
 _LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
