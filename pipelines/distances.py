@@ -26,7 +26,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         _check(features, 2)
     # With Σ = RᵀR, tr (Σ_a Σ_b)^½ is the sum of the singular values of R_a R_bᵀ: no root of a singular matrix is taken.
     means = a.mean(axis=0) - b.mean(axis=0)
-    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b)]
+    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1))[1] for x in (a, b)]
     common = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return max(0.0, float(means @ means + sum(np.sum(root**2) for root in roots) - 2 * common))
 

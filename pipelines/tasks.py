@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipelines.atomic import DamagedFiles, Files, commit_directory, read_directory, read_manifest
 
-SCHEMA = 2  # part of every key: raised when a task comes to mean something else
+SCHEMA = 3  # part of every key: raised when a task comes to mean something else
 
 
 @dataclass(frozen=True, eq=False)
