@@ -146,7 +146,7 @@ def resume(run: RunDirectory, trust: Trust = False) -> None:
 def sync(run: RunDirectory) -> None:
     """Deliver to MLflow what an interrupted run left undelivered."""
     left = run_directories.sync(run.expanduser(), print)
-    print(f"{left} records are left: MLflow is away" if left else "everything is delivered")
+    print(f"{left} records are left" if left else "everything is delivered")
     if left:
         raise typer.Exit(1)
 

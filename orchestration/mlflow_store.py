@@ -1,27 +1,29 @@
-"""Telling MLflow what an outbox holds. Every call is bounded, and the same record told twice leaves one trace."""
+"""An MLflow store: whether it is there, what it finds, what its failures mean, and where its artifacts lie.
 
-import json
+A run's address of it is the configuration's alone; names, passwords, certificates and proxies are the environment's,
+as for MLflow's own client.
+"""
+
+import errno
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from orchestration.outbox import Record, Refused
+from orchestration.outbox import Away, Refused, TrackingError
 
 HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
-_VALUE_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 5000, 250  # MLflow's limits
-_BATCH, _METRIC_BATCH = 100, 1000
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
-_NEVER_PASS = FileNotFoundError, TypeError, KeyError, AttributeError
-
-
-class TrackingError(RuntimeError):
-    """MLflow could not be reached, or refused what it was given."""
+_PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
+_PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
+_PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+Found = TypeVar("Found")
 
 
 class MlflowStore:
@@ -33,8 +35,7 @@ class MlflowStore:
         from mlflow import MlflowClient
 
         with self.named("opening the store"):
-            self.client = MlflowClient(tracking_uri=uri)
-        self._checked = False
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     @property
     def is_server(self) -> bool:
@@ -46,74 +47,36 @@ class MlflowStore:
         if self.is_server:
             check_server(self.uri, seconds)
 
-    def deliver(self, records: Sequence[Record]) -> None:
-        """Tell MLflow some records of one run and kind. Raises Refused, or TrackingError if it may go well later."""
-        kind, run = records[0]["kind"], records[0]["run"]
-        if not self._checked:
-            self.check()  # a server that is away is found out in a moment, where MLflow's calls take a minute
-        self._checked = False
-        with self.named(kind, refusing=True):
-            if kind == "metrics":
-                self._metrics(run, records)
-            else:
-                for record in records:
-                    content = {key: value for key, value in record.items() if key not in ("run", "kind", "once")}
-                    getattr(self, f"_{kind}")(run, **content)
-        self._checked = True
+    def find(self, run: str) -> Any:
+        """A run of the store; None if there is none, or if it was deleted."""
+        from mlflow.exceptions import MlflowException
 
-    def _metrics(self, run: str, records: Sequence[Record]) -> None:
-        from mlflow.entities import Metric
+        try:
+            found = self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return None if found.info.lifecycle_stage == "deleted" else found
 
-        points = [
-            Metric(_key(name), float(value), record["timestamp_ms"], record["step"])
-            for record in records
-            for name, value in record["values"].items()
-        ]
-        self._log(run, "metrics", points, _METRIC_BATCH)
-
-    def _describe(self, run: str, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str) -> None:
-        from mlflow.entities import Param
-
-        wanted = {_key(name): _text(value, _VALUE_LENGTH) for name, value in parameters.items()}
-        data = self.client.get_run(run).data
-        held = data.params
-        changed = {f"changed/{k}": v for k, v in wanted.items() if k in held and held[k] != v}
-        self._log(run, "params", [Param(k, v) for k, v in wanted.items() if k not in held], _BATCH)
-        self._tags(run, {**tags, **changed, **({NOTE: note} if note and NOTE not in data.tags else {})})
-
-    def _tags(self, run: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._log(run, "tags", [RunTag(_key(k), _text(v, _TAG_LENGTH)) for k, v in tags.items()], _BATCH)
-
-    def _image(self, run: str, files: Sequence[str]) -> None:
-        """Files named as MLflow's own ``log_image`` names them; told twice, they are overwritten."""
-        for file in files:
-            self.client.log_artifact(run, file, "images")
-        self._tags(run, {"mlflow.loggedImages": "True"})
-        for file in files:
-            Path(file).unlink(missing_ok=True)
-
-    def _artifact(self, run: str, path: str, under: str) -> None:
-        self.client.log_artifact(run, path, under or None)
-
-    def _dataset(self, run: str, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(name, digest[:36], "local", source, profile=json.dumps(profile))
-        self.client.log_inputs(run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-    def _status(self, run: str, status: str, timestamp_ms: int) -> None:
-        if status == "RUNNING":
-            self.client.update_run(run, status=status)
-        else:
-            self.client.set_terminated(run, status=status, end_time=timestamp_ms)
-
-    def _log(self, run: str, kind: str, entities: list[Any], most: int) -> None:
-        """Log ``params``, ``tags`` or ``metrics``, at ``most`` so many in a call."""
-        for start in range(0, len(entities), most):
-            batch: dict[str, Any] = {kind: entities[start : start + most]}
-            self.client.log_batch(run, **batch)
+    def insist(self, what: str, attempt: Callable[[], Found], say: Callable[[str], None], seconds: float) -> Found:
+        """Ask the store until it answers, for some ``seconds``. Raises TrackingError after that, and at once if it
+        will not do it."""
+        deadline, pause = time.monotonic() + seconds, 0.2
+        while True:
+            try:
+                self.check()
+                with self.named(what, refusing=True):
+                    return attempt()
+            except Refused:
+                raise
+            except TrackingError as error:
+                if time.monotonic() + pause > deadline:
+                    raise
+                if pause < 0.3:
+                    say(f"warning: {error}; trying again for {seconds:.0f} seconds")
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
 
     def experiment(self, name: str, note: str | None) -> str:
         """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""
@@ -140,7 +103,10 @@ class MlflowStore:
         """Make a run's artifacts at ``path`` its version of the model ``name``. Returns that version's address."""
         from mlflow.exceptions import MlflowException
 
+        self.check()
         with self.named(f"registering {name}"):
+            if not self.client.list_artifacts(run, path):
+                raise TrackingError(f"MLflow at {self.uri}: the run {run} holds no {path} to register")
             try:
                 self.client.create_registered_model(name)
             except MlflowException as error:
@@ -160,27 +126,91 @@ class MlflowStore:
         except TrackingError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:400]
-            final = isinstance(error, _NEVER_PASS) or getattr(error, "error_code", None) in _HOPELESS
-            kind = Refused if refusing and final else TrackingError
-            raise kind(f"MLflow at {self.uri}: {what} failed: {reason}") from error
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            kind = Refused if refusing and _is_final(error) else TrackingError
+            raise kind(f"MLflow at {self.uri}{_way(self.uri)}: {what} failed: {reason}") from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the same call would fail again, however often."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in _PASSING_STATUS
+    if isinstance(error, MlflowException):
+        # Where it could not read an answer, another than MLflow may have given it.
+        status = None if isinstance(error, RestException) else re.search(r"failed with error code (\d+)", str(error))
+        return status.group(1) == "413" if status else error.error_code in _HOPELESS
+    if isinstance(error, OSError):  # of an artifact's store; requests' own are among them
+        return error.errno is not None and error.errno not in _PASSING_ERRORS
+    return isinstance(error, ImportError | ValueError | TypeError | LookupError | AttributeError | ArithmeticError)
 
 
 def check_server(uri: str, seconds: float = HEALTH_SECONDS) -> None:
-    """Raise TrackingError unless a server answers at ``uri``; what it answers, the next calls will judge."""
+    """Raise Away unless a server answers at ``uri``, as MLflow's own client asks: with its certificates and through its
+    proxy. What it answers, the next calls will judge."""
+    _configure_mlflow()
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    ask: dict[str, Any] = {"timeout": seconds, "max_retries": 0, "raise_on_status": False}
     try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=seconds):
+        status = http_request(get_default_host_creds(uri), "/health", "GET", **ask).status_code
+        if status < 500:
             return
-    except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return
-        reason = f"it answers HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-    raise TrackingError(
-        f"MLflow at {uri} cannot be reached: {reason}. "
-        "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
-    )
+        reason = f"it answers HTTP {status}"
+    except Exception as error:
+        reason = " ".join(_root(error).split())[:400]
+    remedy = "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
+    if "certificate" in reason:
+        remedy = "Name its authority's certificate in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct tracking.uri"
+    raise Away(f"MLflow at {uri}{_way(uri)} cannot be reached: {reason}. {remedy}")
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of an error in words: libraries wrap it several times."""
+    below = error.__cause__ or error.__context__
+    return (below and _root(below)) or str(error)
+
+
+def _way(uri: str) -> str:
+    """The proxy that the environment puts between here and a server, in words."""
+    if not uri.startswith("http"):
+        return ""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    proxy = select_proxy(uri, get_environ_proxies(uri))
+    place = urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc.rpartition("@")[2] if proxy else ""
+    return f", through the proxy {place} of the environment," if proxy else ""
+
+
+def settle(database: Path) -> None:
+    """Make a run's own database say that its artifacts lie beside it, wherever it was when they were stored.
+
+    Raises TrackingError if it is damaged, or if a link would lead out of the directory.
+    """
+    place = database.parent / "artifacts"
+    for path in (database, place, *place.glob("*"), *place.glob("*/*")):
+        if path.is_symlink():
+            raise TrackingError(f"{path} is a link: nothing is stored through it; remove it")
+    if not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database, timeout=20)) as store, store:
+            tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
+            if not {"experiments", "runs", "model_versions"} <= tables:  # a first start was cut off
+                return
+            new = place.as_uri()
+            known = store.execute("SELECT DISTINCT artifact_location FROM experiments")
+            for old in [old for (old,) in known if old and old != new]:
+                for column in ("source", "storage_location"):
+                    store.execute(f"UPDATE model_versions SET {column} = replace({column}, ?, ?)", (old, new))
+            store.execute("UPDATE experiments SET artifact_location = ?1 WHERE artifact_location IS NOT ?1", (new,))
+            moved = "?1 || '/' || run_uuid || '/artifacts'"
+            store.execute(f"UPDATE runs SET artifact_uri = {moved} WHERE artifact_uri IS NOT {moved}", (new,))
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database} cannot be used: {error}") from error
 
 
 def _configure_mlflow() -> None:
@@ -196,15 +226,6 @@ def _configure_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    # Retries are told by the error in the end.
+    # Retries are told by the error in the end, and what goes wrong in a database by the one that it leads to.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-def _key(name: str) -> str:
-    """``name`` in the characters MLflow allows."""
-    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)[:_KEY_LENGTH]
-
-
-def _text(value: Any, limit: int) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

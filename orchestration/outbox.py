@@ -1,64 +1,137 @@
 """What MLflow is to be told, kept in the run's directory until it has been: tracking never holds up training.
 
-A record is on the disk before :meth:`Outbox.put` returns. A thread delivers the records in order. While MLflow is away
-it tries again, without end; what MLflow refuses is set aside and told, and the rest goes on. How far it has come is
-kept too, but noted after the fact: what a crash lets it deliver twice has to be the same the second time, and MLflow
-then holds it once.
+A record is on the disk before :meth:`Outbox.put` returns. Two threads deliver in order, one what is told in numbers and
+words, one what has files, so that no number ever waits for an artifact. While MLflow is away they try again, without
+end. Each record stands for itself: what is none, or what MLflow refuses, is set aside in ``refused.jsonl`` and said,
+and the rest goes on. How far they have come is counted in lines, and noted after the fact: what a crash lets them
+deliver twice has to be the same the second time, and MLflow then holds it once.
 """
 
 import json
+import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.atomic import append_durably, as_lines, cut_lines, write_json
+from orchestration.records import FILES, Record, as_record
+from pipelines.atomic import append_durably, as_lines, replace_durably, write_json
 
-Record = dict[str, Any]  # run: MLflow's id; kind; once: what it tells, if it may be told once; what the kind needs
+Content = dict[str, Any]  # of a record, as its line holds it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries
 _REMIND_SECONDS = 300.0
 _BATCH = 200  # records of one kind and run that are delivered together
+_TRIES = 3  # of a record that fails for no clear reason, before it is looked whether the next one goes
+_MOST_SAID = 10  # reasons of refusals; all are in the file
 
 
-class Refused(RuntimeError):  # noqa: N818
-    """MLflow will not take this record, however often it is asked."""
+class TrackingError(RuntimeError):
+    """MLflow could not be reached, or did not take what it was given."""
+
+
+class Away(TrackingError):  # noqa: N818
+    """Nobody answers there."""
+
+
+class Refused(TrackingError):  # noqa: N818
+    """MLflow will not take this, however often it is asked."""
+
+
+class Gone(Refused):
+    """The MLflow run itself is not there any longer: it takes nothing."""
+
+
+@dataclass
+class _Entry:
+    line: int  # of records.jsonl, from 0
+    content: Any
+    record: Record | None = None
+    flaw: str = ""  # why it is no record
+    delivered: bool = False
+
+
+@dataclass
+class _Lane:
+    """Records that wait for each other, and how their delivery goes."""
+
+    name: str  # what delivered.json calls it
+    most: int  # records at a time
+    size: int  # at a time as long as some are refused
+    waiting: deque[_Entry] = field(default_factory=deque)
+    failures: int = 0  # of the first that waits, one after the other
+    pause: float = _FIRST_PAUSE
+    hurry: bool = False
+    away_since: float | None = None
+
+
+@dataclass
+class _Kept:
+    """What an outbox's directory holds."""
+
+    lines: list[Any]  # JSON, or the text of what is none
+    passed: dict[str, int]  # lane → lines that it need not look at again
+    began: float  # seconds since the epoch
+    damage: str = ""  # of the note how far it has come
 
 
 class Outbox:
-    """The records of one run's directory. ``deliver`` tells MLflow some of one run and kind; ``say`` tells people."""
+    """The records of one run's directory. ``deliver`` tells MLflow some of one run and kind; ``say`` tells people.
+
+    With ``again``, what was refused before is tried again. Raises TrackingError if the directory is not a plain one.
+    """
 
     def __init__(
-        self, directory: Path, deliver: Callable[[Sequence[Record]], None], say: Callable[[str], None]
+        self,
+        directory: Path,
+        deliver: Callable[[Sequence[Any]], None],
+        say: Callable[[str], None],
+        again: bool = False,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._path, self._position = directory / "records.jsonl", directory / "delivered.json"
+        self._path, self._position, self._refused = _files(directory)
         self._deliver, self._say = deliver, say
-        known = cut_lines(self._path)  # a last one that was cut off was never put
-        self._told = {_identity(record) for record in known if "once" in record}
-        if not self._position.exists():
-            write_json(self._position, {"records": 0, "began": time.time()})
-        position = json.loads(self._position.read_text())
-        self._delivered, self.began = position["records"], position["began"]  # began: seconds since the epoch
-        self._waiting = deque(known[self._delivered :])
+        _mend_end(self._path)
+        kept = _read(directory)
+        self.began, self._lines = kept.began, len(kept.lines)
+        self._told = {_identity(content) for content in kept.lines if _has_once(content)}
+        self._lanes = _Lane("records", _BATCH, _BATCH), _Lane("files", 1, 1)
+        for line, content in enumerate(kept.lines):
+            lane = self._lanes[_has_files(content)]
+            # Of images, the files go when they are delivered: this tells what lost its note.
+            if line >= kept.passed[lane.name] and not (kept.damage and self._is_sent_image(content)):
+                lane.waiting.append(self._entry(line, content))
+        if kept.damage:
+            say(f"warning: {kept.damage}: all is delivered again, and what MLflow knows it keeps once")
+        self._note()
+        self.refused = 0
+        self._said: set[str] = set()
         self._changed = threading.Condition()
-        self._closing = self._hurry = False
-        self._away_since: float | None = None
-        self._thread = threading.Thread(target=self._courier, name="MLflow courier", daemon=True)
-        self._thread.start()
+        self._closing = False
+        self._passed = 0
+        if again:
+            self._retry_refused()
+        self._threads = [
+            threading.Thread(target=self._courier, args=(lane,), name="MLflow courier", daemon=True)
+            for lane in self._lanes
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
         """How many records are still to be delivered."""
-        return len(self._waiting)
+        return sum(len(lane.waiting) for lane in self._lanes)
 
     def knows(self, run: str, once: str) -> bool:
         """Whether this was put already."""
         return (run, once) in self._told
 
-    def put(self, *records: Record) -> None:
+    def put(self, *records: Content) -> None:
         """Keep records for delivery. They are on the disk when this returns. One with a known ``once`` adds nothing."""
         with self._changed:
             new = []
@@ -68,8 +141,7 @@ class Outbox:
                         continue
                     self._told.add(_identity(record))
                 new.append(record)
-            append_durably(self._path, as_lines(new))
-            self._waiting.extend(new)
+            self._append(new)
             self._changed.notify_all()
 
     def drain(self, patience: float, most: float = float("inf")) -> bool:
@@ -78,87 +150,224 @@ class Outbox:
         Returns whether all is.
         """
         with self._changed:
-            self._hurry = True
+            for lane in self._lanes:
+                lane.hurry = True
             self._changed.notify_all()
             began = since = time.monotonic()
-            seen = self._delivered
-            while self._waiting and self._thread.is_alive():
+            seen = self._passed
+            while self.waiting and any(thread.is_alive() for thread in self._threads):
                 now = time.monotonic()
-                if self._delivered != seen:
-                    seen, since = self._delivered, now
+                if self._passed != seen:
+                    seen, since = self._passed, now
                 if now - since > patience or now - began > most:
                     break
                 self._changed.wait(0.1)
-        return not self._waiting
+        return not self.waiting
 
     def close(self) -> None:
         """Stop delivering; the rest waits on the disk."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(_LONGEST_PAUSE if not self._waiting else 0)  # it may hang in a call to a silent server
+        for thread in self._threads:
+            thread.join(_LONGEST_PAUSE if not self.waiting else 0)  # it may hang in a call to a silent server
 
-    def _courier(self) -> None:
-        pause = _FIRST_PAUSE
-        while True:
-            with self._changed:
-                while not self._waiting and not self._closing:
-                    self._changed.wait()
-                if self._closing:
-                    return
-                batch = self._batch()
+    def _append(self, contents: Sequence[Content]) -> None:
+        append_durably(self._path, as_lines(contents))
+        for content in contents:
+            self._lanes[_has_files(content)].waiting.append(self._entry(self._lines, content))
+            self._lines += 1
+
+    def _entry(self, line: int, content: Any) -> _Entry:
+        try:
+            return _Entry(line, content, as_record(content))
+        except ValueError as error:
+            return _Entry(line, content, flaw=f"{self._path}, line {line + 1}: {error}")
+
+    def _is_sent_image(self, content: Any) -> bool:
+        named = content.get("files") if isinstance(content, dict) and content.get("kind") == "image" else None
+        return isinstance(named, list) and not any(os.path.exists(self.directory / str(name)) for name in named)
+
+    def _courier(self, lane: _Lane) -> None:
+        while batch := self._next(lane):
+            failure = self._attempt(batch)
             try:
-                try:
-                    self._deliver(batch)
-                except Refused as error:
-                    with (self.directory / "refused.jsonl").open("a") as file:
-                        file.writelines(json.dumps({**record, "why": str(error)}) + "\n" for record in batch)
-                    self._say(f"warning: {error}; kept in {file.name}")
-                self._note_delivered(len(batch))
-            except Exception as error:  # away, overloaded, not letting us in, a full disk: all may pass
-                self._tell_away(error)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._hurry, pause)
-                    self._hurry = False
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            pause = _FIRST_PAUSE
+                if failure is None:
+                    self._pass(lane, len(batch))
+                elif isinstance(failure, Gone):
+                    self._set_aside(lane, batch, failure)
+                elif len(batch) > 1 and not isinstance(failure, Away):
+                    lane.size = len(batch) // 2  # whose fault is it?
+                elif isinstance(failure, Refused) or self._is_to_blame(lane, failure):
+                    self._set_aside(lane, batch, failure)
+                else:
+                    self._wait(lane, failure)
+            except OSError as error:  # a full disk: it may pass
+                self._wait(lane, error)
 
-    def _batch(self) -> list[Record]:
-        """The next records of one run and kind."""
-        first = self._waiting[0]
-        batch: list[Record] = []
-        for record in self._waiting:
-            if (record["run"], record["kind"]) != (first["run"], first["kind"]) or len(batch) == _BATCH:
-                break
-            batch.append(record)
-        return batch
-
-    def _note_delivered(self, count: int) -> None:
+    def _next(self, lane: _Lane) -> list[_Entry]:
+        """The next records of one run and kind, once there are any; none if the outbox is closing."""
         with self._changed:
-            write_json(self._position, {"records": self._delivered + count, "began": self.began})
-            self._delivered += count
-            for _ in range(count):
-                self._waiting.popleft()
+            while not (lane.waiting or self._closing):
+                self._changed.wait()
+            batch: list[_Entry] = []
+            if self._closing:
+                return batch
+            for entry in lane.waiting:
+                if batch and (entry.record is None or _group(entry) != _group(batch[0])):
+                    break
+                batch.append(entry)
+                if entry.record is None or len(batch) == lane.size:
+                    break
+            return batch
+
+    def _attempt(self, batch: Sequence[_Entry]) -> Exception | None:
+        """Deliver; what went wrong, if anything did."""
+        if batch[0].record is None:
+            return Refused(batch[0].flaw)
+        try:
+            self._deliver([entry.record for entry in batch])
+        except Exception as error:
+            return error
+        return None
+
+    def _is_to_blame(self, lane: _Lane, failure: Exception) -> bool:
+        """Whether the first record fails again and again where the next one goes."""
+        lane.failures += not isinstance(failure, Away)
+        if lane.failures < _TRIES or len(lane.waiting) < 2 or lane.waiting[1].record is None:
+            return False
+        lane.waiting[1].delivered = self._attempt([lane.waiting[1]]) is None
+        return lane.waiting[1].delivered
+
+    def _set_aside(self, lane: _Lane, batch: Sequence[_Entry], why: Exception) -> None:
+        kept = [entry.content if isinstance(entry.content, dict) else {"line": entry.content} for entry in batch]
+        with self._changed:
+            append_durably(self._refused, as_lines({**content, "why": str(why)} for content in kept))
+            self._pass(lane, len(batch))
+            self.refused += len(batch)
+        if str(why) not in self._said and len(self._said) < _MOST_SAID:
+            self._said.add(str(why))
+            self._say(f"warning: {why}; kept in {self._refused}")
+
+    def _note(self) -> None:
+        """Note how far each lane has come."""
+        place = {lane.name: lane.waiting[0].line if lane.waiting else self._lines for lane in self._lanes}
+        write_json(self._position, {**place, "began": self.began})
+
+    def _pass(self, lane: _Lane, count: int) -> None:
+        """Leave the first records that wait behind, and with them what was delivered before its turn."""
+        with self._changed:
+            left = [lane.waiting.popleft() for _ in range(count)]
+            while lane.waiting and lane.waiting[0].delivered:
+                left.append(lane.waiting.popleft())
+            try:
+                self._note()
+            except OSError:
+                lane.waiting.extendleft(reversed(left))
+                raise
+            self._passed += len(left)
+            lane.size, lane.failures, lane.pause = min(2 * lane.size, lane.most), 0, _FIRST_PAUSE
             self._changed.notify_all()
-        if self._away_since is not None:
-            self._away_since = None
+        if lane.away_since is not None:
+            lane.away_since = None
             self._say("MLflow is back: what has waited is being delivered")
 
-    def _tell_away(self, error: Exception) -> None:
+    def _wait(self, lane: _Lane, failure: Exception) -> None:
         now = time.monotonic()
-        if self._away_since is None or now - self._away_since > _REMIND_SECONDS:
-            self._away_since = now
-            self._say(f"warning: {error}. The run goes on; {len(self._waiting)} records wait in {self.directory}")
+        if lane.away_since is None or now - lane.away_since > _REMIND_SECONDS:
+            lane.away_since = now
+            self._say(f"warning: {failure}. The run goes on; {len(lane.waiting)} records wait in {self.directory}")
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or lane.hurry, lane.pause)
+            lane.hurry = False
+        lane.pause = min(2 * lane.pause, _LONGEST_PAUSE)
+
+    def _retry_refused(self) -> None:
+        """Put what was refused once more, at the end; what is no record stays where it is."""
+        lines = [_json(line) for line in _lines(self._refused)]
+        bare = [{k: v for k, v in line.items() if k != "why"} if isinstance(line, dict) else line for line in lines]
+        good = [self._entry(0, content).record is not None for content in bare]
+        self._append([content for content, is_good in zip(bare, good, strict=True) if is_good])
+        if any(good):
+            left = [line for line, is_good in zip(lines, good, strict=True) if not is_good]
+            replace_durably(self._refused, as_lines(left))
+            if not left:
+                self._refused.unlink()
 
 
 def undelivered(directory: Path) -> bool:
     """Whether the outbox of a run that is over holds something that MLflow was not told."""
-    records, position = directory / "records.jsonl", directory / "delivered.json"
-    if not (records.exists() and position.exists()):
-        return False
-    return records.read_bytes().count(b"\n") > json.loads(position.read_text())["records"]
+    kept = _read(directory)
+    names = ("records", "files")
+    return any(line >= kept.passed[names[_has_files(content)]] for line, content in enumerate(kept.lines))
 
 
-def _identity(record: Record) -> tuple[str, str]:
-    return record["run"], record["once"]
+def _files(directory: Path) -> tuple[Path, Path, Path]:
+    """An outbox's records, the note how far it has come, and what was refused."""
+    found = tuple(directory / name for name in ("records.jsonl", "delivered.json", "refused.jsonl"))
+    for path in (directory, *found):
+        if path.is_symlink() or (path != directory and path.exists() and not path.is_file()):
+            raise TrackingError(f"{path} is a link or no plain file: nothing is read or written through it; remove it")
+    return found[0], found[1], found[2]
+
+
+def _read(directory: Path) -> _Kept:
+    records, position, _ = _files(directory)
+    lines = [_json(line) for line in _lines(records)]
+    try:
+        note = json.loads(position.read_text())
+        passed = {"records": note["records"], "files": note.get("files", note["records"])}
+        if not all(type(count) is int and 0 <= count <= len(lines) for count in passed.values()):
+            raise ValueError("it counts more lines than there are, or none")
+        return _Kept(lines, passed, _seconds(note["began"]))
+    except FileNotFoundError as error:
+        damage = f"{error.filename} is gone" if lines else ""
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        damage = f"{position} is damaged ({type(error).__name__}: {error})"
+    first = next((line["timestamp_ms"] for line in lines if isinstance(line, dict) and "timestamp_ms" in line), None)
+    began = first / 1000 if isinstance(first, int | float) and 0 < first < 1e14 else time.time()
+    return _Kept(lines, {"records": 0, "files": 0}, began, damage)
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("it does not tell when the run began")
+    return float(value)
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _json(line: bytes) -> Any:
+    """What a line holds; its text if that is damaged."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line.decode(errors="replace")
+
+
+def _mend_end(path: Path) -> None:
+    """A last line that a crash cut off was never put; one that lacks no more than its end is whole."""
+    content = path.read_bytes() if path.exists() else b""
+    end = content.rpartition(b"\n")[2]
+    if end and isinstance(_json(end), dict):
+        append_durably(path, b"\n")
+    elif end:
+        os.truncate(path, len(content) - len(end))
+
+
+def _has_files(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("kind") in FILES
+
+
+def _has_once(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(key), str) for key in ("run", "once"))
+
+
+def _identity(content: Content) -> tuple[str, str]:
+    return content["run"], content["once"]
+
+
+def _group(entry: _Entry) -> tuple[str, str]:
+    return entry.content["run"], entry.content["kind"]

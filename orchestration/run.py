@@ -23,7 +23,7 @@ from actors.worker import Span
 from orchestration.config import Config, ConfigError, validate
 from orchestration.display import Display
 from orchestration.seal import check_seal, seal
-from orchestration.tracking import Ending, Tracker, TrackingError, TrackingSettings, deliver_rest, open_store
+from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest, open_store
 from pipelines.atomic import write_json
 from pipelines.locations import CHECKOUT
 
@@ -248,7 +248,8 @@ def sync(directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | 
         news: list[dict[str, Any]] = [{"kind": "tags", "tags": dict(tags)}] if tags else []
         news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
         settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
-        left += deliver_rest(directory, settings, say, [{"run": run, **each} for run in ids if run for each in news])
+        more = [{"run": run, **each} for run in ids if run for each in news]
+        left += deliver_rest(directory, settings, say, manifest.get("mlflow_run_id"), more)
         if died:
             write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
     return left
@@ -262,8 +263,7 @@ def register(
     manifest, pipeline = read_manifest(directory), directory / "pipeline"
     if manifest.get("status") != "FINISHED" or not pipeline.exists():
         raise ConfigError(f"{directory} has no pipeline to register: it is not a finished DDPO run")
-    if left := sync(directory, say):
-        raise TrackingError(f"{left} records are to be delivered before {name} can be registered: MLflow is away")
+    sync(directory, say)
     summary = json.loads((directory / "summary.json").read_text())
     gained = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
     settings = TrackingSettings.model_validate(manifest["config"]["tracking"])

@@ -84,7 +84,7 @@ class SweepRun(Run):
 
     def trial_tracking(self) -> dict[str, Any]:
         """The tracking settings of a trial: the sweep's own store, below the sweep's run."""
-        store = {"uri": self.tracker.uri, "experiment": self.config.tracking.experiment or "sweep"}
+        store = {"uri": self.config.tracking.uri, "experiment": self.config.tracking.experiment or "sweep"}
         return {**store, "system_metrics": False, "parent": self.tracker.run_id}
 
     def ended(self, trial: Trial, step: int | None) -> None:

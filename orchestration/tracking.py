@@ -1,11 +1,13 @@
 """One run in MLflow: opened once, continued after a resume, closed with the name of how it ended.
 
-A new run needs its store at the start. From then on everything goes through an outbox in the run's directory, so a
-server that is away holds up nothing and loses nothing, and what is said again after a resume is there once.
+A new run needs its store at the start, and asks for it a while. From then on everything goes through an outbox in the
+run's directory, so a server that is away holds up nothing and loses nothing, and what is said again after a resume is
+there once.
 """
 
 import contextlib
 import copy
+import os
 import re
 import shlex
 import sys
@@ -19,15 +21,17 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from orchestration.mlflow_store import MlflowStore, TrackingError
-from orchestration.outbox import Outbox, Record, undelivered
+from orchestration.delivery import Delivery
+from orchestration.mlflow_store import MlflowStore, settle
+from orchestration.outbox import Away, Content, Outbox, TrackingError, undelivered
 from policies.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
 _MONITOR_SECONDS = 5  # between two system metrics
+_NEW_SECONDS, _KNOWN_SECONDS = 20.0, 3.0  # a store is asked so long whether it takes a new run, a known one
 _GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server that does not answer
 _STOP_SECONDS = 5.0  # after Ctrl-C, the longest wait for what is still to be delivered
 _DONE_SECONDS = 30.0  # after the end, the longest wait for the next part of it
@@ -40,6 +44,7 @@ _EXPERIMENTS = {
     f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
     "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
 }
+_KEY_IN_FILE = 100  # characters of an image's key in the names of its files
 _SMALL = 256  # pixels: what MLflow shows of an image before it is asked for all of it
 
 
@@ -52,6 +57,13 @@ class TrackingSettings(Settings):
     experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
     parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
+
+    @field_validator("uri")
+    @classmethod
+    def _same_from_everywhere(cls, uri: str | None) -> str | None:
+        """A run is resumed from other directories than the one it was begun in."""
+        path = (uri or "").removeprefix("sqlite:///")
+        return uri if path in ("", uri) else f"sqlite:///{Path(path).absolute()}"
 
     @model_validator(mode="after")
     def _can_be_used(self) -> Self:
@@ -71,9 +83,9 @@ class TrackingSettings(Settings):
 class Tracker:
     """One MLflow run, the same one before and after a resume.
 
-    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store; ``loop`` names the
-    experiment unless the settings do; ``say`` tells people of a store that is away. Raises TrackingError if a new run's
-    store cannot be reached, or a known run's store does not know it; one whose server is away goes on without it.
+    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store, or begins another in
+    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``say`` tells people of a
+    store that is away. Raises TrackingError if a new run's store cannot be reached; a known run goes on without it.
     """
 
     def __init__(
@@ -89,35 +101,68 @@ class Tracker:
         self._store = open_store(directory, settings)
         self.uri = self._store.uri
         self._experiment_id = ""
-        try:
-            self._store.check()
-        except TrackingError:
-            if run_id is None:
-                raise
-        else:
-            with self._store.named("opening the store"):
-                if run_id is None:
-                    self._experiment_id = self._store.experiment(settings.experiment or loop, _EXPERIMENTS.get(loop))
-                    run_id = self._new(run_name, settings.parent)
-                self._experiment_id = self._store.client.get_run(run_id).info.experiment_id
-        self._outbox = Outbox(directory / "outbox", self._store.deliver, say)
-        self._begin(run_id)
-        self._monitor = _SystemMetrics(self) if settings.system_metrics else None
+        self._is_known = False  # whether the store was asked, and what it holds may hang below the run
+        experiment = settings.experiment or loop
+
+        def begin(asked_ms: int | None) -> str:
+            found = self._store.find(run_id) if run_id else None
+            if found is not None:
+                self._experiment_id = found.info.experiment_id
+                return str(found.info.run_id)
+            self._experiment_id = self._store.experiment(experiment, _EXPERIMENTS.get(loop))
+            return self._new(run_name, settings.parent, asked_ms)
+
+        known = self._open("opening the store", begin, run_id)
+        self._is_known = known == run_id  # and what hangs below it too
+        if run_id is not None and not self._is_known:
+            say(f"warning: MLflow at {self.uri} has no run {run_id} any longer: going on in a new one, {known}")
+        self._delivery = Delivery(self._store, directory, known)
+        self._outbox = Outbox(directory / "outbox", self._delivery, say)
+        self._begin(known)
+        self._monitor = _SystemMetrics(self, self._outbox.began) if settings.system_metrics else None
 
     def child(self, name: str, run_id: str | None = None) -> "Tracker":
         """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
         child = copy.copy(self)
         child._monitor = None
-        if run_id is None:
-            with self._store.named(f"opening {name}"):
-                run_id = child._new(name, self.run_id)
-        child._begin(run_id)
+        wanted = run_id if self._is_known else None  # what is below a run that is gone is not below its successor
+
+        def begin(asked_ms: int | None) -> str:
+            found = self._store.find(wanted) if wanted else None
+            return str(found.info.run_id) if found else self._new(name, self.run_id, asked_ms)
+
+        known = self._open(f"opening {name}", begin, wanted)
+        child._is_known = known == wanted
+        self._delivery.admit(known)
+        child._begin(known)
         child._is_root = False
         return child
 
-    def _new(self, name: str, parent: str | None) -> str:
+    def _open(self, what: str, begin: Callable[[int | None], str], run_id: str | None) -> str:
+        """The id of a run from ``begin``, which is told if it is not asked for the first time when that was, in ms. A
+        known run whose store is away is not waited for."""
+        asked: list[int] = []
+
+        def attempt() -> str:
+            asked.append(_now())
+            return begin(asked[0] if len(asked) > 1 else None)
+
+        try:
+            return self._store.insist(what, attempt, self._say, _KNOWN_SECONDS if run_id else _NEW_SECONDS)
+        except Away:
+            if run_id is None:
+                raise
+            return run_id
+
+    def _new(self, name: str, parent: str | None, asked_ms: int | None) -> str:
+        """Make a run, unless it was made since ``asked_ms`` and only the answer was lost."""
         from mlflow.tracking.context.registry import resolve_tags
 
+        if asked_ms is not None:
+            since = f"attributes.start_time >= {asked_ms}"
+            for found in self._store.client.search_runs([self._experiment_id], since):
+                if found.info.run_name == name and found.data.tags.get("mlflow.parentRunId") == parent:
+                    return str(found.info.run_id)
         tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
         return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
 
@@ -162,19 +207,24 @@ class Tracker:
         from PIL import Image
 
         name = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.run_id} {once}")
-        safe = re.sub(r"[^\w\-. ]", "~", key, flags=re.ASCII)
-        stem = str(self._outbox.directory / f"{safe}+step+{step}+timestamp+{_now()}+{name}")  # as MLflow's log_image
+        safe = re.sub(r"[^\w\-. ]", "~", key, flags=re.ASCII)[:_KEY_IN_FILE]
+        stem = f"{safe}+step+{step}+timestamp+{_now()}+{name}"  # as MLflow's log_image
         picture = Image.fromarray(image)
-        picture.save(f"{stem}.png")
+        picture.save(self._outbox.directory / f"{stem}.png")
         picture.thumbnail((_SMALL, _SMALL))
-        picture.save(f"{stem}+compressed.webp")
+        picture.save(self._outbox.directory / f"{stem}+compressed.webp")
         self._put("image", once=once, files=[f"{stem}.png", f"{stem}+compressed.webp"])
 
     def artifact(self, path: Path, under: str = "") -> None:
-        """Store a file or a directory as ``under/<its name>``, in place of what was there."""
+        """Store a file or a directory of the run's as ``under/<its name>``, in place of what was there."""
         if not path.exists():
             raise TrackingError(f"MLflow at {self.uri}: artifact {path.name} failed: there is no {path}")
-        self._put("artifact", path=str(path.absolute()), under=under)
+        inside = Path(os.path.relpath(path, self._directory))
+        if ".." in inside.parts:
+            raise TrackingError(
+                f"MLflow at {self.uri}: artifact {path.name} failed: {path} is not in the run's directory"
+            )
+        self._put("artifact", path=inside.as_posix(), under=under)
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record what was trained on: ``digest`` identifies it, ``source`` is its place, ``profile`` what it holds."""
@@ -205,6 +255,8 @@ class Tracker:
         except TrackingError:
             pass  # the outbox has told, and what waits is told below
         self._outbox.close()
+        if self._outbox.refused:
+            self._say(f"{self._outbox.refused} records could not be delivered; again: ouroboros sync {self._directory}")
         if self._outbox.waiting:
             self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
@@ -222,11 +274,11 @@ class Tracker:
 class _SystemMetrics(threading.Thread):
     """The machine's processor, memory, disk, network and GPU, every few seconds, by MLflow's own collectors."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, began: float) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         super().__init__(name="SystemMetrics", daemon=True)
-        self._tracker, self._ended = tracker, threading.Event()
+        self._tracker, self._began, self._ended = tracker, began, threading.Event()
         # MLflow's own thread gives up for good at the first answer that does not come.
         self._source: Any = SystemMetricsMonitor(
             tracker.run_id, sampling_interval=_MONITOR_SECONDS, tracking_uri=tracker.uri
@@ -239,7 +291,7 @@ class _SystemMetrics(threading.Thread):
             values = {f"system/{name}": value for name, value in self._source.aggregate_metrics().items()}
             for monitor in self._source.monitors:
                 monitor.clear_metrics()
-            step = int((time.time() - self._tracker._outbox.began) / self._source.sampling_interval)
+            step = int((time.time() - self._began) / self._source.sampling_interval)
             with contextlib.suppress(OSError):  # on a full disk the run itself has more to say
                 self._tracker.metrics(step, values, _now())
 
@@ -249,26 +301,44 @@ class _SystemMetrics(threading.Thread):
 
 
 def deliver_rest(
-    directory: Path, settings: TrackingSettings, say: Callable[[str], None], more: Sequence[Record] = ()
+    directory: Path,
+    settings: TrackingSettings,
+    say: Callable[[str], None],
+    run_id: str | None,
+    more: Sequence[Content] = (),
 ) -> int:
-    """Deliver what the outbox of a run that is over still holds, and ``more``. Returns how many records are left."""
-    if not more and not undelivered(directory / "outbox"):
+    """Deliver what the outbox of a run that is over still holds, once more what was refused, and ``more``. ``run_id``
+    is the run in MLflow. Returns how many records are left, refused ones among them."""
+    box = directory / "outbox"
+    if run_id is None or not (more or undelivered(box) or (box / "refused.jsonl").exists()):
+        _settle(directory, settings)
         return 0
-    store = open_store(directory, settings)
-    outbox = Outbox(directory / "outbox", store.deliver, say)
+    outbox = Outbox(box, Delivery(open_store(directory, settings), directory, run_id), say, again=True)
     outbox.put(*more)
     outbox.drain(_DONE_SECONDS)
     outbox.close()
-    return outbox.waiting
+    return outbox.waiting + outbox.refused
 
 
 def open_store(directory: Path, settings: TrackingSettings) -> MlflowStore:
     """The store of a run in ``directory``: a server, or a database whose folder is made if need be."""
     if settings.uri and settings.uri.startswith("http"):
         return MlflowStore(settings.uri.rstrip("/"))
-    database = Path((settings.uri or str(directory / "mlflow.db")).removeprefix("sqlite:///")).resolve()
+    database = _settle(directory, settings) or Path((settings.uri or "").removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowStore(f"sqlite:///{database}")
+
+
+def _settle(directory: Path, settings: TrackingSettings) -> Path | None:
+    """The database in a run's directory, or for a sweep's trial in the sweep's, with what it says of places set right
+    if the directory was moved; None if the run keeps none."""
+    if settings.uri is not None:
+        return None
+    home = directory.resolve()
+    if settings.parent and home.parent.name == "trials" and (home.parents[1] / "records").is_dir():
+        home = home.parents[1]
+    settle(home / "mlflow.db")
+    return home / "mlflow.db"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,31 +1,51 @@
-"""The outbox: nothing is lost, nothing is told twice, nobody waits for MLflow."""
+"""The outbox: nothing is lost, nothing is told twice, nobody waits for MLflow, and each record stands for itself."""
 
 import json
+import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from orchestration.outbox import Outbox, Record, Refused, undelivered
+from orchestration import outbox as module
+from orchestration.outbox import Away, Content, Gone, Outbox, Refused, TrackingError, undelivered
+from orchestration.records import Artifact, Metrics, Record
 
 
 class Listener:
-    """Stands for MLflow: it can be away, and there are things it refuses."""
+    """Stands for MLflow: it can be away, there are things it refuses, and some it fails at without a reason."""
 
     def __init__(self) -> None:
         self.heard: list[int] = []
+        self.runs: list[tuple[str, int]] = []
         self.sizes: list[int] = []
         self.said: list[str] = []
-        self.away = False
+        self.away = self.files_away = False
+        self.fails_at: set[int] = set()
 
     def deliver(self, records: Sequence[Record]) -> None:
         if self.away:
-            raise ConnectionError("nobody is there")
-        if any(record["number"] < 0 for record in records):
+            raise Away("nobody is there")
+        if self.files_away and isinstance(records[0], Artifact):
+            raise TrackingError("no bucket")
+        numbers = [number_of(record) for record in records]
+        if any(number in self.fails_at for number in numbers):
+            raise TrackingError("HTTP 500")
+        if records[0].run == "gone":
+            raise Gone("the run was deleted")
+        if any(number < 0 for number in numbers):
             raise Refused("no negative numbers")
         self.sizes.append(len(records))
-        self.heard += [record["number"] for record in records]
+        self.heard += numbers
+        self.runs += [(record.run, number) for record, number in zip(records, numbers, strict=True)]
+
+
+def number_of(record: Record) -> int:
+    return record.step if isinstance(record, Metrics) else int(record.model_dump().get("under") or 0)
 
 
 @pytest.fixture
@@ -33,20 +53,39 @@ def listener() -> Listener:
     return Listener()
 
 
-def box(directory: Path, listener: Listener) -> Outbox:
-    return Outbox(directory / "outbox", listener.deliver, listener.said.append)
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def record(number: int, kind: str = "metrics", **more: str) -> Record:
-    return {"run": "a", "kind": kind, "number": number, **more}
+def box(directory: Path, listener: Listener, again: bool = False) -> Outbox:
+    return Outbox(directory / "outbox", listener.deliver, listener.said.append, again)
+
+
+def record(number: int, run: str = "a", **more: str) -> Content:
+    return {"run": run, "kind": "metrics", "step": number, "values": {}, "timestamp_ms": 1, **more}
+
+
+def tags(run: str = "a") -> Content:
+    return {"run": run, "kind": "tags", "tags": {}}
+
+
+def artifact(number: int, run: str = "a", path: str = "x") -> Content:
+    return {"run": run, "kind": "artifact", "path": path, "under": str(number)}
+
+
+def refused_in(directory: Path) -> list[Content]:
+    path = directory / "outbox" / "refused.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_records_arrive_in_order_and_in_batches(tmp_path: Path, listener: Listener) -> None:
     outbox = box(tmp_path, listener)
-    outbox.put(*(record(number) for number in range(1000)))
-    outbox.put(record(1000, "tags"))
+    outbox.put(*(record(number) for number in range(1, 1001)))
+    outbox.put(tags())
     assert outbox.drain(10)
-    assert listener.heard == list(range(1001))
+    assert listener.heard == [*range(1, 1001), 0]
     assert len(listener.sizes) < 20
     outbox.close()
     assert not undelivered(tmp_path / "outbox")
@@ -85,15 +124,70 @@ def test_nobody_waits_while_the_listener_is_away_and_all_arrives_when_it_is_back
     again.close()
 
 
-def test_what_is_refused_is_kept_aside_and_holds_nothing_up(tmp_path: Path, listener: Listener) -> None:
+def test_what_is_refused_is_kept_aside_alone(tmp_path: Path, listener: Listener) -> None:
+    listener.away = True
     outbox = box(tmp_path, listener)
-    outbox.put(record(1, "tags"), record(-1, "image"), record(2, "tags"))
+    outbox.put(*(record(number if number != 77 else -1) for number in range(1, 200)))
+    listener.away = False
     assert outbox.drain(10)
     outbox.close()
-    assert listener.heard == [1, 2]
-    kept = [json.loads(line) for line in (tmp_path / "outbox" / "refused.jsonl").read_text().splitlines()]
-    assert [(each["number"], each["why"]) for each in kept] == [(-1, "no negative numbers")]
-    assert "no negative numbers" in listener.said[0]
+    assert listener.heard == [number for number in range(1, 200) if number != 77]
+    assert [(each["step"], each["why"]) for each in refused_in(tmp_path)] == [(-1, "no negative numbers")]
+    assert [text for text in listener.said if "no negative numbers" in text]
+    assert outbox.refused == 1
+
+
+def test_a_record_that_always_fails_without_a_reason_holds_nothing_up(tmp_path: Path, listener: Listener) -> None:
+    """If the next one goes it was not the server's fault; if none goes, it may pass."""
+    listener.fails_at = {3, 9}
+    outbox = box(tmp_path, listener)
+    outbox.put(*(record(number) for number in range(10)))
+    assert not outbox.drain(1)
+    assert listener.heard == [number for number in range(9) if number != 3]
+    assert [each["step"] for each in refused_in(tmp_path)] == [3]
+    assert outbox.waiting == 1  # the last: nothing after it tells whose fault it is
+    listener.fails_at = set()
+    assert outbox.drain(10)
+    outbox.close()
+    assert listener.heard[-1] == 9
+
+
+def test_a_run_that_is_gone_takes_nothing_with_it(tmp_path: Path, listener: Listener) -> None:
+    outbox = box(tmp_path, listener)
+    outbox.put(*(record(number, "gone") for number in range(100)), record(1))
+    assert outbox.drain(10)
+    outbox.close()
+    assert listener.heard == [1]
+    assert len(refused_in(tmp_path)) == 100
+    assert len(listener.said) == 1
+
+
+def test_no_number_waits_for_an_artifact(tmp_path: Path, listener: Listener) -> None:
+    listener.files_away = True
+    outbox = box(tmp_path, listener)
+    outbox.put(artifact(1), record(2), artifact(3), record(4))
+    assert not outbox.drain(0.5)
+    outbox.close()
+    assert listener.heard == [2, 4]
+    assert undelivered(tmp_path / "outbox")
+    listener.files_away = False
+    again = box(tmp_path, listener)
+    assert again.drain(10)
+    again.close()
+    assert listener.heard == [2, 4, 1, 3]
+
+
+def test_what_was_refused_is_tried_again_if_asked(tmp_path: Path, listener: Listener) -> None:
+    outbox = box(tmp_path, listener)
+    outbox.put(record(-1, once="a"), record(1))
+    assert outbox.drain(10)
+    outbox.close()
+    listener.deliver = lambda records: listener.heard.extend(map(number_of, records))  # type: ignore[method-assign]
+    again = box(tmp_path, listener, again=True)
+    assert again.drain(10)
+    again.close()
+    assert listener.heard == [1, -1]
+    assert not refused_in(tmp_path)
 
 
 def test_a_line_that_a_crash_cut_off_was_never_put(tmp_path: Path, listener: Listener) -> None:
@@ -124,3 +218,150 @@ def test_what_may_have_been_delivered_before_a_crash_is_delivered_again(tmp_path
     assert again.drain(10)
     again.close()
     assert listener.heard == [1, 2, 2]
+
+
+BAD_LINES = [
+    b'{"a": 1}',
+    b"garbage",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"run": "a", "kind": ["image"], "once": {}}',
+    b'{"run": "a", "kind": "uri"}',
+    b'{"run": "a", "kind": "deliver", "records": []}',
+    b'{"run": "a/b", "kind": "tags", "tags": {}}',
+    b'{"run": "a", "kind": "status", "status": "DONE", "timestamp_ms": 1}',
+    b'{"run": "a", "kind": "metrics", "step": 9223372036854775808, "values": {}, "timestamp_ms": 1}',
+    b'{"run": "a", "kind": "metrics", "step": 1, "values": {"a": "b"}, "timestamp_ms": 1}',
+    b'{"run": "a", "kind": "metrics", "step": 1, "values": {}, "timestamp_ms": -1}',
+    b'{"run": "a", "kind": "artifact", "path": "/etc/passwd", "under": ""}',
+    b'{"run": "a", "kind": "artifact", "path": "../x", "under": ""}',
+    b'{"run": "a", "kind": "artifact", "path": "x", "under": "a/../../b"}',
+    b'{"run": "a", "kind": "image", "files": ["../x.png"]}',
+    b'{"run": "a", "kind": "image", "files": ["/x.png"]}',
+    b'{"run": "a", "kind": "image", "files": ["records.jsonl"]}',
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("delivered", [False, True])
+def test_what_is_no_record_is_named_and_all_else_goes_on(
+    tmp_path: Path, listener: Listener, line: bytes, delivered: bool
+) -> None:
+    listener.away = not delivered
+    outbox = box(tmp_path, listener)
+    outbox.put(*(record(number, once=f"step {number}") for number in range(5)))
+    assert outbox.drain(0.1) is delivered
+    outbox.close()
+    records = tmp_path / "outbox" / "records.jsonl"
+    lines = records.read_bytes().split(b"\n")
+    lines[2] = line
+    records.write_bytes(b"\n".join(lines))
+    listener.away = False
+    again = box(tmp_path, listener)
+    again.put(record(4, once="step 4"), record(5, once="step 5"))
+    assert again.drain(10)
+    again.close()
+    assert listener.heard == ([0, 1, 2, 3, 4, 5] if delivered else [0, 1, 3, 4, 5])
+    if not delivered:
+        assert f"{records}, line 3: it is no record" in listener.said[-1]
+        assert [f"{records}, line 3" in each["why"] for each in refused_in(tmp_path)] == [True]
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["{}", "garbage", "[]", "null", "", '{"records": 9e9}', '{"records": 1000000, "began": 1}', '{"records": -1}',
+     '{"records": true, "began": 1}', '{"records": 1, "began": 1e999}', '{"records": 1, "files": "x", "began": 1}',
+     "[" * 100_000],
+)  # fmt: skip
+def test_a_lost_position_loses_nothing(tmp_path: Path, listener: Listener, note: str) -> None:
+    """All is told again, and MLflow keeps it once; but images, whose files are gone, and what was noted since."""
+    outbox = box(tmp_path, listener)
+    image = {"run": "a", "kind": "image", "files": ["x.png"]}
+    outbox.put(record(1, once="1"), image, record(2, once="2"))
+    assert outbox.drain(10)
+    outbox.close()
+    listener.heard.clear()
+    position = tmp_path / "outbox" / "delivered.json"
+    position.write_text(note)
+    assert undelivered(tmp_path / "outbox")
+    again = box(tmp_path, listener)
+    again.put(record(3), record(2, once="2"))
+    assert again.drain(10)
+    again.close()
+    assert listener.heard == [1, 2, 3]
+    assert str(position) in listener.said[0]
+    assert not undelivered(tmp_path / "outbox")
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "delivered.json", "refused.jsonl", ""])
+def test_nothing_is_read_or_written_through_a_link(tmp_path: Path, listener: Listener, name: str) -> None:
+    victim = tmp_path / "victim"
+    (tmp_path / "outbox").mkdir()
+    if name:
+        victim.write_text("mine\n")
+        (tmp_path / "outbox" / name).symlink_to(victim)
+    else:
+        (tmp_path / "outbox").rmdir()
+        victim.mkdir()
+        (tmp_path / "outbox").symlink_to(victim)
+    with pytest.raises(TrackingError, match="is a link"):
+        box(tmp_path, listener)
+    assert victim.read_text() == "mine\n" if name else not list(victim.iterdir())
+
+
+def test_a_pipe_in_its_place_hangs_nothing(tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "outbox").mkdir()
+    os.mkfifo(tmp_path / "outbox" / "records.jsonl")
+    with pytest.raises(TrackingError, match="no plain file"):
+        box(tmp_path, listener)
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+STEP = st.tuples(st.sampled_from("ab"), st.sampled_from(["metrics", "artifact", "garbage"]), st.booleans())
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(sessions=st.lists(st.lists(STEP, max_size=12), min_size=1, max_size=4), patient=st.booleans())
+def test_whatever_is_refused_each_record_stands_for_itself(
+    scratch: Path, sessions: list[list[tuple[str, str, bool]]], patient: bool
+) -> None:
+    """Refusals anywhere, in runs and kinds, with restarts in between: what is accepted arrives once and in the order of
+    its run, and what is refused, and nothing else, is set aside."""
+    directory, listener = Path(tempfile.mkdtemp(dir=scratch)), Listener()
+    number, accepted, refused = 0, [], []
+    for session in sessions:
+        outbox = box(directory, listener)
+        for run, kind, good in session:
+            number += 1
+            signed = number if good else -number
+            if kind == "garbage":
+                outbox.put({"run": run, "kind": kind, "number": number})
+            else:
+                outbox.put(record(signed, run) if kind == "metrics" else artifact(signed, run))
+            if good and kind != "garbage":
+                accepted.append((run, kind, number))
+            else:
+                refused.append(number)
+        if patient:
+            assert outbox.drain(10)
+        outbox.close()
+        for thread in outbox._threads:
+            thread.join(10)
+    last = box(directory, listener)
+    assert last.drain(10)
+    last.close()
+    for run in "ab":
+        for kind in ("metrics", "artifact"):
+            wanted = [number for of, what, number in accepted if (of, what) == (run, kind)]
+            assert [n for of, n in listener.runs if of == run and n in wanted] == wanted
+    assert sorted(listener.heard) == [number for *_, number in accepted]
+    kept = [each.get("step") or each.get("under") or each["number"] for each in refused_in(directory)]
+    assert sorted(abs(int(each)) for each in kept) == refused
+    assert not undelivered(directory / "outbox")

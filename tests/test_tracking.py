@@ -3,11 +3,13 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from orchestration import tracking
 from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten
 from tests.servers import MlflowServer, mlflow_server
 
@@ -193,9 +196,31 @@ def test_the_command_that_opens_the_store(directory: Path) -> None:
     )
 
 
-def test_an_unknown_run_is_an_error_with_a_name(directory: Path) -> None:
-    with pytest.raises(TrackingError, match=r"opening the store failed: .*0123abc"):
-        Tracker(directory, QUIET, "first", run_id="0123abc")
+@pytest.mark.parametrize("how", ["deleted", "purged"])
+def test_a_run_that_was_deleted_goes_on_in_a_new_one(directory: Path, how: str) -> None:
+    first = Tracker(directory, QUIET, "first")
+    below = first.child("below")
+    first.metrics(1, {"reward": 0.5}, 1000)
+    first.finish("KILLED")
+    client_of(first).delete_run(first.run_id)
+    if how == "purged":
+        with closing(sqlite3.connect(directory / "mlflow.db")) as store, store:
+            store.execute("DELETE FROM metrics")
+            store.execute("DELETE FROM latest_metrics")
+            for table in ("tags", "runs"):
+                store.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (first.run_id,))
+    said: list[str] = []
+    second = Tracker(directory, QUIET, "first", run_id=first.run_id, say=said.append)
+    assert second.run_id != first.run_id
+    assert said == [
+        f"warning: MLflow at {second.uri} has no run {first.run_id} any longer: going on in a new one, {second.run_id}"
+    ]
+    child = second.child("below", below.run_id)
+    second.metrics(1, {"reward": 0.5}, 1000)  # of the journal
+    assert points_of(second, "reward") == [(1, 0.5)]
+    assert client_of(second).get_run(child.run_id).data.tags["mlflow.parentRunId"] == second.run_id
+    second.finish("FINISHED")
+    assert client_of(second).get_run(second.run_id).info.status == "FINISHED"
 
 
 def test_a_refused_call_is_an_error_with_a_name(directory: Path) -> None:
@@ -204,6 +229,12 @@ def test_a_refused_call_is_an_error_with_a_name(directory: Path) -> None:
         tracker.artifact(directory / "missing.png")
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_NEW_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 cannot be reached: .*refused"):
@@ -211,12 +242,13 @@ def test_a_server_that_is_away_is_told_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_does_not_answer_is_told_in_time(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
-        with pytest.raises(TrackingError, match="cannot be reached: timed out"):
+        with pytest.raises(TrackingError, match=r"cannot be reached: .*timed out"):
             Tracker(tmp_path, TrackingSettings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), "first")
         assert time.monotonic() - started < 15
 
@@ -244,7 +276,8 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
     first.describe({"seed": 1}, {"kind": "test"})
     first.metrics(1, {"reward/mean": 0.1 + 0.2}, 1000)
     first.image("fixed", np.full((8, 8, 3), 200, np.uint8), 1)
-    first.artifact(Path(__file__), "source")
+    (tmp_path / "run" / "source.py").write_text("code")
+    first.artifact(tmp_path / "run" / "source.py", "source")
     first.finish("KILLED")
     assert client_of(first).get_run(first.run_id).info.status == "KILLED"
 
@@ -255,9 +288,7 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
     assert second.run_id == first.run_id
     assert points_of(second, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4)]
     assert len(client_of(second).list_artifacts(second.run_id, "images")) == 2  # the picture and its small copy
-    assert [file.path for file in client_of(second).list_artifacts(second.run_id, "source")] == [
-        "source/test_tracking.py"
-    ]
+    assert [file.path for file in client_of(second).list_artifacts(second.run_id, "source")] == ["source/source.py"]
     assert second.open_command().startswith(f"{server.uri}/#/experiments/")
 
     second.finish("KILLED")
@@ -275,7 +306,7 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
 
     server.start()
     for _ in range(2):
-        assert deliver_rest(tmp_path / "run", settings, said.append) == 0
+        assert deliver_rest(tmp_path / "run", settings, said.append, first.run_id) == 0
         assert points_of(first, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4), (3, 0.5)]
         assert len(client_of(first).list_artifacts(first.run_id, "images")) == 4
         assert client_of(first).get_run(first.run_id).info.status == "KILLED"
