@@ -35,6 +35,7 @@ class Experiment:
     real_files: dict[str, Files]  # by the key of the task whose result they are
     gpus: int
     resources: dict[str, Any]  # of one task, and the longest wait
+    images: list[str]  # what real images were found, in words
 
 
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
@@ -47,8 +48,9 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         _check_output(config)
         images = None
         real_files: dict[str, Files] = {}
+        found: list[str] = []
         if any(arm.family not in CLOSED_FORM for arm in arms.values()):
-            images, real_files = _image_source(config)
+            images, real_files, found = _image_source(config)
         points = RealSource(config.data.reference)
         sources, manifests = {}, {}
         for name, arm in arms.items():
@@ -60,7 +62,7 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
-    return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources)
+    return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources, found)
 
 
 def describe_mad(config: MadConfig, experiment: Experiment) -> str:
@@ -99,8 +101,8 @@ def _check_sizes(arm: ArmSettings, manifests: list[Manifest]) -> None:
             raise ValueError(f"generation {manifest.generation} has {manifest.size} samples for {arm.modes} modes")
 
 
-def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files]]:
-    """The images that models learn from and are measured by."""
+def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files], list[str]]:
+    """The images that models learn from and are measured by, and what was found, in words."""
     from pipelines.mad_tasks import real_data_files
     from pipelines.real_data import load_real_data, split_reference
 
@@ -126,10 +128,20 @@ def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files]]:
     if (wanted := config.data.reference) < _LEAST_REFERENCE:
         raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
     pool, reference = split_reference(real, wanted)
+    if len(pool) <= len(reference):
+        most = (len(real.images) - 1) // 2
+        raise ValueError(
+            f"data.reference: {wanted} of {len(real.images)} images leave {len(pool)}, too few to measure as many real "
+            f"images beside them: give {most} at most"
+        )
     classes = int(real.labels.max()) + 1
+    if classes < 2:
+        raise ValueError(f"data.source {config.data.source} has one class: the metrics' classifier needs two or more")
     source = image_source(real.sha256, len(reference), len(pool), classes)
     assert source.data is not None
-    return source, {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
+    apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
+    files = {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
+    return source, files, [*real.describe(), apart]
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:

@@ -13,7 +13,7 @@ from orchestration import cli
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError, load_config
 from orchestration.mad_config import MadConfig
-from orchestration.mad_preflight import contents, preflight_mad
+from orchestration.mad_preflight import contents, describe_mad, preflight_mad
 from pipelines.locations import CHECKOUT
 from policies.settings import known_keys
 
@@ -60,6 +60,8 @@ def refused(*overrides: str) -> str:
         ),
         ([*DIFFUSION, "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         ([*DIFFUSION, "data.reference=1797"], "1797 of 1797 images leave none to learn from"),
+        ([*DIFFUSION, "data.reference=899"], "leave 898, too few to measure as many real images beside them: give 898"),
+        ([*DIFFUSION, "data.background=blueish"], "data.background: unknown color specifier: 'blueish'"),
         ([*DIFFUSION, "data.reference=5"], "data.reference is 5: metrics need 20 real samples or more"),
         (["family=diffusion", "n_ini=1401"], "1401 more real samples are needed, but 1400 of 1400 are left unseen"),
         (
@@ -89,6 +91,29 @@ def test_images_without_labels_are_refused_for_a_conditional_family(folder: Path
     sizes = [f"data.source={folder}", "data.reference=20", "n_ini=10"]
     assert "has no labels, and family diffusion is class-conditional" in refused("family=diffusion", *sizes)
     assert "has no labels, and the metrics' extractor is a classifier" in refused("family=gan", *sizes)
+
+
+def test_one_class_is_refused_and_the_plan_says_what_was_found(folder: Path) -> None:
+    settings = ["family=diffusion", "n_ini=10", f"data.source={folder}", "data.reference=19"]
+    for name in ("train", "car"):
+        (folder / name).mkdir()
+    for path in folder.glob("*.png"):
+        path.rename(folder / "train" / path.name)
+    assert "data.reference is 19: metrics need 20" in refused(*settings)
+    for number in range(3):
+        Image.new("L", (8, 8), number).save(folder / "train" / f"more_{number}.png")
+    settings[-1] = "data.reference=20"
+    assert "has one class: the metrics' classifier needs two or more" in refused(*settings)
+    for number in range(5):
+        (folder / "train" / f"0{number}.png").rename(folder / "car" / f"train_0{number}.png")
+    (folder / "notes.txt").touch()
+    config = load_config(MadConfig, None, settings)
+    plan = describe_mad(config, preflight_mad(config, MACHINE)).splitlines()
+    assert plan[:3] == [
+        "43 images, 8×8, grey, 2 classes: car 5, train 38",
+        "left out, as no images: notes.txt",
+        "23 of them to learn from, 20 kept apart for the metrics",
+    ]
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:

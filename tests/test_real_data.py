@@ -1,6 +1,8 @@
 """Real data: every kind of source gives the same arrays, what is wrong is named, and the reference is never reused."""
 
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -83,6 +85,93 @@ def test_a_relative_directory_is_found(folder: Path, monkeypatch: pytest.MonkeyP
     assert load("folder").sha256 == load(folder).sha256
 
 
+def test_classes_are_directories_whatever_they_and_their_files_are_called(tmp_path: Path) -> None:
+    names = ["airplane", "car", "test", "train", "val-1", "über uns", os.fsdecode(b"caf\xe9")]
+    for number, name in enumerate(names):
+        for file in ("train_00.PNG", "other_00.png", "validation.jpeg"):
+            save(tmp_path / name / file, Image.new("L", (4, 4), 30 * number))
+    data = load(tmp_path)
+    assert data.labels is not None
+    assert data.labels.tolist() == [number for number in range(7) for _ in range(3)]
+    for number, name in enumerate(sorted(names)):
+        shade = 30 * names.index(name)
+        assert np.abs(data.images[data.labels == number].astype(int) - shade).max() <= 1
+    assert list(data.classes) == ["airplane", "caf\ufffd", "car", "test", "train", "val-1", "über uns"]
+    "".join(data.describe()).encode()
+
+
+def test_links_are_followed_and_loops_end(folder: Path, tmp_path: Path) -> None:
+    expected = load(folder).sha256
+    (folder / "zebra").rename(tmp_path / "elsewhere")
+    (folder / "zebra").symlink_to(tmp_path / "elsewhere")
+    (folder / "ant" / "0.png").rename(tmp_path / "0.png")
+    (folder / "ant" / "0.png").symlink_to(tmp_path / "0.png")
+    (folder / "ant" / "up").symlink_to(folder)
+    (folder / "ant" / "here").symlink_to(".")
+    data = load(folder)
+    assert data.sha256 == expected
+    assert list(data.left_out) == ["ant/here", "ant/up"]
+
+
+def test_what_is_no_image_is_left_out_and_said(folder: Path) -> None:
+    expected = load(folder).sha256
+    for name in ("README.txt", "ant/Thumbs.db", "zebra/metadata.csv", ".DS_Store", "ant/._0.png", ".hidden/1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"P5 no image")
+    (folder / "empty").mkdir()
+    (folder / "zebra" / "3.png").rename(folder / "zebra" / "3.PnG")
+    data = load(folder)
+    assert data.sha256 == expected
+    assert data.describe() == [
+        "6 images, 6×9, grey, 2 classes: ant 3, zebra 3",
+        "left out, as no images: README.txt, ant/Thumbs.db, empty, zebra/metadata.csv",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda root: save(root / "stray.png", picture(0)),
+            r"folder/stray\.png lies beside the directories",
+        ),
+        (lambda root: save(root / "ant" / "old" / "1.png", picture(0)), r"ant/old is a directory of images inside of"),
+        (lambda root: save(root / "Ant" / "1.png", picture(0)), "the classes Ant and ant differ in case only"),
+        (lambda root: (root / "cat").symlink_to("ant"), "(cat and .*ant|ant and .*cat) are one directory"),
+        (lambda root: (root / "cat").symlink_to("gone"), r"folder/cat cannot be read \(No such file"),
+        (lambda root: os.mkfifo(root / "ant" / "pipe.png"), r"ant/pipe\.png is no regular file"),
+        (lambda root: (root / "ant" / "a\x1b[2J.png").write_bytes(b""), r"a\ufffd\[2J\.png cannot be read"),
+        (lambda root: (root / "ant" / "new.heic").write_bytes(b"new"), r"ant/new\.heic cannot be read as an 8-bit"),
+        (lambda root: (root / "ant" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0"), r"ant/a\.png cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_named(spoil: Callable[[Path], object], message: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert str(error.value).isprintable()
+
+
+def test_directories_of_classes_are_splits(tmp_path: Path) -> None:
+    for split, shade in (("train", 10), ("held", 20)):
+        for name in ("a", "b"):
+            save(tmp_path / split / name / "0.png", Image.new("L", (2, 2), shade))
+    for split, shade in (("train", 10), ("held", 20)):
+        data = load(tmp_path, split=split)
+        assert (data.images == shade).all()
+        assert (list(data.classes), data.labels is not None and data.labels.tolist()) == (["a", "b"], [0, 1])
+    with pytest.raises(
+        ValueError, match=r"classes \(held, train\) and none is called test: set data.split"
+    ):
+        load(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+def test_a_directory_has_no_columns(column: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"{column}: .* is a directory of images, whose labels are its directories"):
+        load(folder, **{column: "name"})
+
+
 def test_a_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", picture(0))
     data = load(tmp_path)
@@ -103,11 +192,66 @@ def test_one_coloured_image_makes_all_of_them_rgb(folder: Path) -> None:
     np.testing.assert_array_equal(images[6], np.asarray(picture(9, "RGB")))
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("RGBA", 3)])
-def test_modes_of_pillow_become_grey_or_rgb(mode: str, channels: int, tmp_path: Path) -> None:
-    save(tmp_path / "a.png", picture(0).convert(mode))
+@pytest.mark.parametrize(("mode", "suffix", "channels"), [("1", "png", 1), ("P", "gif", 3), ("CMYK", "tiff", 3)])
+def test_modes_of_pillow_become_grey_or_rgb(mode: str, suffix: str, channels: int, tmp_path: Path) -> None:
+    shown = save(tmp_path / f"a.{suffix}", picture(0, "RGB").convert(mode))
     images = load(tmp_path).images
-    np.testing.assert_array_equal(images[0], np.asarray(picture(0).convert(mode).convert("RGB"))[..., :channels])
+    np.testing.assert_array_equal(images[0], np.asarray(Image.open(shown).convert("RGB"))[..., :channels])
+
+
+RED, HALF = (255, 0, 0, 0), (0, 0, 200, 128)
+
+
+@pytest.mark.parametrize(
+    ("make", "white", "green"),
+    [
+        (lambda: Image.new("RGBA", (2, 2), RED), [255, 255, 255], [0, 128, 0]),
+        (lambda: Image.new("RGBA", (2, 2), HALF), [127, 127, 227], [0, 64, 100]),
+        (lambda: Image.new("LA", (2, 2), (0, 0)), [255], [0, 128, 0]),
+        (lambda: Image.new("LA", (2, 2), (100, 255)), [100], [100, 100, 100]),
+        (lambda: Image.new("RGBA", (2, 2), RED).quantize(4), [255, 255, 255], [0, 128, 0]),
+    ],
+    ids=["RGBA", "half", "LA", "opaque", "palette"],
+)
+def test_what_is_transparent_shows_the_background(
+    make: Callable[[], Image.Image], white: list[int], green: list[int], tmp_path: Path
+) -> None:
+    save(tmp_path / "folder" / "a.png", make())
+    datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / "folder" / "a.png")]}, datasets.Features({"image": datasets.Image()})
+    ).save_to_disk(tmp_path / "table")
+    for source in (tmp_path / "folder", tmp_path / "table"):
+        np.testing.assert_allclose(load(source).images[0, 0, 0], white, atol=1)
+        np.testing.assert_allclose(load(source, background="#008000").images[0, 0, 0], green, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+def test_one_transparent_colour_shows_the_background(mode: str, tmp_path: Path) -> None:
+    image = Image.new(mode, (2, 1), 0)
+    image.putpixel((1, 0), {"L": 90, "RGB": (90, 90, 90), "P": 1, "1": 1}[mode])
+    image.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    assert (load(tmp_path).images[0, 0, 0] == 255).all()
+    assert (load(tmp_path, background="black").images[0, 0, 0] == 0).all()
+
+
+def test_an_unknown_background_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown color specifier: 'blueish'"):
+        load("digits", background="blueish")
+
+
+def test_pictures_are_upright_and_of_animations_the_first(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (4, 2), "white")
+    turned.putpixel((0, 0), (0, 0, 0))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter to the right
+    turned.save(tmp_path / "a.png", exif=exif)
+    images = load(tmp_path).images
+    assert images.shape == (1, 4, 2, 3)
+    assert np.argwhere(images[0, ..., 0] == 0).tolist() == [[0, 1]]
+    (tmp_path / "a.png").unlink()
+    frames = [Image.new("L", (4, 4), shade) for shade in (30, 200)]
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    assert (load(tmp_path).images == 30).all()
 
 
 def test_sizes_that_differ_need_image_size(tmp_path: Path) -> None:
@@ -163,6 +307,14 @@ def test_wrong_columns_are_named(table: datasets.Dataset, tmp_path: Path) -> Non
         load(tmp_path / "none")
     with pytest.raises(ValueError, match="label_column: choose one of photo, class, word, number, mask, not label"):
         load(tmp_path / "two", image_column="mask", label_column="label")
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
+    rows = {"photo": [picture(0), picture(1)], "score": [0.5, 0.7], "nan": [1.0, float("nan")], "many": [[1], [2]]}
+    datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image()).save_to_disk(tmp_path)
+    for column, message in (("score", "holds no classes"), ("many", "holds no classes"), ("nan", "without a label")):
+        with pytest.raises(ValueError, match=f"{column}' {message}|{column}' leaves images {message}"):
+            load(tmp_path, label_column=column)
 
 
 @pytest.mark.parametrize("missing", [None, -1])

@@ -212,6 +212,14 @@ def test_the_server_says_what_is_wrong_with_a_query(
     assert len(answer.text) < 300  # nothing of the query comes back
 
 
+def test_the_server_sees_what_is_transparent_on_white() -> None:
+    files = []
+    for transparency in ({}, {"transparency": (255, 0, 0)}):
+        Image.new("RGB", (2, 1), "red").save(buffer := io.BytesIO(), "PNG", **transparency)
+        files.append(buffer.getvalue())
+    np.testing.assert_array_equal(server.decode(files)[:, 0, 0], [[255, 0, 0], [255, 255, 255]])
+
+
 def test_the_server_bounds_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_BODY", 1000)
     with reference(redness) as url:

@@ -61,8 +61,10 @@ def build_app(name: str, function: RewardFunction, options: RewardOptions) -> Fa
 
 
 def decode(files: Sequence[bytes]) -> np.ndarray:
-    """PNG ``files`` of one size as images (batch, height, width, 3) uint8. Raises HTTPException 422."""
+    """PNG ``files`` of one size, on white, as images (batch, height, width, 3) uint8. Raises HTTPException 422."""
     from PIL import Image
+
+    from pipelines.pictures import flat
 
     images: list[np.ndarray] = []
     left = MAX_PIXELS
@@ -72,7 +74,7 @@ def decode(files: Sequence[bytes]) -> np.ndarray:
                 left -= image.width * image.height
                 if left < 0:
                     raise ValueError(f"a query has at most {MAX_PIXELS:,} pixels")
-                images.append(np.asarray(image.convert("RGB")))
+                images.append(np.asarray(flat(image).convert("RGB")))
             if images[-1].shape != images[0].shape:
                 raise ValueError(f"its size is {images[-1].shape[:2]}, that of the first {images[0].shape[:2]}")
         except Exception as error:  # a stranger's bytes may fail in any way
