@@ -3,18 +3,18 @@
 Parameters are counted in the headers of a model's files; a model that is still on the hub has to be a known one.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
 from actors.settings import Offer, Role
 from orchestration.config import DdpoConfig
+from pipelines.denoisers import inspect
 from pipelines.locations import find
+from pipelines.model_files import Shapes, weight_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 0.6e9  # bytes of an actor that has imported torch, diffusers and transformers
@@ -56,20 +56,19 @@ def counted(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
     directory = find(path) if path else None
     if directory is None:
         return Counter(yaml.safe_load(KNOWN.read_text()).get(path))
-    for file in (*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")):
-        part = file.parent.name
-        if ".fp16." in file.name or part == "safety_checker":  # not loaded
-            continue
-        with safe_open(file, "np") as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        counts[part] += sum(map(math.prod, shapes.values()))
-        if part in ("unet", "transformer"):
-            ends = tuple(f".{target}.weight" for target in targets)
-            counts["lora"] += sum(s[0] + math.prod(s[1:]) for name, s in shapes.items() if name.endswith(ends))
-    for network in (*directory.glob("unet/config.json"), *directory.glob("transformer/config.json")):
-        shape = json.loads(network.read_text())
-        counts["latent"] = shape["in_channels"] * shape["sample_size"] ** 2
+    if not (directory / "model_index.json").is_file():
+        return Counter({directory.name: _sizes(weight_shapes(directory))})
+    files = inspect(directory)
+    counts.update({part: _sizes(shapes) for part, shapes in files.shapes.items()})
+    ends = tuple(f".{target}.weight" for target in targets)
+    network = files.shapes[files.kind.network].items()
+    counts["lora"] = sum(s[0] + math.prod(s[1:]) for name, s in network if f".{name}".endswith(ends))
+    counts["latent"] = math.prod(files.latent_shape)
     return counts
+
+
+def _sizes(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def cards(roles: Sequence[Role], offers: Sequence[Offer]) -> list[list[str]]:

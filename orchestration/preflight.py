@@ -1,7 +1,6 @@
 """Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.memory_plan import memory_plan
 from orchestration.run import TEMPLATES, check_output
-from pipelines.denoisers import check_family
+from pipelines.denoisers import check_guidance, check_lora, denoising_steps, inspect
 from pipelines.locations import check_model, find
+from pipelines.model_files import read_json, weight_shapes
 from pipelines.pages import fill
 from pipelines.rewards.options import OPTIONS
 from pipelines.settings import CaptionerSettings, RewardSettings
@@ -34,8 +34,11 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     with about():
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
-        if find(config.model.path):  # the hub is asked by whoever loads
-            check_family(config.model.path, config.sampling.guidance_scale)
+        if directory := find(config.model.path):  # the hub is asked by whoever loads
+            files = inspect(directory)
+            check_guidance(files, config.sampling.guidance_scale)
+            if config.model.lora_rank:
+                check_lora(files, config.model.lora_targets)
         if config.captioner.path:
             check_model(config.captioner.path, "config.json", "captioner.path")
             _check_caption_length(config.captioner)
@@ -98,12 +101,9 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
 
 
 def learnable_steps(config: DdpoConfig) -> int:
-    """Denoising steps to learn from. The last has no density if the scheduler ends on the image, where σ = 0."""
-    directory = find(config.model.path)
-    path = directory / "scheduler" / "scheduler_config.json" if directory else None
-    ends_clean = path is not None and path.is_file() and json.loads(path.read_text()).get("set_alpha_to_one", True)
+    """Denoising steps to learn from. Raises ValueError where the model's scheduler has none of so many."""
     steps = config.sampling.steps
-    return len(config.training.learnable_steps(steps, range(steps - ends_clean)))
+    return len(config.training.learnable_steps(steps, denoising_steps(config.model.path, steps).stochastic))
 
 
 def _check_rewards(settings: RewardSettings) -> None:
@@ -131,9 +131,10 @@ def _check_evaluator(path: str, prompts: list[str]) -> None:
 def _check_caption_length(captioner: CaptionerSettings) -> None:
     if (directory := find(captioner.path or "")) is None:
         return
-    text = json.loads((directory / "config.json").read_text()).get("text_config", {})
-    positions = text.get("max_position_embeddings", 512)
-    if captioner.max_new_tokens > positions:
+    weight_shapes(directory)
+    text = read_json(directory / "config.json").get("text_config")
+    positions = text.get("max_position_embeddings", 512) if isinstance(text, dict) else 512
+    if isinstance(positions, int) and captioner.max_new_tokens > positions:
         raise ValueError(
             f"captioner.max_new_tokens ({captioner.max_new_tokens}) is more than the {positions} positions "
             f"of {captioner.path}"
@@ -144,8 +145,8 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     training, evaluation = config.training, config.evaluation
     if not learnable_steps(config):
         raise ValueError(
-            f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from: the scheduler of "
-            f"{config.model.path} makes the last one deterministic; ask for at least 2, or widen timestep_window"
+            f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from, as the scheduler "
+            f"of {config.model.path} makes the last one deterministic: ask for more, or widen training.timestep_window"
         )
     if training.prompts_per_step > len(prompts):
         wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.denoisers import check_family, load_family
+from pipelines.denoisers import check_guidance, load_family
 from pipelines.denoisers.family import Conditions
 from pipelines.settings import ModelSettings
 from pipelines.trainable import swapped
 from pipelines.trajectory import Trajectory
+from policies.health import SickNumbers
 from policies.settings import SamplingSettings
 
 
@@ -26,21 +27,21 @@ class DiffusionPolicy:
         self.device = torch.device(device)
         # Kept here because diffusers' own property walks every module at every call.
         self.dtype: torch.dtype = getattr(torch, model.dtype)
-        self.family = load_family(model.path, self.dtype)
-        check_family(model.path, sampling.guidance_scale)
+        self.family = load_family(model.path, self.dtype, "meta" if device == "meta" else None)
+        check_guidance(self.family.files, sampling.guidance_scale)
         self.network.to(self.device)  # the other parts come when they are needed
         self.sampling = sampling
         self.schedule = self.family.schedule(sampling).to(self.device)
-        self._conditions: dict[str, Conditions] = {}
+        self._conditions: dict[str | None, Conditions] = {}
 
     @property
     def network(self) -> Any:
         """The trained network."""
         return self.family.network
 
-    def embed(self, prompts: Sequence[str]) -> Conditions:
-        """The prompts' conditions. Each is computed once, alone, so it never depends on a batch; the text encoders take
-        memory of the device only while they compute."""
+    def embed(self, prompts: Sequence[str | None]) -> Conditions:
+        """The prompts' conditions; of None: what guidance leads away from. Each is computed once, alone, so it never
+        depends on a batch; the text encoders take memory of the device only while they compute."""
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
         if unknown:
             for encoder in self.family.text_encoders:
@@ -60,13 +61,13 @@ class DiffusionPolicy:
         """The network's output (batch, channels, height, width), guided if ``guidance_scale`` (by default the
         sampling's) is above 1.
 
-        The unconditional half (the empty prompt) rides in the same call, in sampling and in training alike.
+        The unconditional half rides in the same call, in sampling and in training alike.
         """
         inputs = latents.to(self.dtype)
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         if scale == 1:
             return self.family.forward(inputs, timesteps, conditions)
-        empty = self.embed([""])
+        empty = self.embed([None])
         both = {name: torch.cat([empty[name].expand_as(given), given]) for name, given in conditions.items()}
         output = self.family.forward(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
         unconditional, conditional = output.chunk(2)
@@ -100,6 +101,11 @@ class DiffusionPolicy:
             latents = following
             path.append(latents)
         taken, densities = torch.stack(path, dim=1).float().cpu().numpy(), torch.stack(log_probs, dim=1).cpu().numpy()
+        for image, finite in enumerate(np.isfinite(taken).reshape(*taken.shape[:2], -1).all(axis=2)):
+            if not finite.all():
+                when = f"after {finite.argmin()} of {len(finite) - 1} denoising steps"
+                whose = f"the image of {prompts[image]!r}, seed {seeds[image]}"
+                raise SickNumbers(f"{whose}, is NaN or infinite {when}: {self._remedy}")
         return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
@@ -124,6 +130,15 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8."""
-        pixels = (self.family.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8. Raises SickNumbers."""
+        pixels = self.family.decode(latents).float()
+        if bad := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
+            raise SickNumbers(f"the autoencoder makes {bad} of {len(pixels)} images NaN or infinite: {self._remedy}")
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+
+    @property
+    def _remedy(self) -> str:
+        return f"look for such numbers among the weights of {self.family.files.directory}" + (
+            "" if self.dtype == torch.float32 else f", or for ones beyond {self.dtype} (model.dtype=float32)"
+        )

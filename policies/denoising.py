@@ -1,6 +1,7 @@
 """One step of a DDIM sampler as a Gaussian policy, with noise scale η (Song et al., "Denoising Diffusion Implicit
 Models", 2010.02502, equations 12 and 16)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,8 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 @dataclass(frozen=True)
 class DenoisingSchedule(Schedule):
-    """``alpha`` and ``alpha_previous`` (T,) float64: ᾱ before and after the step. ``eta``: DDIM's η.
+    """``alpha`` and ``alpha_previous`` (T,) float64: ᾱ before and after the step. ``eta``: DDIM's η. ``clip``: the mean
+    is that of an x̂_0 within ± this.
 
     ``timesteps`` are int64. A last step that lands on ᾱ = 1 has σ = 0 and no density.
     """
@@ -22,6 +24,7 @@ class DenoisingSchedule(Schedule):
     alpha_previous: Tensor
     eta: float
     prediction_type: PredictionType
+    clip: float = math.inf
 
     @property
     def sigma(self) -> Tensor:
@@ -34,7 +37,7 @@ class DenoisingSchedule(Schedule):
         x_0, epsilon = self._parts(latents, network_output, steps)
         alpha_previous, sigma = (over(table, steps, latents) for table in (self.alpha_previous, self.sigma))
         direction = (1 - alpha_previous - sigma**2).clamp(min=0).sqrt()
-        return alpha_previous.sqrt() * x_0 + direction * epsilon
+        return alpha_previous.sqrt() * x_0.clamp(-self.clip, self.clip) + direction * epsilon
 
     def denoised(self, latents: Tensor, network_output: Tensor, steps: Tensor) -> Tensor:
         """x̂_0."""

@@ -1,7 +1,5 @@
 """An image is a function of (weights, prompt, seed); stock pipeline and learner agree with the sampler about it."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from diffusers import StableDiffusionPipeline
 
 from actors.sampler import Published, Sampler
 from pipelines.captioner import Captioner
-from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import CaptionerSettings, ModelSettings
@@ -112,16 +109,6 @@ def test_the_stock_pipeline_draws_the_same_images(model: ModelSettings, guidance
     sampling = SamplingSettings(steps=6, guidance_scale=guidance_scale)
     images, _ = DiffusionPolicy(model, sampling).rollout(BATCH, SEEDS)
     assert_same_images(images, draw_with_stock_pipeline(model.path, sampling))
-
-
-def test_clipping_of_the_scheduler_is_switched_off(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """A clipped x_0 moves the mean of the step, and its log-probability would be of another distribution."""
-    shutil.copytree(tiny_pipeline, tmp_path / "clipping")
-    path = tmp_path / "clipping" / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True, "thresholding": True}))
-    config = load_family(str(tmp_path / "clipping"), torch.float32).pipeline.scheduler.config
-    assert (config.clip_sample, config.thresholding) == (False, False)
-    assert config.prediction_type == "epsilon"
 
 
 def first_update_errors(model: ModelSettings, guidance_scale: float, micro_batch: int) -> dict[int, float]:

@@ -1,44 +1,176 @@
-"""The families of diffusion models, one file each behind :class:`pipelines.denoisers.family.Family`."""
+"""The families of diffusion models, one file each behind :class:`pipelines.denoisers.family.Family`, and what a
+directory has to hold to be of one. Importable without torch."""
 
-import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from pipelines.denoisers.schedulers import ASSUMED, DdimConfig, DenoisingSteps, FlowConfig, read_scheduler
 from pipelines.locations import find, resolve_model
+from pipelines.model_files import ModelFilesError, Shapes, read_json, reading, weight_shapes
 
 if TYPE_CHECKING:
     from pipelines.denoisers.family import Family
 
-_FAMILIES = {
-    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
-    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
-    "DDIMPipeline": "pixels:Pixels",
-    "DDPMPipeline": "pixels:Pixels",
+
+@dataclass(frozen=True)
+class _Kind:
+    """A family: its file and class, its network, the parts it cannot be without, and, of the network's configuration,
+    ``addition_embed_type``."""
+
+    place: str
+    network: str = "unet"
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    embedding: str | None = None
+
+
+_TWO_TEXTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_KINDS = {
+    "StableDiffusionPipeline": _Kind("stable_diffusion:StableDiffusion"),
+    "StableDiffusionXLPipeline": _Kind(
+        "stable_diffusion_xl:StableDiffusionXL", parts=_TWO_TEXTS, embedding="text_time"
+    ),
+    "StableDiffusion3Pipeline": _Kind("stable_diffusion_3:StableDiffusion3", "transformer", _TWO_TEXTS),
+    "DDIMPipeline": _Kind("pixels:Pixels", parts=()),
+    "DDPMPipeline": _Kind("pixels:Pixels", parts=()),
 }
+# Of a network's configuration: inputs and outputs that the stock pipelines give and take, and nothing does here.
+_UNKNOWN = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "quantization_config")
 
 
-def family_of(path: str) -> str:
-    """File and class of the family that ``path``, a directory or hub name, belongs to. Raises ValueError if of none."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory, read but not loaded. ``parts``: library and class of each; ``absent``: those it does
+    without; ``shapes``: of the tensors of those that hold any."""
+
+    directory: Path
+    kind: _Kind
+    parts: Mapping[str, tuple[str, str]]
+    absent: Sequence[str]
+    scheduler: DdimConfig | FlowConfig
+    latent_shape: tuple[int, int, int]
+    shapes: Mapping[str, Shapes]
+
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether prompts change what it draws."""
+        return bool(self.kind.parts)
+
+
+def inspect(directory: Path) -> ModelFiles:
+    """What ``directory`` holds. Raises ModelFilesError naming the file, class or field that cannot be used."""
+    index = read_json(directory / "model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in _KINDS:
+        raise ModelFilesError(f"model.path {str(directory)!r} is a {name}; known are {', '.join(_KINDS)}")
+    kind, parts, absent = _KINDS[name], {}, []
+    for part, entry in index.items():
+        if isinstance(entry, list) and (entry == [None, None] or part in ("safety_checker", "feature_extractor")):
+            absent.append(part)
+        elif isinstance(entry, list):
+            if len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+                raise ModelFilesError(
+                    f"{directory}/model_index.json: {part} is {entry}, of neither diffusers nor transformers"
+                )
+            parts[part] = (entry[0], str(entry[1]))
+    for part in (kind.network, "scheduler", *kind.parts):
+        if part not in parts or not (directory / part).is_dir():
+            raise ModelFilesError(f"{directory} has no {part}, which a {name} cannot be without")
+    models = [part for part in parts if not part.startswith(("scheduler", "tokenizer", "feature_extractor"))]
+    configs = {part: read_json(directory / part / "config.json") for part in models}
+    scheduler = _scheduler(directory / "scheduler" / "scheduler_config.json", index)
+    with reading(directory / kind.network / "config.json"):
+        shape = _latent_shape(configs[kind.network], configs.get("vae"), kind)
+    for part in parts:
+        if part.startswith("tokenizer") and not list((directory / part).glob("*.[jm]*")):
+            raise ModelFilesError(f"{directory / part} holds no tokenizer")
+    shapes = {part: weight_shapes(directory / part) for part in models}
+    return ModelFiles(directory, kind, parts, absent, scheduler, shape, shapes)
+
+
+def denoising_steps(path: str, steps: int) -> DenoisingSteps:
+    """What samplers and learners of a model do in so many steps; of one that is still on the hub, by an assumption.
+    Raises ValueError where there are none."""
     directory = find(path)
-    if directory is not None:
-        index = json.loads((directory / "model_index.json").read_text())
-    else:
+    if directory is None:
+        return (FlowConfig() if "stable-diffusion-3" in path else ASSUMED).steps(steps)
+    index = read_json(directory / "model_index.json")
+    return _scheduler(directory / "scheduler" / "scheduler_config.json", index).steps(steps)
+
+
+def _scheduler(file: Path, index: Mapping[str, Any]) -> DdimConfig | FlowConfig:
+    """Of both classes, that of the index, which is loaded, and the one that wrote the file."""
+    content = read_json(file)
+    with reading(file):
+        entry = index.get("scheduler") or (None, None)
+        read_scheduler({"_class_name": entry[1], **content}, index["_class_name"])
+        return read_scheduler({**content, "_class_name": entry[1]}, index["_class_name"])
+
+
+def check_lora(files: ModelFiles, targets: Sequence[str]) -> None:
+    """Raise ValueError unless LoRA can bind to modules of each of ``targets``: linear layers or convolutions."""
+    network = files.shapes[files.kind.network]
+    for target in targets or ("",):
+        found = [s for name, s in network.items() if f".{name}".endswith(f".{target}.weight")]
+        if not found or any(len(shape) not in (2, 4) for shape in found):
+            what = (
+                "matches no module of the network"
+                if not found
+                else "is a layer that is neither linear nor a convolution"
+            )
+            raise ValueError(
+                f"model.lora_targets: LoRA target {target!r} {what} in {files.directory / files.kind.network}"
+            )
+
+
+def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kind: _Kind) -> tuple[int, int, int]:
+    """(channels, height, width) of a network's input. Raises ValueError if it is none that can be sampled here."""
+    for field in _UNKNOWN:
+        if network.get(field) is not None:
+            raise ValueError(
+                f"{field} {network[field]!r} is not supported: this network wants more than its stock pipeline's prompt"
+            )
+    if network.get("addition_embed_type") != kind.embedding:
+        raise ValueError(f"addition_embed_type is {network.get('addition_embed_type')!r}, not {kind.embedding!r}")
+    channels, size = network.get("in_channels"), network.get("sample_size")
+    old = re.match(r"0\.[0-8]\.", str(network.get("_diffusers_version")))
+    if old and kind.place == "stable_diffusion:StableDiffusion" and type(size) is int and size < 64:
+        size = 64  # what the stock pipeline takes such a file to mean
+    sides = [size, size] if not isinstance(size, list) else size
+    if not all(type(each) is int and each > 0 for each in (channels, *sides)) or len(sides) != 2:
+        raise ValueError(f"in_channels {channels!r} and sample_size {size!r} do not give the size of what it denoises")
+    if sides[0] != sides[1] and kind.place not in ("pixels:Pixels", "stable_diffusion:StableDiffusion"):
+        raise ValueError(f"sample_size {size!r}: this family draws squares")
+    for what, other in {
+        "out_channels": network.get("out_channels") or channels,
+        "the autoencoder's latent_channels": (vae or {}).get("latent_channels", channels),
+    }.items():
+        if other != channels:
+            raise ValueError(f"in_channels is {channels} and {what} {other}: they have to be the same")
+    return channels, *sides
+
+
+def check_guidance(files: ModelFiles, guidance_scale: float) -> None:
+    """Raise ValueError if prompts are to guide what knows none."""
+    if not files.knows_prompts and guidance_scale > 1:
+        raise ValueError(
+            f"model.path {str(files.directory)!r} knows no prompts that could guide it: set sampling.guidance_scale=1"
+        )
+
+
+def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":
+    """The pipeline of a directory or hub name, with frozen parts of ``dtype``, as its family. Raises ModelFilesError.
+
+    On the ``device`` "meta" it has shapes and no numbers.
+    """
+    resolved = resolve_model(path)
+    if find(path) is None:
         from diffusers import DiffusionPipeline
 
-        index = DiffusionPipeline.load_config(resolve_model(path))
-    name = index.get("_class_name")
-    if name not in _FAMILIES:
-        raise ValueError(f"model.path {path!r} is a {name}; known are {', '.join(_FAMILIES)}")
-    return _FAMILIES[name]
-
-
-def check_family(path: str, guidance_scale: float) -> None:
-    """Raise ValueError if the model of ``path`` is of no known family, or knows no prompts that could guide it."""
-    if family_of(path) == "pixels:Pixels" and guidance_scale > 1:
-        raise ValueError(f"model.path {path!r} knows no prompts that could guide it: set sampling.guidance_scale=1")
-
-
-def load_family(path: str, dtype: Any) -> "Family":
-    """The pipeline of a directory or hub name, with frozen parts of ``dtype``, as its family."""
-    return resolve_name(f"pipelines.denoisers.{family_of(path)}").load(resolve_model(path), dtype)
+        resolved = DiffusionPipeline.download(path, use_safetensors=True, safety_checker=None, feature_extractor=None)
+    files = inspect(Path(resolved))
+    with reading(files.directory):
+        return resolve_name(f"pipelines.denoisers.{files.kind.place}").load(files, dtype, device)

@@ -1,46 +1,54 @@
 """What UNets have in common: they are sampled by DDIM."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.denoisers.family import Family
+from pipelines.denoisers import ModelFiles
+from pipelines.denoisers.family import Family, checked
+from pipelines.denoisers.schedulers import DdimConfig
 from policies.denoising import DenoisingSchedule
 from policies.schedule import Schedule
 from policies.settings import SamplingSettings
 
 
 def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingSchedule:
-    """The tables of a diffusers ``DDIMScheduler`` for ``sampling.steps`` steps, by the scheduler's own arithmetic."""
+    """The tables of a diffusers ``DDIMScheduler`` for ``sampling.steps`` steps, which are set, by the scheduler's own
+    arithmetic. Raises ValueError where there are none."""
+    config = DdimConfig.model_validate({name: scheduler.config[name] for name in DdimConfig.model_fields})
+    steps = config.steps(sampling.steps)
     scheduler.set_timesteps(sampling.steps)
-    timesteps = scheduler.timesteps.to("cpu", torch.int64)
+    scheduler.timesteps = timesteps = torch.tensor(steps.timesteps)
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    previous = timesteps - scheduler.config.num_train_timesteps // sampling.steps
+    previous = torch.tensor(steps.previous)
     final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
-    return DenoisingSchedule(
+    schedule = DenoisingSchedule(
         timesteps=timesteps,
         alpha=alphas[timesteps],
         alpha_previous=torch.where(previous >= 0, alphas[previous.clamp(min=0)], final),
         eta=sampling.eta,
-        prediction_type=scheduler.config.prediction_type,
+        prediction_type=config.prediction_type,
+        clip=config.clip_sample_range if config.clip_sample else math.inf,
     )
+    return checked(schedule, steps)
 
 
 class DdimFamily(Family):
     """UNets that predict ε, v or x_0."""
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: Any, files: ModelFiles) -> None:
+        super().__init__(pipeline, files)
         # (steps, step, η) → the timestep of the scheduler's own step; None where that step gives nan.
         self._stock_times: dict[tuple[int, int, float], int | None] = {}
 
     @staticmethod
     def scheduler(config: Any) -> Any:
-        """DDIM. Clipping and thresholding would change the mean of the step, and its log-probability would be wrong."""
+        """DDIM."""
         from diffusers import DDIMScheduler
 
-        return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+        return DDIMScheduler(**config.model_dump())
 
     def schedule(self, sampling: SamplingSettings) -> DenoisingSchedule:
         """The tables of the pipeline's scheduler."""

@@ -2,15 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from importlib import import_module
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pipelines.denoisers import ModelFiles
+from pipelines.denoisers.schedulers import DenoisingSteps
 from policies.schedule import Schedule
 from policies.settings import SamplingSettings
 
 Conditions = dict[str, Tensor]  # what the network is told of each prompt: name → (prompts, …)
+
+AnySchedule = TypeVar("AnySchedule", bound=Schedule)
+
+
+def checked(schedule: AnySchedule, steps: DenoisingSteps) -> AnySchedule:
+    """``schedule``, if its steps with a density are those that a plan counts. Raises ValueError."""
+    if schedule.stochastic_steps.tolist() != steps.stochastic or not schedule.sigma.isfinite().all():
+        raise ValueError("scheduler: its levels of noise do not fall from step to step; check its betas, or its shift")
+    return schedule
 
 
 class Family(ABC):
@@ -20,23 +32,30 @@ class Family(ABC):
     network_name: ClassVar[str] = "unet"
     options: ClassVar[Mapping[str, Any]] = {}  # for from_pretrained
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, files: ModelFiles) -> None:
+        self.pipeline, self.files = pipeline, files
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype) -> Self:
-        """From a directory or hub name: safetensors only, every part frozen, the family's scheduler."""
+    def load(cls, files: ModelFiles, dtype: torch.dtype, device: str | None = None) -> Self:
+        """From a directory: safetensors only, every part frozen, the family's scheduler. Raises ValueError where a part
+        holds other tensors than its class, which would otherwise be left random."""
         import diffusers
 
-        stock = getattr(diffusers, cls.pipeline_class)
-        absent = {name: None for name, part in stock.load_config(path).items() if part == [None, None]}
-        pipeline = stock.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **{**absent, **cls.options})
-        pipeline.scheduler = cls.scheduler(pipeline.scheduler.config)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+        stock, options = getattr(diffusers, cls.pipeline_class), {"torch_dtype": dtype, "use_safetensors": True}
+        parts: dict[str, Any] = dict.fromkeys(files.absent)
+        for name in files.shapes:
+            library, kind = files.parts[name]
+            place = {} if device is None else {"device_map": {"": device}}
+            part, found = getattr(import_module(library), kind).from_pretrained(
+                files.directory / name, output_loading_info=True, **options, **place
+            )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"{files.directory / name} lacks {len(missing)} of its tensors, such as {missing[0]}")
+            parts[name] = part.eval().requires_grad_(False)
+        parts["scheduler"] = cls.scheduler(files.scheduler)
+        pipeline = stock.from_pretrained(files.directory, **options, **{**parts, **cls.options})
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline)
+        return cls(pipeline, files)
 
     @staticmethod
     @abstractmethod
@@ -57,16 +76,15 @@ class Family(ABC):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)"""
-        config = self.network.config
-        return config.in_channels, config.sample_size, config.sample_size
+        return self.files.latent_shape
 
     @abstractmethod
     def schedule(self, sampling: SamplingSettings) -> Schedule:
         """The denoising steps, by the scheduler's own arithmetic."""
 
     @abstractmethod
-    def encode(self, prompt: str, device: torch.device) -> Conditions:
-        """The conditions of one prompt, without a batch dimension; of "": what guidance leads away from."""
+    def encode(self, prompt: str | None, device: torch.device) -> Conditions:
+        """The conditions of one prompt, without a batch dimension; of None: what guidance leads away from."""
 
     @abstractmethod
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -12,7 +12,7 @@ class Pixels(DdimFamily):
 
     pipeline_class = "DDIMPipeline"
 
-    def encode(self, prompt: str, device: torch.device) -> Conditions:
+    def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Nothing."""
         return {}
 

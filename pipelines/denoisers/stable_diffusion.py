@@ -20,9 +20,9 @@ class StableDiffusion(DdimFamily):
         "requires_safety_checker": False,
     }
 
-    def encode(self, prompt: str, device: torch.device) -> Conditions:
+    def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Hidden states (tokens, width)."""
-        return {"encoder_hidden_states": self.pipeline.encode_prompt(prompt, device, 1, False)[0][0]}
+        return {"encoder_hidden_states": self.pipeline.encode_prompt(prompt or "", device, 1, False)[0][0]}
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """ε, v or x_0."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.denoisers.family import Conditions, Family
+from pipelines.denoisers.family import Conditions, Family, checked
 from policies.flow_matching import FlowSchedule
 from policies.settings import SamplingSettings
 
@@ -18,23 +18,23 @@ class StableDiffusion3(Family):
 
     @staticmethod
     def scheduler(config: Any) -> Any:
-        """The flow's own times. Raises ValueError where they depend on more than their number."""
+        """The flow's own times."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        if config.get("use_dynamic_shifting"):
-            raise ValueError("scheduler: use_dynamic_shifting is not supported; set it to false and choose a shift")
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+        return FlowMatchEulerDiscreteScheduler(**config.model_dump())
 
     def schedule(self, sampling: SamplingSettings) -> FlowSchedule:
         """``sampling.eta`` is the SDE's noise level."""
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(sampling.steps)
-        return FlowSchedule(scheduler.timesteps.cpu(), scheduler.sigmas.to("cpu", torch.float64), sampling.eta)
+        times = scheduler.sigmas.to("cpu", torch.float64)
+        schedule = FlowSchedule(scheduler.timesteps.cpu(), times, sampling.eta)
+        return checked(schedule, self.files.scheduler.steps(sampling.steps))
 
-    def encode(self, prompt: str, device: torch.device) -> Conditions:
+    def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Hidden states (tokens, width) of all encoders, and those of both CLIPs as a whole (width,)."""
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt, None, None, device=device, do_classifier_free_guidance=False
+            prompt or "", None, None, device=device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": states[0], "pooled_projections": pooled[0]}
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pipelines.denoisers import ModelFiles
 from pipelines.denoisers.family import Conditions
 from pipelines.denoisers.stable_diffusion import StableDiffusion
 
@@ -17,18 +18,18 @@ class StableDiffusionXL(StableDiffusion):
     options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype) -> Self:
+    def load(cls, files: ModelFiles, dtype: torch.dtype, device: str | None = None) -> Self:
         """The autoencoder stays in float32 where it says that it overflows in half precision."""
-        family = super().load(path, dtype)
+        family = super().load(files, dtype, device)
         if family.pipeline.vae.config.force_upcast:
             family.pipeline.vae.to(torch.float32)
         return family
 
-    def encode(self, prompt: str, device: torch.device) -> Conditions:
+    def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Without a prompt all zeros, if the model was trained that way."""
         pipeline = self.pipeline
-        states, _, pooled, _ = pipeline.encode_prompt(prompt, None, device, 1, False)
-        if not prompt and pipeline.config.force_zeros_for_empty_prompt:
+        states, _, pooled, _ = pipeline.encode_prompt(prompt or "", None, device, 1, False)
+        if prompt is None and pipeline.config.force_zeros_for_empty_prompt:
             states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
         size = (self.network.config.sample_size * pipeline.vae_scale_factor,) * 2
         width = pipeline.text_encoder_2.config.projection_dim

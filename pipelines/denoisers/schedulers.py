@@ -1,0 +1,171 @@
+"""What a scheduler's configuration means: its denoising steps, and which have a density. Importable without torch, so
+that a plan counts by the very function that samplers and learners go by.
+
+UNets are sampled by DDIM, whatever scheduler a model comes with, if its class says the same by its fields; flows by
+their SDE. What would draw other images than the stock pipeline with ``DDIMScheduler.from_config`` is refused by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from policies.settings import Settings, explain
+
+# Classes whose β are those of x_t = √ᾱ x_0 + √(1 − ᾱ) ε, at DDIM's timesteps; and whether they clip x̂_0 by themselves.
+_SAME_BETAS = {
+    "DDIMScheduler": True,
+    "DDIMParallelScheduler": True,
+    "DDPMScheduler": True,
+    "DDPMParallelScheduler": True,
+    "PNDMScheduler": None,
+    "LMSDiscreteScheduler": None,
+    "EulerDiscreteScheduler": None,
+    "EulerAncestralDiscreteScheduler": None,
+    "HeunDiscreteScheduler": False,
+    "KDPM2DiscreteScheduler": None,
+    "KDPM2AncestralDiscreteScheduler": None,
+    "DPMSolverMultistepScheduler": None,
+    "DPMSolverSinglestepScheduler": None,
+    "DEISMultistepScheduler": None,
+    "UniPCMultistepScheduler": None,
+}
+_OTHER_DEFAULTS = ("Heun", "KDPM2")  # of β: a file of theirs has to say them
+# How other solvers go, which changes nothing for DDIM, whatever the value; and where one value does not.
+_OF_SOLVERS = {
+    *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
+    *("final_sigmas_type", "flow_shift", "lambda_min_clipped", "time_shift_type", "predict_x0", "disable_corrector"),
+    "solver_p",
+}
+_OF_FLOWS = {
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "stochastic_sampling")
+}
+_NEUTRAL = {
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+
+@dataclass(frozen=True)
+class DenoisingSteps:
+    """The steps of a sampler, noisiest first. ``timesteps`` and ``previous``, where each step starts and ends, of a
+    flow empty; negative is the final level of noise. ``stochastic``: which of them have a density."""
+
+    timesteps: list[int]
+    previous: list[int]
+    stochastic: list[int]
+
+
+class DdimConfig(Settings):
+    """The fields of diffusers' ``DDIMScheduler`` that it can be sampled by."""
+
+    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    beta_start: float = Field(0.0001, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: list[float] | None = None
+    clip_sample: bool = True
+    clip_sample_range: float = Field(1.0, gt=0, allow_inf_nan=False)
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    thresholding: Literal[False] = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    rescale_betas_zero_snr: bool = False
+
+    def steps(self, count: int) -> DenoisingSteps:
+        """``count`` of them, by diffusers' arithmetic, but for its rounding that gives some counts one more. Raises
+        ValueError where they leave the timesteps that the network was trained on."""
+        total = self.num_train_timesteps
+        if count > total:
+            raise ValueError(f"sampling.steps ({count}) is more than the model's {total} timesteps (its scheduler)")
+        if self.timestep_spacing == "linspace":
+            times = np.linspace(0, total - 1, count).round()[::-1].astype(np.int64)
+        elif self.timestep_spacing == "leading":
+            times = np.arange(count)[::-1] * (total // count) + self.steps_offset
+        else:
+            times = np.round(np.arange(total, 0, -total / count)).astype(np.int64)[:count] - 1
+        if times.min() < 0 or times.max() >= total or (np.diff(times) >= 0).any() or len(times) != count:
+            raise ValueError(
+                f"sampling.steps ({count}) by the scheduler's timestep_spacing {self.timestep_spacing}, steps_offset "
+                f"{self.steps_offset}, are timesteps {times.max()} to {times.min()} of {total}: choose other steps"
+            )
+        self._check_levels()
+        previous = times - total // count
+        noisy = (previous >= 0) | ((times > 0) & (not self.set_alpha_to_one))
+        return DenoisingSteps(times.tolist(), previous.tolist(), np.flatnonzero(noisy).tolist())
+
+    def _check_levels(self) -> None:
+        """Raise ValueError unless ᾱ falls strictly within 0 and 1 in the float32 that it is computed in."""
+        total = self.num_train_timesteps
+        betas = np.linspace(self.beta_start, self.beta_end, total)
+        if self.trained_betas is not None:
+            betas = np.array(self.trained_betas)
+        elif self.beta_schedule == "scaled_linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, total) ** 2
+        elif self.beta_schedule == "squaredcos_cap_v2":
+            levels = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - levels[1:] / levels[:-1], 0.999)
+        alphas = np.cumprod(1 - betas.astype(np.float32), dtype=np.float32)
+        if len(betas) != total or not (1 > alphas[0] >= alphas[-1] > 0 and (np.diff(alphas) < 0).all()):
+            raise ValueError(
+                "scheduler: its betas do not lead from less to more noise in as many steps as num_train_timesteps "
+                f"({total}): check beta_start, beta_end, beta_schedule and trained_betas"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "scheduler: rescale_betas_zero_snr leaves no image in the first step, where a network that predicts "
+                "epsilon gives no number: set it to false, or bring a network with prediction_type v_prediction"
+            )
+
+
+class FlowConfig(Settings):
+    """The fields of diffusers' ``FlowMatchEulerDiscreteScheduler`` that it can be sampled by."""
+
+    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    shift: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    def steps(self, count: int) -> DenoisingSteps:
+        """The last one follows the flow itself and has no density."""
+        return DenoisingSteps([], [], list(range(count - 1)))
+
+
+def read_scheduler(content: Mapping[str, Any], pipeline_class: str) -> DdimConfig | FlowConfig:
+    """What a model is sampled by, of its scheduler's configuration and the class of its pipeline. Raises ValueError
+    naming the class or field that means something else."""
+    name, unsaid = content.get("_class_name"), set(content.get("_use_default_values", ()))
+    fields = {k: v for k, v in content.items() if not k.startswith("_") and k not in unsaid}
+    flow = pipeline_class == "StableDiffusion3Pipeline"
+    schema, free = (FlowConfig, _OF_FLOWS) if flow else (DdimConfig, _OF_SOLVERS)
+    known = ("FlowMatchEulerDiscreteScheduler",) if flow else tuple(_SAME_BETAS)
+    if name not in known:
+        raise ValueError(
+            f"scheduler: a {name} means something else by its fields than what a {pipeline_class} is sampled by here; "
+            f"known are {', '.join(known)}. Bring the model with one of them, if it was trained for it"
+        )
+    for key, value in fields.items():
+        if key not in schema.model_fields and key not in free and value and value not in _NEUTRAL.get(key, ()):
+            raise ValueError(
+                f"scheduler: {key} is not supported ({value!r}, of a {name}): leave it out, or set it to null"
+            )
+    if name.startswith(_OTHER_DEFAULTS) and not {"beta_start", "beta_end"} <= fields.keys():
+        raise ValueError(f"scheduler: a {name} has to say its beta_start and beta_end")
+    if not flow:
+        fields["clip_sample"] = _SAME_BETAS[name] is not None and fields.get("clip_sample", _SAME_BETAS[name])
+        if pipeline_class == "StableDiffusionPipeline":  # which corrects these two by itself
+            fields["clip_sample"] = False
+            if name == "DDIMScheduler" or "steps_offset" in fields:
+                fields["steps_offset"] = 1
+    try:
+        return schema.model_validate({key: value for key, value in fields.items() if key in schema.model_fields})
+    except ValidationError as error:
+        raise ValueError(f"scheduler: {explain(schema, error)}") from error
+
+
+# What Stable Diffusion and XL are sampled by: taken for granted of a model that is still on the hub.
+ASSUMED = DdimConfig(steps_offset=1, set_alpha_to_one=False, clip_sample=False)

@@ -1,0 +1,91 @@
+"""Files of models, read without torch and without trust: what is wrong is one error that names file or directory."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_LARGEST_JSON = 50_000_000  # bytes; a tokenizer's are the largest
+_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
+_TYPES = ("F64", "F32", "F16", "BF16")
+
+Shapes = dict[str, list[int]]
+
+
+class ModelFilesError(ValueError):
+    """A model that cannot be used as it lies there: which directory or file, what is wrong, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Whatever a library raises over the files of ``path`` becomes a ModelFilesError of one line that names it; lack of
+    memory stays what it is."""
+    try:
+        yield
+    except (ModelFilesError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = " ".join(str(error).split())[:500]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ModelFilesError(f"{path}: {kind}{said}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    with reading(file):
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ModelFilesError(f"{file} is larger than any configuration ({_LARGEST_JSON:,} bytes)")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ModelFilesError(f"{file} holds a {type(content).__name__}, not names and values")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that libraries load from ``directory``: one, or the shards that an index names."""
+    for stem in _STEMS:
+        index = directory / f"{stem}.safetensors.index.json"
+        if (single := directory / f"{stem}.safetensors").is_file():
+            return [single]
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+            absent = [name for name in names if Path(name).name != name or not (directory / name).is_file()]
+            if absent or not names:
+                raise ModelFilesError(
+                    f"{index} names {absent[0] if absent else 'no file'}, which is not in its directory"
+                )
+            return [directory / name for name in names]
+    variants = sorted(path.name for path in directory.glob("*.*.safetensors"))
+    pickled = sorted(
+        path.name for kind in ("bin", "ckpt", "pt", "pth", "msgpack", "h5") for path in directory.glob(f"*.{kind}")
+    )
+    found = f"only {(variants or pickled)[0]}" if variants or pickled else "no weights"
+    why = "a variant is not loaded" if variants else "pickled weights are not opened" if pickled else "none to load"
+    raise ModelFilesError(
+        f"{directory} holds {found} ({why}): load it where it comes from and write it with save_pretrained(…, "
+        f"safe_serialization=True) as {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors"
+    )
+
+
+def weight_shapes(directory: Path) -> Shapes:
+    """Names and shapes of what :func:`weight_files` hold, from their headers."""
+    from safetensors import safe_open
+
+    shapes: Shapes = {}
+    for file in weight_files(directory):
+        with reading(file), safe_open(file, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                shapes[name] = list(part.get_shape())
+                if name.endswith(".weight") and part.get_dtype() not in _TYPES:
+                    kind = part.get_dtype()
+                    raise ModelFilesError(
+                        f"{file}: {name} is {kind}; known are {', '.join(_TYPES)}: bring it unquantised"
+                    )
+    if not shapes:
+        raise ModelFilesError(f"{directory} holds no tensors")
+    return shapes
