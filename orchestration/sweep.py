@@ -9,11 +9,11 @@ from pathlib import Path
 from orchestration import tuning
 from orchestration.cluster import connected
 from orchestration.run import stored_config
-from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
 from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
 from orchestration.sweep_run import SweepRun
-from orchestration.trial import FRESH_SEEDS, Trial
+from orchestration.trial import Trial
 from policies.search_space import Point, common_points
 
 
@@ -40,8 +40,7 @@ def _search(run: SweepRun) -> None:
         return tuning.suggested(run, common_points(known))
     if config.scheduler.kind == "pbt":
         return tuning.population(run, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
-    points, seeds = common_points(config.points), range(config.seeds)
-    trials = [Trial.of(root, point, seed) for point in points for seed in seeds]
+    trials = [Trial.of(root, point, seed) for point in config.points for seed in range(config.seeds)]
     # A scheduler compares with what is done as well; without one, that needs no place.
     wanted = [each for each in trials if config.scheduler.kind != "none" or not each.over()]
     return tuning.listed(run, wanted, stopping=True)

@@ -8,11 +8,22 @@ from pydantic import Field, model_validator
 
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
+from orchestration.metric_names import better_end
 from orchestration.tracking import TrackingSettings
 from pipelines.locations import find
-from policies.search_space import Dimension, Point, corner_points, grid_points, random_points, read_space
+from policies.search_space import (
+    MOST_POINTS,
+    Dimension,
+    Point,
+    common_points,
+    corner_points,
+    grid_points,
+    random_points,
+    read_space,
+)
 from policies.settings import Name, Settings
 
+FRESH_SEEDS = 1000  # seeds from here on take no part in the search
 SCHEMAS: dict[str, type[DdpoConfig] | type[MadConfig]] = {"ddpo": DdpoConfig, "mad": MadConfig}
 
 
@@ -40,13 +51,15 @@ class SweepConfig(Settings):
     fixed: dict[str, Any] = Field({}, description="dotted keys that every trial overrides")
     space: dict[str, Any] = Field({}, description="dotted keys and the values to try: a list, or a range")
     search: Literal["grid", "random", "optuna"] = "random"
-    trials: int = Field(8, ge=1, description="points to try; a grid has its own number")
-    seeds: int = Field(1, ge=1, description="runs of each point")
+    trials: int = Field(8, ge=1, le=MOST_POINTS, description="points to try; a grid has its own number")
+    seeds: int = Field(1, ge=1, le=FRESH_SEEDS, description="runs of each point")
     seed: int = Field(0, ge=0, description="of the search")
     scheduler: SchedulerSettings = SchedulerSettings()
     metric: str | None = Field(None, description="what is compared; null: evaluator/full, or the family's distance")
-    mode: Literal["max", "min"] | None = Field(None, description="null: max for ddpo, min for mad")
-    confirm_seeds: int = Field(0, ge=0, description="fresh seeds on which the best point meets the unchanged config")
+    mode: Literal["max", "min"] | None = Field(None, description="null: the better end of the metric")
+    confirm_seeds: int = Field(
+        0, ge=0, le=FRESH_SEEDS, description="fresh seeds on which the best point meets the unchanged config"
+    )
     budget: BudgetSettings = BudgetSettings()
     cpus_per_trial: int | None = Field(None, ge=1, description="null: all that one machine has")
     gpus_per_trial: int = Field(0, ge=0)
@@ -83,9 +96,11 @@ class SweepConfig(Settings):
     @property
     def points(self) -> list[Point]:
         """What a grid or random search will try; for optuna, nothing is known before."""
-        if self.search == "grid":
-            return grid_points(self.dimensions)
-        return random_points(self.dimensions, self.trials, self.seed) if self.search == "random" else []
+        if self.search == "optuna":
+            return []
+        grid = self.search == "grid"
+        found = grid_points(self.dimensions) if grid else random_points(self.dimensions, self.trials, self.seed)
+        return found if self.scheduler.kind == "pbt" else common_points(found)  # members of a population may be alike
 
     @cached_property
     def example(self) -> Any:
@@ -95,7 +110,7 @@ class SweepConfig(Settings):
     @property
     def direction(self) -> Literal["max", "min"]:
         """Whether larger or smaller values of the metric are better."""
-        return self.mode or ("max" if self.loop == "ddpo" else "min")
+        return self.mode or better_end(self.metric or "") or ("max" if self.loop == "ddpo" else "min")
 
     def trial_config(self, point: Point, seed: int, place: Mapping[str, Any] | None = None) -> Any:
         """The configuration of one trial; ``place`` holds its output_dir and tracking. Raises ConfigError."""

@@ -1,12 +1,18 @@
 """Everything that can be wrong with a sweep, found before anything is started, and what a dry run prints."""
 
+import difflib
+from collections.abc import Sequence
+
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, about
+from orchestration.metric_names import MAD, better_end, ddpo_metrics
 from orchestration.run import TEMPLATES
 from orchestration.sweep_config import SweepConfig
 from orchestration.trial import metric_of, period
 from pipelines.pages import fill
-from policies.search_space import Point, corner_points
+from policies.search_space import Point, common_points, corner_points, random_points
+
+_TRIED = 20  # points from within a space, of a search whose own are not known before
 
 
 def preflight_sweep(config: SweepConfig) -> Machine:
@@ -22,7 +28,9 @@ def preflight_sweep(config: SweepConfig) -> Machine:
             "set cpus_per_trial and gpus_per_trial"
         )
     unchanged: list[Point] = [{}] if config.confirm_seeds else []
-    for point in [*unchanged, *(config.points or corner_points(config.dimensions))]:
+    # What a search will ask for is not known before: the ends of every dimension, and points from within.
+    some = [*corner_points(config.dimensions), *random_points(config.dimensions, _TRIED, config.seed)]
+    for point in [*unchanged, *(config.points or common_points(some))]:
         with about(f"at {point or 'the unchanged configuration'}"):
             _check(config, point, Machine(cpus, gpus))
     if config.loop == "ddpo" and config.scheduler.kind != "none" and period(config) >= base.training.steps:
@@ -38,13 +46,24 @@ def _check(config: SweepConfig, point: Point, machine: Machine) -> None:
     if config.loop == "ddpo":
         from orchestration.preflight import preflight
 
-        preflight(settings, machine)
-        return
+        plan = preflight(settings, machine)
+        return _check_metric(config, ddpo_metrics(settings, plan.prompts, plan.unseen))
     from orchestration.mad_preflight import preflight_mad
 
     if len(settings.resolved_arms) > 1:
         raise ConfigError(f"{config.config} has several arms: a trial runs one, so put what differs into space")
     preflight_mad(settings, machine)
+    _check_metric(config, MAD[settings.family])
+
+
+def _check_metric(config: SweepConfig, known: Sequence[str]) -> None:
+    metric = metric_of(config)
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+        raise ConfigError(f"metric {metric!r} is none that such a run reports; {hint}")
+    if config.metric and config.mode is None and better_end(metric) is None:
+        raise ConfigError(f"mode: is {metric} better when it is larger or smaller? Set mode to max or min")
 
 
 def describe_sweep(config: SweepConfig, machine: Machine) -> str:

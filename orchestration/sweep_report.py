@@ -1,6 +1,7 @@
 """What a sweep leaves to look at: a table of its points, pictures, the best point's confirmation, and summary.json."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from rich.table import Table as Lines
 
 from orchestration.html_report import conclude
 from orchestration.run import register
+from orchestration.sweep_config import FRESH_SEEDS
 from orchestration.sweep_run import SweepRun
-from orchestration.trial import FRESH_SEEDS, Trial, reports
-from policies.search_space import Point, common_points, short
+from orchestration.trial import Trial, reports
+from policies.search_space import Point, common_points, exact, short
 from policies.verdicts import interval, plain
 
 
@@ -38,7 +40,9 @@ class Outcome:
         known, manifest, told = trial.known(), trial.manifest(), reports(run.config, trial)
         last: dict[str, Any] = told[-1] if told else {run.metric: None, "step": 0, "images": 0}
         status = "STOPPED" if "stopped" in known else manifest.get("status", "FAILED")
-        ends = status, last[run.metric], last["step"], last["images"], known.get("error")
+        value = last[run.metric]
+        value = value if value is not None and math.isfinite(value) else None  # not a number: nothing to compare
+        ends = status, value, last["step"], last["images"], known.get("error")
         return cls(trial.name, trial.point, trial.seed, *ends, manifest.get("mlflow_run_id"))
 
 
@@ -62,16 +66,16 @@ class Table:
         self.outcomes = [Outcome.of(run, trial) for trial in run.trials()]
         self.points = self._ranked([each for each in self.outcomes if each.seed < FRESH_SEEDS])
         self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
-        self.best = next((point for point in self.points if point.complete), None)
+        self.best = next((point for point in self.points if point.complete and point.values), None)
 
     def searched(self, point: Point) -> list[Outcome]:
         """The trials of a point in the search."""
-        return [each for each in self.outcomes if each.point == point and each.seed < FRESH_SEEDS]
+        return [each for each in self.outcomes if exact(each.point) == exact(point) and each.seed < FRESH_SEEDS]
 
     def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
         found = []
         for point in common_points([each.point for each in outcomes]):
-            mine = [each for each in outcomes if each.point == point]
+            mine = [each for each in outcomes if exact(each.point) == exact(point)]
             values = [each.value for each in mine if each.value is not None]
             mean, low, high = map(float, interval(np.array(values))) if values else (np.nan,) * 3
             complete = all(each.status == "FINISHED" for each in mine)
@@ -85,10 +89,10 @@ class Table:
 
     def confirmation(self) -> dict[str, Any] | None:
         """The best point's gain over the unchanged configuration, paired by fresh seed: positive is better."""
-        means = {json.dumps(each.point): each for each in self.fresh if each.complete}
-        if self.best is None or json.dumps(self.best.point) not in means or "{}" not in means:
+        means = {exact(each.point): each for each in self.fresh if each.complete and each.values}
+        if self.best is None or exact(self.best.point) not in means or "{}" not in means:
             return None
-        best, unchanged = means[json.dumps(self.best.point)], means["{}"]
+        best, unchanged = means[exact(self.best.point)], means["{}"]
         gain = self._better * (np.array(best.values) - np.array(unchanged.values))
         mean, low, high = map(float, interval(gain))
         return {

@@ -15,20 +15,21 @@ from orchestration.sweep_config import BudgetSettings, SweepConfig
 from orchestration.trial import Trial, metric_of, reports, trials_in
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
+_BASE = "trials_start_from"  # in the manifest: what the file that ``config`` names comes to
 
 
 class Budget(Stopper):
     """Stops every trial once the sweep has spent what it may. A trial that it stops can be continued."""
 
-    def __init__(self, settings: BudgetSettings, seconds_before: float) -> None:
+    def __init__(self, settings: BudgetSettings, seconds_before: float, images_before: dict[str, int]) -> None:
         self._settings = settings
         self._started = time.monotonic() - seconds_before
-        self._images: dict[str, int] = {}
+        self._images = images_before  # by the trial's name
         self.spent = False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Note what a trial has used. Trials of earlier sessions tell it again when they answer."""
-        self._images[trial_id] = result.get("images", 0)
+        """Note what a trial has used."""
+        self._images[result["trial"]] = result["images"]
         return False
 
     def stop_all(self) -> bool:
@@ -54,14 +55,19 @@ class SweepRun(Run):
         for key in _DECIDES if held else ():
             if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
+        manifest[_BASE] = config.example.model_dump(mode="json")
+        if held and held.get(_BASE, manifest[_BASE]) != manifest[_BASE]:
+            raise ConfigError(f"{config.config} is another than the sweep in {directory} began with: put it back")
         self.metric = metric_of(config)
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
         total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
-        self._done = {trial.name for trial in trials_in(directory) if trial.over()}
+        begun = list(trials_in(directory))
+        self._done = {trial.name for trial in begun if trial.over()}
         super().__init__(directory, config, manifest, total, len(self._done), rows=(row,), unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
-        self.budget = Budget(config.budget, self._wall_before)
+        used = {trial.name: told[-1]["images"] for trial in begun if (told := reports(config, trial))}
+        self.budget = Budget(config.budget, self._wall_before, used)
 
     def opened(self) -> None:
         """Tell MLflow what is swept."""

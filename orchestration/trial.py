@@ -7,6 +7,7 @@ one that is done answers from what it left. What a trial tells is what its journ
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +16,12 @@ from typing import Any, Self
 
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.ddpo_run import DdpoRun
+from orchestration.metric_names import EVALUATED, MAD
 from orchestration.run import is_free, known_manifest
-from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
 from pipelines.atomic import read_lines, write_json
-from policies.search_space import Point, short
+from policies.search_space import Point, exact, short
 
-FRESH_SEEDS = 1000  # seeds from here on take no part in the search
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
 
 
@@ -36,9 +37,10 @@ class Trial:
     @classmethod
     def of(cls, root: Path, point: Point, seed: int) -> Self:
         """The trial of a point and a seed in a sweep's directory."""
-        values = [f"{key.rsplit('.', 1)[-1]}={_in_a_name(value)}" for key, value in point.items()] or ["unchanged"]
-        exact = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:6]
-        return cls(root, "-".join([*values, f"seed{seed}"])[:200] + f"-{exact}", point, seed)
+        values = [f"{key.rsplit('.', 1)[-1]}={short(value)}" for key, value in point.items()] or ["unchanged"]
+        readable = re.sub(r"[^A-Za-z0-9+=._-]", "_", "-".join(values))[:100]
+        digest = hashlib.sha256(f"{exact(point)} {seed}".encode()).hexdigest()[:12]
+        return cls(root, f"{readable}-seed{seed}-{digest}", point, seed)
 
     @classmethod
     def member(cls, root: Path, number: int, point: Point) -> Self:
@@ -94,31 +96,30 @@ def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
         if manifest.get("status") != "FINISHED":
             return []
         (arm,) = json.loads(path.read_text())["arms"].values()
-        if metric not in arm["metrics"]:
-            raise ConfigError(f"metric {metric!r} is not measured; there are: {', '.join(arm['metrics'])}")
         values = arm["metrics"][metric]["mean"]
-        return [{metric: values[-1], "step": len(values), "images": 0}]
+        return [{metric: values[-1], "step": len(values), "images": 0, "trial": trial.name}]
     lines = read_lines(trial.directory / "metrics.jsonl")
     committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
     each = manifest["config"]["training"]["images_per_step"] if lines else 0
     last = manifest["config"]["training"]["steps"] if lines else 0
     due = [line for line in committed if metric in line and (line["step"] % period(sweep) == 0 or line["step"] == last)]
-    return [{metric: line[metric], "step": line["step"], "images": line["step"] * each} for line in due]
+    return [
+        {metric: line[metric], "step": line["step"], "images": line["step"] * each, "trial": trial.name} for line in due
+    ]
 
 
 def period(sweep: SweepConfig) -> int:
     """Steps between two reports of a DDPO trial: what it reports is measured and committed."""
     config: DdpoConfig = sweep.example
     measured = config.evaluation.every or config.training.steps
-    return math.lcm(config.checkpoint.every, measured if metric_of(sweep).startswith("eval") else 1)
+    return math.lcm(config.checkpoint.every, measured if metric_of(sweep).startswith(EVALUATED) else 1)
 
 
 def metric_of(sweep: SweepConfig) -> str:
     """The metric that a sweep compares."""
     if sweep.metric or sweep.loop == "ddpo":
         return sweep.metric or "evaluator/full"
-    distances = {"gaussian": "w2_squared", "categorical": "total_variation", "mixture": "frechet"}
-    return distances.get(sweep.example.family, "fid")
+    return MAD[sweep.example.family][0]
 
 
 def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any]) -> None:
@@ -175,7 +176,3 @@ def trials_in(root: Path) -> Iterator[Trial]:
     for path in sorted((root / "records").glob("*.json")):
         known = json.loads(path.read_text())
         yield Trial(root, path.stem, known["point"], known["seed"])
-
-
-def _in_a_name(value: Any) -> str:
-    return "".join(letter if letter.isalnum() or letter in "+-._" else "_" for letter in short(value))

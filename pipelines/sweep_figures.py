@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.figures import _FAINT, _INK, _LINES, _dress, _save, _sheet
-from policies.search_space import short
+from policies.search_space import exact, short
 
 Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each trial that has one
 
@@ -68,9 +68,10 @@ def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -
     import pandas
     from matplotlib.colors import LogNorm
 
-    table = pandas.DataFrame([{"across": point[across], "up": point[up], "value": value} for point, value in tried])
+    (places, columns), (heights, rows) = (_places([point[key] for point, _ in tried]) for key in (across, up))
+    table = pandas.DataFrame({"across": places, "up": heights, "value": [value for _, value in tried]})
     plane = table.pivot_table("value", "up", "across")
-    columns, rows, mean = list(plane.columns), list(plane.index), plane.to_numpy()
+    columns, rows, mean = columns or list(plane.columns), rows or list(plane.index), plane.to_numpy()
     known = mean[np.isfinite(mean)]
     scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
     figure, (axes,) = _sheet(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
@@ -92,5 +93,6 @@ def _places(column: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
     """Where values stand on an axis; those that are no numbers stand side by side, with their labels."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
         return np.array(column, dtype=float), None
-    labels = sorted({str(value) for value in column})
-    return np.array([labels.index(str(value)) for value in column], dtype=float), labels
+    texts = [value if isinstance(value, str) else exact(value) for value in column]
+    labels = sorted(set(texts))
+    return np.array([labels.index(text) for text in texts], dtype=float), [short(label) for label in labels]

@@ -4,6 +4,8 @@ A dimension is a list of values, or one of ``{uniform: [low, high]}``, ``{log_un
 ``{integers: [low, high]}`` (both ends included).
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +15,7 @@ import numpy as np
 
 Point = dict[str, Any]
 Kind = Literal["values", "uniform", "log_uniform", "integers"]
+MOST_POINTS = 10_000
 _RANGES = ("uniform", "log_uniform", "integers")
 
 
@@ -29,18 +32,23 @@ class Dimension:
         if isinstance(content, list | tuple):
             if not content:
                 raise ValueError(f"space.{key} is an empty list: give the values to try")
-            return cls("values", tuple(content))
+            return cls("values", tuple(json.loads(json.dumps(content))))  # lists in lists, as records keep them
         if not isinstance(content, Mapping) or len(content) != 1 or next(iter(content)) not in _RANGES:
             raise ValueError(f"space.{key} is neither a list of values nor one of {', '.join(_RANGES)}: [low, high]")
         kind, ends = next(iter(content.items()))
-        numbers = isinstance(ends, list | tuple) and all(isinstance(end, int | float) for end in ends)
+        numbers = isinstance(ends, list | tuple) and all(type(end) in (int, float) for end in ends)
         if not numbers or len(ends) != 2 or not ends[0] < ends[1]:
             raise ValueError(f"space.{key}.{kind} is {ends!r}: give two numbers, the lower first")
         if kind == "log_uniform" and ends[0] <= 0:
             raise ValueError(f"space.{key}.log_uniform starts at {ends[0]}: a logarithm needs more than 0")
         if kind == "integers" and not all(isinstance(end, int) for end in ends):
             raise ValueError(f"space.{key}.integers is {list(ends)}: give whole numbers")
-        return cls(kind, tuple(ends))
+        found = cls(kind, tuple(ends))
+        try:
+            found.draw(np.random.default_rng(0))
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"space.{key}.{kind} is {list(ends)}, too wide to draw from: {error}") from error
+        return found
 
     def draw(self, random: np.random.Generator) -> Any:
         """One value, as plain Python."""
@@ -70,6 +78,9 @@ def grid_points(space: Mapping[str, Dimension]) -> list[Point]:
     for key, dimension in space.items():
         if dimension.kind != "values":
             raise ValueError(f"space.{key} is a range, and a grid takes lists: list its values, or set search=random")
+    count = math.prod(len(dimension.values) for dimension in space.values())
+    if count > MOST_POINTS:
+        raise ValueError(f"space: the grid has {count:,} points, {MOST_POINTS:,} at most; shorten it or draw from it")
     return [
         dict(zip(space, values, strict=True)) for values in product(*(dimension.values for dimension in space.values()))
     ]
@@ -89,9 +100,15 @@ def corner_points(space: Mapping[str, Dimension]) -> list[Point]:
 
 def short(value: Any) -> str:
     """A value of a point, for people."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:28]}…{text[-11:]}"
+
+
+def exact(value: Any) -> str:
+    """A point, or a value of one, as text that is no other's: 1, 1.0 and true are three values."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def common_points(points: Sequence[Point]) -> list[Point]:
     """The different points, in the order they first appear."""
-    return [point for index, point in enumerate(points) if point not in points[:index]]
+    return list({exact(point): point for point in points}.values())

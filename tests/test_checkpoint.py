@@ -246,7 +246,9 @@ def test_what_is_no_directory_in_place_of_one_is_replaced(tmp_path: Path, in_pla
 
 def test_a_damaged_line_of_a_journal_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = atomic.as_lines(atomic.with_digest({"step": step, "reward/mean": 0.25}) for step in range(1, 7)).split(b"\n")
+    lines = atomic.as_lines(atomic.with_digest({"step": step, "reward/mean": 0.25}) for step in range(1, 7)).split(
+        b"\n"
+    )
     lines[1] = lines[1][:20]
     lines[2] = b'{"a": 1}'
     lines[3] = lines[3].replace(b"0.25", b"0.35")

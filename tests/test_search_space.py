@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.search_space import Dimension, common_points, corner_points, grid_points, random_points, read_space
+from policies.search_space import Dimension, common_points, corner_points, exact, grid_points, random_points, read_space
 
 
 def test_a_grid_is_every_combination_once() -> None:
@@ -31,11 +31,29 @@ def test_a_grid_refuses_a_range() -> None:
         ({"log_uniform": [0, 1]}, "more than 0"),
         ({"integers": [0.5, 2]}, "whole numbers"),
         (3, "neither a list"),
+        ({"uniform": [False, True]}, "two numbers"),
+        ({"integers": [0, 2**64]}, "too wide to draw from"),
+        ({"uniform": [-1.7e308, 1.7e308]}, "too wide to draw from"),
     ],
 )
 def test_a_dimension_that_cannot_be_read_is_named(content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"space\.lr.*{message}"):
         Dimension.read("lr", content)
+
+
+def test_a_grid_that_nobody_can_wait_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the grid has 10,000,000,000 points, 10,000 at most"):
+        grid_points(read_space({f"key{number}": [*range(10)] for number in range(10)}))
+
+
+def test_equal_numbers_of_other_kinds_are_other_points() -> None:
+    points = [{"a": 1}, {"a": 1.0}, {"a": True}, {"a": 1}, {"a": [1, 2]}, {"a": [1, 2]}]
+    assert [exact(point) for point in common_points(points)] == [
+        '{"a": 1}',
+        '{"a": 1.0}',
+        '{"a": true}',
+        '{"a": [1, 2]}',
+    ]
 
 
 def test_an_empty_space_is_refused() -> None:

@@ -6,14 +6,20 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from orchestration.config import ConfigError, load_config
+from orchestration.metric_names import MAD, ddpo_metrics
 from orchestration.sweep_config import SweepConfig
 from orchestration.sweep_preflight import describe_sweep, preflight_sweep
+from orchestration.trial import Trial
+from policies.search_space import exact
 from tests.models import build_tiny_pipeline
 from tests.processes import start, wait_until
 
@@ -111,11 +117,121 @@ def statuses(directory: Path) -> dict[str, str]:
         ({"register_as": "best"}, "only DDPO trials"),
         ({"budget": {"reward_queries": 5}}, "the MAD loop asks no reward"),
         ({"space": {"sampling_bias": {"uniform": [0.5, 1.0]}}}, "is a range, and a grid takes lists"),
+        ({"metric": "w2_square"}, "none that such a run reports; did you mean 'w2_squared'"),
+        ({"metric": "fid"}, "there are: w2_squared, variance, mean_square, log_det"),
+        ({"metric": "variance"}, "mode: is variance better when it is larger or smaller"),
+        ({"seeds": 1001}, "seeds: "),
+        ({"trials": 10**9}, "trials: "),
+        ({"search": "optuna", "space": {"n_ini": {"integers": [30, 60]}, "fresh_fraction": [0.5]}}, "n_ini"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_before_it_starts(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         preflight_sweep(configure(PHASE, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "reward/meen"}, "did you mean 'reward/mean'"),
+        ({"metric": None}, "metric 'evaluator/full' is none that such a run reports"),
+        ({"metric": "unseen/full"}, "is none that such a run reports"),
+        (
+            {"metric": "policy/clip_fraction", "fixed": {"training.objective": "negative_aware"}},
+            "is none that such a run",
+        ),
+        ({"metric": "policy/loss"}, "mode: is policy/loss better"),
+    ],
+)
+def test_a_metric_that_no_trial_reports_is_refused_before_it_starts(
+    tiny: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight_sweep(configure(tiny, **changes))
+
+
+def test_the_metrics_of_closed_form_families_are_those_that_they_measure() -> None:
+    from pipelines.families import settings
+    from pipelines.families.categorical import CategoricalGenerator
+    from pipelines.families.gaussian import GaussianGenerator
+    from pipelines.families.mixture import measure_points, mode_centres
+
+    for name, kind, own in (
+        ("gaussian", GaussianGenerator, settings.GaussianSettings()),
+        ("categorical", CategoricalGenerator, settings.CategoricalSettings()),
+    ):
+        model: Any = kind
+        assert tuple(model.fit(own, model.truth(own, [0], 0, 50), [0]).measure()) == MAD[name]
+    points = np.random.default_rng(0).normal(size=(2, 30, 2))
+    assert tuple(measure_points(*points, mode_centres(4))) == MAD["mixture"]
+
+
+POINTS = st.dictionaries(
+    st.sampled_from(["a.rate", "b.rate", "rule", "größe"]),
+    st.one_of(
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.integers(),
+        st.booleans(),
+        st.text("a/_ =-.\x01ø字", max_size=200),
+        st.lists(st.sampled_from([0.5, 0.1]), min_size=60, max_size=60),
+    ),
+    max_size=3,
+)
+
+
+@given(POINTS, POINTS, st.integers(0, 1100), st.integers(0, 1100))
+@example({"fresh_fraction": [0.5] * 60}, {"fresh_fraction": [0.5] * 60}, 0, 1)
+@example({"fresh_fraction": [0.5] * 60}, {"fresh_fraction": [0.5] * 59 + [0.1]}, 0, 0)
+@example({"a": 1}, {"a": True}, 0, 0)
+@example({"a": "x"}, {"a": "X"}, 0, 0)
+@example({"a": 0.1}, {"a": 0.1 + 1e-16}, 0, 0)
+def test_every_trial_has_a_directory_of_its_own(one: Any, other: Any, seed: int, next_seed: int) -> None:
+    """Also on a disk that folds capitals, and with room for what is put around the name."""
+    first, second = (Trial.of(Path("sweep"), *each) for each in ((one, seed), (other, next_seed)))
+    same = exact(one) == exact(other) and seed == next_seed
+    assert (first.name.lower() == second.name.lower()) == same
+    assert len(first.record.name.encode()) < 200
+    assert Path(first.name).name == first.name
+
+
+SHARES = st.floats(0.05, 1)
+SPACES = st.fixed_dictionaries(
+    {},
+    optional={
+        "fresh_fraction": st.lists(
+            st.floats(0.05, 1) | st.lists(st.floats(0.05, 1), min_size=4, max_size=4), min_size=1
+        ),
+        "sampling_bias": st.lists(st.floats(0.01, 1.2), min_size=1, max_size=3) | st.just({"uniform": [0.2, 0.9]}),
+        "n_ini": st.lists(st.integers(1, 60), min_size=1, max_size=3) | st.just({"integers": [20, 60]}),
+        "covariance": st.lists(st.sampled_from(["sample", "unbiased", "maximum_likelihood", 3]), min_size=1),
+        "dimension": st.lists(st.integers(0, 3) | st.just(2.0) | st.just(True), min_size=1, max_size=3),
+    },
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    SPACES,
+    st.sampled_from(["grid", "random", "optuna"]),
+    st.integers(1, 3),
+    st.sampled_from([None, "w2_squared", "fid"]),
+)
+@example({"fresh_fraction": [0.5, 0.5, 1.0]}, "grid", 2, None)
+def test_an_accepted_sweep_can_run_every_trial(space: Any, search: str, seeds: int, metric: str | None) -> None:
+    """Each of its points is a configuration of the loop, each trial of it has a directory of its own."""
+    try:
+        config = configure(PHASE, space=space, search=search, seeds=seeds, metric=metric, trials=5)
+        preflight_sweep(config)
+    except ConfigError:
+        return
+    trials = [Trial.of(Path("s"), point, seed) for point in config.points for seed in range(seeds)]
+    assert len({trial.directory for trial in trials}) == len(trials)
+    for trial in trials:
+        place = {"output_dir": str(trial.directory), "tracking": {"system_metrics": False}}
+        settings = config.trial_config(trial.point, trial.seed, place)
+        assert settings.seed_list == [trial.seed]
+    assert trials or search == "optuna"
+    assert config.direction == "min"
 
 
 def test_a_scheduler_that_would_see_nothing_is_refused(tiny: dict[str, Any]) -> None:
@@ -185,6 +301,12 @@ def test_successive_halving_stops_the_worse_and_confirms_the_best(
     assert complete
     assert {each["step"] for each in stopped} <= {2, 4}
     assert {each["step"] for each in complete} == {6}
+    journal = directory / "trials" / complete[0]["name"] / "metrics.jsonl"
+    reported = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
+    example = configure(content).example
+    odd = {"step", "timestamp_ms", "digest", "seconds/evaluate", "seconds/commit"}
+    timesteps = {key for key in reported if key.startswith("first_update_error/")}
+    assert reported - odd - timesteps == set(ddpo_metrics(example, ["a", "b", "c", "d"], []))
     assert found["reward_queries"] == sum(12 * each["step"] for each in found["trials"])
     assert found["best"]["mean"] == max(each["value"] for each in complete)
     assert len(found["confirmation"]["best"]) == len(found["confirmation"]["unchanged"]) == 1
