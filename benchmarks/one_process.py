@@ -17,13 +17,13 @@ import torch
 
 from orchestration.config import DdpoConfig, load_config
 from orchestration.evaluation import Evaluation, fixed_work
-from orchestration.preflight import read_prompts
 from orchestration.run import git_commit
 from pipelines.captioner import Captioner
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.evaluator import load_evaluator
 from pipelines.learning import DiffusionLearner
 from pipelines.locations import resolve_model
+from pipelines.prompts import read_prompts
 from pipelines.rewards import load_reward, score
 from pipelines.trainable import load_weights
 from pipelines.trajectory import Trajectory

@@ -13,30 +13,33 @@ from pipelines.denoisers import check_guidance, check_lora, denoising_steps, ins
 from pipelines.locations import check_model, find
 from pipelines.model_files import read_json, weight_shapes
 from pipelines.pages import fill
+from pipelines.prompts import read_prompts, unseen_words
 from pipelines.rewards.options import OPTIONS
 from pipelines.settings import CaptionerSettings, RewardSettings
-
-UNSEEN = "[unseen]"  # in a file of prompts: those below are for evaluations alone
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be started: prompts, those of evaluations alone, actors, and the nodes that they are to fit on."""
+    """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, and
+    what is worth a warning."""
 
     prompts: list[str]
     unseen: list[str]
     roles: list[Role]
     offers: Sequence[Offer]
+    notes: Sequence[str] = ()
 
 
 def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     with about():
+        notes: list[str] = []
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
         if directory := find(config.model.path):  # the hub is asked by whoever loads
             files = inspect(directory)
             check_guidance(files, config.sampling.guidance_scale)
+            notes = unseen_words([*prompts, *unseen], files)
             if config.model.lora_rank:
                 check_lora(files, config.model.lora_targets)
         if config.captioner.path:
@@ -50,7 +53,7 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         roles, offers = seat(config, machine or find_machine(config.actors.device))
-    return Plan(prompts, unseen, roles, offers)
+    return Plan(prompts, unseen, roles, offers, notes)
 
 
 def seat(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
@@ -75,29 +78,6 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
         with contextlib.suppress(ConfigError):
             return with_learners(count)
     return with_learners(1)
-
-
-def read_prompts(path: str) -> tuple[list[str], list[str]]:
-    """The prompts of a text file, one a line, and those after the line ``[unseen]``, which are for evaluations alone.
-
-    Blank lines and lines that start with # are left out.
-    """
-    found = find(path)
-    if found is None or not found.is_file():
-        raise ValueError(f"prompts: there is no file {path!r}")
-    try:
-        lines = [line.strip() for line in found.read_text().splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path!r} is not a text file") from error
-    given = [line for line in lines if line and not line.startswith("#")]
-    seen = given.index(UNSEEN) if UNSEEN in given else len(given)
-    prompts, unseen = given[:seen], given[seen + 1 :]
-    if not prompts:
-        raise ValueError(f"prompts: {path!r} holds no prompt to train on")
-    repeated = len(given) - len(set(given))
-    if repeated:
-        raise ValueError(f"prompts: {path!r} repeats {repeated} of its prompts; each may stand once")
-    return prompts, unseen
 
 
 def learnable_steps(config: DdpoConfig) -> int:

@@ -1,12 +1,12 @@
 """Files of models, read without torch and without trust: what is wrong is one error that names file or directory."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_LARGEST_JSON = 50_000_000  # bytes; a tokenizer's are the largest
+from pipelines import atomic
+
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
 _TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -35,13 +35,10 @@ def reading(path: object) -> Iterator[None]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
-    with reading(file):
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ModelFilesError(f"{file} is larger than any configuration ({_LARGEST_JSON:,} bytes)")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ModelFilesError(f"{file} holds a {type(content).__name__}, not names and values")
-    return content
+    try:
+        return atomic.read_json(file)
+    except atomic.DamagedFiles as error:
+        raise ModelFilesError(str(error)) from error
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -10,8 +10,9 @@ import torch
 from orchestration.cluster import Machine, imagine_machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.memory_plan import memory_plan
-from orchestration.preflight import describe, preflight, read_prompts
+from orchestration.preflight import describe, preflight
 from pipelines.locations import CHECKOUT
+from pipelines.prompts import read_prompts
 from tests.test_config import command
 
 CONFIGS = CHECKOUT / "configs"

@@ -160,9 +160,7 @@ def test_directories_of_classes_are_splits(tmp_path: Path) -> None:
         data = load(tmp_path, split=split)
         assert (data.images == shade).all()
         assert (list(data.classes), data.labels is not None and data.labels.tolist()) == (["a", "b"], [0, 1])
-    with pytest.raises(
-        ValueError, match=r"classes \(held, train\) and none is called test: set data.split"
-    ):
+    with pytest.raises(ValueError, match=r"classes \(held, train\) and none is called test: set data.split"):
         load(tmp_path, split="test")
 
 
