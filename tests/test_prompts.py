@@ -65,7 +65,10 @@ def test_a_plan_says_what_the_model_does_not_read(tmp_path: Path) -> None:
     options = [f"prompts={path}", "training.images_per_step=24", "evaluation.evaluator=null"]
     config = load_config(DdpoConfig, CHECKOUT / "configs/ddpo/digits.yaml", options)
     printed = describe(config, preflight(config))
-    assert f"warning: tokenizer reads 14 of the 19 tokens of prompt 1, '{LONG}': 'on a white background' is" in printed
+    assert (
+        f"warning: tokenizer reads 14 of the 19 tokens of prompt 1, '{LONG}': 'background on a white background' is"
+        in printed
+    )
     assert "warning: prompts 2 and 3 are one to the model, which reads the same of 'a blue two" in printed
     assert printed.count("warning") == 2
 
@@ -81,6 +84,6 @@ def test_several_text_encoders_are_asked(tmp_path: Path) -> None:
     config.write_text(config.read_text(encoding="utf-8").replace(": 12", ": 40"), encoding="utf-8")
     assert len(unseen_words(prompts, xl)) == 2
     shutil.rmtree(xl.directory / "tokenizer")
-    with pytest.raises(ValueError, match="tokenizer_config.json cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
         unseen_words(prompts, xl)
     assert unseen_words(prompts, inspect(build_tiny_pixels(tmp_path / "pixels"))) == []
