@@ -87,9 +87,9 @@ def _check_arm(arm: ArmSettings) -> None:
     if arm.rule == "verified" and arm.family in CLOSED_FORM:
         raise ValueError(f"rule verified needs images, as its verifier is a classifier: family {arm.family} has none")
     if arm.rule == "curated" and arm.reward not in BUILT_IN:
-        from pipelines.rewards import import_function
+        from pipelines.rewards import check_function
 
-        import_function(arm.reward, "reward", BUILT_IN)
+        check_function(arm.reward, "reward", ("values", "labels"), None, BUILT_IN)
     if arm.rule == "curated" and arm.reward == "confidence" and arm.family in CLOSED_FORM:
         raise ValueError(f"reward confidence needs images: for family {arm.family} set reward=first_coordinate")
 

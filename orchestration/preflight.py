@@ -47,7 +47,7 @@ def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
             raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
-        _check_rewards(config.reward)
+        _check_rewards(config.reward, [*prompts, *unseen])
         if config.evaluation.evaluator:
             _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
         _check_sizes(config, prompts)
@@ -86,14 +86,17 @@ def learnable_steps(config: DdpoConfig) -> int:
     return len(config.training.learnable_steps(steps, denoising_steps(config.model.path, steps).stochastic))
 
 
-def _check_rewards(settings: RewardSettings) -> None:
-    from pipelines.rewards import import_function
+def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
+    from pipelines.rewards import check_function
 
     for name, options in settings.functions.items():
         for option, path in options.model_paths.items():
             check_model(path, options.models[option], f"reward.options.{name}.{option}")
         if name not in OPTIONS:
-            import_function(name)
+            asked = ("images", "prompts", "captions")
+            check_function(name, "reward.function", asked, options.model_dump(), list(OPTIONS))
+        with about(f"reward.function {name}"):
+            options.check(prompts)
 
 
 def _check_evaluator(path: str, prompts: list[str]) -> None:
@@ -112,7 +115,10 @@ def _check_caption_length(captioner: CaptionerSettings) -> None:
     if (directory := find(captioner.path or "")) is None:
         return
     weight_shapes(directory)
-    text = read_json(directory / "config.json").get("text_config")
+    told = read_json(directory / "config.json")
+    if told.get("model_type") not in ("blip", "blip-2"):
+        raise ValueError(f"captioner.path {captioner.path}: {told.get('model_type')} is no model of BLIP or BLIP-2")
+    text = told.get("text_config")
     positions = text.get("max_position_embeddings", 512) if isinstance(text, dict) else 512
     if isinstance(positions, int) and captioner.max_new_tokens > positions:
         raise ValueError(

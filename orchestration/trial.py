@@ -38,7 +38,7 @@ class Trial:
     def of(cls, root: Path, point: Point, seed: int) -> Self:
         """The trial of a point and a seed in a sweep's directory."""
         values = [f"{key.rsplit('.', 1)[-1]}={short(value)}" for key, value in point.items()] or ["unchanged"]
-        readable = re.sub(r"[^A-Za-z0-9+=._-]", "_", "-".join(values))[:100]
+        readable = re.sub(r"[^A-Za-z0-9+=._-]+", "_", "-".join(values))[:100]
         digest = hashlib.sha256(f"{exact(point)} {seed}".encode()).hexdigest()[:12]
         return cls(root, f"{readable}-seed{seed}-{digest}", point, seed)
 

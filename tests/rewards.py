@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,51 @@ def minus_square(values: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
 def one_number(values: np.ndarray, labels: np.ndarray | None) -> float:
     """Not one number a sample."""
     return 1.0
+
+
+def two_arguments(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+    """Cannot be asked as rewards are."""
+    return [0.0] * len(prompts)
+
+
+async def later(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> list[float]:
+    """Returns no numbers, but a promise."""
+    return [0.0] * len(prompts)
+
+
+def one_by_one(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> Iterator[float]:
+    """Yields its numbers."""
+    yield from [0.0] * len(prompts)
+
+
+class Holds:
+    """A class that holds what it needs."""
+
+    def __init__(self, path: str, weight: float = 1.0) -> None:
+        raise AssertionError("a dry run makes none")
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> list[float]:
+        raise AssertionError("a dry run asks nothing")
+
+
+class NeverCalled:
+    """Its instances cannot be called."""
+
+
+class AskedForTwo:
+    """Its instances take two arguments."""
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+        raise AssertionError("a dry run asks nothing")
+
+
+def fails(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> list[float]:
+    """A reward with a mistake in it."""
+    return _deeper({"weights": 1.0})
+
+
+def _deeper(table: dict[str, float]) -> list[float]:
+    return [table["the weights"]]
 
 
 HANG = Path(tempfile.gettempdir()) / f"ouroboros-hang-{os.getuid()}"

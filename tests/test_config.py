@@ -81,6 +81,50 @@ WRONG = {
     "reward in a missing module": (["reward.function=no_such_module:f"], "cannot be imported"),
     "reward that a module lacks": (["reward.function=math:niceness"], "has no 'niceness'"),
     "reward that cannot be called": (["reward.function=math:pi"], "cannot be called"),
+    "a reward of two arguments": (
+        ["reward.function=tests.rewards:two_arguments"],
+        "takes (images: numpy.ndarray, prompts: collections.abc.Sequence[str])",
+    ),
+    "a reward without its option": (["reward.function=tests.rewards:jitter"], "missing a required argument: 'size'"),
+    "a reward with another option": (
+        ["reward.function=tests.rewards:jitter", "reward.options={tests.rewards:jitter: {sise: 3}}"],
+        "did you mean 'size'",
+    ),
+    "a reward that is async": (["reward.function=tests.rewards:later"], "async or yields"),
+    "a reward that yields": (["reward.function=tests.rewards:one_by_one"], "async or yields"),
+    "a class without its argument": (["reward.function=tests.rewards:Holds"], "missing a required argument: 'path'"),
+    "a class with another option": (
+        [
+            "reward.function=tests.rewards:Holds",
+            "reward.options={tests.rewards:Holds: {path: x, wieght: 2}}",
+        ],
+        "did you mean 'weight'",
+    ),
+    "a class whose instances cannot be called": (
+        ["reward.function=tests.rewards:NeverCalled"],
+        "has no __call__(self, images, prompts, captions)",
+    ),
+    "a class whose instances take two arguments": (
+        ["reward.function=tests.rewards:AskedForTwo"],
+        "too many positional arguments",
+    ),
+    "a layer that no encoder has": (
+        ["reward.function=bertscore_f1", "reward.options.bertscore_f1.layer=40"],
+        "layer is 40, but",
+    ),
+    "prompts without a fact": (
+        ["reward.function=strict", "reward.options.strict.ignored=a red seven on black background"],
+        "holds no word but those that are ignored",
+    ),
+    "questions that are nowhere": (
+        [
+            "reward.function=blip_vqa",
+            "reward.options.blip_vqa.model=models/digits/captioner",
+            "reward.options.blip_vqa.questions=configs/ddpo/digits.yaml",
+        ],
+        "digits.yaml is not a mapping of prompts to lists",
+    ),
+    "a captioner that is none": (["captioner.path=models/digits/evaluator"], "is no model of BLIP or BLIP-2"),
     "GPU where there is none": (["actors.device=cuda"], "no GPU was found"),
     "too many threads": (["actors.placement=spread", "actors.threads.sampler=64"], "CPUs"),
     "too many samplers": (["actors.placement=spread", "actors.samplers=99"], "CPUs"),
@@ -253,6 +297,11 @@ def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "2 []"
+
+
+def test_a_class_of_ones_own_is_checked_and_not_made() -> None:
+    options = ["reward.function=tests.rewards:Holds", "reward.options={tests.rewards:Holds: {path: x, weight: 2}}"]
+    assert preflight(load_config(DdpoConfig, DIGITS, options), Machine(2, 0)).prompts
 
 
 def test_an_error_cannot_speak_to_the_terminal(

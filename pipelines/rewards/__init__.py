@@ -5,9 +5,11 @@ prompt and one caption (or None, if there is no captioner) an image, and one fin
 better. One's own is named by its import path, ``reward.function=my_module:my_function``.
 """
 
+import difflib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,35 @@ def import_function(path: str, setting: str = "reward.function", built_in: Seque
     if not callable(function):
         raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
     return function
+
+
+def check_function(
+    path: str, setting: str, asked: Sequence[str], options: Mapping[str, Any] | None, built_in: Sequence[str]
+) -> None:
+    """Raise ValueError unless what ``module:function`` leads to can be called with the arguments ``asked`` and
+    ``options``. Those of a class make the instance that is called; None: no class is wanted. Nothing is called."""
+    own, given = import_function(path, setting, built_in), dict(options or {})
+    if isinstance(own, type) and options is None:
+        raise ValueError(f"{setting} {path!r} is a class: name a function of {', '.join(asked)}")
+    steps = [(own, asked, given)]
+    if isinstance(own, type):
+        if "__call__" not in dir(own):
+            raise ValueError(f"{setting} {path!r}: the class has no __call__(self, {', '.join(asked)})")
+        steps = [(own, (), given), (functools.partial(own.__call__, None), asked, {})]
+    for function, positional, keywords in steps:
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(inspect.unwrap(function)):
+            raise ValueError(f"{setting} {path!r} is async or yields: it has to return its numbers")
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # written in C, some say nothing of their arguments
+            continue
+        try:
+            signature.bind(*positional, **keywords)
+        except TypeError as error:
+            unknown = [name for name in keywords if name not in signature.parameters]
+            near = difflib.get_close_matches(unknown[0], signature.parameters, n=1) if unknown else []
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{setting} {path!r} takes {signature}: {error}{hint}") from error
 
 
 def score(

