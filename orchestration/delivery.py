@@ -29,6 +29,7 @@ class Delivery:
     def __init__(self, store: MlflowStore, directory: Path, run: str) -> None:
         self._store, self._directory = store, directory.resolve()
         self._own = {run}
+        self._repositories: dict[str, Any] = {}  # run → where its artifacts go
         self._answered = float("-inf")
 
     def admit(self, run: str) -> None:
@@ -130,7 +131,7 @@ class Delivery:
         """Files named as MLflow's own ``log_image`` names them; told twice, they are overwritten."""
         files = [plain_file(self._directory, f"outbox/{name}") for name in record.files]
         for file in files:
-            self._store.client.log_artifact(run, str(file), "images")
+            self._upload(run, file, "images")
         _raise_all(self._tags(run, {"mlflow.loggedImages": "True"}))
         for file in files:
             file.unlink()
@@ -149,8 +150,16 @@ class Delivery:
             ]
         for file in files:
             place = posixpath.join(record.under, file.parent.relative_to(top.parent).as_posix())
-            place = posixpath.normpath(place) if place else "."
-            self._store.client.log_artifact(run, str(file), None if place == "." else place)
+            self._upload(run, file, posixpath.normpath(place))
+
+    def _upload(self, run: str, file: Path, place: str) -> None:
+        """Not by MLflow's client: what that remembers of a run is wrong once the run's directory is moved."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if run not in self._repositories:
+            uri = self._store.client.get_run(run).info.artifact_uri
+            self._repositories[run] = get_artifact_repository(uri, tracking_uri=self._store.uri)
+        self._repositories[run].log_artifact(str(file), None if place == "." else place)
 
     def _log(self, run: str, kind: str, entities: list[Any], most: int, alone: bool = True) -> list[str]:
         """Log ``params``, ``tags`` or ``metrics``, at ``most`` so many in a call. If they stand ``alone``, those that

@@ -3,6 +3,8 @@
 Clients send artifacts through it, so that whoever logs to it needs no disk in common with it.
 """
 
+import configparser
+import importlib.util
 import ipaddress
 import os
 import secrets
@@ -13,6 +15,7 @@ from typing import NoReturn
 
 from orchestration.config import ConfigError
 
+_PUBLIC_PASSWORD = "password1234"  # what MLflow came with before it came with none
 _QUIET = "--uvicorn-opts=--log-level=warning --timeout-graceful-shutdown=5"  # s
 
 
@@ -25,6 +28,8 @@ def serve(
     names by which browsers may call it, by default those of this machine and of private networks.
     """
     _check(host, port, basic_auth)
+    if basic_auth:
+        _check_password(directory)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # hashes of passwords may lie in it
     command = [sys.executable, "-m", "mlflow", "server", f"--host={host}", f"--port={port}", "--workers=1", _QUIET]
     command += ["--serve-artifacts", f"--artifacts-destination={directory / 'artifacts'}"]
@@ -51,3 +56,26 @@ def _check(host: str, port: int, basic_auth: bool) -> None:
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
     if not ipaddress.ip_address(place).is_loopback and not basic_auth:
         raise ConfigError(f"--host {host} lets the whole network read and write: add --basic-auth")
+
+
+def _check_password(directory: Path) -> None:
+    """Raise ConfigError unless this MLflow's first user gets the password of the person who starts it. Some versions
+    came with one that all the world knows."""
+    package = importlib.util.find_spec("mlflow")
+    shipped = Path(package.origin or "").parent / "server" / "auth" / "basic_auth.ini" if package else Path()
+    named = os.environ.get("MLFLOW_AUTH_CONFIG_PATH")
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read_string(Path(named or shipped).read_text())
+    except (OSError, ValueError, configparser.Error) as error:
+        what = "MLFLOW_AUTH_CONFIG_PATH" if named else "--basic-auth"
+        raise ConfigError(f"{what}: {named or shipped} cannot be read: {error}") from error
+    password = settings.get("mlflow", "admin_password", fallback="")
+    if password and (not named or password == _PUBLIC_PASSWORD):
+        raise ConfigError(
+            f"--basic-auth: {named or shipped} gives the first user a password that is public: name a file of your own "
+            "with another admin_password in MLFLOW_AUTH_CONFIG_PATH, or install a newer MLflow"
+        )
+    given = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD") or password
+    if given == _PUBLIC_PASSWORD or not (given or named or (directory / "basic_auth.db").exists()):
+        raise ConfigError("--basic-auth: set MLFLOW_AUTH_ADMIN_PASSWORD to a password of your own for the first user")

@@ -49,6 +49,16 @@ def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_captioner(tmp_path_factory.mktemp("captioner"))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to create."""
+    from orchestration.tracking import Tracker, TrackingSettings
+
+    directory = tmp_path_factory.mktemp("store")
+    Tracker(directory, TrackingSettings(experiment="template", system_metrics=False), "template").finish("FINISHED")
+    return directory / "mlflow.db"
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""

@@ -1,5 +1,6 @@
 """``ouroboros mlflow``: a real server over its port, ended with its children; no password in an address."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -103,6 +105,29 @@ def test_what_cannot_be_served_is_refused(served: Served, tmp_path: Path) -> Non
     )
     assert refusal("0.0.0.0", free_port()) == "--host 0.0.0.0 lets the whole network read and write: add --basic-auth"
     assert "choose another" in refusal("203.0.113.1", free_port())
+    assert not (tmp_path / "other").exists()
+
+
+def test_no_public_password_guards_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "auth.ini"
+
+    def refusal(admin_password: str | None, configured: str | None) -> str:
+        for name, value in (("ADMIN_PASSWORD", admin_password), ("CONFIG_PATH", configured and str(settings))):
+            monkeypatch.setenv(f"MLFLOW_AUTH_{name}", value or "")
+        settings.write_text(f"[mlflow]\nadmin_password = {configured}\n")
+        with pytest.raises(ConfigError) as caught:
+            serve(tmp_path / "other", "127.0.0.1", free_port(), None, None, basic_auth=True)
+        return str(caught.value)
+
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("it would have started"))
+    assert "set MLFLOW_AUTH_ADMIN_PASSWORD" in refusal(None, None)
+    assert "set MLFLOW_AUTH_ADMIN_PASSWORD" in refusal("password1234", None)
+    assert "a password that is public" in refusal("my own", "password1234")
+    settings.unlink()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    (tmp_path / "server" / "auth").mkdir(parents=True)
+    (tmp_path / "server" / "auth" / "basic_auth.ini").write_text("[mlflow]\nadmin_password = password1234\n")
+    assert "install a newer MLflow" in refusal("my own", None)
     assert not (tmp_path / "other").exists()
 
 

@@ -24,14 +24,6 @@ from tests.servers import MlflowServer, mlflow_server
 QUIET = TrackingSettings(system_metrics=False)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, which take seconds to create."""
-    directory = tmp_path_factory.mktemp("store")
-    Tracker(directory, TrackingSettings(experiment="template", system_metrics=False), "template").finish("FINISHED")
-    return directory / "mlflow.db"
-
-
 @pytest.fixture
 def directory(tmp_path: Path, empty_store: Path) -> Path:
     shutil.copy(empty_store, tmp_path / "mlflow.db")
