@@ -21,6 +21,7 @@ HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
 _PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
+_NOT_LET_IN = re.compile(r"failed with error code 40[13]\b")
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
 _PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 Found = TypeVar("Found")
@@ -68,10 +69,8 @@ class MlflowStore:
                 self.check()
                 with self.named(what, refusing=True):
                     return attempt()
-            except Refused:
-                raise
             except TrackingError as error:
-                if time.monotonic() + pause > deadline:
+                if isinstance(error, Refused) or _NOT_LET_IN.search(str(error)) or time.monotonic() + pause > deadline:
                     raise
                 if pause < 0.3:
                     say(f"warning: {error}; trying again for {seconds:.0f} seconds")
@@ -93,7 +92,7 @@ class MlflowStore:
                 if existing is None:
                     raise
         if existing.lifecycle_stage == "deleted":
-            raise TrackingError(
+            raise Refused(
                 f"MLflow at {self.uri}: experiment {name!r} was deleted; "
                 "restore it or set tracking.experiment to another"
             )
@@ -210,7 +209,7 @@ def settle(database: Path) -> None:
             moved = "?1 || '/' || run_uuid || '/artifacts'"
             store.execute(f"UPDATE runs SET artifact_uri = {moved} WHERE artifact_uri IS NOT {moved}", (new,))
     except sqlite3.Error as error:
-        raise TrackingError(f"{database} cannot be used: {error}") from error
+        raise TrackingError(f"{database} cannot be used: {error}; without it the run goes on in a new one") from error
 
 
 def _configure_mlflow() -> None:

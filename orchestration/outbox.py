@@ -24,6 +24,7 @@ from pipelines.atomic import append_durably, as_lines, replace_durably, write_js
 Content = dict[str, Any]  # of a record, as its line holds it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two tries
 _REMIND_SECONDS = 300.0
+_SILENT_SECONDS, _UPLOAD_SECONDS = 10.0, 900.0  # of the wait at the end
 _BATCH = 200  # records of one kind and run that are delivered together
 _TRIES = 3  # of a record that fails for no clear reason, before it is looked whether the next one goes
 _MOST_SAID = 10  # reasons of refusals; all are in the file
@@ -65,6 +66,7 @@ class _Lane:
     failures: int = 0  # of the first that waits, one after the other
     pause: float = _FIRST_PAUSE
     hurry: bool = False
+    is_busy: bool = False
     away_since: float | None = None
 
 
@@ -145,22 +147,25 @@ class Outbox:
             self._changed.notify_all()
 
     def drain(self, patience: float, most: float = float("inf")) -> bool:
-        """Wait until all is delivered; at most ``most`` seconds, and ``patience`` without a delivery.
-
-        Returns whether all is.
+        """Wait until all is delivered; at most ``most`` seconds, and ``patience`` without a delivery, or longer while a
+        file is on its way. Returns whether all is.
         """
         with self._changed:
             for lane in self._lanes:
                 lane.hurry = True
             self._changed.notify_all()
             began = since = time.monotonic()
-            seen = self._passed
+            seen, silent = self._passed, True
             while self.waiting and any(thread.is_alive() for thread in self._threads):
                 now = time.monotonic()
                 if self._passed != seen:
                     seen, since = self._passed, now
-                if now - since > patience or now - began > most:
+                enough = max(patience, _UPLOAD_SECONDS) if self._lanes[1].is_busy else patience
+                if now - since > enough or now - began > most:
                     break
+                if silent and now - began > _SILENT_SECONDS:
+                    silent = False
+                    self._say(f"{self.waiting} records are still on their way to MLflow; Ctrl-C leaves them for later")
                 self._changed.wait(0.1)
         return not self.waiting
 
@@ -190,7 +195,9 @@ class Outbox:
 
     def _courier(self, lane: _Lane) -> None:
         while batch := self._next(lane):
+            lane.is_busy = True
             failure = self._attempt(batch)
+            lane.is_busy = False
             try:
                 if failure is None:
                     self._pass(lane, len(batch))

@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from orchestration.delivery import Delivery
 from orchestration.mlflow_store import MlflowStore, settle
-from orchestration.outbox import Away, Content, Outbox, TrackingError, undelivered
+from orchestration.outbox import Content, Outbox, Refused, TrackingError, undelivered
 from policies.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -147,10 +147,11 @@ class Tracker:
             asked.append(_now())
             return begin(asked[0] if len(asked) > 1 else None)
 
+        patience = _NEW_SECONDS if self._store.is_server and run_id is None else _KNOWN_SECONDS
         try:
-            return self._store.insist(what, attempt, self._say, _KNOWN_SECONDS if run_id else _NEW_SECONDS)
-        except Away:
-            if run_id is None:
+            return self._store.insist(what, attempt, self._say, patience)
+        except TrackingError as error:
+            if run_id is None or isinstance(error, Refused):
                 raise
             return run_id
 
