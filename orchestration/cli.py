@@ -315,23 +315,30 @@ def check(overrides: Overrides = None, config: File = None) -> None:
 def serve_reward(
     name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or module:function")],
     options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="of the reward")] = None,
-    host: Annotated[str, typer.Option(help="address to listen on; whoever reaches it may ask")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; beyond loopback a token is needed")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8100,
     device: Annotated[str, typer.Option(help="where its model is, such as cuda")] = "cpu",
+    token_file: Annotated[Path | None, typer.Option(help="its token; else OUROBOROS_REWARD_TOKEN")] = None,
 ) -> None:
     """Answer the reward 'http' of runs elsewhere with a reward of this machine."""
+    from orchestration.mlflow_server import reaches_only_this_machine
     from pipelines.rewards import load_reward
     from pipelines.rewards.options import parse_options
-    from pipelines.rewards.server import serve
+    from pipelines.rewards.server import HOW_TO_MAKE_ONE, TOKEN_VARIABLE, read_token, serve
 
     given: dict[str, Any] = {}
     for each in options or ():
         override(given, each)
     with about():
-        told = parse_options(name, given)
+        told, token = parse_options(name, given), read_token(token_file)
+        if not reaches_only_this_machine(host, port) and token is None:
+            raise ConfigError(
+                f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
+            )
         function = load_reward(name, told, device)
-    print(f"http://{host}:{port}/score answers with {name}, described by http://{host}:{port}/docs", flush=True)
-    serve(name, function, told, host, port)
+    whom = " those who have the token" if token else ""
+    print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)
+    serve(name, function, told, host, port, token)
 
 
 @runs_app.command("list")

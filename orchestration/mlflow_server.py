@@ -27,7 +27,8 @@ def serve(
     ``directory`` holds what it is given, ``store`` is an address in place of SQLite in it; ``allowed_hosts`` are the
     names by which browsers may call it, by default those of this machine and of private networks.
     """
-    _check(host, port, basic_auth)
+    if not reaches_only_this_machine(host, port) and not basic_auth:
+        raise ConfigError(f"--host {host} lets the whole network read and write: add --basic-auth")
     if basic_auth:
         _check_password(directory)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # hashes of passwords may lie in it
@@ -45,8 +46,8 @@ def serve(
     os.execve(sys.executable, command, key | os.environ | fixed)
 
 
-def _check(host: str, port: int, basic_auth: bool) -> None:
-    """Raise ConfigError unless it could listen there, and should."""
+def reaches_only_this_machine(host: str, port: int) -> bool:
+    """Whether who listens there is heard on this machine alone. Raises ConfigError if it cannot listen there."""
     try:
         place = socket.gethostbyname(host)
         with socket.socket() as listener:
@@ -54,8 +55,7 @@ def _check(host: str, port: int, basic_auth: bool) -> None:
             listener.bind((place, port))
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
-    if not ipaddress.ip_address(place).is_loopback and not basic_auth:
-        raise ConfigError(f"--host {host} lets the whole network read and write: add --basic-auth")
+    return ipaddress.ip_address(place).is_loopback
 
 
 def _check_password(directory: Path) -> None:

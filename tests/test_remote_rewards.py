@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import uvicorn
@@ -37,7 +39,7 @@ from pipelines.rewards.options import RewardOptions, parse_options
 from pipelines.rewards.server import build_app
 from pipelines.rewards.writing import vetoed
 from tests import processes
-from tests.network import free_port
+from tests.network import free_port, listeners
 from tests.rewards import redness
 from tests.test_config import command
 
@@ -55,11 +57,14 @@ def reads_everything(images: np.ndarray, prompts: Sequence[str], captions: Seque
 
 
 @contextmanager
-def reference(function: RewardFunction, name: str = "mine", options: RewardOptions | None = None) -> Iterator[str]:
+def reference(
+    function: RewardFunction, name: str = "mine", options: RewardOptions | None = None, token: str | None = None
+) -> Iterator[str]:
     """The address at which the reference server answers with ``function``."""
     port = free_port()
-    app = build_app(name, function, options or parse_options("jpeg_compressibility", {}))
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical"))
+    app = build_app(name, function, options or parse_options("jpeg_compressibility", {}), token)
+    how: dict[str, Any] = {"http": server.Protocol, "log_level": "critical"}
+    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **how))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
@@ -230,6 +235,101 @@ def test_the_server_bounds_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Content-Length" in unsaid.json()["detail"]
 
 
+TOKEN = "correct-horse-battery-staple"
+
+
+def test_a_server_with_a_token_answers_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = json.dumps({"images": [picture()] * 1000, "prompts": ["a" * 4000] * 1000})
+    with reference(redness, token=TOKEN) as url:
+        for path in ("/score", "/docs", "/openapi.json", "/nothing"):
+            for given in ({}, {"Authorization": f"Bearer {TOKEN[:-1]}"}, {"Authorization": TOKEN}):
+                for data in ("{}", large):
+                    answer = requests.post(url.replace("/score", path), data=data, headers=given, timeout=20)
+                    assert answer.status_code == 401
+                    assert TOKEN not in answer.text
+        with pytest.raises(NonsenseError, match="refused with 401"):
+            score(http(url), IMAGES, PROMPTS, None)
+        monkeypatch.setenv("REWARD_KEY", f" {TOKEN}\n")
+        far = score(http(url, api_key_variable="REWARD_KEY"), IMAGES, PROMPTS, None)
+    np.testing.assert_array_equal(far, redness(IMAGES, PROMPTS, None))
+    monkeypatch.delenv("REWARD_KEY")
+    with pytest.raises(ValueError, match="the environment has no REWARD_KEY"):
+        http("http://127.0.0.1:9/", api_key_variable="REWARD_KEY")
+
+
+def test_a_key_goes_to_its_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And into no message, whatever the server says of it; nor are options more than its variable's name."""
+    monkeypatch.setenv("REWARD_KEY", TOKEN)
+
+    def echo(handler: BaseHTTPRequestHandler, _: bytes) -> None:
+        said = handler.headers["Authorization"]
+        send(handler, f"you said {said}", 302, Location=f"http://127.0.0.1:9/?{said}")
+
+    with (
+        server_that(echo) as url,
+        pytest.raises(NonsenseError, match=r"302 and sends on to .*you said Bearer \.\.\.") as e,
+    ):
+        score(http(url, api_key_variable="REWARD_KEY"), IMAGES, PROMPTS, None)
+    assert TOKEN not in str(e.value)
+    assert TOKEN not in parse_options("http", {"url": url, "api_key_variable": "REWARD_KEY"}).model_dump_json()
+
+
+def test_slow_and_many_queries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(server, "MAX_HELD", 4000)
+    query = json.dumps({"images": [picture()], "prompts": ["a" * 2500]}).encode()
+    head = b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+    whole = head + b"Content-Length: %d\r\n\r\n" % len(query)
+
+    def answered(connection: socket.socket) -> bytes:
+        with connection:
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+
+    with reference(redness) as url:
+        place = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+
+        def sent(data: bytes) -> socket.socket:
+            connection = socket.create_connection(place, timeout=10)
+            connection.sendall(data)
+            return connection
+
+        slow, headless, silent = sent(whole + query[:-1]), sent(head), sent(b"")
+        beside = sent(whole + query)  # there is no room for it while the slow one is waited for
+        assert answered(slow).startswith(b"HTTP/1.1 408")
+        assert answered(beside)[:12] in (b"HTTP/1.1 200", b"HTTP/1.1 408")
+        assert answered(headless) == answered(silent) == b""
+        assert requests.post(url, data=query, headers={"Content-Type": "application/json"}, timeout=20).ok
+        last = whole.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        many = [sent(last + query) for _ in range(6)]  # one after another, as there is room for one
+        assert [answered(each)[:12] for each in many] == [b"HTTP/1.1 200"] * 6
+
+
+@pytest.mark.parametrize(
+    ("token", "mode", "message"),
+    [
+        (None, 0o600, "--host 0.0.0.0 lets others ask: give OUROBOROS_REWARD_TOKEN or --token-file; openssl rand"),
+        ("short", 0o600, "has to be 16 printable characters or more"),
+        (TOKEN, 0o644, "can be read by other users: chmod 600"),
+    ],
+)
+def test_a_server_beyond_loopback_needs_a_token(
+    token: str | None,
+    mode: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = []
+    if token:
+        (tmp_path / "token").write_text(token)
+        (tmp_path / "token").chmod(mode)
+        given = ["--token-file", str(tmp_path / "token")]
+    words = ["reward", "serve", "jpeg_compressibility", "--host", "0.0.0.0", "--port", str(free_port()), *given]
+    assert command(words, monkeypatch) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_reward_that_reads_captions_asks_for_them() -> None:
     options = parse_options("sentence_cosine", {})
     with (
@@ -334,7 +434,9 @@ def test_a_redirect_is_not_followed() -> None:
         ("http", {"url": "http:///score"}, "no web address"),
         ("http", {"url": "http://[::1/score"}, "url: .*IPv6"),
         ("http", {"url": "http://host:99999/"}, "url: Port out of range"),
-        ("http", {"url": "https://me:secret@host/score"}, "leave user and password out"),
+        ("http", {"url": "https://me:secret@host/score"}, "leave passwords and keys out"),
+        ("http", {"url": "https://host/score?api_key=secret"}, "leave passwords and keys out"),
+        ("http", {"url": "http://h/", "api_key_variable": "sk-secret"}, "api_key_variable: .*pattern"),
         ("http", {"url": "http://h/", "timeout_seconds": 0}, "timeout_seconds: .*greater than 0"),
         ("http", {"url": "http://h/", "timeout": 5}, "unknown key 'timeout'; did you mean 'timeout_seconds'"),
         ("judge", {"url": "http://h/"}, "options of judge: model: Field required"),
@@ -466,6 +568,7 @@ def test_the_command_ends_when_it_is_told_to(tmp_path: Path) -> None:
     process = processes.start(["reward", "serve", "jpeg_compressibility", "--port", str(port)], log)
     try:
         processes.wait_until(lambda: process.poll() is not None or answers(port), 60, "the command")
+        assert listeners(psutil.Process(process.pid)) == {("127.0.0.1", port)}
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, 130), log.read_text()
         assert "Traceback" not in log.read_text()

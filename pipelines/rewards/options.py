@@ -1,5 +1,6 @@
 """What each built-in reward can be told, by name. Importable without torch."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -188,8 +189,8 @@ def _web_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"{url!r} is no web address such as http://127.0.0.1:8100/score")
-    if "@" in parts.netloc:
-        raise ValueError("leave user and password out of the address, as a run's configuration is stored")
+    if "@" in parts.netloc or re.search(r"(?i)(token|key|secret|password|signature)=", parts.query):
+        raise ValueError("leave passwords and keys out of the address, which is stored: see api_key_variable")
     return url
 
 
@@ -198,6 +199,19 @@ class HttpOptions(RewardOptions):
 
     url: Annotated[str, AfterValidator(_web_address)] = Field(description="what is asked, such as that of reward serve")
     timeout_seconds: float = Field(60, gt=0, description="for the whole answer to one chunk of images")
+    api_key_variable: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="variable of the actors' environment with a key; null: none",
+    )
+
+    @property
+    def key(self) -> str:
+        """What the variable holds here: sent to ``url`` alone, and stored nowhere. Raises ValueError if it is unfit."""
+        found = os.environ.get(self.api_key_variable or "", "").strip()
+        if not (found.isascii() and found.isprintable()):
+            raise ValueError(f"the environment's {self.api_key_variable} holds what cannot be sent as a key")
+        return found
 
 
 class JudgeOptions(HttpOptions):
@@ -211,7 +225,7 @@ class JudgeOptions(HttpOptions):
         description="may hold {scale}; the first number of the answer counts",
     )
     scale: float = Field(10, gt=0, description="the largest number of an answer")
-    api_key_variable: str = Field("OPENAI_API_KEY", description="variable of the actors' environment with the key")
+    api_key_variable: str | None = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_]\w*$", description="sent if it is set")
     parallel: int = Field(8, ge=1, le=64, description="images asked about at once")
 
 

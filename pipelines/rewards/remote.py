@@ -7,7 +7,6 @@ NonsenseError; nothing that a server does becomes a score of zero. Redirects are
 
 import base64
 import io
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import requests
 from pydantic import AliasPath, Base64Bytes, BaseModel, Field, ValidationError
 
-from pipelines.rewards import NonsenseError, RewardError, TooSlowError, UnreachableError
+from pipelines.rewards import NonsenseError, TooSlowError, UnreachableError
 from pipelines.rewards.options import HttpOptions, JudgeOptions
 
 MAX_ANSWER = 2**20  # bytes: forty thousand scores, or a judge who cannot stop
@@ -55,12 +54,14 @@ class HttpReward:
 
     def __init__(self, options: HttpOptions) -> None:
         self.options = options
+        if options.api_key_variable and not options.key:
+            raise ValueError(f"the environment has no {options.api_key_variable}: export it where the actors run")
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         """Scores (batch,) of images (batch, height, width, 3) uint8. Raises the failures of this module."""
         pictures = [_base64_png(image) for image in images]
         query = {"images": pictures, "prompts": list(prompts), "captions": captions and list(captions)}
-        scores = _ask(self.options.url, query, Scores, self.options.timeout_seconds).scores
+        scores = _ask(self.options, self.options.url, query, Scores).scores
         if len(scores) != len(images):
             raise NonsenseError(f"{self.options.url} gave {len(scores)} scores for {len(images)} images")
         return np.array(scores)
@@ -85,8 +86,7 @@ class Judge:
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
         messages = [{"role": "user", "content": content}]
         query = {"model": self.options.model, "temperature": 0, "messages": messages}
-        key = os.environ.get(self.options.api_key_variable, "").strip()
-        words = _ask(self.url, query, _Completion, self.options.timeout_seconds, key).content
+        words = _ask(self.options, self.url, query, _Completion).content
         number = _NUMBER.search(words)
         if number is None or not 0 <= float(number[0]) <= scale:
             raise NonsenseError(f"{self.url} answered {words[:_WORDS]!r}, not a number of 0 to {scale:g}")
@@ -102,13 +102,14 @@ def _base64_png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _ask(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: float, key: str = "") -> Answer:
-    """POST ``query`` and read the answer, all within ``seconds``. Raises the failures of this module.
+def _ask(options: HttpOptions, url: str, query: Mapping[str, Any], schema: type[Answer]) -> Answer:
+    """POST ``query`` and read the answer, all within the time that is given. Raises the failures of this module.
 
     The bound holds for the whole: the exchange has a thread of its own, which is left alone if it takes longer, as a
     server that sends a byte now and then would keep every bound on a single wait.
     """
     answer: Future[Answer] = Future()
+    seconds, key = options.timeout_seconds, options.key
 
     def exchange() -> None:
         try:
@@ -124,8 +125,6 @@ def _ask(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: floa
 
 
 def _exchange(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: float, key: str) -> Answer:
-    if not (key.isascii() and key.isprintable()):  # requests would say so with the key
-        raise RewardError(f"the key for {url} holds what cannot be sent: look at the environment's variable")
     # A second more, so that the bound of the whole is what is met; and passwords in ~/.netrc are for other uses.
     how: dict[str, Any] = {"timeout": seconds + 1, "allow_redirects": False, "auth": lambda request: request}
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -143,16 +142,16 @@ def _exchange(url: str, query: Mapping[str, Any], schema: type[Answer], seconds:
         raise UnreachableError(f"{url} cannot be asked: {reason}") from error
     except requests.RequestException as error:
         raise NonsenseError(f"{url} cannot be read: {error}") from error
+    text, elsewhere = body.decode(errors="replace"), response.headers.get("location", "")
     if key:
-        body = body.replace(key.encode(), b"...")
-    words, status = " ".join(body.decode(errors="replace").split())[:_WORDS], response.status_code
+        text, elsewhere = text.replace(key, "..."), elsewhere.replace(key, "...")
+    words, status = " ".join(text.split())[:_WORDS], response.status_code
     if status == 429 or status >= 500:
         raise UnreachableError(f"{url} failed with {status}: {words}")
     if status != 200:
-        elsewhere = f" and sends on to {response.headers['location']}" if response.is_redirect else ""
-        raise NonsenseError(f"{url} refused with {status}{elsewhere}: {words}")
+        raise NonsenseError(f"{url} refused with {status}{elsewhere and f' and sends on to {elsewhere}'}: {words}")
     try:
-        return schema.model_validate_json(body)
+        return schema.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise NonsenseError(f"{url} answered {words!r}: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
