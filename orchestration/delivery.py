@@ -8,7 +8,7 @@ import json
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -67,23 +67,19 @@ class Delivery:
                 break
         raise Refused(f"the run {run} is not the one of {self._directory}, nor below it")
 
-    def _deliver(self, run: str, records: Sequence[Record]) -> None:
+    def _deliver(self, run: str, records: Sequence[Any]) -> None:
+        one_by_one: dict[Any, Callable[[str, Any], None]] = {
+            Describe: self._describe,
+            Tags: lambda run, record: _raise_all(self._tags(run, record.tags)),
+            Status: self._status,
+            DatasetUsed: self._dataset,
+            Image: self._image,
+            Artifact: self._artifact,
+        }
         if isinstance(records[0], Metrics):
-            return self._metrics(run, [each for each in records if isinstance(each, Metrics)])
+            return self._metrics(run, records)
         for record in records:
-            match record:
-                case Describe():
-                    self._describe(run, record)
-                case Tags():
-                    _raise_all(self._tags(run, record.tags))
-                case Status():
-                    self._status(run, record)
-                case DatasetUsed():
-                    self._dataset(run, record)
-                case Image():
-                    self._image(run, record)
-                case Artifact():
-                    self._artifact(run, record)
+            one_by_one[type(record)](run, record)
 
     def _metrics(self, run: str, records: Sequence[Metrics]) -> None:
         from mlflow.entities import Metric
@@ -139,16 +135,9 @@ class Delivery:
     def _artifact(self, run: str, record: Artifact) -> None:
         """File by file: MLflow then looks where each is put, and no link among them is followed."""
         top = _inside(self._directory, record.path)
-        if not top.is_dir():
-            files = [plain_file(self._directory, record.path)]
-        else:
-            found = [path.relative_to(self._directory) for path in sorted(top.rglob("*"))]
-            files = [
-                plain_file(self._directory, str(path))
-                for path in found
-                if (self._directory / path).is_symlink() or not (self._directory / path).is_dir()
-            ]
-        for file in files:
+        found = sorted(top.rglob("*")) if top.is_dir() else [top]
+        names = [str(path.relative_to(self._directory)) for path in found if path.is_symlink() or not path.is_dir()]
+        for file in [plain_file(self._directory, name) for name in names]:
             place = posixpath.join(record.under, file.parent.relative_to(top.parent).as_posix())
             self._upload(run, file, posixpath.normpath(place))
 
@@ -164,22 +153,19 @@ class Delivery:
     def _log(self, run: str, kind: str, entities: list[Any], most: int, alone: bool = True) -> list[str]:
         """Log ``params``, ``tags`` or ``metrics``, at ``most`` so many in a call. If they stand ``alone``, those that
         MLflow refuses are found, returned with the reason, and the others are logged."""
-        refused = []
-        todo = [entities[start : start + most] for start in range(0, len(entities), most)]
-        while todo:
-            batch = todo.pop(0)
-            content: dict[str, Any] = {kind: batch}
+        refused: list[str] = []
+        for start in range(0, len(entities), most):
+            batch: dict[str, Any] = {kind: entities[start : start + most]}
             try:
                 with self._store.named(kind, refusing=True):
-                    self._store.client.log_batch(run, **content)
+                    self._store.client.log_batch(run, **batch)
             except Refused as error:
                 if not alone or self._store.find(run) is None:
                     raise
-                half = len(batch) // 2
-                if half:
-                    todo[:0] = [batch[:half], batch[half:]]
+                if len(batch[kind]) == 1:
+                    refused.append(f"{batch[kind][0].key}: {error}")
                 else:
-                    refused.append(f"{batch[0].key}: {error}")
+                    refused += self._log(run, kind, batch[kind], len(batch[kind]) // 2)
         return refused
 
 

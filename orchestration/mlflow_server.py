@@ -59,23 +59,18 @@ def reaches_only_this_machine(host: str, port: int) -> bool:
 
 
 def _check_password(directory: Path) -> None:
-    """Raise ConfigError unless this MLflow's first user gets the password of the person who starts it. Some versions
-    came with one that all the world knows."""
+    """Raise ConfigError unless MLflow's first user gets a password that not all the world knows: some versions came
+    with one."""
     package = importlib.util.find_spec("mlflow")
-    shipped = Path(package.origin or "").parent / "server" / "auth" / "basic_auth.ini" if package else Path()
     named = os.environ.get("MLFLOW_AUTH_CONFIG_PATH")
+    file = Path(named or Path((package and package.origin) or "").parent / "server" / "auth" / "basic_auth.ini")
     settings = configparser.ConfigParser(interpolation=None)
-    try:
-        settings.read_string(Path(named or shipped).read_text())
-    except (OSError, ValueError, configparser.Error) as error:
-        what = "MLFLOW_AUTH_CONFIG_PATH" if named else "--basic-auth"
-        raise ConfigError(f"{what}: {named or shipped} cannot be read: {error}") from error
-    password = settings.get("mlflow", "admin_password", fallback="")
-    if password and (not named or password == _PUBLIC_PASSWORD):
+    settings.read(file)
+    held, given = settings.get("mlflow", "admin_password", fallback=""), os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD")
+    if held and (not named or held == _PUBLIC_PASSWORD):
         raise ConfigError(
-            f"--basic-auth: {named or shipped} gives the first user a password that is public: name a file of your own "
-            "with another admin_password in MLFLOW_AUTH_CONFIG_PATH, or install a newer MLflow"
+            f"--basic-auth: the first user's password in {file} is public: name a file with another in "
+            "MLFLOW_AUTH_CONFIG_PATH, or install a newer MLflow"
         )
-    given = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD") or password
     if given == _PUBLIC_PASSWORD or not (given or named or (directory / "basic_auth.db").exists()):
         raise ConfigError("--basic-auth: set MLFLOW_AUTH_ADMIN_PASSWORD to a password of your own for the first user")

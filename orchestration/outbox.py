@@ -8,7 +8,6 @@ deliver twice has to be the same the second time, and MLflow then holds it once.
 """
 
 import json
-import math
 import os
 import threading
 import time
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt
 
 from orchestration.records import FILES, Record, as_record
 from pipelines.atomic import append_durably, as_lines, replace_durably, write_json
@@ -59,7 +60,6 @@ class _Entry:
 class _Lane:
     """Records that wait for each other, and how their delivery goes."""
 
-    name: str  # what delivered.json calls it
     most: int  # records at a time
     size: int  # at a time as long as some are refused
     waiting: deque[_Entry] = field(default_factory=deque)
@@ -70,14 +70,14 @@ class _Lane:
     away_since: float | None = None
 
 
-@dataclass
-class _Kept:
-    """What an outbox's directory holds."""
+class _Note(BaseModel):
+    """How far an outbox has come: lines that a lane need not look at again."""
 
-    lines: list[Any]  # JSON, or the text of what is none
-    passed: dict[str, int]  # lane → lines that it need not look at again
-    began: float  # seconds since the epoch
-    damage: str = ""  # of the note how far it has come
+    model_config = ConfigDict(strict=True)
+
+    records: NonNegativeInt
+    files: NonNegativeInt
+    began: FiniteFloat  # of the run's first session, seconds since the epoch
 
 
 class Outbox:
@@ -98,29 +98,24 @@ class Outbox:
         self._path, self._position, self._refused = _files(directory)
         self._deliver, self._say = deliver, say
         _mend_end(self._path)
-        kept = _read(directory)
-        self.began, self._lines = kept.began, len(kept.lines)
-        self._told = {_identity(content) for content in kept.lines if _has_once(content)}
-        self._lanes = _Lane("records", _BATCH, _BATCH), _Lane("files", 1, 1)
-        for line, content in enumerate(kept.lines):
-            lane = self._lanes[_has_files(content)]
+        contents, note, damage = _read(directory)
+        self.began, self._lines = note.began, len(contents)
+        self._told = {_identity(content) for content in contents if _has_once(content)}
+        self._lanes = _Lane(_BATCH, _BATCH), _Lane(1, 1)  # numbers and words; files
+        for line, content in enumerate(contents):
             # Of images, the files go when they are delivered: this tells what lost its note.
-            if line >= kept.passed[lane.name] and not (kept.damage and self._is_sent_image(content)):
-                lane.waiting.append(self._entry(line, content))
-        if kept.damage:
-            say(f"warning: {kept.damage}: all is delivered again, and what MLflow knows it keeps once")
+            if line >= (note.records, note.files)[_has_files(content)] and not (damage and self._is_sent(content)):
+                self._lanes[_has_files(content)].waiting.append(self._entry(line, content))
+        if damage:
+            say(f"warning: {damage}: all is delivered again, and what MLflow knows it keeps once")
         self._note()
-        self.refused = 0
+        self.refused = self._passed = 0
         self._said: set[str] = set()
         self._changed = threading.Condition()
         self._closing = False
-        self._passed = 0
         if again:
             self._retry_refused()
-        self._threads = [
-            threading.Thread(target=self._courier, args=(lane,), name="MLflow courier", daemon=True)
-            for lane in self._lanes
-        ]
+        self._threads = [threading.Thread(target=self._courier, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
             thread.start()
 
@@ -189,7 +184,7 @@ class Outbox:
         except ValueError as error:
             return _Entry(line, content, flaw=f"{self._path}, line {line + 1}: {error}")
 
-    def _is_sent_image(self, content: Any) -> bool:
+    def _is_sent(self, content: Any) -> bool:
         named = content.get("files") if isinstance(content, dict) and content.get("kind") == "image" else None
         return isinstance(named, list) and not any(os.path.exists(self.directory / str(name)) for name in named)
 
@@ -257,9 +252,8 @@ class Outbox:
             self._say(f"warning: {why}; kept in {self._refused}")
 
     def _note(self) -> None:
-        """Note how far each lane has come."""
-        place = {lane.name: lane.waiting[0].line if lane.waiting else self._lines for lane in self._lanes}
-        write_json(self._position, {**place, "began": self.began})
+        records, files = (lane.waiting[0].line if lane.waiting else self._lines for lane in self._lanes)
+        write_json(self._position, {"records": records, "files": files, "began": self.began})
 
     def _pass(self, lane: _Lane, count: int) -> None:
         """Leave the first records that wait behind, and with them what was delivered before its turn."""
@@ -291,55 +285,46 @@ class Outbox:
 
     def _retry_refused(self) -> None:
         """Put what was refused once more, at the end; what is no record stays where it is."""
-        lines = [_json(line) for line in _lines(self._refused)]
-        bare = [{k: v for k, v in line.items() if k != "why"} if isinstance(line, dict) else line for line in lines]
+        kept = [content for content in map(_json, _lines(self._refused)) if isinstance(content, dict)]
+        bare = [{key: value for key, value in content.items() if key != "why"} for content in kept]
         good = [self._entry(0, content).record is not None for content in bare]
         self._append([content for content, is_good in zip(bare, good, strict=True) if is_good])
         if any(good):
-            left = [line for line, is_good in zip(lines, good, strict=True) if not is_good]
-            replace_durably(self._refused, as_lines(left))
-            if not left:
-                self._refused.unlink()
+            replace_durably(self._refused, as_lines(c for c, is_good in zip(kept, good, strict=True) if not is_good))
 
 
 def undelivered(directory: Path) -> bool:
     """Whether the outbox of a run that is over holds something that MLflow was not told."""
-    kept = _read(directory)
-    names = ("records", "files")
-    return any(line >= kept.passed[names[_has_files(content)]] for line, content in enumerate(kept.lines))
+    contents, note, _ = _read(directory)
+    passed = note.records, note.files
+    return any(line >= passed[_has_files(content)] for line, content in enumerate(contents))
 
 
 def _files(directory: Path) -> tuple[Path, Path, Path]:
-    """An outbox's records, the note how far it has come, and what was refused."""
-    found = tuple(directory / name for name in ("records.jsonl", "delivered.json", "refused.jsonl"))
+    """An outbox's records, the note how far it has come, and what was refused. Raises TrackingError for a link."""
+    found = directory / "records.jsonl", directory / "delivered.json", directory / "refused.jsonl"
     for path in (directory, *found):
         if path.is_symlink() or (path != directory and path.exists() and not path.is_file()):
             raise TrackingError(f"{path} is a link or no plain file: nothing is read or written through it; remove it")
-    return found[0], found[1], found[2]
+    return found
 
 
-def _read(directory: Path) -> _Kept:
+def _read(directory: Path) -> tuple[list[Any], _Note, str]:
+    """What each line holds, how far it was delivered, and what is wrong with the note of that."""
     records, position, _ = _files(directory)
-    lines = [_json(line) for line in _lines(records)]
+    contents, damage = [_json(line) for line in _lines(records)], ""
     try:
-        note = json.loads(position.read_text())
-        passed = {"records": note["records"], "files": note.get("files", note["records"])}
-        if not all(type(count) is int and 0 <= count <= len(lines) for count in passed.values()):
-            raise ValueError("it counts more lines than there are, or none")
-        return _Kept(lines, passed, _seconds(note["began"]))
-    except FileNotFoundError as error:
-        damage = f"{error.filename} is gone" if lines else ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        damage = f"{position} is damaged ({type(error).__name__}: {error})"
-    first = next((line["timestamp_ms"] for line in lines if isinstance(line, dict) and "timestamp_ms" in line), None)
-    began = first / 1000 if isinstance(first, int | float) and 0 < first < 1e14 else time.time()
-    return _Kept(lines, {"records": 0, "files": 0}, began, damage)
-
-
-def _seconds(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError("it does not tell when the run began")
-    return float(value)
+        note = _Note.model_validate_json(position.read_text())
+        if max(note.records, note.files) <= len(contents):
+            return contents, note, ""
+        damage = f"{position} counts more lines than there are"
+    except FileNotFoundError:
+        damage = f"{position} is gone" if contents else ""
+    except (OSError, ValueError):
+        damage = f"{position} is damaged"
+    started = next((each for each in contents if isinstance(each, dict) and each.get("kind") == "status"), {})
+    began = started.get("timestamp_ms")
+    return contents, _Note(records=0, files=0, began=began / 1000 if type(began) is int else time.time()), damage
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -18,7 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestration import tracking
-from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten
+from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten, open_store
 from tests.servers import MlflowServer, mlflow_server
 
 QUIET = TrackingSettings(system_metrics=False)
@@ -249,6 +249,23 @@ def test_a_server_that_does_not_answer_is_told_in_time(tmp_path: Path) -> None:
 def test_a_uri_of_no_known_kind_is_refused(uri: str) -> None:
     with pytest.raises(ValidationError, match="neither a server"):
         TrackingSettings(uri=uri)
+
+
+def test_a_trials_store_is_its_sweeps_wherever_that_is(tmp_path: Path, empty_store: Path) -> None:
+    trial, settings = tmp_path / "trials" / "a-seed0", TrackingSettings(parent="0" * 32)
+    for directory in (trial, tmp_path / "records"):
+        directory.mkdir(parents=True)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    assert open_store(trial, settings).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "records").rmdir()  # it stands alone
+    assert open_store(trial, settings).uri == f"sqlite:///{trial}/mlflow.db"
+
+
+def test_a_relative_database_is_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = TrackingSettings(uri="sqlite:///all.db")
+    assert settings.uri == f"sqlite:///{tmp_path}/all.db"
+    assert TrackingSettings.model_validate(settings.model_dump()) == settings
 
 
 def test_flatten() -> None:
