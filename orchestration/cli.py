@@ -32,6 +32,15 @@ app.add_typer(jobs_app, name="jobs")
 reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 
+
+def _check_id(job: str | None) -> str | None:
+    if job is not None:
+        from orchestration.jobs import check_id
+
+        check_id(job)
+    return job
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
 File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
@@ -41,8 +50,12 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, 
 RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="directories of runs, or their names")]
 Root = Annotated[Path, typer.Option(help="where the runs are")]
 Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="as submit printed it; see 'ouroboros jobs list'")]
-NewId = Annotated[str | None, typer.Option("--id", help="name of the job; without it, one with the time")]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", callback=_check_id, help="as submit printed it; see 'ouroboros jobs list'")
+]
+NewId = Annotated[
+    str | None, typer.Option("--id", callback=_check_id, help="name of the job; without it, one with the time")
+]
 Trust = Annotated[bool, typer.Option("--trust", help="import the code that the run names, though another began it")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
 
@@ -210,23 +223,23 @@ def submit(
     follow: Follow = True,
 ) -> None:
     """Run one of the loops as a job of a cluster, on the code of this working tree."""
-    from orchestration.jobs import Job, launch, shipped_files
+    from orchestration.jobs import Job, launch, packed
     from orchestration.sweep_config import SCHEMAS, SweepConfig
 
     name, schemas = words[0], {**SCHEMAS, "sweep": SweepConfig}
     if name not in {*schemas, "resume"}:
         raise ConfigError(f"a job runs {', '.join(schemas)} or resume, not {name!r}")
     given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
-    files = shipped_files(Path.cwd())
+    package = packed(Path.cwd())
     if name == "resume":
         job = Job.resume(words, str(given["run"]), job_id)
     else:
         for path in given["config"] or ():
-            if path not in files:
+            if path not in package[0]:
                 raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
         settings = _read(schemas[name], given["config"], given["overrides"], given["tracking_uri"])
         job = Job.start(words, settings, output_root, job_id)
-    raise typer.Exit(launch(job, files, address, follow))
+    raise typer.Exit(launch(job, package, address, follow))
 
 
 @jobs_app.command("list")
@@ -264,11 +277,11 @@ def resume_job(
     job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True, trust: Trust = False
 ) -> None:
     """Go on with the run that a job made, in a new job."""
-    from orchestration.jobs import Job, connect, launch, run_of, shipped_files
+    from orchestration.jobs import Job, connect, launch, packed, run_of
 
     run = run_of(connect(address), job_id)
     job = Job.resume(["resume", run, *(["--trust"] if trust else [])], run, new_id)
-    raise typer.Exit(launch(job, shipped_files(Path.cwd()), address, follow))
+    raise typer.Exit(launch(job, packed(Path.cwd()), address, follow))
 
 
 @app.command()

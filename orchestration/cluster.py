@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from actors.settings import Offer
+from orchestration.package import excludes, shipped_files
 from pipelines.locations import CHECKOUT
 
 # OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
@@ -27,8 +28,6 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _SHUTDOWN_SECONDS = 2.0
-# Not for other machines, in .gitignore's language. What .gitignore names stays here as well.
-JUNK = ("/.git", "/.venv", "/venv", "/runs", "/mlruns", "/mlflow", "mlflow.db", "__pycache__", ".*_cache", ".env")
 
 
 def external_address() -> str | None:
@@ -105,7 +104,8 @@ def _for_workers() -> dict[str, Any]:
     """What workers on other nodes need: this checkout, unless a Ray job brought it or it came with the installation."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or not (CHECKOUT / "pyproject.toml").exists():
         return {"env_vars": ACTORS}
-    return {"env_vars": ACTORS, "working_dir": str(CHECKOUT), "excludes": list(JUNK)}
+    _, left_out = shipped_files(CHECKOUT)
+    return {"env_vars": ACTORS, "working_dir": str(CHECKOUT), "excludes": excludes(left_out)}
 
 
 def _start_private(gpus: int) -> None:

@@ -23,10 +23,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.table import Column, Table
 from rich.text import Text
 
-from orchestration.cluster import JUNK
-from orchestration.config import ConfigError
+from orchestration.config import ConfigError, about, visible
 from orchestration.display import duration
+from orchestration.package import excludes, shipped_files
 from orchestration.tracking import names_user
+from pipelines.names import file_name
+from policies.settings import check_name
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -36,6 +38,8 @@ _LIMIT = 512 * 2**20  # bytes; Ray keeps the package in the memory of the head
 _TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
 _REQUEST_SECONDS, _UPLOAD_SECONDS = 30, 600
 _PATIENCE_SECONDS = 600  # how long followed logs may be out of reach
+_LONGEST_ID = 200  # bytes
+_NAMED = 10  # of what is left out
 _LOOK_SECONDS, _LOOK_SHARE = 1.0, 0.1  # a look at the logs fetches them whole: a second apart, and seldom if it is slow
 for _name in ("_private.runtime_env", "dashboard.modules.dashboard_sdk"):  # what they tell is told here
     logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)
@@ -109,15 +113,12 @@ def connect(address: str | None) -> Cluster:
         raise ClusterError(f"{server} answers, but not as Ray's job server does: correct --address") from error
 
 
-def shipped_files(tree: Path) -> dict[Path, int]:
-    """What a job gets of a working tree, by relative path, with sizes. Raises ConfigError beyond Ray's limit."""
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
+def packed(tree: Path) -> tuple[dict[Path, int], dict[Path, str]]:
+    """What a job gets of a working tree, and what not and why. Raises ConfigError beyond Ray's limit."""
     if not (tree / "orchestration" / "cli.py").is_file():
         raise ConfigError(f"{tree} is no checkout of this project: change into one, it is what a job is given")
-    found: list[Path] = []
-    _dir_travel(tree, [_get_excludes(tree, list(JUNK))], found.append, include_gitignore=True)
-    files = {path.relative_to(tree): path.stat().st_size for path in sorted(found) if path.is_file()}
+    with about():
+        files, left_out = shipped_files(tree)
     if sum(files.values()) > _LIMIT:
         parts: Counter[str] = Counter()
         for path, size in files.items():
@@ -127,7 +128,7 @@ def shipped_files(tree: Path) -> dict[Path, int]:
             f"the working tree has {_megabytes(parts.total())}, and Ray takes {_megabytes(_LIMIT)}; the largest parts: "
             f"{largest}. Name in .gitignore or .rayignore what a job does not need; data belongs on the cluster"
         )
-    return files
+    return files, left_out
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ class Job:
     def start(cls, words: Sequence[str], settings: Any, root: str, name: str | None) -> "Job":
         """A new run with ``settings``, which ``words`` stand for, below ``root`` unless they say where."""
         uri = settings.tracking.uri or ""
-        if uri.startswith("sqlite:///"):
-            _check_lasting("tracking.uri", uri.removeprefix("sqlite:///"))
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and database.is_relative_to(Path.cwd()):
+            _check_lasting("tracking.uri", str(database.relative_to(Path.cwd())))
         identity = _identity(name, f"{words[0]}-{settings.name}")
         run = settings.output_dir or f"{root}/{identity}"
         _check_lasting("output_dir", run)
@@ -153,20 +155,24 @@ class Job:
     def resume(cls, words: Sequence[str], run: str, name: str | None) -> "Job":
         """Go on with the run in a directory of the cluster."""
         _check_lasting("RUN", run)
-        return cls(_identity(name, f"resume-{Path(run).name}"), tuple(words), run)
+        return cls(_identity(name, f"resume-{file_name(Path(run).name, 150)}"), tuple(words), run)
 
 
-def launch(job: Job, files: dict[Path, int], address: str | None, follow: bool) -> int:
+def launch(job: Job, package: tuple[dict[Path, int], dict[Path, str]], address: str | None, follow: bool) -> int:
     """Submit a job with the working tree, and follow it if asked to. Returns an exit code."""
+    files, left_out = package
     cluster = connect(address)
-    print(f"package: {len(files)} files, {_megabytes(sum(files.values()))}", flush=True)
+    for path, reason in list(left_out.items())[:_NAMED]:
+        print(visible(f"left out: {path}: {reason}"))
+    more = f"; {len(left_out) - _NAMED} more left out" if len(left_out) > _NAMED else ""
+    print(f"package: {len(files)} files, {_megabytes(sum(files.values()))}{more}", flush=True)
     cluster.submit_job(
         # The shell gives way to Python, so that a signal has one receiver.
         entrypoint=shlex.join(["exec", "python", "-m", "orchestration.cli", *job.words]),
         submission_id=job.id,
         runtime_env={
             "working_dir": str(Path.cwd()),
-            "excludes": list(JUNK),
+            "excludes": excludes(left_out),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)},
         },
         metadata={"run": job.run},
@@ -260,10 +266,13 @@ def _exit_code(details: JobDetails) -> int:
 
 
 def _identity(name: str | None, default: str) -> str:
-    identity = name or f"{default}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not re.fullmatch(r"[\w.-]+", identity):
-        raise ConfigError(f"--id {identity!r} may have letters, digits, '.', '-' and '_'")
-    return identity
+    return check_id(name or f"{default}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def check_id(job: str) -> str:
+    """A job's id as it is. Raises ConfigError for what cannot be one: it becomes a part of addresses and paths."""
+    with about(f"{job[:80]!r} is no job's id"):
+        return check_name(job, _LONGEST_ID)
 
 
 def _check_lasting(what: str, path: str) -> None:

@@ -14,13 +14,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _check_name(name: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > 150 or not name.strip("."):
-        raise ValueError("a name has letters, digits, '.', '-' and '_', 150 bytes at most, and is no '.' or '..'")
+def check_name(name: str, most: int = 150) -> str:
+    """A name as it is. Raises ValueError if no directory, no job and no part of an address could have it."""
+    if not re.fullmatch(r"[\w.-]+", name) or len(name.encode()) > most or not name.strip("."):
+        raise ValueError(f"a name has letters, digits, '.', '-' and '_', {most} bytes at most, and more than dots")
     return name
 
 
-Name = Annotated[str, AfterValidator(_check_name)]  # that a directory, a URL's segment or a job can have
+Name = Annotated[str, AfterValidator(lambda name: check_name(name))]
 
 
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
+from contextlib import chdir as working_directory
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,12 @@ import pytest
 
 from orchestration import cli, jobs
 from orchestration.config import ConfigError
-from orchestration.jobs import shipped_files
+from orchestration.jobs import packed
+from orchestration.package import excludes
 from pipelines.locations import CHECKOUT
 from tests.network import Tunnel, free_port, listeners
 from tests.processes import wait_until
+from tests.test_config import command
 
 TOKEN, PASSWORD = secrets.token_hex(32), secrets.token_hex(8)
 GAUSSIAN = ["mad", "family=gaussian", "rule=fully_synthetic", "tracking.system_metrics=false", "n_ini=50"]
@@ -204,6 +209,66 @@ def test_what_can_be_known_here_is_refused_here(words: list[str], told: str, mon
     assert "secret" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("job", ["../version", "..", "x" * 300, "a b", "a/b", "", "ø" * 101, "a\x1b[2J"])
+@pytest.mark.parametrize("words", [["logs"], ["stop"], ["resume"], ["resume", "one", "--id"], ["submit", "--id"]])
+def test_what_is_no_id_reaches_no_server(
+    words: list[str], job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "connect", lambda address: pytest.fail("it was asked"))
+    whole = [*words, job, "--", "mad"] if words[0] == "submit" else ["jobs", *words, "--", job]
+    if "--id" in words and words[0] != "submit":
+        whole = ["jobs", *words, job]
+    assert command(whole, monkeypatch) == 2
+    message = capsys.readouterr().err
+    assert "is no job's id" in message
+    assert "\x1b" not in message
+
+
+def test_what_ray_would_wait_for_or_follow_is_named_and_left_out(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    tree = tmp_path / "tree"
+    (tree / "orchestration").mkdir(parents=True)
+    (tree / "orchestration" / "cli.py").write_text("cli")
+    (tmp_path / "secret").write_text("of another place")
+    os.mkfifo(tree / "pipe")
+    os.mkfifo(tree / "ignored")
+    (tree / ".gitignore").write_text("/ignored\n")
+    with socket.socket(socket.AF_UNIX) as listener, working_directory(tree):
+        listener.bind("a socket")
+    for name, target in {
+        "loop": ".",
+        "up": "../..",
+        "folder [1]": "orchestration",
+        "out": "../secret",
+        "to itself": "to itself",
+        "nothing": "gone",
+        "line\nbreak": "../secret",
+        "inside": "orchestration/cli.py",
+    }.items():
+        (tree / name).symlink_to(target)
+    (tree / os.fsdecode(b"caf\xe9")).write_text("not UTF-8")
+    files, left_out = packed(tree)
+    assert {str(path) for path in files} == {".gitignore", "inside", "orchestration/cli.py"}
+    assert {os.fsencode(path): reason for path, reason in left_out.items()} == {
+        b"pipe": "neither a file nor a directory",
+        b"a socket": "neither a file nor a directory",
+        b"loop": "a link to a directory",
+        b"up": "a link to a directory",
+        b"folder [1]": "a link to a directory",
+        b"out": "a link out of the tree",
+        b"to itself": "a link to nothing",
+        b"nothing": "a link to nothing",
+        b"line\nbreak": "a link out of the tree",
+        b"caf\xe9": "its name is not UTF-8",
+    }
+    target = tmp_path / "package.zip"
+    packaging.get_uri_for_directory(str(tree), include_gitignore=True, excludes=excludes(left_out))
+    packaging._zip_files(str(tree), excludes(left_out), str(target), include_gitignore=True)
+    with zipfile.ZipFile(target) as package:
+        assert set(package.namelist()) == {".gitignore", "inside", "orchestration/cli.py"}
+
+
 def test_an_address_is_no_place_for_a_password() -> None:
     with pytest.raises(ConfigError, match="may hold no user and password") as refusal:
         jobs.connect("http://me:secret@127.0.0.1:9")
@@ -229,13 +294,14 @@ def test_a_package_is_the_working_tree_without_what_git_ignores_and_junk(
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(name)
     (tree / ".gitignore").write_text("data/\n")
-    files = shipped_files(tree)
+    files, left_out_and_said = packed(tree)
+    assert not left_out_and_said
     assert {str(path): size for path, size in files.items()} == {".gitignore": 6} | {name: len(name) for name in kept}
 
     monkeypatch.setattr(jobs, "_LIMIT", 50)
     with pytest.raises(
         ConfigError, match=r"has 0\.0 MB, .* the largest parts: orchestration 0\.0 MB, policies .*\.gitignore"
     ):
-        shipped_files(tree)
+        packed(tree)
     with pytest.raises(ConfigError, match="is no checkout"):
-        shipped_files(tree / "policies")
+        packed(tree / "policies")
