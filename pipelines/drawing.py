@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.families import Generator, Samples
-from pipelines.rewards import import_function
+from pipelines.rewards import RewardError, import_function
+from pipelines.user_code import described
 from policies.selection import curate, verify
 from policies.streams import derive_seed
 
@@ -87,7 +88,11 @@ def _scores(reward: str, values: np.ndarray, labels: np.ndarray | None, extracto
         probabilities = extractor.probabilities(values)
         sure = probabilities.max(axis=1) if labels is None else probabilities[np.arange(len(labels)), labels]
         return np.log(np.clip(sure, 1e-12, None))
-    scores = np.asarray(import_function(reward, "reward", BUILT_IN)(values, labels), np.float64)
+    own = import_function(reward, "reward", BUILT_IN)
+    try:
+        scores = np.asarray(own(values, labels), np.float64)
+    except Exception as error:
+        raise RewardError(f"reward {reward} failed: {described(error)}") from error
     if scores.shape != (len(values),) or not np.isfinite(scores).all():
         raise ValueError(
             f"reward {reward} must return one finite number a sample, ({len(values)},), not {scores.shape}"

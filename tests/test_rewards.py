@@ -205,7 +205,7 @@ def test_own_reward_by_import_path() -> None:
         ("tests.rewards.deeper:redness", "cannot be imported"),
         ("tests.rewards:blueness", "has no 'blueness'"),
         ("tests.rewards:NOT_A_FUNCTION", "'NOT_A_FUNCTION' cannot be called"),
-        ("tests.broken_reward_module:redness", "cannot be imported .*KeyError"),
+        ("tests.broken_reward_module:redness", "cannot be imported.*KeyError"),
         (".relative:redness", "cannot be imported"),
     ],
 )
@@ -238,3 +238,14 @@ def test_a_reward_that_raises_keeps_its_reason() -> None:
     with pytest.raises(RewardError, match="ConnectionError: the judge is away") as caught:
         score(failing, noisy_images(), [""] * 4, None)
     assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_a_mistake_is_told_where_it_was_made() -> None:
+    """One line: what, and the person's own file and lines, the last first."""
+    place = r"\(at tests/rewards\.py:\d+ in _deeper, called at tests/rewards\.py:\d+ in fails\)$"
+    with pytest.raises(RewardError, match=r"^the reward function failed: KeyError: 'the weights' " + place):
+        score(load_reward("tests.rewards:fails", parse_options("tests.rewards:fails", {})), NO_IMAGES, [], None)
+    with pytest.raises(RewardError, match=r"Holds could not be made: AssertionError: a dry run makes none \(at"):
+        load_reward("tests.rewards:Holds", parse_options("tests.rewards:Holds", {"path": "x"}))
+    with pytest.raises(ValueError, match=r"imported: KeyError: .* \(at tests/broken_reward_module\.py:\d+ in"):
+        load_reward("tests.broken_reward_module:redness", parse_options("tests.broken_reward_module:redness", {}))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.rewards.options import OPTIONS, RewardOptions
+from pipelines.user_code import described
 from policies.health import check_finite
 
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
@@ -41,7 +42,10 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
     if name not in OPTIONS:
         own, given = import_function(name), options.model_dump()
         if isinstance(own, type):
-            return own(**given)  # a class holds what it needs, and is called
+            try:
+                return own(**given)  # a class holds what it needs, and is called
+            except Exception as error:
+                raise RewardError(f"{name} could not be made: {described(error)}") from error
         return functools.partial(own, **given) if given else own
     told: Any = options  # each name has options of its own kind
     if name == "sentence_cosine":
@@ -84,8 +88,8 @@ def import_function(path: str, setting: str = "reward.function", built_in: Seque
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # an imported module may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{setting} {path!r}: module {module_name!r} cannot be imported ({reason})") from error
+        reason = f"module {module_name!r} cannot be imported: {described(error)}"
+        raise ValueError(f"{setting} {path!r}: {reason}") from error
     function = getattr(module, function_name, None)
     if function is None:
         raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
@@ -132,7 +136,7 @@ def score(
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"the reward function failed: {type(error).__name__}: {error}") from error
+        raise RewardError(f"the reward function failed: {described(error)}") from error
     if scores.shape != (len(images),):
         raise RewardError(f"the reward function returned shape {scores.shape} for {len(images)} images")
     check_finite(scores, prompts)
