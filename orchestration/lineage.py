@@ -65,13 +65,15 @@ def render_lineage(directory: Path, sample: str) -> RenderableType:
     title = f"{name}, seed {seed}, generation {number}" + ("" if row is None else f", sample {row}")
     lines = [Text(title, style="bold")]
     if row is not None:
-        if last.drawn is None:
+        if not last.drawn:
             raise ConfigError(f"{sample}: no later generation reads samples of generation {number}, so none were drawn")
-        if row >= last.drawn.count:
-            raise ConfigError(f"{sample}: generation {number} drew {last.drawn.count} samples, counted from 0")
-        how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, stream sampling/{number}"
-        again = last.drawn.task is last.fit
-        stored = "drawn again where it is read" if again else f"stored in {store.path(last.drawn.task.key)}"
+        batch = next((batch for batch in last.drawn if batch.start <= row < batch.stop), None)
+        if batch is None:
+            raise ConfigError(f"{sample}: generation {number} drew {last.drawn[-1].stop} samples, counted from 0")
+        how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, "
+        how += f"stream sampling/{number}/{batch.start}, number {row - batch.start} of it"
+        again = batch.task is last.fit
+        stored = "drawn again where it is read" if again else f"stored in {store.path(batch.task.key)}"
         lines.append(Text(f"{how}; {stored}"))
     headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
     table = plain_table(*headings)

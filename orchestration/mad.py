@@ -16,7 +16,7 @@ from orchestration.mad_preflight import Experiment, preflight_mad
 from orchestration.mad_report import report
 from orchestration.mad_run import MadRun
 from orchestration.run import stored_config
-from pipelines.mad_graph import Chain, Drawn, Generation, RealSource, batch_sizes
+from pipelines.mad_graph import Batch, Chain, Generation, RealSource, batches
 from pipelines.mad_tasks import perform
 from pipelines.tasks import Task
 from policies.data_rules import training_sets
@@ -64,14 +64,14 @@ def chain(
     """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
     tasks = Chain(name, arm, arm.family, arm.family_settings(source.classes), seeds, source)
     manifests = training_sets(arm, generations, source.pool)
-    counts = batch_sizes(manifests)
-    drawn: dict[int, Drawn] = {}
+    read = batches(manifests)
+    drawn: dict[Batch, Task] = {}
     model = None
     for manifest in manifests:
         number = manifest.generation
         model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None, kept=number == generations)
         evaluation = tasks.evaluation(model, number)
         measure = tasks.measure(model, evaluation, manifest, drawn)
-        if counts.get(number):
-            drawn[number] = tasks.sample(model, number, counts[number])
-        yield Generation(name, tuple(seeds), number, manifest, model, drawn.get(number), evaluation, measure)
+        new = tuple(tasks.sample(model, number, *ends) for ends in read[number].items())
+        drawn |= {(number, batch.start): batch.task for batch in new}
+        yield Generation(name, tuple(seeds), number, manifest, model, new, evaluation, measure)

@@ -14,6 +14,7 @@ from pipelines.real_data import DataSettings
 from policies.mad_settings import LoopSettings
 from policies.settings import Name, Settings, explain
 
+MOST_DIMENSIONS, MOST_BIAS = 500, 0.99  # of simulations for n_e, and for the largest admissible n_s
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
 
@@ -23,6 +24,24 @@ class ArmSettings(families.MixtureSettings, families.CategoricalSettings, famili
     family: Family = "gaussian"
     gan: families.GanSettings = families.GanSettings()
     diffusion: families.DiffusionSettings = families.DiffusionSettings()
+
+    def underivable(self, generations: int, largest: bool = False) -> str | None:
+        """What n_e, or the ``largest`` admissible n_s, needs and this arm lacks; None if it can be found."""
+        if self.family != "gaussian" or self.rule not in ("fresh", "memory") or self.supply == "fixed":
+            return "family=gaussian with rule=fresh, or with rule=memory and real_supply=fresh"
+        sizes = {self.sizes(generation, generations) for generation in range(2, generations + 1)}
+        n_real = sizes.pop()[0] if len(sizes) == 1 else 0
+        if n_real < 1:
+            return "as many new real samples (1 or more) at every generation from 2 on"
+        if self.dimension > MOST_DIMENSIONS and self.covariance != "known":
+            return f"a dimension of {MOST_DIMENSIONS} at most, or covariance=known"
+        simulated = self.rule == "fresh" and self.covariance == "unbiased" and self.real_weight == 1 and n_real > 1
+        if largest and (not simulated or MOST_BIAS < self.sampling_bias < 1):
+            return (
+                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a sampling_bias of "
+                f"{MOST_BIAS} at most (or 1, where every n_s is admissible)"
+            )
+        return None
 
     def family_settings(self, classes: int = 0) -> dict[str, Any]:
         """The settings of this arm's family, as plain content; ``classes`` is how many the real images have."""
@@ -37,7 +56,7 @@ class ArmSettings(families.MixtureSettings, families.CategoricalSettings, famili
 class DeriveSettings(Settings):
     """What is worked out from a Gaussian fresh-data loop when it is done."""
 
-    effective_samples: bool = Field(False, description="n_e and n_e/n_r of every fresh arm")
+    effective_samples: bool = Field(False, description="n_e and n_e/n_r of every arm with new real data")
     largest_admissible: bool = Field(False, description="the largest n_s with n_e/n_r ≥ 1, by bisection")
 
 
@@ -45,7 +64,7 @@ class MadConfig(ArmSettings):
     """A MAD experiment: arms × seeds × generations."""
 
     name: Name = "mad"
-    generations: int = Field(10, ge=1)
+    generations: int = Field(10, ge=1, le=100_000)
     seeds: int | tuple[int, ...] = Field(3, description="how many, from 0 on; or a list of them")
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>")
     arms: dict[str, dict[str, Any]] = Field({}, description="by name, the keys in which an arm differs; none: one arm")
@@ -57,9 +76,12 @@ class MadConfig(ArmSettings):
     @field_validator("seeds")
     @classmethod
     def _some_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        given = (seeds,) if isinstance(seeds, int) else seeds
-        if not given or (isinstance(seeds, int) and seeds < 1) or min(given) < 0 or len(set(given)) < len(given):
-            raise ValueError("give a number of seeds from 1 on, or a list of different ones from 0 on")
+        counted = isinstance(seeds, int) and 0 < seeds <= 1_000_000
+        listed = not isinstance(seeds, int) and 0 < len(set(seeds)) == len(seeds) and min(seeds) >= 0
+        if not (counted or listed):
+            raise ValueError(
+                "give a number of seeds from 1 on, a million at most, or a list of different ones from 0 on"
+            )
         return seeds
 
     @model_validator(mode="after")
@@ -69,6 +91,12 @@ class MadConfig(ArmSettings):
                 arm.check()
                 for generation in range(2, self.generations + 1):
                     arm.sizes(generation, self.generations)
+        for name, wanted in self.derive:
+            lacking = [
+                arm.underivable(self.generations, name == "largest_admissible") for arm in self.resolved_arms.values()
+            ]
+            if wanted and all(lacking):
+                raise ValueError(f"derive.{name} needs {lacking[0]}")
         return self
 
     @cached_property
@@ -80,11 +108,13 @@ class MadConfig(ArmSettings):
         resolved = {}
         for name, overrides in self.arms.items():
             try:
+                blocks = {key: own.get(key) for key in overrides if isinstance(overrides[key], dict)}
                 merged = {
-                    key: own[key].model_dump() | value if isinstance(own.get(key), Settings) else value
-                    for key, value in overrides.items()
+                    key: block.model_dump() | overrides[key]
+                    for key, block in blocks.items()
+                    if isinstance(block, Settings)
                 }
-                resolved[name] = ArmSettings.model_validate(own | merged)
+                resolved[name] = ArmSettings.model_validate(own | overrides | merged)
             except ValidationError as error:
                 raise ValueError(f"arms.{name}: {explain(ArmSettings, error)}") from error
         return resolved

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,20 @@ from orchestration.config import about, validate
 from orchestration.mad_config import ArmSettings, MadConfig
 from orchestration.run import TEMPLATES, check_output, known_manifest
 from pipelines.atomic import Files
-from pipelines.drawing import BUILT_IN
-from pipelines.families.registry import CLOSED_FORM, CONDITIONAL
+from pipelines.drawing import BUILT_IN, score
+from pipelines.families.registry import CLOSED_FORM, CONDITIONAL, SETTINGS, generator_class
 from pipelines.mad_graph import RealSource, image_source
 from pipelines.pages import fill
+from pipelines.real_data import RealData
 from pipelines.tasks import Task
 from policies.data_rules import Manifest, training_sets
 from policies.mad_settings import LoopSettings
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
+_MOST_NUMBERS = 2**28  # in one training set: 2 GB
+_MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 _MOST_UNIVERSES = 1000
-_LEAST_REFERENCE = 20  # precision and recall look at 5 neighbours
+_LEAST_REFERENCE, _MOST_REFERENCE = 20, 20_000  # precision and recall look at 5 neighbours, and at every pair
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,19 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
             with about(f"arms.{name}" if config.arms else ""):
                 _check_arm(arm)
         _check_output(config)
-        images = None
-        real_files: dict[str, Files] = {}
-        found: list[str] = []
+        images, real, real_files, found = None, None, dict[str, Files](), list[str]()
+        if any(arm.family not in ("gaussian", "categorical") for arm in arms.values()):
+            _check_reference(config)
         if any(arm.family not in CLOSED_FORM for arm in arms.values()):
-            images, real_files, found = _image_source(config)
+            real, images, real_files, found = _image_source(config)
         points = RealSource(config.data.reference)
         sources, manifests = {}, {}
         for name, arm in arms.items():
             sources[name] = points if images is None or arm.family in CLOSED_FORM else images
             with about(f"arms.{name}" if config.arms else ""):
                 manifests[name] = training_sets(arm, config.generations, sources[name].pool)
-                _check_sizes(arm, manifests[name])
+                _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
+                _check_reward(arm, real)
         machine = machine or find_machine(config.workers.device)
         gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
@@ -90,18 +95,78 @@ def _check_arm(arm: ArmSettings) -> None:
         from pipelines.rewards import check_function
 
         check_function(arm.reward, "reward", ("values", "labels"), None, BUILT_IN)
+    if arm.family == "diffusion" and arm.sampling_bias < 1:
+        if not arm.diffusion.label_dropout:
+            raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
+        if arm.sampling_bias * _MOST_GUIDANCE < 1:
+            raise ValueError(
+                f"sampling_bias {arm.sampling_bias:g} is guidance of scale {1 / arm.sampling_bias:.3g}: "
+                f"at most {_MOST_GUIDANCE}"
+            )
     if arm.rule == "curated" and arm.reward == "confidence" and arm.family in CLOSED_FORM:
         raise ValueError(f"reward confidence needs images: for family {arm.family} set reward=first_coordinate")
 
 
-def _check_sizes(arm: ArmSettings, manifests: list[Manifest]) -> None:
-    """A mixture needs a sample for each of its components."""
+def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> None:
+    """A mixture needs a sample for each of its components, a training set memory, and a variance a number."""
+    from scipy.special import digamma, polygamma
+
+    level = doubt = 0.0  # of a Gaussian's log variance: mean and variance over universes
     for manifest in manifests:
-        if arm.family == "mixture" and manifest.size < arm.modes:
-            raise ValueError(f"generation {manifest.generation} has {manifest.size} samples for {arm.modes} modes")
+        number, size = manifest.generation, manifest.size
+        if arm.family == "mixture" and size < arm.modes:
+            raise ValueError(f"generation {number} has {size} samples for {arm.modes} modes")
+        if (held := _numbers(arm, size, image)) > _MOST_NUMBERS:
+            raise ValueError(f"generation {number} has {size} samples, {held:.1e} numbers: {_MOST_NUMBERS:.1e} at most")
+        if [part.generation for part in manifest.parts] != [number - 1] or arm.covariance == "known":
+            level = doubt = 0.0  # of G1, or with others' samples beside the last model's
+        elif number > 1 and arm.family == "gaussian":
+            level += math.log(arm.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
+            doubt += polygamma(1, (size - 1) / 2)
+            if level - 6 * math.sqrt(doubt) < math.log(1e-300):
+                raise ValueError(
+                    f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
+                    "to hold: use fewer generations, more samples or a larger sampling_bias"
+                )
 
 
-def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files], list[str]]:
+def _numbers(arm: ArmSettings, size: int, image: int = 1) -> int:
+    """How many numbers a training set of ``size`` samples and the model of it hold, at least."""
+    if arm.family == "gaussian":
+        return arm.dimension * max(size, arm.dimension)
+    return (
+        max(size, arm.categories) if arm.family == "categorical" else size * (2 if arm.family == "mixture" else image)
+    )
+
+
+def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
+    """One's own reward has to answer for two real samples."""
+    if arm.rule != "curated" or arm.reward in BUILT_IN:
+        return
+    if real is None or arm.family in CLOSED_FORM:
+        truth = generator_class(arm.family).truth(SETTINGS[arm.family](**arm.family_settings()), [0], 0, 2)
+        values, labels = truth.values[0], None
+    else:
+        values, labels = (
+            real.images[:2],
+            real.labels[:2] if arm.family in CONDITIONAL and real.labels is not None else None,
+        )
+    try:
+        score(arm.reward, values, labels)
+    except ValueError:
+        raise
+    except Exception as error:  # another's code may fail in any way
+        raise ValueError(f"reward {arm.reward} fails on two real samples: {type(error).__name__}: {error}") from error
+
+
+def _check_reference(config: MadConfig) -> None:
+    if (wanted := config.data.reference) < _LEAST_REFERENCE:
+        raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
+    if wanted > _MOST_REFERENCE:
+        raise ValueError(f"data.reference is {wanted}: metrics compare each pair, of {_MOST_REFERENCE} samples at most")
+
+
+def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Files], list[str]]:
     """The images that models learn from and are measured by, and what was found, in words."""
     from pipelines.mad_tasks import real_data_files
     from pipelines.real_data import load_real_data, split_reference
@@ -125,8 +190,7 @@ def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files], list
             f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
             "or put the images of each class into a sub-directory"
         )
-    if (wanted := config.data.reference) < _LEAST_REFERENCE:
-        raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
+    wanted = config.data.reference
     pool, reference = split_reference(real, wanted)
     if len(pool) <= len(reference):
         most = (len(real.images) - 1) // 2
@@ -137,11 +201,14 @@ def _image_source(config: MadConfig) -> tuple[RealSource, dict[str, Files], list
     classes = int(real.labels.max()) + 1
     if classes < 2:
         raise ValueError(f"data.source {config.data.source} has one class: the metrics' classifier needs two or more")
+    for arm in arms:
+        if arm.family == "diffusion" and classes > (arm.diffusion.classes or classes):
+            raise ValueError(f"diffusion.classes is {arm.diffusion.classes}, the images have {classes}: set it to null")
     source = image_source(real.sha256, len(reference), len(pool), classes)
     assert source.data is not None
     apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
     files = {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
-    return source, files, [*real.describe(), apart]
+    return real, source, files, [*real.describe(), apart]
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
@@ -157,7 +224,7 @@ def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
 def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
     """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
     if arm.family in ("gaussian", "categorical"):
-        numbers = max(manifest.size for manifest in manifests) * (arm.dimension if arm.family == "gaussian" else 1)
+        numbers = max(_numbers(arm, manifest.size) for manifest in manifests)
         size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
     else:
         size = 1

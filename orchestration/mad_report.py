@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.html_report import conclude
+from orchestration.mad_config import DeriveSettings
 from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, verdict
 from pipelines.families.registry import CLOSED_FORM
@@ -53,7 +54,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         }
         if run.histograms[name]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
-        if config.derive.effective_samples and arm.family == "gaussian" and arm.rule == "fresh":
+        if config.derive != DeriveSettings() and arm.underivable(config.generations) is None:
             arms[name]["effective_samples"] = effective_samples(arm, values, config)
     return {
         "name": config.name,
@@ -152,7 +153,7 @@ def _seconds_by_generation(run: MadRun) -> dict[str, list[float]]:
     """CPU seconds (generations,) of each kind of task, the mean over the tasks that were done."""
     spent: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for each in run.generations:
-        for task in (each.fit, each.drawn.task if each.drawn else None, each.evaluation, each.measure):
+        for task in (each.fit, *(batch.task for batch in each.drawn), each.evaluation, each.measure):
             if task is not None and task.key in run.store:
                 spent[task.kind][each.number][task.key] = run.store.about(task.key).get("cpu_seconds", 0.0)
     numbers = range(1, run.config.generations + 1)

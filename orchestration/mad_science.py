@@ -21,18 +21,27 @@ Values = Mapping[str, np.ndarray]  # metric → (seeds, generations)
 
 def laws(arm: ArmSettings, generations: int) -> exact_laws.Laws:
     """The exact expectations for an arm: metric → (generations,); empty where no law is known."""
-    n_ini, bias, covariance = arm.initial(), arm.sampling_bias, arm.covariance
+    n_ini = arm.initial()
     sizes = [arm.sizes(generation, generations) for generation in range(2, generations + 1)]
     n_real, n_synthetic = ([size[which] for size in sizes] for which in (0, 1))
     same = bool(sizes) and len(set(sizes)) == 1
-    if arm.family == "categorical" and arm.rule == "fully_synthetic" and bias == 1 and (same or not sizes):
+    if arm.family == "categorical" and arm.rule == "fully_synthetic" and arm.sampling_bias == 1 and (same or not sizes):
         uniform = [1 / arm.categories] * arm.categories
         return exact_laws.categorical(
             generations=generations, n_ini=n_ini, n=n_synthetic[0] if sizes else n_ini, probabilities=uniform
         )
     if arm.family != "gaussian" or arm.real_weight != 1:
         return {}
-    common: dict[str, Any] = {"generations": generations, "sampling_bias": bias, "covariance": covariance}
+    found = _gaussian_laws(arm, generations, n_real, n_synthetic)
+    if arm.covariance == "known" and found:  # nothing but the mean is away from the truth
+        found |= {"w2_squared": arm.dimension * found["mean_square"], "log_det": np.zeros(generations)}
+    return found
+
+
+def _gaussian_laws(arm: ArmSettings, generations: int, n_real: list[int], n_synthetic: list[int]) -> exact_laws.Laws:
+    n_ini, sizes = arm.initial(), set(zip(n_real, n_synthetic, strict=True))
+    common: dict[str, Any] = {"sampling_bias": arm.sampling_bias, "covariance": arm.covariance}
+    common["generations"] = generations
     if arm.rule == "real_only" or not sizes:  # every generation is a first one
         first = exact_laws.fully_synthetic(
             **common | {"generations": 1}, n_ini=n_ini, n_synthetic=n_ini, dimension=arm.dimension
@@ -40,14 +49,16 @@ def laws(arm: ArmSettings, generations: int) -> exact_laws.Laws:
         return {metric: np.repeat(values, generations) for metric, values in first.items()}
     if arm.rule == "fully_synthetic":
         return exact_laws.fully_synthetic(**common, n_ini=n_ini, n_synthetic=n_synthetic[0], dimension=arm.dimension)
-    if arm.rule == "fresh":
-        return exact_laws.fresh(**common, n_ini=n_ini, n_real=n_real, n_synthetic=n_synthetic)
-    real_once = same and n_real[0] == n_ini and arm.supply == "fixed"
-    if arm.rule == "augmentation" and arm.synthetic_from == "previous" and real_once:
-        return exact_laws.augmentation(**common, n_real=n_ini, n_synthetic=n_synthetic[0])
+    remembered: dict[str, Any] = common | {"memory": arm.memory if arm.rule == "memory" else 1}
+    if arm.rule in ("fresh", "memory") and arm.supply != "fixed":
+        return exact_laws.fresh(**remembered, n_ini=n_ini, n_real=n_real, n_synthetic=n_synthetic)
+    real_once = len(sizes) == 1 and n_real[0] == n_ini and arm.supply == "fixed"
+    before = arm.rule in ("memory", "iterative_retraining")  # a closed form has nothing to go on from
+    if real_once and (before or (arm.rule == "augmentation" and arm.synthetic_from == "previous")):
+        return exact_laws.augmentation(**remembered, n_real=n_ini, n_synthetic=n_synthetic[0])
     if (arm.rule == "accumulate" or arm.rule == "augmentation") and real_once:
         return exact_laws.accumulate(**common, n_ini=n_ini, n_synthetic=n_synthetic[0])
-    if arm.rule == "accumulate_subsample" and real_once and n_synthetic[0] == n_ini == (arm.n_total or n_ini):
+    if arm.rule == "accumulate_subsample" and real_once and n_synthetic[0] == n_ini == arm.total():
         return exact_laws.accumulate_subsample(**common, n=n_ini)
     return {}
 
@@ -84,7 +95,7 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
         "limit_standard_error": float(reached.std(ddof=1) / math.sqrt(len(reached))) if len(reached) > 1 else None,
     }
     try:
-        found = effective_sample_size(reached, arm.dimension)
+        found = effective_sample_size(reached, arm.dimension, covariance=arm.covariance)
     except ValueError as error:  # a limit that no number of real samples has
         return result | {"problem": str(error)}
     result |= {
@@ -92,7 +103,7 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
         "n_e_over_n_r": {name: value / n_real for name, value in found._asdict().items()},
         "admissible": found.value >= n_real,
     }
-    if config.derive.largest_admissible:
+    if config.derive.largest_admissible and arm.underivable(config.generations, largest=True) is None:
         universes = max(32, _ADMISSIBLE_NUMBERS // arm.dimension**2)
         found_most = largest_admissible(n_real, arm.sampling_bias, arm.dimension, universes, seed=0)
         result["largest_admissible"] = found_most._asdict()

@@ -26,14 +26,16 @@ def draw(
     bias: float,
     selection: Selection | None = None,
     extractor: "Extractor | None" = None,
+    start: int = 0,
 ) -> Samples:
-    """``count`` samples a universe of the model of ``generation``: a function of these arguments and nothing else.
+    """``count`` samples a universe of the model of ``generation``, from the ``start``-th on: a function of these
+    arguments and nothing else.
 
     Raises ValueError if a reward fails or the verifier accepts too few.
     """
 
-    def plainly(number: int, attempt: int = 0) -> Samples:
-        return model.sample(number, [derive_seed(seed, "sampling", generation, attempt) for seed in seeds], bias)
+    def plainly(number: int, first: int = start) -> Samples:
+        return model.sample(number, [derive_seed(seed, "sampling", generation, first) for seed in seeds], bias)
 
     if selection is None:
         return plainly(count)
@@ -51,7 +53,7 @@ def _curated(
     kept = []
     for universe, stream in enumerate(streams):
         labels = None if drawn.labels is None else drawn.labels[universe]
-        scores = _scores(selection["reward"], drawn.values[universe], labels, extractor)
+        scores = score(selection["reward"], drawn.values[universe], labels, extractor)
         # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for different labels.
         choice = curate(scores.reshape(-1, count).T, stream)
         kept.append(choice * count + np.arange(count))
@@ -66,7 +68,7 @@ def _verified(
     accepted: list[Samples] = []
     found = 0
     for attempt in range(selection["candidates"]):
-        drawn = plainly(count, attempt)
+        drawn = plainly(count, attempt * count)
         labels = None if drawn.labels is None else drawn.labels[0]
         good = verify(extractor.probabilities(drawn.values[0]), labels, selection["acceptance"])
         accepted.append(_take(drawn, np.flatnonzero(good)[None]))
@@ -79,8 +81,10 @@ def _verified(
     )
 
 
-def _scores(reward: str, values: np.ndarray, labels: np.ndarray | None, extractor: "Extractor | None") -> np.ndarray:
-    """One finite reward a sample, float64 (n,)."""
+def score(
+    reward: str, values: np.ndarray, labels: np.ndarray | None, extractor: "Extractor | None" = None
+) -> np.ndarray:
+    """One finite reward a sample, float64 (n,). Raises ValueError."""
     if reward == "first_coordinate":
         return values.reshape(len(values), -1)[:, 0].astype(np.float64)
     if reward == "confidence":

@@ -4,6 +4,7 @@ A task names only what its result depends on. That is why generation 1 of two ar
 is one task with one key, and is done once.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Chain:
         self._real = [task for task in (source.data, source.extractor) if task]
         self._selection = _selection(loop)
 
-    def fit(self, manifest: Manifest, drawn: Mapping[int, "Drawn"], start: Task | None, kept: bool) -> Task:
+    def fit(self, manifest: Manifest, drawn: Mapping["Batch", Task], start: Task | None, kept: bool) -> Task:
         """Train the model of a generation on its manifest, going on from ``start`` if there is one.
 
         Moments of many universes are large and quick to make again, so they stay on the disk only if ``kept``.
@@ -62,13 +63,13 @@ class Chain:
         parameters["fine_tunes"] = start is not None
         return self._task("fit", manifest.generation, parameters, inputs, kept)
 
-    def sample(self, model: Task, generation: int, count: int) -> "Drawn":
-        """Draw what later generations may be trained on; closed forms draw it wherever they need it."""
+    def sample(self, model: Task, generation: int, start: int, stop: int) -> "Drawn":
+        """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
         if self._closed_form:
-            return Drawn(model, count)
+            return Drawn(model, start, stop)
         inputs = [model, self._real[1]] if self._selection else [model]
-        parameters = {"selection": self._selection, "role": "training", "count": count}
-        return Drawn(self._draw(model, generation, parameters, inputs), count)
+        parameters = {"selection": self._selection, "role": "training", "start": start, "count": stop - start}
+        return Drawn(self._draw(model, generation, parameters, inputs), start, stop)
 
     def evaluation(self, model: Task, generation: int) -> Task | None:
         """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
@@ -76,7 +77,7 @@ class Chain:
             return None
         return self._draw(model, generation, {"role": "evaluation", "count": self._source.samples}, [model])
 
-    def measure(self, model: Task, evaluation: Task | None, manifest: Manifest, drawn: Mapping[int, "Drawn"]) -> Task:
+    def measure(self, model: Task, evaluation: Task | None, manifest: Manifest, drawn: Mapping["Batch", Task]) -> Task:
         """Measure a generation: its moments, or its samples beside the reference and its training set."""
         if evaluation is None:
             parameters: dict[str, Any] = {"samples": self._source.samples, "sampling_bias": self._loop.sampling_bias}
@@ -85,21 +86,21 @@ class Chain:
         inputs = [evaluation, *self._real, *training]
         return self._task("measure", manifest.generation, {**parameters, "classes": self._source.classes}, inputs)
 
-    def _training_set(self, manifest: Manifest, drawn: Mapping[int, "Drawn"]) -> tuple[dict[str, Any], list[Task]]:
+    def _training_set(self, manifest: Manifest, drawn: Mapping["Batch", Task]) -> tuple[dict[str, Any], list[Task]]:
         """Parameters and inputs from which a manifest's samples can be read or drawn."""
         inputs: list[Task] = []
-        sources: list[dict[str, int] | None] = []
+        sources: list[int | None] = []  # for each part the input that it is read or drawn from
         parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json(), "sources": sources}
         for part in manifest.parts:
             if part.generation == REAL and not self._real:
                 sources.append(None)
                 continue
-            batch = Drawn(self._real[0], 0) if part.generation == REAL else drawn[part.generation]
+            task = self._real[0] if part.generation == REAL else drawn[part.generation, part.start]
             if part.generation != REAL and self._closed_form:
                 parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
-            if batch.task not in inputs:
-                inputs.append(batch.task)
-            sources.append({"input": inputs.index(batch.task), "count": batch.count})
+            if task not in inputs:
+                inputs.append(task)
+            sources.append(inputs.index(task))
         return parameters, inputs
 
     def _draw(self, model: Task, generation: int, parameters: dict[str, Any], inputs: Sequence[Task]) -> Task:
@@ -112,12 +113,16 @@ class Chain:
         return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}", kept)
 
 
+Batch = tuple[int, int]  # a generation, and the number of the first sample
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """``count`` samples of a generation: a stored set, or the model that draws them again wherever they are needed."""
+    """Samples ``start`` to ``stop`` of a generation: a stored set, or the model that draws them wherever needed."""
 
     task: Task
-    count: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -129,19 +134,19 @@ class Generation:
     number: int
     manifest: Manifest
     fit: Task
-    drawn: Drawn | None  # for later generations
+    drawn: tuple[Drawn, ...]  # for later generations
     evaluation: Task | None
     measure: Task
 
 
-def batch_sizes(manifests: Iterable[Manifest]) -> dict[int, int]:
-    """How many samples each generation has to draw: the most that any later one reads."""
-    sizes: dict[int, int] = {}
+def batches(manifests: Iterable[Manifest]) -> dict[int, dict[int, int]]:
+    """What each generation has to draw for later ones: where each batch begins, and where it ends."""
+    found: dict[int, dict[int, int]] = defaultdict(dict)
     for manifest in manifests:
         for part in manifest.parts:
             if part.generation != REAL:
-                sizes[part.generation] = max(sizes.get(part.generation, 0), part.stop)
-    return sizes
+                found[part.generation][part.start] = part.stop
+    return found
 
 
 def _selection(loop: LoopSettings) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ cheaper than storing it. Families that train a network do one universe a task, a
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -92,7 +92,8 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         drawn = model.sample(count, [derive_seed(seed, "evaluation") for seed in seeds], bias)
     else:
         extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
-        drawn = draw(model, count, seeds, parameters["generation"], bias, parameters["selection"], extractor)
+        selection, start = parameters["selection"], parameters["start"]
+        drawn = draw(model, count, seeds, parameters["generation"], bias, selection, extractor, start)
     rows = {
         "image": [image.squeeze(-1) if image.shape[-1] == 1 else image for image in drawn.values[0]],
         "label": [None] * count if drawn.labels is None else drawn.labels[0].tolist(),
@@ -195,12 +196,14 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
         universes = [[array[u][row] for array, row in zip(arrays, mine, strict=True)] for u, mine in enumerate(rows)]
         return np.stack([np.concatenate(parts) for parts in universes])
 
+    origin = next((each.origin for each in held if each.origin is not None), None)
     labels = [each.samples.labels for each in held if each.samples.labels is not None]
     weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])
     samples = Samples(
-        joined([each.samples.values for each in held]),
+        joined([each.values_from(origin) for each in held]),
         joined(labels) if len(labels) == len(held) else None,  # an unconditional model labels nothing
         None if np.all(weights == weights[0]) else weights,
+        origin,
     )
     ids = [
         {"role": part.role, "generation": part.generation, "ids": each.names[row].tolist()}
@@ -210,28 +213,42 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
 
 
 class _Held(NamedTuple):
-    """What a part takes from: samples of each universe, their names, and the manifest's number for the first."""
+    """What a part takes from: samples of each universe, their names, and the manifest's number for the first.
+
+    ``origin`` (universes, d), None for 0, is the point from which a Gaussian's values are counted.
+    """
 
     samples: Samples
     names: np.ndarray
     first: int
+    origin: np.ndarray | None = None
+
+    def values_from(self, origin: np.ndarray | None) -> np.ndarray:
+        """The values, counted from another point."""
+        if origin is None:
+            return self.samples.values
+        shift: np.ndarray = (0 if self.origin is None else self.origin) - origin
+        return self.samples.values + shift[:, None]
 
 
-def _held(parameters: Parameters, part: Part, source: Parameters | None, inputs: Sequence[Files]) -> _Held:
+def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequence[Files]) -> _Held:
     family, seeds = parameters["family"], parameters["seeds"]
     if source is None:  # a distribution, which never runs out
         settings = SETTINGS[family](**parameters["settings"])
         drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
         return _Held(drawn, np.arange(part.start, part.stop), part.start)
-    files = inputs[source["input"]]
+    files = inputs[source]
     if part.generation == REAL:
         real = read_real_data(files)
         order = ledger_order(len(real["pool"]), seeds[0])
         labels = real["pool_labels"][order][None] if "pool_labels" in real else None
         return _Held(Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0)
-    if family in CLOSED_FORM:
-        model, bias, count = load_generator(family, files), parameters["sampling_bias"], source["count"]
-        held = draw(model, count, seeds, part.generation, bias, parameters["selection"])
-    else:
-        held = read_samples(files)
-    return _Held(held, np.arange(held.values.shape[1]), 0)
+    numbers = np.arange(part.start, part.stop)
+    if family not in CLOSED_FORM:
+        return _Held(read_samples(files), numbers, part.start)
+    model, bias, selection = load_generator(family, files), parameters["sampling_bias"], parameters["selection"]
+    origin = None
+    if family == "gaussian" and selection is None:  # else a spread far below its mean would be rounded away
+        model, origin = cast(Any, model).centred()
+    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=part.start)
+    return _Held(drawn, numbers, part.start, origin)

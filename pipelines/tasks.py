@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipelines.atomic import DamagedFiles, Files, commit_directory, read_directory, read_manifest
 
-SCHEMA = 3  # part of every key: raised when a task comes to mean something else
+SCHEMA = 4  # part of every key: raised when a task comes to mean something else
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,20 @@ class Task:
 
 
 def _key(kind: str, parameters: Mapping[str, Any], inputs: Sequence[str]) -> str:
-    text = json.dumps([SCHEMA, kind, parameters, inputs], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    content = _plain([SCHEMA, kind, parameters, inputs])
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _plain(content: Any) -> Any:
+    """Equal content in one form: JSON writes 1, 1.0 and -0.0 apart, but the keys 1 and "1" alike. Raises TypeError."""
+    if isinstance(content, Mapping):
+        if not all(isinstance(key, str) for key in content):
+            raise TypeError(f"the names of a task's parameters are text, unlike one of {list(content)}")
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return int(content) if isinstance(content, float) and content.is_integer() else content
 
 
 def in_order(tasks: Iterable[Task]) -> Iterator[Task]:

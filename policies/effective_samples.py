@@ -1,7 +1,7 @@
 """How many real samples is a fresh-data loop worth? (Alemohammad et al., 2307.01850, section 5.)
 
-The effective sample size n_e is the number of real samples from which one unbiased Gaussian fit comes as close to
-N(0, I), in expected squared 2-Wasserstein distance, as the loop's limit. Its n_s synthetic samples a generation are
+The effective sample size n_e is the number of real samples from which one Gaussian fit of the loop's kind comes as
+close to N(0, I), in expected squared 2-Wasserstein distance, as the loop's limit. Its n_s synthetic samples are
 *admissible* while n_e is at least n_r, the number of new real ones. Everything is simulated on sufficient statistics:
 a batch's mean, and a root R of its scatter RᵀR, so that the cost does not depend on the number of samples.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.exact_laws import fresh_steady_state
+from policies.exact_laws import Covariance, fresh_steady_state
 from policies.verdicts import interval
 
 MOST_SAMPLES = 10_000_000
@@ -43,16 +43,22 @@ def wasserstein_squared(mean: np.ndarray, covariance: np.ndarray, eigenvalues: n
     return np.sum(mean**2, axis=-1) + np.sum((deviations - 1) ** 2, axis=-1)
 
 
-def expected_distance(samples: int, dimension: int, universes: int, seed: int) -> tuple[float, float]:
-    """E W2² of one unbiased fit to ``samples`` ≥ 2 real samples (they may be fewer than d), and its standard error."""
+def expected_distance(
+    samples: int, dimension: int, universes: int, seed: int, covariance: Covariance = "unbiased"
+) -> tuple[float, float]:
+    """E W2² of one fit to ``samples`` ≥ 2 real samples (they may be fewer than d), and its standard error."""
+    if covariance == "known":
+        return dimension / samples, 0.0
     identity = np.broadcast_to(np.eye(dimension), (universes, dimension, dimension))
     root = _draw(np.zeros(dimension), identity, samples, np.random.default_rng(seed))[1]
-    distance = wasserstein_squared(np.zeros(dimension), root.mT @ root / (samples - 1))
+    distance = wasserstein_squared(np.zeros(dimension), root.mT @ root / (samples - (covariance == "unbiased")))
     # The mean's part, E‖μ‖² = d/n, needs no simulation.
     return dimension / samples + float(distance.mean()), float(distance.std(ddof=1)) / sqrt(universes)
 
 
-def effective_sample_size(distances: np.ndarray, dimension: int, seed: int = 0) -> Estimate:
+def effective_sample_size(
+    distances: np.ndarray, dimension: int, seed: int = 0, covariance: Covariance = "unbiased"
+) -> Estimate:
     """n_e of a loop whose limiting distance is ``distances`` (seeds,), with the interval of their mean carried over.
 
     Linear between whole numbers. Ends of the interval stop at 2 and MOST_SAMPLES; one seed has none (nan). Raises
@@ -61,7 +67,7 @@ def effective_sample_size(distances: np.ndarray, dimension: int, seed: int = 0) 
 
     @cache
     def expected(samples: int) -> float:
-        return expected_distance(samples, dimension, max(100, 400_000 // dimension**2), seed)[0]
+        return expected_distance(samples, dimension, max(100, 400_000 // dimension**2), seed, covariance)[0]
 
     def solve(distance: float) -> float:
         below = _largest(lambda n: expected(n) > distance, 2, MOST_SAMPLES)

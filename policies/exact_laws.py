@@ -18,9 +18,12 @@ from typing import Literal
 
 import numpy as np
 
+from policies.data_rules import spread
+
 Laws = dict[str, np.ndarray]
-Covariance = Literal["unbiased", "mle"]
-"""The covariance of a fit to N points is their scatter divided by N − 1 (unbiased) or by N (maximum likelihood)."""
+Covariance = Literal["unbiased", "mle", "known"]
+"""The covariance of a fit to N points is their scatter divided by N − 1 (unbiased) or by N (maximum likelihood), or the
+real distribution's own (known): then the mean alone is fitted, and V = 1 in every law."""
 
 
 def fully_synthetic(
@@ -37,9 +40,11 @@ def fully_synthetic(
     n = _sizes(generations, n_ini, n_synthetic)
     bias = np.append(1.0, np.full(generations - 1, sampling_bias))
     shrinkage = _shrinkage(n, covariance)
-    variance = np.cumprod(bias * shrinkage)
+    variance = np.ones(generations) if covariance == "known" else np.cumprod(bias * shrinkage)
     source = np.concatenate([[1.0], sampling_bias * variance[:-1]])
     laws = {"variance": variance, "mean_square": np.cumsum(source / n)}
+    if covariance == "known":
+        return laws
     if n.min() > dimension:
         chi = digamma((n[:, None] - np.arange(1, dimension + 1)) / 2).sum(axis=1)
         laws["log_det"] = np.cumsum(chi + dimension * np.log(2 * bias * shrinkage / (n - 1)))
@@ -58,23 +63,18 @@ def fresh(
     n_synthetic: int | Sequence[int],
     sampling_bias: float,
     covariance: Covariance,
+    memory: int = 1,
 ) -> Laws:
-    """Generation t ≥ 2 trains on n_r new real samples and n_s samples of its predecessor; N = n_r + n_s, p = n_r/N,
-    q = n_s/N. Sizes are one for all t ≥ 2, or a sequence for t = 2 … T.
+    """Generation t ≥ 2 trains on n_r new real samples and on n_s new ones, spread over the last K = ``memory`` models;
+    N = n_r + n_s, p = n_r/N, w_j = n_j/N of model j. Sizes are one for all t ≥ 2, or a sequence for t = 2 … T.
 
-    With V = E tr(Σ)/d, C = E‖μ‖²/d:  V_t = p + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = (p + λqV_{t−1})/N + q²C_{t−1};
-    V_1 = 1, C_1 = 1/n_ini. The MLE's V is (1 − 1/N) times as large. The dimension does not enter.
+    With V = E tr(Σ)/d and the covariances Γ_ij = E⟨μ_i, μ_j⟩/d of the last K means, which the recursion carries along:
+    V_t = p + λ Σ w_j V_j + N/(N−1) (Σ w_j Γ_jj − wᵀΓw);  Γ_tt = (p + λ Σ w_j V_j)/N + wᵀΓw;  Γ_tj = (Γw)_j;
+    V_1 = 1, Γ_11 = 1/n_ini. The MLE's V is (1 − 1/N) times as large. The dimension does not enter. For K = 1 this is
+    V_t = p + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = (p + λqV_{t−1})/N + q²C_{t−1}, C_t = Γ_tt, q = n_s/N.
     """
     real, synthetic = _sizes(generations, n_ini, n_real), _sizes(generations, 0, n_synthetic)
-    total = real + synthetic
-    p, q, shrinkage = real / total, synthetic / total, _shrinkage(total, covariance)
-    v, c = np.empty(generations), np.empty(generations)
-    v[0], c[0] = shrinkage[0], 1 / n_ini
-    for t in range(1, generations):
-        within = p[t] + sampling_bias * q[t] * v[t - 1]
-        v[t] = shrinkage[t] * (within + p[t] * q[t] * total[t] / (total[t] - 1) * c[t - 1])
-        c[t] = within / total[t] + q[t] ** 2 * c[t - 1]
-    return {"variance": v, "mean_square": c}
+    return _mixed(real, synthetic, memory, sampling_bias, covariance, fixed=False)
 
 
 def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -> tuple[float, float]:
@@ -90,25 +90,47 @@ def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -
 
 
 def augmentation(
-    *, generations: int, n_real: int, n_synthetic: int, sampling_bias: float, covariance: Covariance
+    *,
+    generations: int,
+    n_real: int,
+    n_synthetic: int,
+    sampling_bias: float,
+    covariance: Covariance,
+    memory: int = 1,
 ) -> Laws:
-    """Every generation trains on the same ``n_real`` real samples and, from the second on, on ``n_synthetic`` samples
-    of its predecessor. The expectation is over the real set too.
+    """As :func:`fresh`, but with the same ``n_real`` real samples at every generation, the first one's too. The
+    expectation is over the real set as well.
 
-    The model's mean stays unbiased for the real set's mean a, so C = E‖μ − a‖²/d obeys a recursion of its own, and
-    E‖μ_t‖²/d = 1/n_r + C_t:  V_t = (n_r − 1)/(N − 1) + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = λqV_{t−1}/N + q²C_{t−1};
-    V_1 = 1, C_1 = 0. The MLE's V is (1 − 1/N) times as large.
+    The real set's mean a is one more of those that Γ speaks of, Γ_aa = Γ_a1 = Γ_11 = 1/n_r, its weight is p, and it
+    brings no new noise: V_t = (n_r − 1)/(N − 1) + λ Σ w_j V_j + N/(N−1) (Σ w_j Γ_jj − wᵀΓw), the sums in Γ over a too;
+    Γ_tt = λ Σ w_j V_j/N + wᵀΓw.
     """
-    total = n_real + n_synthetic
-    p, q = n_real / total, n_synthetic / total
-    shrinkage = _shrinkage(_sizes(generations, n_real, total), covariance)
-    v, c = np.empty(generations), np.empty(generations)
-    v[0], c[0] = shrinkage[0], 0.0
-    for t in range(1, generations):
-        synthetic = sampling_bias * q * v[t - 1]
-        v[t] = shrinkage[t] * ((n_real - 1) / (total - 1) + synthetic + p * q * total / (total - 1) * c[t - 1])
-        c[t] = synthetic / total + q**2 * c[t - 1]
-    return {"variance": v, "mean_square": 1 / n_real + c}
+    real, synthetic = _sizes(generations, n_real, n_real), _sizes(generations, 0, n_synthetic)
+    return _mixed(real, synthetic, memory, sampling_bias, covariance, fixed=True)
+
+
+def _mixed(
+    real: np.ndarray, synthetic: np.ndarray, memory: int, sampling_bias: float, covariance: Covariance, fixed: bool
+) -> Laws:
+    """The recursion of :func:`fresh` and :func:`augmentation`; sizes (generations,)."""
+    total = real + synthetic
+    shrinkage = _shrinkage(total, covariance)
+    v, c = shrinkage.copy(), 1 / total
+    means = np.full((2, 2), c[0])  # Γ of the real set's mean and of the last models', the latest at the end
+    for t in range(1, len(total)):
+        n = total[t]
+        remembered = spread(int(synthetic[t]), min(memory, t))
+        weights = np.array([real[t] if fixed else 0, *remembered]) / n
+        drawn = sampling_bias * weights[1:] @ v[t - len(remembered) : t]
+        pulled = weights @ means
+        c[t] = (drawn if fixed else real[t] / n + drawn) / n + pulled @ weights
+        within = ((real[t] - 1) / (n - 1) if fixed else real[t] / n) + drawn
+        if covariance != "known":
+            v[t] = shrinkage[t] * (within + n / (n - 1) * (weights @ means.diagonal() - pulled @ weights))
+        means = np.block([[means, pulled[:, None]], [pulled, c[t]]])
+        if t >= memory:
+            means = np.delete(np.delete(means, 1, axis=0), 1, axis=1)
+    return {"variance": v, "mean_square": c}
 
 
 def accumulate(*, generations: int, n_ini: int, n_synthetic: int, sampling_bias: float, covariance: Covariance) -> Laws:
@@ -124,29 +146,29 @@ def accumulate(*, generations: int, n_ini: int, n_synthetic: int, sampling_bias:
     s, m = np.empty(generations), np.empty(generations)
     s[0], m[0] = 1 - 1 / n_ini, 1 / n_ini
     for t in range(1, generations):
-        drawn = sampling_bias * fitted[t - 1] * s[t - 1]
+        drawn = sampling_bias * (1 if covariance == "known" else fitted[t - 1] * s[t - 1])
         s[t] = (pool[t - 1] * s[t - 1] + drawn * n_synthetic * (1 - 1 / pool[t])) / pool[t]
-        m[t] = m[t - 1] + (n_synthetic / pool[t]) ** 2 * drawn / n_synthetic
-    return {"variance": fitted * s, "mean_square": m}
+        m[t] = m[t - 1] + n_synthetic * drawn / pool[t] ** 2
+    return {"variance": np.ones(generations) if covariance == "known" else fitted * s, "mean_square": m}
 
 
 def accumulate_subsample(*, generations: int, n: int, sampling_bias: float, covariance: Covariance) -> Laws:
     """As :func:`accumulate` with n_ini = n_synthetic = n, but model t is fitted to n points drawn from the pool of nt
     without replacement (Kazdan et al., 2410.16713).
 
-    The pool has scatter/(nt) = S_t and U_t = nt/(nt − 1) S_t; a fit has E Σ_t = gU_t, g = 1 (MLE: 1 − 1/n). The model's
-    mean strays from the pool's by (1 − 1/t)U_t/n, the batch's by D_t = (1 − 1/t + λg)U_t/n, so
-    S_{t+1} = [tS_t + λg(1 − 1/n)U_t]/(t + 1) + t/(t + 1)² D_t.
+    The pool has scatter/(nt) = S_t and U_t = nt/(nt − 1) S_t; a fit has V_t = gU_t, g = 1 (MLE: 1 − 1/n). The model's
+    mean strays from the pool's by (1 − 1/t)U_t/n, the batch's by D_t = [(1 − 1/t)U_t + λV_t]/n, so
+    S_{t+1} = [tS_t + λ(1 − 1/n)V_t]/(t + 1) + t/(t + 1)² D_t.
     """
     g = float(_shrinkage(np.array([n]), covariance)[0])
-    drawn = sampling_bias * g
     s, m = 1 - 1 / n, 1 / n
     variance, mean_square = np.empty(generations), np.empty(generations)
     for t in range(1, generations + 1):
         u = n * t / (n * t - 1) * s
-        variance[t - 1], mean_square[t - 1] = g * u, m + (1 - 1 / t) * u / n
-        strays = (1 - 1 / t + drawn) * u / n
-        s = (t * s + drawn * (1 - 1 / n) * u) / (t + 1) + t / (t + 1) ** 2 * strays
+        variance[t - 1], mean_square[t - 1] = 1 if covariance == "known" else g * u, m + (1 - 1 / t) * u / n
+        drawn = sampling_bias * variance[t - 1]
+        strays = ((1 - 1 / t) * u + drawn) / n
+        s = (t * s + drawn * (1 - 1 / n)) / (t + 1) + t / (t + 1) ** 2 * strays
         m += strays / (t + 1) ** 2
     return {"variance": variance, "mean_square": mean_square}
 

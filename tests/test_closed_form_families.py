@@ -62,6 +62,9 @@ def test_a_sample_of_weight_two_counts_as_two(family: str) -> None:
 
 def test_gaussian_moments_are_numpys() -> None:
     data = Samples(np.random.default_rng(0).normal(size=(2, 25, 3)))
+    known = GaussianGenerator.fit(GaussianSettings(dimension=3, covariance="known"), data, [0, 0])
+    np.testing.assert_allclose(known.mean[1], data.values[1].mean(axis=0))
+    np.testing.assert_array_equal(known.covariance, np.stack([np.eye(3)] * 2))
     for covariance, ddof in (("unbiased", 1), ("mle", 0)):
         fitted = GaussianGenerator.fit(GaussianSettings(dimension=3, covariance=covariance), data, [0, 0])  # type: ignore[arg-type]
         np.testing.assert_allclose(fitted.mean[1], data.values[1].mean(axis=0))
@@ -106,6 +109,34 @@ def test_categorical_bias_sharpens() -> None:
     drawn = model.sample(200_000, [0], 0.5).values[0]
     expected = np.array([0.01, 0.09, 0.36, 0]) / 0.46
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / len(drawn), expected, atol=0.005)
+
+
+@pytest.mark.parametrize("bias", [1e-300, 0.0025, 0.3, 1.0])
+def test_a_categorical_draws_its_own_categories_however_small_the_bias(bias: float) -> None:
+    """p^(1/λ) is no number for a small λ: with λ = .0025, .1^400."""
+    model = CategoricalGenerator(np.array([[0.1, 0.1, 0.1, 0.7], [0.5, 0.0, 0.5, 0.0], [1e-320, 0.0, 0.0, 0.0]]))
+    drawn = model.sample(2000, [0, 1, 2], bias).values
+    assert (drawn[0] == 3).mean() == pytest.approx(
+        1 if bias < 0.1 else 0.7 ** (1 / bias) / (3 * 0.1 ** (1 / bias) + 0.7 ** (1 / bias)), abs=0.03
+    )
+    assert np.bincount(drawn[1], minlength=4) == pytest.approx([1000, 0, 1000, 0], abs=100)
+    assert set(drawn[2]) == {0}
+    again = CategoricalGenerator.fit(CategoricalSettings(categories=4), Samples(drawn), [0, 0, 0])
+    np.testing.assert_allclose(again.probabilities.sum(axis=1), 1)
+
+
+class _Edge:
+    """A stream of the largest number below 1."""
+
+    def random(self, count: int) -> np.ndarray:
+        return np.full(count, 1 - 2.0**-53)
+
+
+def test_a_number_just_below_one_is_the_last_category_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: _Edge())
+    for left in ([0.1] * 10, [0.3, 0.3, 0.3, 0.0], [1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]):
+        drawn = CategoricalGenerator(np.array([left])).sample(3, [0], 0.7).values
+        assert set(drawn[0]) == {np.flatnonzero(left)[-1]}
 
 
 def test_categorical_measures() -> None:

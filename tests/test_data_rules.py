@@ -40,15 +40,15 @@ RULES: dict[str, tuple[dict[str, Any], list[tuple[str, int, int, int]]]] = {
     "verified": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
     "memory": (
         {"n_real": 5, "n_synthetic": 21, "memory": 2},
-        [("real-fixed", 0, 0, 5), ("synthetic", 2, 0, 10), ("synthetic", 3, 0, 11)],
+        [("real-fixed", 0, 0, 5), ("synthetic", 2, 11, 21), ("synthetic", 3, 0, 11)],
     ),
     "weighted_mixture": (
         {"n_ini": 100, "shares": {"real_fixed": 0.2, "real_fresh": 0.1, "previous": 0.4, "earlier": 0.3}},
         [
             ("real-fixed", 0, 0, 20),
             ("real-fresh", 0, 120, 130),
-            ("synthetic", 1, 0, 15),
-            ("synthetic", 2, 0, 15),
+            ("synthetic", 1, 100, 115),
+            ("synthetic", 2, 40, 55),
             ("synthetic", 3, 0, 40),
         ],
     ),
@@ -62,6 +62,39 @@ def test_what_generation_4_is_trained_on(rule: str) -> None:
     assert parts(manifests[3]) == expected
     assert [part.generation for part in manifests[0].parts] == [REAL]
     assert all(part.generation < manifest.generation for manifest in manifests for part in manifest.parts)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "accumulate_subsample"])
+def test_a_sample_is_read_twice_only_where_that_is_the_rule(rule: str) -> None:
+    settings = RULES[rule][0] if rule in RULES else {"n_ini": 40}
+    read: list[tuple[int, int]] = []
+    manifests = training_sets(loop(rule, **settings), 9, POOL)
+    for part in (part for manifest in manifests for part in manifest.parts if part.role != "real-fixed"):
+        read += [(part.generation, row) for row in range(part.start, part.stop)]
+    assert (len(read) > len(set(read))) == (rule in ("accumulate", "accumulate_subsample"))
+    if rule == "memory":
+        assert {g for g, _ in read} == set(range(1, 9))
+        assert len(read) == 8 * 21
+
+
+@pytest.mark.parametrize("rule", [*RULES, "accumulate_subsample"])
+def test_more_generations_change_no_earlier_one(rule: str) -> None:
+    settings = loop(rule, **(RULES[rule][0] if rule in RULES else {"n_ini": 40}))
+    assert training_sets(settings, 9, POOL)[:5] == training_sets(settings, 5, POOL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rule": "accumulate", "n_ini": 50, "n_synthetic": 0}, [("real-fixed", 0, 0, 50)]),
+        ({"rule": "accumulate", "n_ini": 50, "n_real": 0}, [("synthetic", g, 0, 50) for g in (1, 2)]),
+        ({"rule": "accumulate_subsample", "n_ini": 50, "n_real": 0}, [("synthetic", g, 0, 50) for g in (1, 2)]),
+        ({"rule": "fresh", "n_ini": 50, "n_real": 9, "n_synthetic": 0}, [("real-fresh", 0, 59, 68)]),
+        ({"rule": "memory", "n_ini": 50, "n_real": 9, "n_synthetic": 0}, [("real-fixed", 0, 0, 9)]),
+    ],
+)
+def test_nothing_is_nothing(settings: dict[str, Any], expected: list[tuple[str, int, int, int]]) -> None:
+    assert parts(training_sets(loop(**settings), 3, POOL)[2]) == expected
 
 
 def test_augmentation_from_all_is_accumulation() -> None:
@@ -155,6 +188,11 @@ def test_largest_remainder() -> None:
         ({"rule": "weighted_mixture", "n_ini": 10, "shares": {"previous": 0.5}}, "needs shares that sum to 1"),
         ({"rule": "fresh", "n_ini": 10, "fresh_fraction": 0.5, "real_supply": "fixed"}, "rule=augmentation"),
         ({"rule": "accumulate", "n_ini": 10, "real_supply": "fresh"}, "uses one fixed real set"),
+        (
+            {"rule": "fresh", "n_total": 9, "n_real": 5, "n_synthetic": 5},
+            r"n_total is 9, but n_real \+ n_synthetic is 10",
+        ),
+        ({"rule": "fully_synthetic", "n_total": 9, "n_synthetic": 5}, "n_total is 9, but n_synthetic is 5"),
     ],
 )
 def test_impossible_loops_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -168,6 +206,29 @@ def test_a_list_of_fractions_must_fit_the_generations() -> None:
         training_sets(fresh, 5, POOL)
 
 
-def test_an_empty_training_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="generation 2 would be trained on 0 samples"):
-        training_sets(loop("fresh", n_ini=10, n_real=0, n_synthetic=0), 3, POOL)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "fresh", "n_ini": 10, "n_real": 0, "n_synthetic": 0}, "generation 2 would be trained on 0 samples"),
+        ({"rule": "fully_synthetic", "n_ini": 10, "n_synthetic": 0}, "generation 2 would be trained on 0 samples"),
+        ({"rule": "fully_synthetic", "n_synthetic": 0}, "generation 1 would be trained on 0 samples"),
+        ({"rule": "augmentation", "n_real": 1, "n_synthetic": 9}, "generation 1 would be trained on 1 samples"),
+        ({"rule": "accumulate_subsample", "n_ini": 20, "n_total": 41}, "41 samples cannot be drawn from a pool of 40"),
+        ({"rule": "fresh", "n_ini": 120, "fresh_fraction": 0.001}, "0.001 of 120 samples rounds to none of them real"),
+        ({"rule": "fresh", "n_ini": 120, "fresh_fraction": 0.999}, "0.999 of 120 samples rounds to all of them real"),
+        ({"rule": "fresh", "n_ini": 120, "fresh_fraction": (0.5, 0.001)}, "generation 3: fresh_fraction 0.001"),
+        (
+            {"rule": "weighted_mixture", "n_ini": 120, "shares": {"real_fresh": 0.001, "previous": 0.999}},
+            "shares.real_fresh of 120 samples rounds to none",
+        ),
+        ({"rule": "memory", "n_real": 9, "n_synthetic": 1, "memory": 2}, "1 synthetic samples are too few for 2 gen"),
+    ],
+)
+def test_training_sets_that_cannot_be_drawn_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_sets(loop(**settings), 3, POOL)
+
+
+def test_a_schedule_may_pass_through_what_rounds_to_nothing() -> None:
+    fresh = loop("fresh", n_ini=100, fresh_fraction=FreshSchedule(first=0.01, last=0.0))
+    assert [fresh.sizes(generation, 6)[0] for generation in range(2, 7)] == [1, 1, 0, 0, 0]

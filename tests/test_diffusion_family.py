@@ -65,6 +65,19 @@ def test_every_prefix_asks_for_all_classes_alike(generator: DiffusionGenerator) 
     assert not np.array_equal(labels, others)
 
 
+def test_labels_are_drawn_as_the_training_set_holds_them(data: Samples, tmp_path: Path) -> None:
+    """A loop without bias keeps its classes' shares; what was never seen is never asked for."""
+    rare = replace(data, labels=np.array([[0] * 9 + [2] * 3]))
+    light = replace(rare, weights=np.repeat([1.0, 3.0], [9, 3]))
+    settings = TINY.model_copy(update={"classes": 4})
+    for each, expected in ((rare, [30, 0, 10, 0]), (light, [20, 0, 20, 0])):
+        DiffusionGenerator.fit(settings, each, [0]).save(tmp_path)
+        drawn = [DiffusionGenerator.load(tmp_path).sample(40, [seed], 1.0).labels for seed in (1, 2, 1)]
+        np.testing.assert_array_equal(np.bincount(drawn[0][0], minlength=4), expected)
+        assert np.array_equal(drawn[0], drawn[2])
+        assert not np.array_equal(drawn[0], drawn[1])
+
+
 def test_bias_is_guidance_of_scale_one_over_bias(generator: DiffusionGenerator) -> None:
     # One step from pure noise lands on −v, so that images depend linearly on the network's output.
     single = DiffusionGenerator(TINY.model_copy(update={"sampling_steps": 1}), generator.unet)

@@ -79,6 +79,16 @@ def test_effective_sample_size_inverts_the_expected_distance(samples: int) -> No
     assert samples < 10 or one_dimensional(estimate.high) == pytest.approx(low, rel=0.01)
 
 
+def test_effective_sample_size_of_other_fits() -> None:
+    """Mean only: E W2² = d/n. Maximum likelihood: E σ² = 1 − 1/n, E σ = √(1 − 1/n) c₄(n)."""
+    known = effective_sample_size(np.array([0.09, 0.11, 0.1]), dimension=4, covariance="known")
+    assert known.value == pytest.approx(40)
+    assert known.low < 40 < known.high
+    n = 12
+    mle = 1 / n + 2 - 1 / n - 2 * sqrt(1 - 1 / n) * sqrt(2 / (n - 1)) * gamma(n / 2) / gamma((n - 1) / 2)
+    assert effective_sample_size(np.array([mle]), 1, covariance="mle").value == pytest.approx(n, rel=0.01)
+
+
 def test_effective_sample_size_without_an_answer() -> None:
     estimate = effective_sample_size(np.array([one_dimensional(30)]), dimension=1)
     assert estimate.value == pytest.approx(30, rel=0.01)

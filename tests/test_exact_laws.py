@@ -1,6 +1,7 @@
 """Every exact law against a simulation of the loop itself, sample by sample."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +187,93 @@ def test_augmentation_tends_to_the_limit_for_a_given_real_set(setting: dict) -> 
     limit = p * total / (total - 1) * (1 - 1 / setting["n_real"])
     limit /= 1 - bias * q - bias * q**2 / ((total - 1) * (1 + q))
     assert augmentation(generations=300, **setting)["variance"][-1] == pytest.approx(limit, rel=1e-9)
+
+
+MEMORY = [
+    {"n_real": 4, "n_synthetic": 14, "memory": 3, "sampling_bias": 0.8, "covariance": "unbiased"},
+    {"n_real": 6, "n_synthetic": 9, "memory": 4, "sampling_bias": 1.0, "covariance": "mle"},
+    {"n_real": 2, "n_synthetic": 18, "memory": 2, "sampling_bias": 0.5, "covariance": "known"},
+]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new real data", "the same real data"])
+@pytest.mark.parametrize("setting", MEMORY)
+def test_memory(setting: dict, again: bool) -> None:
+    n_real, n_synthetic, covariance = setting["n_real"], setting["n_synthetic"], setting["covariance"]
+    laws = augmentation(generations=7, **setting) if again else fresh(generations=7, n_ini=n_real, **setting)
+
+    def fitted(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, spread = fit(points, covariance)
+        return mean, np.tile(np.eye(2), (len(mean), 1, 1)) if covariance == "known" else spread
+
+    def loop(rng: np.random.Generator, universes: int) -> Iterator[tuple]:
+        real = rng.standard_normal((universes, n_real, 2))
+        models = [fitted(real)]
+        yield models[-1]
+        for _ in range(6):
+            real = real if again else rng.standard_normal((universes, n_real, 2))
+            remembered = models[-setting["memory"] :]
+            share, rest = divmod(n_synthetic, len(remembered))
+            counts = [share] * (len(remembered) - rest) + [share + 1] * rest
+            drawn = [draw(*each, setting["sampling_bias"], rng) for each in zip(remembered, counts, strict=True)]
+            models.append(fitted(np.concatenate([real, *drawn], axis=1)))
+            yield models[-1]
+
+    metrics = {"mean_square": laws["mean_square"]} if covariance == "known" else laws
+    assert_agree(metrics, simulate(loop, 4 * 7 * (n_real + n_synthetic), metrics))
+    if covariance == "known":
+        np.testing.assert_array_equal(laws["variance"], 1)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("covariance", ["unbiased", "mle"])
+def test_a_memory_of_one_is_the_recursion_of_the_last_model(covariance: Any, again: bool) -> None:
+    """V_t = p' + λqV_{t−1} + pq N/(N−1) C_{t−1}, C_t = (p″ + λqV_{t−1})/N + q²C_{t−1}, as it is derived by hand for one
+    predecessor; for a fixed real set C is about the set's own mean, p' = (n_r − 1)/(N − 1) and p″ = 0."""
+    n_real, n_synthetic, bias, total = 6, 10, 0.7, 16
+    p, q = n_real / total, n_synthetic / total
+    sizes = {"n_real": n_real, "n_synthetic": n_synthetic, "sampling_bias": bias, "covariance": covariance}
+    laws = augmentation(generations=9, **sizes) if again else fresh(generations=9, n_ini=n_real, **sizes)
+    mle = covariance == "mle"
+    v, c = 1 - mle / n_real, 0.0 if again else 1 / n_real
+    for t in range(1, 9):
+        within = (n_real - 1) / (total - 1) if again else p
+        v, c = (
+            (1 - mle / total) * (within + bias * q * v + p * q * total / (total - 1) * c),
+            ((0 if again else p) + bias * q * v) / total + q**2 * c,
+        )
+        assert laws["variance"][t] == pytest.approx(v)
+        assert laws["mean_square"][t] == pytest.approx(c + (1 / n_real if again else 0))
+
+
+@pytest.mark.parametrize(("memory", "least", "most"), [(1, 1.9, 1.9), (5, 4.2, 4.35), (10, 5.7, 6.1), (20, 7.2, 7.7)])
+def test_memory_is_worth_what_the_paper_found(memory: int, least: float, most: float) -> None:
+    """Figure 30 of 2307.01850: n_e/n_r for n_r : n_s = 1 : 9, mean only, where n_e = 1/C."""
+    laws = fresh(
+        generations=800,
+        n_ini=2000,
+        n_real=20,
+        n_synthetic=180,
+        sampling_bias=1.0,
+        covariance="known",
+        memory=memory,
+    )
+    assert least - 1e-9 <= 1 / laws["mean_square"][-1] / 20 <= most + 1e-9
+
+
+def test_laws_without_synthetic_or_without_real_samples() -> None:
+    common: dict[str, Any] = {"generations": 5, "sampling_bias": 0.8, "covariance": "unbiased"}
+    alone = {"variance": np.ones(5), "mean_square": np.full(5, 0.1)}
+    for laws in (
+        fresh(**common, n_ini=10, n_real=10, n_synthetic=0),
+        augmentation(**common, n_real=10, n_synthetic=0),
+        accumulate(**common, n_ini=10, n_synthetic=0),
+    ):
+        for name, law in alone.items():
+            np.testing.assert_allclose(laws[name], law)
+    synthetic = fully_synthetic(**common, n_ini=10, n_synthetic=7, dimension=9)
+    for name, law in fresh(**common, n_ini=10, n_real=0, n_synthetic=7).items():
+        np.testing.assert_allclose(law, synthetic[name])
 
 
 ACCUMULATE = [

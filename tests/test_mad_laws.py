@@ -32,12 +32,16 @@ def measured(arm: ArmSettings, generations: int, universes: int) -> dict[str, np
 
 
 def deviations(
-    arm: ArmSettings, metrics: set[str], against: ArmSettings | None = None, universes: int = UNIVERSES
+    arm: ArmSettings,
+    metrics: set[str],
+    against: ArmSettings | None = None,
+    universes: int = UNIVERSES,
+    generations: int = GENERATIONS,
 ) -> dict[str, float]:
     """How many standard errors ``metrics`` of the last generation are away from their laws."""
-    values = measured(arm, GENERATIONS, universes)
+    values = measured(arm, generations, universes)
     found = {}
-    for metric, exact in laws(against or arm, GENERATIONS).items():
+    for metric, exact in laws(against or arm, generations).items():
         if metric not in metrics:
             continue
         last = values[metric][:, -1]
@@ -93,6 +97,39 @@ def test_gaussian_loops_obey_their_laws(loop: str) -> None:
     found = deviations(ArmSettings(family="gaussian", dimension=3, **settings), metrics)
     assert set(found) == metrics
     assert max(map(abs, found.values())) < 3, found
+
+
+REMEMBERING: dict[str, dict[str, Any]] = {
+    "new real data": {"n_ini": 9, "n_real": 2, "n_synthetic": 12, "real_supply": "fresh", "sampling_bias": 0.9},
+    "the same real data": {"n_ini": 6, "n_real": 6, "n_synthetic": 12},
+}
+
+
+@pytest.mark.parametrize("loop", REMEMBERING)
+def test_the_memory_loop_obeys_its_law(loop: str) -> None:
+    """Mean only. Were rows read again, the last two models' samples would not be independent."""
+    arm = ArmSettings(family="gaussian", rule="memory", memory=3, dimension=10, covariance="known", **REMEMBERING[loop])
+    metrics = {"mean_square", "w2_squared"}
+    found = deviations(arm, metrics, universes=2500, generations=5)
+    assert set(found) == metrics
+    assert max(map(abs, found.values())) < 3, found
+
+
+def test_the_memory_loop_obeys_its_law_with_a_fitted_covariance() -> None:
+    settings = {"n_ini": 12, "n_real": 4, "n_synthetic": 10, "memory": 2, "real_supply": "fresh"}
+    arm = ArmSettings(family="gaussian", rule="memory", dimension=8, **settings)  # type: ignore[arg-type]
+    found = deviations(arm, {"variance", "mean_square"}, universes=4000)
+    assert max(map(abs, found.values())) < 3, found
+
+
+def test_a_variance_far_below_its_mean_keeps_its_digits() -> None:
+    """With λ = 1e-6 the spread of generation 4 is a billionth of a billionth of the mean's size."""
+    arm = ArmSettings(family="gaussian", rule="fully_synthetic", n_ini=20, dimension=2, sampling_bias=1e-6)
+    values, exact = measured(arm, 8, 2000), laws(arm, 8)
+    for metric in ("log_det", "mean_square"):
+        error = values[metric].std(axis=0, ddof=1) / np.sqrt(2000)
+        assert (np.abs(values[metric].mean(axis=0) - exact[metric]) < 3 * error).all()
+    assert exact["log_det"][-1] < -190
 
 
 @pytest.mark.parametrize(("n", "bias"), [(10, 1.0), (20, 0.8), (15, 0.5)])

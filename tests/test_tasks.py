@@ -1,5 +1,6 @@
 """Content-addressed tasks: the same work has the same name, and what was done is not done again."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines.families.registry import packed
 from pipelines.tasks import Task, TaskStore, in_order
@@ -36,6 +39,66 @@ def test_a_key_depends_on_what_the_result_depends_on_and_on_nothing_else() -> No
         Task("fit", {"a": 1, "b": [1.5, None]}, (Task("data", {"changed": True}),)),
     ]
     assert len({task.key, *(other.key for other in others)}) == 5
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal content: numbers by value, but True is not 1; a list may be a tuple."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+NUMBERS = (
+    st.sampled_from([0, 1, -1, 1000, 2**53, 10**20, 0.001, 1e-300])
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
+CONTENT = st.recursive(
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.sampled_from(["", "a", "1", "a,b", '"', "None", "1.0"])
+    | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from(["a", "b", "1", "", ":"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+PARAMETERS = st.dictionaries(st.sampled_from(["a", "b", "ab", "1"]), CONTENT, max_size=3)
+
+
+def written_otherwise(content: Any, dice: random.Random) -> Any:
+    """The same content with whole numbers as floats, lists as tuples and keys in another order, by chance."""
+    if isinstance(content, dict):
+        keys = sorted(content, key=lambda _: dice.random())
+        return {key: written_otherwise(content[key], dice) for key in keys}
+    if isinstance(content, list | tuple):
+        return dice.choice([list, tuple])(written_otherwise(each, dice) for each in content)
+    if isinstance(content, int) and not isinstance(content, bool) and abs(content) < 2**53:
+        return dice.choice([int, float])(content)
+    return -0.0 if content == 0 and isinstance(content, float) else content
+
+
+@settings(max_examples=80, deadline=None)
+@given(PARAMETERS, PARAMETERS, st.sampled_from(["fit", "sample"]), st.randoms(use_true_random=False))
+def test_tasks_share_a_key_if_and_only_if_they_are_equal(
+    one: dict[str, Any], other: dict[str, Any], kind: str, dice: random.Random
+) -> None:
+    task = Task("fit", one)
+    assert (task.key == Task(kind, other).key) == (kind == "fit" and same(one, other))
+    assert task.key == Task("fit", written_otherwise(one, dice)).key
+    assert task.key == Task("fit", json.loads(json.dumps(one))).key
+    assert task.key != Task("fit", one, (task,)).key
+
+
+def test_a_parameters_name_is_text() -> None:
+    """JSON would write the names 1 and "1" alike."""
+    with pytest.raises(TypeError, match="are text"):
+        Task("fit", {"shares": {1: 0.5}})
 
 
 def test_order_puts_inputs_first_and_each_key_once() -> None:

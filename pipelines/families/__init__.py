@@ -18,12 +18,13 @@ class Samples:
 
     ``values`` (universes, n, …): float64 points, or uint8 images (1, n, height, width, channels). ``labels``
     (universes, n) int64, where there are labels. ``weights`` (n,) float64, None for equal ones: how much each sample
-    counts in a fit.
+    counts in a fit. ``origin`` (universes, d), None for 0: the point from which the Gaussian family counts its values.
     """
 
     values: np.ndarray
     labels: np.ndarray | None = None
     weights: np.ndarray | None = None
+    origin: np.ndarray | None = None
 
 
 class Generator(Protocol):

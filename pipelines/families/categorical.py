@@ -39,11 +39,14 @@ class CategoricalGenerator(Arrays):
 
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """Draw from p^(1/λ), normalised, by inverting the cumulative distribution."""
-        sharpened = self.probabilities ** (1 / bias)
+        with np.errstate(divide="ignore", over="ignore"):
+            logs = np.log(self.probabilities)
+            sharpened = np.exp((logs - logs.max(axis=1, keepdims=True)) / bias)  # 1 for the likeliest, however small λ
         edges = np.cumsum(sharpened, axis=1)
         uniform = [np.random.default_rng(seed).random(count) for seed in seeds]
         draws = [np.searchsorted(edge, u * edge[-1], side="right") for edge, u in zip(edges, uniform, strict=True)]
-        return Samples(np.stack(draws))
+        last = np.argmax(edges, axis=1)[:, None]  # a number just below 1 is rounded to beyond it
+        return Samples(np.minimum(np.stack(draws), last))
 
     def measure(self) -> dict[str, np.ndarray]:
         """Distance to the truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""

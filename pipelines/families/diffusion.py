@@ -4,6 +4,7 @@ A diffusers UNet predicts v on a cosine schedule. Some of its training labels ar
 sampling can be biased toward what a label says: MAD's λ is a diffusers ``guidance_scale`` of 1/λ.
 """
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -23,11 +24,13 @@ from pipelines.training import train
 class DiffusionGenerator:
     """A fitted UNet. One universe: ``values`` are uint8 (1, n, height, width, channels), and there is one seed."""
 
-    def __init__(self, settings: DiffusionSettings, unet: Any) -> None:
+    def __init__(self, settings: DiffusionSettings, unet: Any, shares: np.ndarray | None = None) -> None:
         self.settings = settings
         self.unet = unet.eval().requires_grad_(False)
         self.unet.register_to_config(_name_or_path="")  # else equal models would remember where they were loaded from
         self.classes = unet.config.num_class_embeds - 1  # the last one is the null class
+        # Of each label in the training set, (classes,).
+        self.shares = np.full(self.classes, 1 / self.classes) if shares is None else shares
         kind = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
         self.noises = DDPMScheduler(settings.timesteps, beta_schedule="squaredcos_cap_v2", **kind)
 
@@ -45,9 +48,11 @@ class DiffusionGenerator:
         (seed,), images, labels = seeds, to_network_input(data.values[0]), torch.from_numpy(data.labels[0])
         weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
         unet = deepcopy(start.unet) if start is not None else _build(settings, images, labels, seed)
-        generator = cls(settings, unet.to(device))
-        if labels.max() >= generator.classes:
-            raise ValueError(f"label {labels.max()} is none of the {generator.classes} classes: set classes higher")
+        classes = unet.config.num_class_embeds - 1
+        if labels.max() >= classes:
+            raise ValueError(f"label {labels.max()} is none of the {classes} classes: set classes higher")
+        shares = np.bincount(labels.numpy(), weights.numpy(), minlength=classes) / weights.sum().item()
+        generator = cls(settings, unet.to(device), shares)
         generator._train(images, labels, weights, torch.Generator().manual_seed(seed))
         return generator
 
@@ -70,14 +75,13 @@ class DiffusionGenerator:
 
     @torch.inference_mode()
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
-        """``count`` images and the labels they were asked to show: all classes alike, in random order.
+        """``count`` images and the labels they were asked to show: the training set's own, in random order.
 
         A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
         """
         (seed,) = seeds
         random = torch.Generator().manual_seed(seed)
-        rounds = [torch.randperm(self.classes, generator=random) for _ in range(0, count, self.classes)]
-        labels = torch.cat(rounds)[:count]
+        labels = _labels(torch.from_numpy(self.shares), count, random)
         batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
         return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None])
 
@@ -97,15 +101,30 @@ class DiffusionGenerator:
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
     def save(self, directory: Path) -> None:
-        """The UNet as diffusers writes it, and the settings. Equal generators write equal bytes."""
+        """The UNet as diffusers writes it, the settings and the labels' shares. Equal generators write equal bytes."""
         self.unet.save_pretrained(directory / "unet")
-        (directory / "config.json").write_text(self.settings.model_dump_json(indent=2) + "\n")
+        config = {"settings": self.settings.model_dump(), "shares": self.shares.tolist()}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
-        settings = DiffusionSettings.model_validate_json((directory / "config.json").read_text())
-        return cls(settings, UNet2DModel.from_pretrained(directory / "unet").to(device))
+        config = json.loads((directory / "config.json").read_text())
+        unet = UNet2DModel.from_pretrained(directory / "unet").to(device)
+        return cls(DiffusionSettings(**config["settings"]), unet, np.array(config["shares"]))
+
+
+def _labels(shares: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Labels (count,), of which every first n have each label's share of n to within about one.
+
+    The j-th of a label falls due at a random moment from j to j + 1 times the inverse of its share. Independent draws
+    would let the shares drift from generation to generation even if the model were perfect.
+    """
+    needed = torch.where(shares > 0, (count * shares).long() + 2, 0)
+    labels = torch.repeat_interleave(needed)
+    number = torch.arange(len(labels)) - (needed.cumsum(0) - needed)[labels]
+    due = (number + torch.rand(len(labels), generator=random, dtype=torch.float64)) / shares[labels]
+    return labels[due.argsort()[:count]]
 
 
 def _build(settings: DiffusionSettings, images: Tensor, labels: Tensor, seed: int) -> Any:

@@ -4,7 +4,7 @@ The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -31,14 +31,21 @@ class GaussianGenerator(Arrays):
     @classmethod
     def fit(cls, settings: GaussianSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
         """Mean and covariance of the data. A closed form has one optimum: nothing else changes it."""
-        count = data.values.shape[1]
+        universes, count, dimension = data.values.shape
         weights = np.full(count, 1 / count) if data.weights is None else data.weights / data.weights.sum()
         mean = np.einsum("n,und->ud", weights, data.values)
+        at = mean if data.origin is None else data.origin + mean
+        if settings.covariance == "known":
+            return cls(at, np.tile(np.eye(dimension), (universes, 1, 1)))
         scaled = (data.values - mean[:, None]) * np.sqrt(weights)[:, None]
         covariance = np.swapaxes(scaled, 1, 2) @ scaled
         if settings.covariance == "unbiased":
             covariance /= 1 - np.sum(weights**2)  # for equal weights: N / (N − 1)
-        return cls(mean, covariance)
+        return cls(at, covariance)
+
+    def centred(self) -> tuple[Self, np.ndarray]:
+        """The same spread around 0, and the mean (universes, d) that it was around."""
+        return replace(self, mean=np.zeros_like(self.mean)), self.mean
 
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """Draw from N(μ, λΣ)."""

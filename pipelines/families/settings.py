@@ -12,19 +12,21 @@ class GaussianSettings(Settings):
     """A Gaussian fitted by its mean and covariance; the truth is N(0, I)."""
 
     dimension: int = Field(1, ge=1, description="gaussian: d")
-    covariance: Covariance = Field("unbiased", description="gaussian: divide by N − 1, or by N (maximum likelihood)")
+    covariance: Covariance = Field(
+        "unbiased", description="gaussian: divide by N − 1 or by N (mle), or fit the mean only (known)"
+    )
 
 
 class CategoricalSettings(Settings):
     """A categorical distribution fitted by its frequencies; the truth is uniform."""
 
-    categories: int = Field(10, ge=2, description="categorical: how many")
+    categories: int = Field(10, ge=2, le=1_000_000, description="categorical: how many")
 
 
 class MixtureSettings(Settings):
     """A two-dimensional Gaussian mixture fitted by expectation–maximisation; the truth has modes on a square grid."""
 
-    modes: int = Field(25, ge=4, description="mixture: of the truth and of the fit; a square number")
+    modes: int = Field(25, ge=4, le=10_000, description="mixture: of the truth and of the fit; a square number")
 
 
 class GanSettings(Settings):
