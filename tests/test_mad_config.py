@@ -95,8 +95,8 @@ def refused(*overrides: str) -> str:
             "reward tests.rewards:one_number must return one finite number a sample, (2,)",
         ),
         (
-            ["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50", "reward=math:sqrt"],
-            "reward math:sqrt fails on two real samples: TypeError",
+            ["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50", "reward=operator:add"],
+            "reward operator:add fails on two real samples: TypeError",
         ),
         ([*DIFFUSION, "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         ([*DIFFUSION, "data.reference=1797"], "1797 of 1797 images leave none to learn from"),
