@@ -21,7 +21,7 @@ HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
 _PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
-_NOT_LET_IN = re.compile(r"failed with error code 40[13]\b")
+_POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: it lets nobody in, or is no MLflow
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
 _PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 Found = TypeVar("Found")
@@ -70,7 +70,7 @@ class MlflowStore:
                 with self.named(what, refusing=True):
                     return attempt()
             except TrackingError as error:
-                if isinstance(error, Refused) or _NOT_LET_IN.search(str(error)) or time.monotonic() + pause > deadline:
+                if isinstance(error, Refused) or _POINTLESS.search(str(error)) or time.monotonic() + pause > deadline:
                     raise
                 if pause < 0.3:
                     say(f"warning: {error}; trying again for {seconds:.0f} seconds")

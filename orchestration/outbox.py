@@ -150,7 +150,7 @@ class Outbox:
                 lane.hurry = True
             self._changed.notify_all()
             began = since = time.monotonic()
-            seen, silent = self._passed, True
+            seen, silent, failed = self._passed, True, [max(_TRIES, lane.failures) for lane in self._lanes]
             while self.waiting and any(thread.is_alive() for thread in self._threads):
                 now = time.monotonic()
                 if self._passed != seen:
@@ -158,6 +158,10 @@ class Outbox:
                 enough = max(patience, _UPLOAD_SECONDS) if self._lanes[1].is_busy else patience
                 if now - since > enough or now - began > most:
                     break
+                if all(
+                    not lane.waiting or lane.failures > before for lane, before in zip(self._lanes, failed, strict=True)
+                ):
+                    break  # it is there, and goes on failing
                 if silent and now - began > _SILENT_SECONDS:
                     silent = False
                     self._say(f"{self.waiting} records are still on their way to MLflow; Ctrl-C leaves them for later")

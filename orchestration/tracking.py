@@ -100,7 +100,7 @@ class Tracker:
         self._directory, self._say = directory, say
         self._store = open_store(directory, settings)
         self.uri = self._store.uri
-        self._experiment_id = ""
+        self._experiment_id, self._is_away = "", False
         self._is_known = False  # whether the store was asked, and what it holds may hang below the run
         experiment = settings.experiment or loop
 
@@ -147,12 +147,15 @@ class Tracker:
             asked.append(_now())
             return begin(asked[0] if len(asked) > 1 else None)
 
+        if self._is_away and run_id is not None:
+            return run_id
         patience = _NEW_SECONDS if self._store.is_server and run_id is None else _KNOWN_SECONDS
         try:
             return self._store.insist(what, attempt, self._say, patience)
         except TrackingError as error:
             if run_id is None or isinstance(error, Refused):
                 raise
+            self._is_away = True  # so those below it are not asked for one by one
             return run_id
 
     def _new(self, name: str, parent: str | None, asked_ms: int | None) -> str:

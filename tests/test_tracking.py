@@ -255,7 +255,8 @@ def test_a_trials_store_is_its_sweeps_wherever_that_is(tmp_path: Path, empty_sto
     trial, settings = tmp_path / "trials" / "a-seed0", TrackingSettings(parent="0" * 32)
     for directory in (trial, tmp_path / "records"):
         directory.mkdir(parents=True)
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    for directory in (trial, tmp_path):
+        shutil.copy(empty_store, directory / "mlflow.db")
     assert open_store(trial, settings).uri == f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "records").rmdir()  # it stands alone
     assert open_store(trial, settings).uri == f"sqlite:///{trial}/mlflow.db"
