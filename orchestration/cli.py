@@ -1,8 +1,10 @@
 """The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
 
+import contextlib
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -20,7 +22,6 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
     name="ouroboros",
-    help="Two loops over generative models on Ray, tracked in MLflow: DDPO and MAD.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +42,7 @@ def _check_id(job: str | None) -> str | None:
     return job
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as training.steps=20")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as name=mine")]
 File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
@@ -58,6 +59,21 @@ NewId = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="import the code that the run names, though another began it")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ouroboros {version('ouroboros-rl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ouroboros(
+    wanted: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and stop")
+    ] = False,
+) -> None:
+    """Two loops over generative models on Ray, tracked in MLflow: DDPO and MAD."""
 
 
 @app.command()
@@ -415,7 +431,24 @@ def _read(
     schema: type[Config], paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None
 ) -> Config:
     server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-    return load_config(schema, paths, [*(overrides or []), *server])
+    try:
+        return load_config(schema, paths, [*(overrides or []), *server])
+    except ConfigError:
+        if paths and not _reads(schema, paths):
+            from orchestration.sweep_config import SCHEMAS, SweepConfig
+
+            for name, other in {**SCHEMAS, "sweep": SweepConfig}.items():
+                if _reads(other, paths):
+                    files = ", ".join(map(str, paths))
+                    raise ConfigError(f"{files} configures {name}: give it to 'ouroboros {name}'") from None
+        raise
+
+
+def _reads(schema: type[BaseModel], paths: list[Path]) -> bool:
+    with contextlib.suppress(ConfigError):
+        load_config(schema, paths)
+        return True
+    return False
 
 
 def _print_plan(settings: BaseModel, description: str) -> None:

@@ -94,7 +94,7 @@ def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Itera
             yield actors.model_copy(
                 update={"samplers": samplers, "learners": learners}
                 | {"placement": "shared" if places == gpus else "spread"}
-                | {"replicas": {"captioner": scorers, "reward": helpers}}
+                | {"replicas": {**({"captioner": scorers} if config.captioner.path else {}), "reward": helpers}}
                 | {"images_per_call": min(actors.images_per_call, -(-images // samplers))}
             )
 

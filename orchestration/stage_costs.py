@@ -197,9 +197,10 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
     forward = 1e9 * model["forward"] * (1 + (config.sampling.guidance_scale > 1)) / rate
     trained = model["lora"] * rank * 4 if rank else network * size
     passes = (2 if rank else 3) + bool(config.training.kl_weight)
+    captioner = config.captioner.path
     known = Costs(
         sample=Cost(call=0.02, each=forward + 1e9 * model["decode"] / rate / config.sampling.steps),
-        caption=Cost(call=0.3, each=2 * 600 * counted(config.captioner.path).total() / rate),
+        caption=Cost(call=0.3, each=2 * 600 * counted(captioner).total() / rate) if captioner else Cost(),
         rewards={name: Cost(each=5e-3) for name in config.reward.functions},
         gradient=Cost(call=0.02 * passes, each=passes * forward),
         **{"update": 5 * trained / 1e12, "learn": network * size / 1e9, "publish": network * size / 1e9},

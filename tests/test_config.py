@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,31 @@ def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "2 []"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mad", "--config", "configs/ddpo/digits.yaml"], "digits.yaml configures ddpo: give it to 'ouroboros ddpo'"),
+        (["ddpo", "--config", "configs/mad/gaussian.yaml"], "gaussian.yaml configures mad"),
+        (["ddpo", "--config", "configs/sweeps/rewards.yaml", "seed=x"], "rewards.yaml configures sweep"),
+        (["sweep", "--config", "configs/mad/gan.yaml"], "gan.yaml configures mad"),
+        (["mad", "--config", "configs/mad/gan.yaml", "sede=1"], "unknown key 'sede'"),
+    ],
+)
+def test_a_configuration_of_another_loop_is_called_what_it_is(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    assert command([*words, "--dry-run"], monkeypatch) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["--version"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"ouroboros {version('ouroboros-rl')}\n"
 
 
 def test_a_class_of_ones_own_is_checked_and_not_made() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.cluster import imagine_machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.plan import best, plan_run, work_of
+from orchestration.plan import best, plan_run, splits, work_of
 from orchestration.preflight import preflight
 from orchestration.stage_costs import StageCosts, assumed, settings_behind
 from pipelines.locations import CHECKOUT
@@ -245,3 +245,12 @@ def test_stages_are_measured_with_the_real_models(tmp_path: Path, tiny_pipeline:
     assert options[0].work.images_per_call == 8
     assert all(math.isfinite(option.forecast.images_per_second) for option in options)
     assert preflight(config).roles == options[0].roles
+
+
+def test_a_plan_names_no_captioner_where_there_is_none() -> None:
+    config = load_config(DdpoConfig, CHECKOUT / "configs/ddpo/compressibility.yaml", ["captioner.path=null"])
+    known = assumed(config, 300.0)
+    assert known.costs.caption == Cost()
+    found = list(splits(config, 8, 64, known))
+    assert found
+    assert not any("captioner" in actors.replicas for actors in found)
