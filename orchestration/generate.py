@@ -1,12 +1,16 @@
 """Images from a finished run, a checkpoint, or any diffusers directory."""
 
+import re
+import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from orchestration.config import ConfigError, DdpoConfig, validate
+from orchestration.config import ConfigError, DdpoConfig, about, validate
 from orchestration.run import read_manifest
 from pipelines.checkpoint import CheckpointStore
+from pipelines.prompts import unseen_words
 from pipelines.settings import ModelSettings
 from policies.settings import SamplingSettings
 
@@ -21,15 +25,34 @@ def generate(
     """
     from PIL import Image
 
-    policy = _open(source, sampling)
-    output.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        images, _ = policy.rollout([prompt], [seed])
-        words = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
-        paths.append(output / f"{words}-{seed}.png")
-        Image.fromarray(images[0]).save(paths[-1])
-    return paths
+    wanted = list(dict.fromkeys(zip(prompts, seeds, strict=True)))
+    names = [image_name(prompt, seed) for prompt, seed in wanted]
+    with about():
+        policy = _open(source, sampling)
+        for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
+            print(f"warning: {line}", file=sys.stderr)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for (prompt, seed), name in zip(wanted, names, strict=True):
+            images, _ = policy.rollout([prompt], [seed])
+            Image.fromarray(images[0]).save(output / name)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    return [output / name for name in names]
+
+
+def image_name(prompt: str, seed: int) -> str:
+    """The name of an image's file: never that of another prompt's, also where capitals count for nothing. Raises
+    ConfigError."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} is out of range: seeds are 0 to 2**63 - 1")
+    try:
+        whole = sha256(prompt.encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt {prompt!r} is no text: its letters are not UTF-8") from error
+    words = "".join(c if c.isalnum() else "-" for c in prompt).encode()[:60].decode(errors="ignore").strip("-")
+    plain = re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", prompt) and len(prompt) == len(words)
+    return f"{words}-{seed}.png" if plain else f"{words}_{whole}-{seed}.png"
 
 
 def _open(source: Path, sampling: SamplingSettings | None) -> Any:

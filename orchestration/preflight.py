@@ -145,7 +145,13 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
 
 
 def describe(config: DdpoConfig, plan: Plan) -> str:
-    """What a dry run prints: arithmetic, actors and an estimate of memory."""
+    """What a dry run prints: arithmetic, actors and an estimate of memory. Raises ConfigError where models, tried out,
+    do not fit together."""
+    from pipelines.rehearsal import rehearse
+
+    if find(config.model.path):
+        with about():
+            rehearse(config.model, config.sampling, config.captioner)
     learnable = learnable_steps(config)
     share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
     template = TEMPLATES / "ddpo_plan.txt"

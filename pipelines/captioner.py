@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from pipelines.locations import resolve_model
+from pipelines.model_files import load_whole, quieten, reading
 from pipelines.settings import CaptionerSettings
 from policies.health import SickNumbers
 
@@ -12,17 +13,20 @@ class Captioner:
     """Any ``BlipForConditionalGeneration`` or ``Blip2ForConditionalGeneration`` with its processor and tokenizer."""
 
     def __init__(self, settings: CaptionerSettings, device: str = "cpu") -> None:
+        quieten()
         import transformers
 
         path = resolve_model(str(settings.path))
         self.device = torch.device(device)
-        kind = transformers.AutoConfig.from_pretrained(path).model_type
-        if kind not in ("blip", "blip-2"):
-            raise ValueError(f"captioner.path {settings.path}: {kind} is no captioner; name a model of BLIP or BLIP-2")
-        model = transformers.AutoModelForImageTextToText.from_pretrained(path, use_safetensors=True)
-        self.model = model.eval().to(self.device)
-        self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        options = {"device_map": "meta"} if device == "meta" else {}  # shapes alone
+        with reading(path):
+            kind = transformers.AutoConfig.from_pretrained(path).model_type
+            if kind not in ("blip", "blip-2"):
+                raise ValueError(f"captioner.path: {kind} is no captioner; name a model of BLIP or BLIP-2")
+            model = load_whole(transformers.AutoModelForImageTextToText, path, use_safetensors=True, **options)
+            self.model = model.eval().to(self.device)
+            self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.max_new_tokens = settings.max_new_tokens
 
     @torch.inference_mode()

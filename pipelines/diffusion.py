@@ -51,7 +51,7 @@ class DiffusionPolicy:
                     encoded = self.family.encode(prompt, self.device)
                     self._conditions[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
             for encoder in self.family.text_encoders:
-                encoder.to("cpu")
+                encoder.to("cpu" if self.device.type != "meta" else "meta")
         known = [self._conditions[prompt] for prompt in prompts]
         return {name: torch.stack([each[name] for each in known]) for name in known[0]}
 

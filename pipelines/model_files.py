@@ -1,6 +1,7 @@
 """Files of models, read without torch and without trust: what is wrong is one error that names file or directory."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from pipelines import atomic
 
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
+_MOST_LAYERS, _MOST = 1000, 10**9  # in a configuration: beyond, memory and time would end before the network begins
 _TYPES = ("F64", "F32", "F16", "BF16")
 
 Shapes = dict[str, list[int]]
@@ -15,6 +17,17 @@ Shapes = dict[str, list[int]]
 
 class ModelFilesError(ValueError):
     """A model that cannot be used as it lies there: which directory or file, what is wrong, and what to do."""
+
+
+def quieten() -> None:
+    """Let diffusers and transformers say nothing but errors, unless their environment variables ask for more."""
+    import diffusers
+    import transformers
+
+    for name, library in (("TRANSFORMERS_VERBOSITY", transformers), ("DIFFUSERS_VERBOSITY", diffusers)):
+        if name not in os.environ:
+            library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -39,6 +52,32 @@ def read_json(file: Path) -> dict[str, Any]:
         return atomic.read_json(file)
     except atomic.DamagedFiles as error:
         raise ModelFilesError(str(error)) from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The configuration of a network in a JSON file, if its numbers are such as a network can have."""
+    content = read_json(file)
+    inner = [pair for value in content.values() if isinstance(value, dict) for pair in value.items()]
+    for key, value in [*content.items(), *inner]:
+        most = _MOST_LAYERS if "layers" in key else _MOST
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ModelFilesError(f"{file}: {key} is {number}, which no network here has")
+    return content
+
+
+def load_whole(kind: Any, directory: object, **options: Any) -> Any:
+    """``kind.from_pretrained``. Raises ModelFilesError where tensors are missing, which libraries leave random, or have
+    another shape."""
+    with reading(directory):
+        if kind.__module__.startswith("transformers"):
+            options["ignore_mismatched_sizes"] = True  # its own error is a table
+        network, found = kind.from_pretrained(directory, output_loading_info=True, **options)
+        for problem in ("missing_keys", "mismatched_keys"):
+            if names := sorted(str(each if isinstance(each, str) else each[0]) for each in found[problem]):
+                what = "lacks" if problem == "missing_keys" else "holds other shapes of"
+                raise ModelFilesError(f"{directory} {what} {len(names)} of its tensors, such as {names[0]}")
+    return network
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -78,7 +117,7 @@ def weight_shapes(directory: Path) -> Shapes:
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
                 shapes[name] = list(part.get_shape())
-                if name.endswith(".weight") and part.get_dtype() not in _TYPES:
+                if name.endswith((".weight", ".bias")) and part.get_dtype() not in _TYPES:
                     kind = part.get_dtype()
                     raise ModelFilesError(
                         f"{file}: {name} is {kind}; known are {', '.join(_TYPES)}: bring it unquantised"

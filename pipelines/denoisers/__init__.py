@@ -2,6 +2,7 @@
 directory has to hold to be of one. Importable without torch."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.denoisers.schedulers import ASSUMED, DdimConfig, DenoisingSteps, FlowConfig, read_scheduler
 from pipelines.locations import find, resolve_model
-from pipelines.model_files import ModelFilesError, Shapes, read_json, reading, weight_shapes
+from pipelines.model_files import ModelFilesError, Shapes, quieten, read_config, read_json, reading, weight_shapes
 
 if TYPE_CHECKING:
     from pipelines.denoisers.family import Family
@@ -39,6 +40,9 @@ _KINDS = {
 }
 # Of a network's configuration: inputs and outputs that the stock pipelines give and take, and nothing does here.
 _UNKNOWN = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "quantization_config")
+
+_OF_TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+_LARGEST = 4096  # channels, or numbers on a side, of what is denoised
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,14 @@ def inspect(directory: Path) -> ModelFiles:
         if part not in parts or not (directory / part).is_dir():
             raise ModelFilesError(f"{directory} has no {part}, which a {name} cannot be without")
     models = [part for part in parts if not part.startswith(("scheduler", "tokenizer", "feature_extractor"))]
-    configs = {part: read_json(directory / part / "config.json") for part in models}
+    configs = {part: read_config(directory / part / "config.json") for part in models}
     scheduler = _scheduler(directory / "scheduler" / "scheduler_config.json", index)
     with reading(directory / kind.network / "config.json"):
         shape = _latent_shape(configs[kind.network], configs.get("vae"), kind)
     for part in parts:
-        if part.startswith("tokenizer") and not list((directory / part).glob("*.[jm]*")):
-            raise ModelFilesError(f"{directory / part} holds no tokenizer")
+        held = {file.name for file in (directory / part).glob("*")} if part.startswith("tokenizer") else set()
+        if part.startswith("tokenizer") and not any(held >= files for files in _OF_TOKENIZERS):
+            raise ModelFilesError(f"{directory / part} holds no tokenizer.json, nor vocab.json and merges.txt")
     shapes = {part: weight_shapes(directory / part) for part in models}
     return ModelFiles(directory, kind, parts, absent, scheduler, shape, shapes)
 
@@ -140,7 +145,7 @@ def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kin
     if old and kind.place == "stable_diffusion:StableDiffusion" and type(size) is int and size < 64:
         size = 64  # what the stock pipeline takes such a file to mean
     sides = [size, size] if not isinstance(size, list) else size
-    if not all(type(each) is int and each > 0 for each in (channels, *sides)) or len(sides) != 2:
+    if not all(type(each) is int and 0 < each <= _LARGEST for each in (channels, *sides)) or len(sides) != 2:
         raise ValueError(f"in_channels {channels!r} and sample_size {size!r} do not give the size of what it denoises")
     if sides[0] != sides[1] and kind.place not in ("pixels:Pixels", "stable_diffusion:StableDiffusion"):
         raise ValueError(f"sample_size {size!r}: this family draws squares")
@@ -166,11 +171,13 @@ def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":
 
     On the ``device`` "meta" it has shapes and no numbers.
     """
+    quieten()
     resolved = resolve_model(path)
     if find(path) is None:
         from diffusers import DiffusionPipeline
 
         resolved = DiffusionPipeline.download(path, use_safetensors=True, safety_checker=None, feature_extractor=None)
     files = inspect(Path(resolved))
-    with reading(files.directory):
+    with reading(files.directory), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers will call differently one day
         return resolve_name(f"pipelines.denoisers.{files.kind.place}").load(files, dtype, device)

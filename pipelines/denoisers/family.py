@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.denoisers import ModelFiles
 from pipelines.denoisers.schedulers import DenoisingSteps
+from pipelines.model_files import load_whole
 from policies.schedule import Schedule
 from policies.settings import SamplingSettings
 
@@ -46,11 +47,7 @@ class Family(ABC):
         for name in files.shapes:
             library, kind = files.parts[name]
             place = {} if device is None else {"device_map": {"": device}}
-            part, found = getattr(import_module(library), kind).from_pretrained(
-                files.directory / name, output_loading_info=True, **options, **place
-            )
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(f"{files.directory / name} lacks {len(missing)} of its tensors, such as {missing[0]}")
+            part = load_whole(getattr(import_module(library), kind), files.directory / name, **options, **place)
             parts[name] = part.eval().requires_grad_(False)
         parts["scheduler"] = cls.scheduler(files.scheduler)
         pipeline = stock.from_pretrained(files.directory, **options, **{**parts, **cls.options})

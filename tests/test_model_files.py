@@ -1,0 +1,181 @@
+"""A model's directory that cannot be used is refused by the dry run, in one line that names file or directory."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from orchestration.cluster import Machine
+from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.memory_plan import counted
+from orchestration.preflight import describe, preflight
+from pipelines.locations import CHECKOUT
+
+DIGITS, PIPELINE = CHECKOUT / "configs/ddpo/digits.yaml", CHECKOUT / "models/digits/pipeline"
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+Damage = Callable[[Path], object]
+
+
+def fields(file: str, **change: Any) -> Damage:
+    return lambda path: (path / file).write_text(
+        json.dumps(json.loads((path / file).read_text(encoding="utf-8")) | change), encoding="utf-8"
+    )
+
+
+def content(file: str, held: bytes) -> Damage:
+    return lambda path: (path / file).write_bytes(held)
+
+
+def tensors(file: str, change: Callable[[dict[str, np.ndarray]], object]) -> Damage:
+    def damage(path: Path) -> None:
+        held = load_file(path / file)
+        change(held)
+        save_file(held, path / file)
+
+    return damage
+
+
+def renamed(file: str, name: str) -> Damage:
+    return lambda path: (path / file).rename(path / file.split("/")[0] / name)
+
+
+def sharded(absent: bool) -> Damage:
+    def damage(path: Path) -> None:
+        held = load_file(path / UNET)
+        (path / UNET).unlink()
+        halves = {"a.safetensors": sorted(held)[::2], "b.safetensors": sorted(held)[1::2]}
+        for name, keys in halves.items():
+            save_file({key: held[key] for key in keys}, path / "unet" / name)
+        places = {key: name for name, keys in halves.items() for key in keys}
+        (path / f"{UNET}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+        if absent:
+            (path / "unet" / "b.safetensors").unlink()
+
+    return damage
+
+
+def first(held: dict[str, np.ndarray]) -> str:
+    return sorted(held)[0]
+
+
+# What a look at files and headers finds, before any library is imported.
+PLAIN: dict[str, tuple[Damage, str]] = {
+    "a variant": (renamed(UNET, "diffusion_pytorch_model.fp16.safetensors"), "unet holds only .*fp16.*variant"),
+    "pickled": (renamed(TEXT, "pytorch_model.bin"), r"text_encoder holds only pytorch_model\.bin \(pickled"),
+    "a missing shard": (sharded(absent=True), r"index\.json names b\.safetensors, which is not in its directory"),
+    "a shard elsewhere": (
+        lambda path: [(path / UNET).unlink(), content(f"{UNET}.index.json", b'{"weight_map": {"x": "../y"}}')(path)],
+        r"names \.\./y",
+    ),
+    "no weights": (lambda path: (path / UNET).unlink(), "unet holds no weights"),
+    "empty weights": (content(UNET, b""), f"{UNET}: .*header"),
+    "half the weights": (lambda path: os.truncate(path / UNET, 100_000), f"{UNET}: .*not fully covered"),
+    "a huge header": (content(UNET, b"\xff" * 7 + b"\x3f{}"), f"{UNET}: .*header too large"),
+    "integers": (
+        tensors(UNET, lambda held: held.update({first(held): held[first(held)].astype(np.int8)})),
+        "is I8; known are F64",
+    ),
+    "no autoencoder": (lambda path: shutil.rmtree(path / "vae"), "has no vae"),
+    "no scheduler": (lambda path: shutil.rmtree(path / "scheduler"), "has no scheduler"),
+    "no words": (lambda path: (path / "tokenizer/tokenizer.json").unlink(), "tokenizer holds no tokenizer.json"),
+    "a part of null": (fields("model_index.json", text_encoder=[None, None]), "has no text_encoder"),
+    "code of its own": (fields("model_index.json", unet=["my_module", "MyUNet"]), "of neither diffusers nor"),
+    "a size of null": (fields("unet/config.json", sample_size=None), "sample_size None"),
+    "a size of words": (fields("unet/config.json", sample_size="8"), "sample_size '8'"),
+    "a size beyond memory": (fields("unet/config.json", sample_size=10**9), "sample_size 1000000000"),
+    "learned variance": (fields("unet/config.json", out_channels=16), "out_channels 16"),
+    "an inpainting network": (fields("unet/config.json", in_channels=17, out_channels=17), "latent_channels 8"),
+    "quantised": (fields("unet/config.json", quantization_config={"bits": 4}), "quantization_config"),
+    "a list": (content("unet/config.json", b"[]"), r"unet/config\.json is damaged"),
+    "a deep list": (content("vae/config.json", b"[" * 100_000), r"vae/config\.json is damaged"),
+    "a scale that is no number": (fields("vae/config.json", scaling_factor=float("nan")), "scaling_factor is nan"),
+    "layers without end": (fields("text_encoder/config.json", num_hidden_layers=10**9), "num_hidden_layers is"),
+    "a directory for a file": (
+        lambda path: [(path / "unet/config.json").unlink(), (path / "unet/config.json").mkdir()],
+        r"unet/config\.json cannot be read",
+    ),
+    "a pipe": (
+        lambda path: [(path / "unet/config.json").unlink(), os.mkfifo(path / "unet/config.json")],
+        r"unet/config\.json is not a file",
+    ),
+}
+# What the libraries' own loaders find, and a first step without numbers.
+REHEARSED: dict[str, tuple[Damage, str]] = {
+    "a tensor less": (tensors(UNET, lambda held: held.pop("conv_in.weight")), "unet lacks 1 of its .*conv_in.weight"),
+    "a text encoder's less": (tensors(TEXT, lambda held: held.pop(first(held))), "text_encoder lacks 1"),
+    "another shape": (
+        tensors(UNET, lambda held: held.update({"conv_in.weight": held["conv_in.weight"][:, :1].copy()})),
+        r"unet: .*conv_in\.weight expected shape",
+    ),
+    "a text encoder's other shape": (
+        tensors(TEXT, lambda held: held.update({first(held): held[first(held)][:1].copy()})),
+        "text_encoder holds other shapes of 1",
+    ),
+    "more words than places": (fields("tokenizer/tokenizer_config.json", model_max_length=40), "Sequence length"),
+    "a class of nobody": (fields("model_index.json", unet=["diffusers", "Nothing"]), "has no attribute Nothing"),
+}
+
+
+def dry_run(model: Path, *overrides: str) -> str:
+    config = load_config(DdpoConfig, DIGITS, [f"model.path={model}", *overrides])
+    return describe(config, preflight(config, Machine(2, 0)))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shutil.copytree(PIPELINE, tmp_path / "model")
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *REHEARSED])
+def test_a_damaged_model_is_refused_by_the_dry_run(case: str, model: Path) -> None:
+    damage, expected = (PLAIN | REHEARSED)[case]
+    damage(model)
+    look = preflight if case in PLAIN else (lambda config, machine: describe(config, preflight(config, machine)))
+    with pytest.raises(ConfigError, match=expected) as found:
+        look(load_config(DdpoConfig, DIGITS, [f"model.path={model}"]), Machine(2, 0))
+    assert str(model) in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.lora_targets=[to_x]"], "LoRA target 'to_x' matches no module"),
+        (["model.lora_targets=[]"], "LoRA target '' matches no module"),
+        (["model.lora_targets=[to_q, norm1]"], "LoRA target 'norm1' is a layer that is neither linear nor"),
+        (["model.lora_targets=[attn1]"], "LoRA target 'attn1' matches no module"),
+    ],
+)
+def test_lora_that_binds_to_nothing_is_refused_by_the_dry_run(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        preflight(load_config(DdpoConfig, DIGITS, ["model.lora_rank=4", *overrides]), Machine(2, 0))
+
+
+def test_shards_are_counted_as_one_file(model: Path) -> None:
+    whole = counted(str(model), ["to_q"])
+    sharded(absent=False)(model)
+    assert counted(str(model), ["to_q"]) == whole
+    assert whole["unet"] > 10**6
+    assert "learnable timesteps" in dry_run(model)
+
+
+def test_images_that_are_no_squares_are_planned(model: Path) -> None:
+    fields("unet/config.json", sample_size=[4, 8])(model)
+    assert counted(str(model))["latent"] == counted(str(PIPELINE))["latent"] * 2
+    assert "learnable timesteps" in dry_run(model)
+
+
+def test_a_damaged_captioner_is_refused_by_the_dry_run(tmp_path: Path) -> None:
+    captioner = shutil.copytree(CHECKOUT / "models/digits/captioner", tmp_path / "captioner")
+    tensors("model.safetensors", lambda held: held.pop(first(held)))(captioner)
+    with pytest.raises(ConfigError, match=f"{captioner} lacks 1 of its tensors"):
+        dry_run(PIPELINE, f"captioner.path={captioner}")
+    (captioner / "model.safetensors").rename(captioner / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=f"{captioner} holds only pytorch_model.bin"):
+        dry_run(PIPELINE, f"captioner.path={captioner}")
