@@ -31,8 +31,9 @@ class Ahead:
         return next((chunks[0].drawn_with.version for chunks in self._asked.values()), None)
 
     def redo(self, step: int, drawn_by: int | None) -> None:
-        """Ask again, in a resumed run, for a step that was on its way when the run was committed."""
-        if drawn_by not in (None, self._crew.samplers.published.version):
+        """Ask again, in a resumed run, for a step that was on its way when the run was committed; not at depth 0, where
+        a fork of one that drew ahead learns from what the present weights draw."""
+        if self._run.config.training.depth and drawn_by not in (None, self._crew.samplers.published.version):
             with self._crew.drawing_with("previous"):
                 self._ask(step)
 

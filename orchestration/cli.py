@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -12,11 +13,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 from pydantic import BaseModel
-from rich.console import Console
 
 from orchestration import run as run_directories
 from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override, visible
+from orchestration.display import Terminal as Console
+from orchestration.manifest import check_links, read_manifest
 from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
+from pipelines.atomic import DamagedFiles
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -57,7 +60,8 @@ JobId = Annotated[
 NewId = Annotated[
     str | None, typer.Option("--id", callback=_check_id, help="name of the job; without it, one with the time")
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="import the code that the run names, though another began it")]
+Trust = Annotated[bool, typer.Option("--trust", help="act on it, and import what it names, though another began it")]
+Changes = Annotated[bool, typer.Option("--accept-changes", help="go on though what it reads has changed; recorded")]
 Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
 
 
@@ -157,10 +161,11 @@ def sweep(
 
 
 @app.command()
-def resume(run: RunDirectory, trust: Trust = False) -> None:
+def resume(run: RunDirectory, trust: Trust = False, accept_changes: Changes = False) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
     run = run.expanduser()  # a job's has no shell to do it
-    loop = run_directories.read_manifest(run).get("loop")
+    loop = read_manifest(run)["loop"]
+    go_on: Callable[..., Path]
     if loop == "mad":
         from orchestration.mad import resume_mad as go_on
     elif loop == "sweep":
@@ -168,13 +173,13 @@ def resume(run: RunDirectory, trust: Trust = False) -> None:
     else:
         from orchestration.ddpo import resume_ddpo as go_on
 
-    print(go_on(run, trusted=trust))
+    print(go_on(run, trusted=trust, changes=accept_changes))
 
 
 @app.command()
-def sync(run: RunDirectory) -> None:
+def sync(run: RunDirectory, trust: Trust = False) -> None:
     """Deliver to MLflow what an interrupted run left undelivered."""
-    left = run_directories.sync(run.expanduser(), print)
+    left = run_directories.sync(run.expanduser(), print, trusted=trust)
     print(f"{left} records are left" if left else "everything is delivered")
     if left:
         raise typer.Exit(1)
@@ -184,22 +189,25 @@ def sync(run: RunDirectory) -> None:
 def lineage(
     run: RunDirectory,
     sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION, or with a /NUMBER")],
+    trust: Trust = False,
 ) -> None:
     """Walk from a sample of a MAD run back to the real data."""
     from orchestration.lineage import render_lineage
 
-    Console().print(render_lineage(run, sample))
+    Console().print(render_lineage(run, sample, trust))
 
 
 @app.command()
-def report(run: RunName, root: Root = Path("runs")) -> None:
+def report(run: RunName, root: Root = Path("runs"), trust: Trust = False) -> None:
     """Write a run's report.html, done or not."""
     from orchestration.html_report import write_report
     from orchestration.report import draw
 
     found = find_run(run, root)
+    if not trust:
+        check_links(found.directory)
     if found.loop == "ddpo":
-        draw(found.directory)
+        draw(found.directory, lambda line: print(visible(line), file=sys.stderr))
     print(write_report(found.directory))
 
 
@@ -210,12 +218,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
     output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
+    trust: Trust = False,
 ) -> None:
     """Draw images with what a run has learned."""
     from orchestration.generate import generate as draw
 
     pairs = [(text, seed + offset) for text in prompt for offset in range(count)]
-    for path in draw(source, [p for p, _ in pairs], [s for _, s in pairs], output):
+    for path in draw(source, [p for p, _ in pairs], [s for _, s in pairs], output, trusted=trust):
         print(path)
 
 
@@ -290,13 +299,19 @@ def stop(job_id: JobId, address: Address = None) -> None:
 
 @jobs_app.command("resume")
 def resume_job(
-    job_id: JobId, address: Address = None, new_id: NewId = None, follow: Follow = True, trust: Trust = False
+    job_id: JobId,
+    address: Address = None,
+    new_id: NewId = None,
+    follow: Follow = True,
+    trust: Trust = False,
+    accept_changes: Changes = False,
 ) -> None:
     """Go on with the run that a job made, in a new job."""
     from orchestration.jobs import Job, connect, launch, packed, run_of
 
     run = run_of(connect(address), job_id)
-    job = Job.resume(["resume", run, *(["--trust"] if trust else [])], run, new_id)
+    flags = [*(["--trust"] if trust else []), *(["--accept-changes"] if accept_changes else [])]
+    job = Job.resume(["resume", run, *flags], run, new_id)
     raise typer.Exit(launch(job, packed(Path.cwd()), address, follow))
 
 
@@ -410,9 +425,10 @@ def register(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="name of the registered model")],
     alias: Annotated[str, typer.Option(help="what this version is called from now on")] = "best",
     root: Root = Path("runs"),
+    trust: Trust = False,
 ) -> None:
     """Make the pipeline of a finished DDPO run a version of an MLflow model."""
-    print(run_directories.register(find_run(run, root).directory, name, alias, print))
+    print(run_directories.register(find_run(run, root).directory, name, alias, print, trusted=trust))
 
 
 @runs_app.command()
@@ -459,6 +475,10 @@ def _print_plan(settings: BaseModel, description: str) -> None:
 def main() -> None:
     """Entry point: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number is given to the next file
+        pass
+    os.close(nowhere)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -486,7 +506,7 @@ def _report(error: Exception) -> int:
     if show is not None:
         show()
         return BAD_INPUT
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | DamagedFiles):
         print(visible(f"ouroboros: {error}"), file=sys.stderr)
         return BAD_INPUT
     if os.environ.get("OUROBOROS_TRACEBACK"):

@@ -89,7 +89,8 @@ class DdpoConfig(Settings):
 
 Config = TypeVar("Config", bound=BaseModel)
 _DEPTH = 50  # of blocks in blocks
-_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # into a terminal, a path or a UTF-8 file
+# Into a terminal, a path or a UTF-8 file: controls, halves of characters, and what turns the direction of text.
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def load_config(

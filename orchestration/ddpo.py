@@ -18,6 +18,7 @@ from orchestration.evaluation import Evaluation, fixed_work
 from orchestration.metrics import step_metrics
 from orchestration.preflight import Plan, preflight, replan
 from orchestration.report import Report
+from orchestration.run import going_on
 from pipelines.checkpoint import LearnerState
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
@@ -31,10 +32,11 @@ def run_ddpo(config: DdpoConfig, watch: Watch = ignore, profile: bool = False) -
     return _loop(DdpoRun.create(config, profile), plan, watch)
 
 
-def resume_ddpo(directory: Path, trusted: bool = False, watch: Watch = ignore) -> Path:
+def resume_ddpo(directory: Path, trusted: bool = False, changes: bool = False, watch: Watch = ignore) -> Path:
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
-    run = DdpoRun.resume(directory, trusted)
-    return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), watch)
+    with going_on(directory, DdpoConfig, trusted) as (manifest, config):
+        run = DdpoRun.resume(manifest, config, changes)
+        return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), watch)
 
 
 def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:

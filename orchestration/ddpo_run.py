@@ -5,7 +5,6 @@ are the metrics sent to MLflow. A resumed run cuts the journal back to the last 
 MLflow drops points it knows, so each is there once.
 """
 
-import copy
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,13 @@ from typing import Any, Self
 from actors.settings import Role
 from actors.worker import Account
 from orchestration.config import ConfigError, DdpoConfig, override, validate
+from orchestration.inputs import accept, changed_inputs, ddpo_inputs, placed
+from orchestration.manifest import new_manifest, open_run, write_manifest
 from orchestration.preflight import preflight
-from orchestration.run import Run, new_directory, new_manifest, read_manifest
-from orchestration.seal import check_seal, seal
+from orchestration.run import Run, new_directory
 from orchestration.timeline import append_spans
 from orchestration.tracking import FIRST_LOOK
-from pipelines.atomic import append_durably, as_lines, cut_lines, read_lines, write_durably, write_json
+from pipelines.atomic import append_durably, as_lines, cut_lines, read_lines, with_digest, write_durably
 from pipelines.checkpoint import CheckpointStore, LearnerState
 from policies.health import SickNumbers
 
@@ -48,26 +48,26 @@ class DdpoRun(Run):
         # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers. Lines
         # that were never committed will be written again.
         committed = max(self.step, manifest["committed_step"])
-        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed)
+        self.damaged: list[str] = []  # lines of the journal
+        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed, ["step"], self.damaged)
         self._began = time.time()  # the step in progress
 
     @classmethod
     def create(cls, config: DdpoConfig, profile: bool = False) -> Self:
         """A new run. Its directory appears here, and nothing before."""
         progress = {"total_steps": config.training.steps, "committed_step": 0, "resolved": {}}
-        manifest = new_manifest("ddpo", config) | progress
+        manifest = new_manifest("ddpo", config, inputs=ddpo_inputs(config)) | progress
         return cls(new_directory(config, f"-seed{config.seed}"), config, manifest, profile)
 
     @classmethod
-    def resume(cls, directory: Path, trusted: bool) -> Self:
-        """The run of ``directory``, from its last commit or its start. Raises ConfigError if it is finished, or a
-        stranger's that names code and is not ``trusted``."""
-        manifest = read_manifest(directory)
-        check_seal(directory, manifest, trusted)
+    def resume(cls, manifest: dict[str, Any], config: DdpoConfig, changes: bool) -> Self:
+        """The run of ``config.output_dir``, from its last commit or its start. Raises ConfigError if it is finished, or
+        would read other things than it began with and no ``changes`` are accepted."""
+        directory = Path(str(config.output_dir))
         if manifest["status"] == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
-        config = _as_resolved(validate(DdpoConfig, manifest["config"]), manifest["resolved"])
-        return cls(directory.resolve(), config, manifest)
+        accept(directory, manifest, manifest, ddpo_inputs(config, manifest.get("inputs")), changes)
+        return cls(directory, _as_resolved(config, manifest["resolved"]), manifest)
 
     @staticmethod
     def adopt(config: DdpoConfig, commit: Path) -> None:
@@ -76,12 +76,11 @@ class DdpoRun(Run):
         Population based training does this to a run that does worse. The manifest keeps when it was done.
         """
         directory = Path(config.output_dir or "")
-        manifest, content = read_manifest(directory), config.model_dump(mode="json")
+        manifest, content = open_run(directory), config.model_dump(mode="json")
         step = CheckpointStore(directory / "checkpoints").adopt(commit)
         if content != manifest["config"]:
             manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
-        taken = {"config": content, "seal": seal(content), "committed_step": step}
-        write_json(directory / "manifest.json", manifest | taken)
+        write_manifest(directory, manifest | {"config": content, "committed_step": step})
 
     @staticmethod
     def fork(source: Path, overrides: Sequence[str], step: int | None = None, trusted: bool = False) -> Path:
@@ -91,37 +90,40 @@ class DdpoRun(Run):
         Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or
         is a stranger's that names code and is not ``trusted``.
         """
-        manifest, store = read_manifest(source), CheckpointStore(source / "checkpoints")
+        manifest, store = open_run(source, trusted), CheckpointStore(source / "checkpoints")
         if manifest["loop"] != "ddpo":
             remedy = "only DDPO runs are forked; MAD's go on with more arms"
             raise ConfigError(f"{source} is a {manifest['loop']} run: {remedy}")
-        check_seal(source, manifest, trusted)
         steps = store.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f"of step {step} "
             raise ConfigError(f"{source} has no commit {wanted}(there are: {steps})")
         step = steps[-1] if step is None else step
-        content = copy.deepcopy(manifest["config"]) | {"output_dir": None}
+        content = placed(manifest["config"], manifest.get("inputs", {})) | {"output_dir": None}
+        model = validate(DdpoConfig, content).model
         for each in overrides:
             override(content, each)
         config = validate(DdpoConfig, content)
-        if config.model.model_dump(mode="json") != manifest["config"]["model"]:
+        if config.model != model:
             raise ConfigError("a fork goes on with the weights of its source: model.* cannot be changed")
         if config.training.steps <= step:
             raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
         preflight(config)
+        inputs = ddpo_inputs(config, manifest.get("inputs"))
+        if changed := changed_inputs(manifest.get("inputs", {}), inputs).get("model.path"):
+            raise ConfigError(f"a fork goes on with the weights of its source, but model.path: {changed}")
 
         directory = new_directory(config, f"-seed{config.seed}")
         (directory / "evaluations").mkdir()
         for path in (source / "evaluations").glob("step-*"):
             if int(path.stem.removeprefix("step-")) <= step:
                 shutil.copy2(path, directory / "evaluations")
-        past = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
-        write_durably(directory / "metrics.jsonl", as_lines(past))
+        past = [line for line in read_lines(source / "metrics.jsonl", ["step"]) if line["step"] <= step]
+        write_durably(directory / "metrics.jsonl", as_lines(map(with_digest, past)))
         CheckpointStore(directory / "checkpoints").adopt(store.path(step))
         stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
         origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
-        write_json(directory / "manifest.json", new_manifest("ddpo", config) | stand | origin)
+        write_manifest(directory, new_manifest("ddpo", config, inputs=inputs) | stand | origin)
         return directory
 
     def roll_back(self, lost: Exception) -> None:
@@ -155,7 +157,9 @@ class DdpoRun(Run):
         """Send again what MLflow may have missed, and tell of damage."""
         for damage in self.store.damaged:
             self.display.say(f"warning: {damage}; the commit before it is used")
-        if self.manifest.get("adopted") or self.manifest.get("forked_from"):
+        for damage in self.damaged:
+            self.display.say(f"warning: {damage}; that step is left out of the journal, what MLflow knows of it stands")
+        if self.manifest["resolved"] and (self.begins_in_mlflow or self.manifest.get("adopted")):
             self._introduce()
         for line in self.history:
             self._deliver(line)
@@ -202,7 +206,7 @@ class DdpoRun(Run):
         }
         self.spans.append(("step", self._began, time.time()))
         self._began = time.time()
-        if step == len(self.history) + len(self._pending):
+        if line["step"] not in {known["step"] for known in (*self.history, *self._pending)}:
             self._pending.append(line)
         self.step = step + 1
         resolved = self.manifest["resolved"]
@@ -233,7 +237,7 @@ class DdpoRun(Run):
         lanes = {name: each.spans for name, each in accounts.items()} | {"driver": self.spans}
         append_spans(self.directory, self.step, lanes)
         self.spans = []
-        append_durably(self.journal, as_lines(self._pending))
+        append_durably(self.journal, as_lines(map(with_digest, self._pending)))
         clocks = {
             "seconds_by_stage": dict(self.seconds_by_stage),
             "wall_seconds": self.wall_seconds(),

@@ -4,23 +4,27 @@ Nothing here can stop a run: a metric that is missing or not a number is left ou
 back however the block is left.
 """
 
+import contextlib
 import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
+
+from orchestration.config import visible
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
@@ -42,6 +46,33 @@ class Row:
     colour: str | None = None
     spread: str | None = None
     gain: bool = False
+
+
+class Terminal(Console):
+    """Where everything for people is printed. No text can command the terminal, whoever wrote it, and a terminal that
+    is closed stops nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"highlight": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What rich renders, without control characters in its texts."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def _check_buffer(self) -> None:
+        """What rich does to write, or nothing from the time on when there is nowhere to write."""
+        try:
+            super()._check_buffer()
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError):  # closed
+            self._buffer.clear()
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """Who was reading has gone: the run goes on."""
+        self.quiet = True
 
 
 DDPO_ROWS = (
@@ -70,7 +101,7 @@ class Display:
         unit: str = "step",
     ) -> None:
         self.title, self.total_steps, self.done = title, total_steps, first_step
-        self.console = console or Console(highlight=False)
+        self.console = console or Terminal()
         self._rows, self._unit = rows, unit
         self._activities: dict[str, str] = {}
         self._courses: dict[str, list[float]] = defaultdict(list)
@@ -95,8 +126,9 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays; above the panel on a terminal."""
-        encoding = self.console.encoding
-        self.console.print(Text(text.encode(encoding, "replace").decode(encoding)), soft_wrap=self._live is None)
+        with contextlib.suppress(AttributeError):  # no terminal, so no encoding
+            text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
+        self.console.print(Text(text), soft_wrap=self._live is None)
 
     def activity(self, states: Mapping[str, str]) -> None:
         """What each role does now, in place of what it did."""
@@ -205,7 +237,7 @@ def sparkline(values: list[float], width: int) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person reads them: ``45s``, ``4m10s``, ``2h05m``."""
-    whole = max(0, round(seconds))
+    whole = max(0, round(min(seconds, 1e9)))
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:

@@ -1,12 +1,12 @@
 """The held-out measure: images of fixed prompts and seeds, and what captioner, reward and evaluator say of them."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.atomic import DamagedFiles, read_json
 from pipelines.settings import RewardSettings
 from policies.advantages import weighted_sum
 from policies.streams import derive_seed
@@ -80,10 +80,24 @@ class Evaluation:
         return values
 
 
-def kept_evaluations(directory: Path) -> dict[int, dict[str, Any]]:
-    """What the evaluations of a run's directory left, by step; nothing before the first."""
-    paths = sorted((directory / "evaluations").glob("step-*.json"))
-    return {int(path.stem.removeprefix("step-")): json.loads(path.read_text()) for path in paths}
+def kept_evaluations(directory: Path, damaged: list[str] | None = None) -> dict[int, dict[str, Any]]:
+    """What the evaluations of a run's directory left, by step; nothing before the first. What is damaged is left out,
+    and named in ``damaged``."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted((directory / "evaluations").glob("step-*.json")):
+        try:
+            told = read_json(path)
+            lists = [told.get(key) for key in ("prompts", "captions", "measure") if told.get(key) is not None]
+            numbers = [value for key, value in told.items() if "/" in key or key == "measured_reward"]
+            if not all(isinstance(each, list) for each in lists) or not all(
+                isinstance(v, float | int) for v in numbers
+            ):
+                raise DamagedFiles(f"{path} is damaged: it is no evaluation")
+            found[int(path.stem.removeprefix("step-"))] = told
+        except (DamagedFiles, ValueError) as error:
+            damaged = [] if damaged is None else damaged
+            damaged.append(str(error))
+    return found
 
 
 def kept_step(kept: dict[int, dict[str, Any]]) -> int:

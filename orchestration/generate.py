@@ -7,8 +7,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from orchestration.config import ConfigError, DdpoConfig, about, validate
-from orchestration.run import read_manifest
+from orchestration.config import ConfigError, DdpoConfig, about
+from orchestration.inputs import changed_inputs, ddpo_inputs
+from orchestration.run import going_on
 from pipelines.checkpoint import CheckpointStore
 from pipelines.prompts import unseen_words
 from pipelines.settings import ModelSettings
@@ -16,19 +17,25 @@ from policies.settings import SamplingSettings
 
 
 def generate(
-    source: Path, prompts: Sequence[str], seeds: Sequence[int], output: Path, sampling: SamplingSettings | None = None
+    source: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    sampling: SamplingSettings | None = None,
+    trusted: bool = False,
 ) -> list[Path]:
     """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
 
     ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
     diffusers directory. ``sampling`` defaults to the run's own, so a seed of the run gives the image the run showed.
+    Raises ConfigError if it is a stranger's run and not ``trusted``.
     """
     from PIL import Image
 
     wanted = list(dict.fromkeys(zip(prompts, seeds, strict=True)))
     names = [image_name(prompt, seed) for prompt, seed in wanted]
     with about():
-        policy = _open(source, sampling)
+        policy = _open(source, sampling, trusted)
         for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     try:
@@ -55,7 +62,7 @@ def image_name(prompt: str, seed: int) -> str:
     return f"{words}-{seed}.png" if plain else f"{words}_{whole}-{seed}.png"
 
 
-def _open(source: Path, sampling: SamplingSettings | None) -> Any:
+def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any:
     """A DiffusionPolicy with the weights of ``source`` and, unless told otherwise, its sampling settings."""
     from pipelines.diffusion import DiffusionPolicy
 
@@ -65,16 +72,23 @@ def _open(source: Path, sampling: SamplingSettings | None) -> Any:
     run = source.parent.parent if step is not None else source
     if not (run / "manifest.json").is_file():
         raise ConfigError(f"{source} is neither a run, a checkpoint of a run, nor a diffusers directory")
-    config = validate(DdpoConfig, read_manifest(run)["config"])
-    sampling = sampling or config.sampling
-    if step is None and (run / "pipeline" / "model_index.json").is_file():
-        return DiffusionPolicy(config.model.model_copy(update={"path": str(run / "pipeline")}), sampling)
-    from pipelines.learning import DiffusionLearner, LearnerState
-    from pipelines.trainable import load_weights
+    with going_on(run, DdpoConfig, trusted) as (manifest, config):
+        directory, sampling = Path(str(config.output_dir)), sampling or config.sampling
+        if step is None and (directory / "pipeline" / "model_index.json").is_file():
+            pipeline = config.model.model_copy(update={"path": str(directory / "pipeline")})
+            return DiffusionPolicy(pipeline, sampling)
+        held = manifest.get("inputs", {})
+        if changed := changed_inputs(held, ddpo_inputs(config, held)).get("model.path"):
+            raise ConfigError(f"{run} has no pipeline yet, and what it trains is not as it was: model.path: {changed}")
+        from pipelines.learning import DiffusionLearner, LearnerState
+        from pipelines.trainable import load_weights
 
-    commit = CheckpointStore(run / "checkpoints").load(step)
-    learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
-    learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
-    policy = DiffusionPolicy(config.model, sampling)
-    load_weights(policy.network, learner.weights("averaged"))
-    return policy
+        store = CheckpointStore(directory / "checkpoints")
+        if step not in (None, *store.steps()) or not store.steps():
+            raise ConfigError(f"{source} holds no commit to draw with; there are: {store.steps()}")
+        commit = store.load(step)
+        learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
+        learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
+        policy = DiffusionPolicy(config.model, sampling)
+        load_weights(policy.network, learner.weights("averaged"))
+        return policy

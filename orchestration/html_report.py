@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from orchestration.config import ConfigError
 from orchestration.evaluation import kept_evaluations, kept_step
 from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
-from pipelines.atomic import read_lines, replace_durably
+from pipelines.atomic import DamagedFiles, read_bytes, replace_durably
 from pipelines.names import file_name
 from pipelines.pages import fill
 
@@ -40,19 +43,22 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
     """
     run = RunInfo(directory)
-    timeline = _timeline(run)
-    content = fill(
-        TEMPLATES / "report.html",
-        run=run,
-        status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
-        facts=facts(run),
-        measured=_measured(directory),
-        pictures=list(_pictures(directory / "figures", run.summary.get("arms", {}))),
-        timeline=timeline,
-        highest=max((sum(spent.values()) for _, spent in timeline), default=0),
-        settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
-    )
-    replace_durably(path := directory / "report.html", content.encode())
+    try:
+        timeline = _timeline(run)
+        content = fill(
+            TEMPLATES / "report.html",
+            run=run,
+            status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
+            facts=facts(run),
+            measured=_measured(run),
+            pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
+            timeline=timeline,
+            highest=max((sum(spent.values()) for _, spent in timeline), default=0),
+            settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
+        )
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory / 'summary.json'} is not what a report is made from: {error}") from error
+    replace_durably(path := directory / "report.html", content.encode(errors="replace"))
     return path
 
 
@@ -67,9 +73,9 @@ def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any)
     return path
 
 
-def _measured(directory: Path) -> list[dict[str, Any]]:
+def _measured(run: RunInfo) -> list[dict[str, Any]]:
     """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
-    kept = kept_evaluations(directory)
+    kept = kept_evaluations(run.directory, run.damaged)
     return [{**kept[step], "step": step} for step in (dict.fromkeys([min(kept), kept_step(kept)]) if kept else ())]
 
 
@@ -82,9 +88,9 @@ def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
         titles |= {stem: title} | {f"{stem}_{file_name(arm)}": f"{title}: {arm}" for arm in arms}
     found = {path.stem: path for path in sorted(directory.glob("*.png"))}
     for name in sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles)):
-        with contextlib.suppress(OSError), Image.open(found[name]) as image:
+        broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
+        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(found[name]))) as image:
             image.load()
-            content = found[name].read_bytes()
             if max(image.size) > _LARGEST:
                 image.thumbnail((_LARGEST, _LARGEST))
                 image.save(reduced := io.BytesIO(), "PNG", optimize=True)
@@ -99,8 +105,7 @@ def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
         stages = run.summary.get("seconds_by_generation", {})
         lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
     else:
-        journal = read_lines(run.directory / "metrics.jsonl")
-        lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in journal]
+        lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in run.steps()]
     every = -(-len(lines) // _MOST_BARS) or 1
-    spent = [{stage: line[stage] for stage in _STAGES if stage in line} for line in lines]
+    spent = [{stage: float(line[stage]) for stage in _STAGES if stage in line} for line in lines]
     return list(enumerate(spent, start=1))[::every]

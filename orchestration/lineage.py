@@ -11,7 +11,7 @@ from orchestration.config import ConfigError, validate
 from orchestration.mad import chain
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import contents, seed_blocks
-from orchestration.run import read_manifest
+from orchestration.manifest import check_links, read_manifest
 from orchestration.runs import plain_table
 from pipelines.families.registry import CLOSED_FORM
 from pipelines.mad_graph import Generation, RealSource, image_source
@@ -47,9 +47,11 @@ def ancestry(generations: list[Generation], seed: int) -> list[Ancestry]:
     return found
 
 
-def render_lineage(directory: Path, sample: str) -> RenderableType:
+def render_lineage(directory: Path, sample: str, trusted: bool = False) -> RenderableType:
     """``sample`` is ARM/SEED/GENERATION, or ARM/SEED/GENERATION/NUMBER. Raises ConfigError if there is no such."""
     manifest = read_manifest(directory)
+    if not trusted:
+        check_links(directory)
     if manifest.get("loop") != "mad":
         raise ConfigError(f"{directory} is not a MAD run: it has no generations")
     config = validate(MadConfig, manifest["config"])
@@ -57,6 +59,8 @@ def render_lineage(directory: Path, sample: str) -> RenderableType:
     arm = config.resolved_arms[name]
     source = RealSource(config.data.reference)
     if arm.family not in CLOSED_FORM:
+        if not manifest.get("real_images"):
+            raise ConfigError(f"{directory / 'manifest.json'} does not say which real images were used")
         source = image_source(**manifest["real_images"])
     blocks = seed_blocks(config.seed_list, arm, training_sets(arm, config.generations, source.pool))
     seeds = next(block for block in blocks if seed in block)

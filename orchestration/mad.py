@@ -15,19 +15,21 @@ from orchestration.mad_config import ArmSettings, MadConfig
 from orchestration.mad_preflight import Experiment, preflight_mad
 from orchestration.mad_report import report
 from orchestration.mad_run import MadRun
-from orchestration.run import stored_config
+from orchestration.run import going_on
 from pipelines.mad_graph import Batch, Chain, Generation, RealSource, batches
 from pipelines.mad_tasks import perform
 from pipelines.tasks import Task
 from policies.data_rules import training_sets
 
 
-def run_mad(config: MadConfig) -> Path:
-    """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
+def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> Path:
+    """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts,
+    also if another began it and it is not ``trusted``, or it would read other things and no ``changes`` are accepted.
+    """
     experiment = preflight_mad(config)
     generations = unroll(config, experiment)
     wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
-    with MadRun(config, experiment, generations) as run:
+    with MadRun(config, experiment, generations, trusted, changes) as run:
         while True:
             try:
                 return _perform_all(run, [*experiment.floors.values(), *wanted])
@@ -43,9 +45,10 @@ def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
         return report(run)
 
 
-def resume_mad(directory: Path, trusted: bool = False) -> Path:
-    """Go on with the experiment that ``directory`` holds. Raises ConfigError if it is a stranger's that names code."""
-    return run_mad(stored_config(directory, MadConfig, trusted))
+def resume_mad(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
+    """Go on with the experiment that ``directory`` holds. Raises ConfigError as ``run_mad`` does."""
+    with going_on(directory, MadConfig, trusted) as (_, config):
+        return run_mad(config, trusted, changes)
 
 
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:

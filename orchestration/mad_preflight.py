@@ -10,7 +10,8 @@ from actors.settings import check_kind
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import about, validate
 from orchestration.mad_config import ArmSettings, MadConfig
-from orchestration.run import TEMPLATES, check_output, known_manifest
+from orchestration.manifest import has_only_begun, known_manifest
+from orchestration.run import TEMPLATES, check_output
 from pipelines.atomic import Files
 from pipelines.drawing import BUILT_IN, score
 from pipelines.families.registry import CLOSED_FORM, CONDITIONAL, SETTINGS, generator_class
@@ -247,7 +248,7 @@ def _check_output(config: MadConfig) -> None:
     """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
     directory = Path(config.output_dir or "").expanduser()
     manifest = known_manifest(directory) if config.output_dir else {}
-    if not manifest:
+    if not manifest or has_only_begun(directory):
         check_output(config.output_dir)
         return
     if manifest.get("loop") != "mad":

@@ -15,11 +15,15 @@ import numpy as np
 
 from actors.tasks import TaskRunner
 from orchestration.display import Row
+from orchestration.inputs import accept, code_of
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import Experiment, contents
 from orchestration.mad_science import laws
-from orchestration.run import Run, ending, known_manifest, new_directory, new_manifest
+from orchestration.manifest import new_manifest, open_run
+from orchestration.run import Run, ending, new_directory
 from orchestration.tracking import FIRST_LOOK, Tracker
+from pipelines.drawing import BUILT_IN
+from pipelines.locations import portable
 from pipelines.mad_figures import _ARMS
 from pipelines.mad_graph import Generation
 from pipelines.mad_tasks import read_real_data, read_samples
@@ -47,14 +51,26 @@ class MadRun(Run):
 
     config: MadConfig
 
-    def __init__(self, config: MadConfig, experiment: Experiment, generations: Sequence[Generation]) -> None:
+    def __init__(
+        self,
+        config: MadConfig,
+        experiment: Experiment,
+        generations: Sequence[Generation],
+        trusted: bool = False,
+        changes: bool = False,
+    ) -> None:
         directory = new_directory(config)
-        manifest = new_manifest("mad", config, known_manifest(directory))
+        held = open_run(directory, trusted) if (directory / "manifest.json").exists() else {}
+        manifest = new_manifest("mad", config, held)
         manifest |= {"total_steps": len(generations), "committed_step": 0}
+        arms = config.resolved_arms.values()
+        inputs = code_of(arm.reward for arm in arms if arm.rule == "curated" and arm.reward not in BUILT_IN)
         images = next((source for source in experiment.sources.values() if source.data), None)
         if images and images.data:
             found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
             manifest["real_images"] = found | {"pool": images.pool, "classes": images.classes}
+            inputs["data.source"] = {"path": portable(config.data.source), "sha256": found["sha256"]}
+        accept(directory, manifest, held, inputs, changes)
         super().__init__(directory, config, manifest, len(generations), rows=_ROWS, unit="generation")
         self.experiment = experiment
         self.generations = generations

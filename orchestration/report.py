@@ -3,6 +3,8 @@
 import io
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from orchestration.html_report import conclude
 from orchestration.run import TEMPLATES
 from orchestration.timeline import middle_of, read_spans
 from orchestration.tracking import FIRST_LOOK, flatten
-from pipelines.atomic import Files, commit_directory, read_lines, write_durably, write_json
+from pipelines.atomic import (
+    DamagedFiles,
+    Files,
+    commit_directory,
+    read_bytes,
+    read_lines,
+    with_digest,
+    write_durably,
+    write_json,
+)
 from pipelines.pages import fill
 from policies.over_optimisation import Look, best_look, look_to_keep, over_optimised
 
@@ -28,6 +39,7 @@ _RESULTS = {  # of the summary, each before and after
 }
 _GRID_IMAGES = 12  # the first of the held-out ones
 _GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
+_MOST_BYTES = 2**30  # of the images of an evaluation
 _MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
 
 
@@ -39,12 +51,13 @@ class Report:
         self.prompts = prompts[:_GRID_IMAGES]
         self.directory = run.directory / "evaluations"
         self.stopped: str | None = None
+        self._named: set[str] = set()  # damage
 
     def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:
         """The base model's measure, and whether the reward can tell images apart."""
         say = self.run.display.say
         values = evaluation.metrics() | calibration
-        told = kept_evaluations(self.run.directory).get(0, {})
+        told = self._kept().get(0, {})
         timestamp = told.get("timestamp_ms", int(time.time() * 1000))
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
@@ -64,8 +77,8 @@ class Report:
         """The evaluations up to the present step, the base's first."""
         return [
             Look(step, np.array(told["measure"]), told["measured_reward"])
-            for step, told in kept_evaluations(self.run.directory).items()
-            if step <= self.run.step and "measure" in told  # which is not in runs of before there was one
+            for step, told in self._kept().items()
+            if step <= self.run.step and {"measure", "measured_reward"} <= told.keys()  # older runs have none
         ]
 
     def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
@@ -84,7 +97,7 @@ class Report:
             return False
         if reason := over_optimised(looks, self.run.config.evaluation.patience):
             self.run.display.say(f"warning: stopped after step {self.run.step}: {reason}")
-            self.run.display.say(f"look at {draw(self.run.directory) / 'progress.png'}")
+            self.run.display.say(f"look at {draw(self.run.directory, self.run.display.say) / 'progress.png'}")
             self.stopped = reason
             self.run.tracker.tags({"stopped": reason})
         return self.stopped is not None
@@ -94,11 +107,14 @@ class Report:
         run, values = self.run, after.metrics()
         best = self.best_step(look_to_keep) or run.step
         self._keep(best, after, {**values, "kept": True})
-        figures = draw(run.directory)
-        before = kept_evaluations(run.directory)[0]
+        figures = draw(run.directory, say := run.display.say)
+        before = self._kept().get(0, {})
+        if not before:
+            say(f"warning: {self._path(0, 'json')} is damaged or gone: nothing is said of before, nor of any gain")
         gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
         gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
-        run.tracker.metrics(run.step, gains, run.history[-1]["timestamp_ms"])
+        told_at = run.history[-1].get("timestamp_ms") if run.history else None
+        run.tracker.metrics(run.step, gains, told_at or int(time.time() * 1000))
         ends = {"before": before, "after": values}
         facts = {f"{name}_{end}": ends[end].get(key) for name, key in _RESULTS.items() for end in ends} | {
             "evaluation_images": len(after.images),
@@ -130,7 +146,8 @@ class Report:
             commit=self.run.manifest["git_commit"],
             mlflow_run=self.run.tracker.run_id,
         )
-        pictures = {name: (figures / name).read_bytes() for name in ("before_after.png", "curves.png")}
+        drawn = [figures / name for name in ("before_after.png", "curves.png")]
+        pictures = {path.name: path.read_bytes() for path in drawn if path.exists()}
         return {"README.md": text.encode(), **pictures}
 
     def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
@@ -147,15 +164,26 @@ class Report:
         np.savez(packed := io.BytesIO(), images=images)
         write_durably(self._path(step, "npz"), packed.getvalue())
         shown_words = {"prompts": self.prompts[: len(images)], "captions": captions}
-        write_json(self._path(step, "json"), {**values, **shown_words, **measure})
+        write_json(self._path(step, "json"), with_digest({**values, **shown_words, **measure}))
         self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
+
+    def _kept(self) -> dict[int, dict[str, Any]]:
+        """The evaluations so far. Each that is damaged is named, once."""
+        damaged: list[str] = []
+        kept = kept_evaluations(self.run.directory, damaged)
+        for each in damaged:
+            if each not in self._named:
+                self.run.display.say(f"warning: {each}; it is left out")
+        self._named |= set(damaged)
+        return kept
 
     def _path(self, step: int, kind: str) -> Path:
         return self.directory / f"step-{step:06d}.{kind}"
 
 
-def draw(directory: Path) -> Path:
-    """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory."""
+def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
+    """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory. What
+    is damaged is left out, and named."""
     from pipelines.figures import before_after, curves, timeline
     from pipelines.mad_figures import generations_grid
 
@@ -165,18 +193,54 @@ def draw(directory: Path) -> Path:
     figures.mkdir(exist_ok=True)
     steps, last = list(kept), kept_step(kept)
     picked = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_ROWS))]
-    *images, after = (np.load(directory / "evaluations" / f"step-{step:06d}.npz")["images"] for step in (*picked, last))
-    shown = min(map(len, [*images, after]))
+    packed = {step: _images(directory / "evaluations" / f"step-{step:06d}.npz", say) for step in {*picked, last}}
+    images = {step: each for step, each in packed.items() if each is not None}
     first = kept[picked[0]]
-    captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
-    pairs = images[0][:shown], after[:shown], first["prompts"][:shown]
-    before_after(figures / "before_after.png", *pairs, *captions)
-    columns = min(shown, max(2, _MOST_PIXELS // max(96, images[0].shape[2])))
-    labels = [f"step {step}" for step in picked]
-    generations_grid(figures / "progress.png", np.stack([each[:columns] for each in images]), labels)
-    start = {"step": 0, "reward/mean": first["evaluation/reward"]}
-    start |= {key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))}
-    curves(figures / "curves.png", [start, *read_lines(directory / "metrics.jsonl")])
-    if window := middle_of(read_spans(directory)):
-        timeline(figures / "timeline.png", window)
+
+    def pairs() -> None:
+        before, after = images[picked[0]], images[last]
+        shown = min(len(before), len(after))
+        captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
+        before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
+
+    def progress() -> None:
+        rows = {step: images[step] for step in picked if step in images}
+        shown = min(map(len, images.values()))
+        columns = min(shown, max(2, _MOST_PIXELS // max(96, next(iter(rows.values())).shape[2])))
+        grid = np.stack([each[:columns] for each in rows.values()])
+        generations_grid(figures / "progress.png", grid, [f"step {step}" for step in rows])
+
+    def courses() -> None:
+        start = {"step": 0, "reward/mean": first["evaluation/reward"]} if picked[0] == 0 else {}
+        start |= {
+            key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))
+        }
+        lines = read_lines(directory / "metrics.jsonl", ["step"])
+        curves(figures / "curves.png", [*([start] if "step" in start else []), *lines])
+
+    def lanes() -> None:
+        if window := middle_of(read_spans(directory)):
+            timeline(figures / "timeline.png", window)
+
+    for name, picture in {"before_after": pairs, "progress": progress, "curves": courses, "timeline": lanes}.items():
+        try:
+            picture()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            say(f"warning: {figures / name}.png is not drawn: what it shows is damaged or gone in {directory} ({what})")
     return figures
+
+
+def _images(path: Path, say: Callable[[str], None]) -> np.ndarray | None:
+    """The images (n, height, width, 3) uint8 that an evaluation kept; None if they are damaged, which is said."""
+    try:
+        with np.load(io.BytesIO(read_bytes(path))) as packed:
+            if sum(each.file_size for each in packed.zip.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it unpacks to more than {_MOST_BYTES / 1e6:,.0f} MB")
+            images = packed["images"]
+        if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.size:
+            return images
+        say(f"warning: {path} holds no images; it is left out")
+    except (DamagedFiles, KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        say(f"warning: {path} is left out: {type(error).__name__}: {error}")
+    return None

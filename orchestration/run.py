@@ -1,18 +1,16 @@
-"""A run's directory: its lock, its manifest, its MLflow run, its clock, and what it shows while it lives."""
+"""A run while it lives: its lock, its MLflow run, its clock, what it shows, and how it ends."""
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import platform
 import shutil
-import subprocess
 import time
+import traceback
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -22,15 +20,20 @@ import psutil
 from actors.worker import Span
 from orchestration.config import Config, ConfigError, validate
 from orchestration.display import Display
-from orchestration.seal import check_seal, seal
+from orchestration.manifest import (
+    SCHEMA,
+    clear_beginning,
+    has_only_begun,
+    open_run,
+    original,
+    read_summary,
+    working_directory,
+    write_manifest,
+)
 from orchestration.tracking import Ending, Tracker, TrackingSettings, deliver_rest, open_store
-from pipelines.atomic import write_json
-from pipelines.locations import CHECKOUT
+from pipelines.atomic import DamagedFiles, not_through_a_link, remove, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")  # of what people are told
-_PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
-_PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
-_KEPT = ("created", "mlflow_run_id", "mlflow_children", "wall_seconds")  # of the manifest, when a run goes on
 _LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
 
@@ -54,6 +57,8 @@ class Run:
         self._lock = _lock(directory)
         self.config = config
         self.manifest = manifest
+        self._is_new = not (directory / "manifest.json").exists()
+        self._copied_from = _own_if_copy(directory, manifest)
         self.display = Display(f"{config.name} · {directory}", total, done, **shown)
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self.spans: list[Span] = []  # the stages since they were last written
@@ -63,15 +68,27 @@ class Run:
     def __enter__(self) -> Self:
         self.display.__enter__()
         try:
+            if self._copied_from:
+                self.display.say(f"this is a copy of {self._copied_from}: it goes on as a run of its own in MLflow")
+            self.manifest.pop("error", None)
+            self.manifest["directory"] = str(self.directory)
+            if self._is_new:  # from here on the directory says whose it is
+                self._status("RUNNING")
             known = self.manifest.get("mlflow_run_id")
             name, loop, say = self.directory.name, self.manifest["loop"], self.display.say
             self.tracker = Tracker(self.directory, self.config.tracking, name, known, loop, say)
             self.manifest["mlflow_run_id"] = self.tracker.run_id
+            self.begins_in_mlflow = self.tracker.run_id != known
             self._status("RUNNING")
             self.opened()
-        except BaseException:
-            self.display.__exit__(None, None, None)
-            self._abandon()
+            if changes := self.manifest.get("changes"):
+                self.tracker.tags({f"changed/after step {each['step']}": str(each) for each in changes})
+        except BaseException as error:
+            if hasattr(self, "tracker"):
+                Run.__exit__(self, type(error), error, error.__traceback__)
+            else:
+                self.display.__exit__(None, None, None)
+                self._abandon()
             raise
         return self
 
@@ -83,6 +100,7 @@ class Run:
         error = refused or error
         if error is not None and status == "FAILED":
             self.manifest["error"] = f"{type(error).__name__}: {error}"
+        self._keep_traceback(error)
         try:
             try:  # in this order: a run that its manifest calls finished is not opened again to be closed
                 self.tracker.finish(status)
@@ -90,7 +108,9 @@ class Run:
                 self._status(status)
             if status != "FINISHED":
                 self.display.say(f"{status.lower()}; {self.progress()}")
-                self.display.say(f"go on with: ouroboros resume {self.directory}")
+                again = "nothing is committed: correct it and give the same command again"
+                go_on = f"go on with: ouroboros resume {self.directory}"
+                self.display.say(again if has_only_begun(self.directory) else go_on)
         except OSError as unsaid:
             if refused is None:
                 raise
@@ -128,14 +148,23 @@ class Run:
             raise lost
         self._losses.append(at)
 
+    def _keep_traceback(self, error: BaseException | None) -> None:
+        """Write error.txt, with where the run was when it ended; nothing is left of a run that went well."""
+        path = self.directory / "error.txt"
+        with contextlib.suppress(OSError):
+            remove(path)
+            if error is not None:
+                path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+                self.display.say(f"where it was: {path}")
+
     def _abandon(self) -> None:
         """Leave no trace of a run that could not begin, so that the same command may be given again."""
-        self._lock.close()
-        if not (self.directory / "manifest.json").exists():
-            for begun in (".lock", "mlflow.db"):
-                (self.directory / begun).unlink(missing_ok=True)
+        if self._is_new:
+            clear_beginning(self.directory)
+            remove(self.directory / ".lock")  # while it is held: who waits for it looks whether it is still there
             with contextlib.suppress(OSError):  # whatever else is in there is not this run's
                 self.directory.rmdir()
+        self._lock.close()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -160,12 +189,12 @@ class Run:
             "mlflow_run_id": self.tracker.run_id,
         }
         path = self.directory / "summary.json"
-        write_json(path, {**content, **about}, indent=indent)
+        write_json(path, {"schema_version": SCHEMA, **content, **about}, indent=indent)
         return path
 
     def _status(self, status: Ending | Literal["RUNNING"]) -> None:
         self.manifest |= {"status": status, "wall_seconds": self.wall_seconds()}
-        write_json(self.directory / "manifest.json", self.manifest)
+        write_manifest(self.directory, self.manifest)
 
 
 def ending(kind: type[BaseException] | None) -> Ending:
@@ -179,6 +208,8 @@ def check_output(output_dir: str | None) -> None:
     if output_dir is None:
         return
     directory = Path(output_dir).expanduser()
+    if has_only_begun(directory):
+        return
     if (directory / "manifest.json").exists():
         raise ValueError(f"output_dir {directory} holds a run already: continue it with 'ouroboros resume {directory}'")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -193,98 +224,99 @@ def new_directory(config: Any, seed: str = "") -> Path:
     name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}{seed}"
     directory = Path(config.output_dir).expanduser() if config.output_dir else Path("runs") / name
     directory.mkdir(parents=True, exist_ok=True)
+    if has_only_begun(directory):
+        with contextlib.closing(_lock(directory)):
+            clear_beginning(directory)
     return directory.resolve()
 
 
-def new_manifest(loop: str, config: Any, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a run is made of, and with what. ``held`` is the manifest of what it goes on with, if it does."""
-    content = config.model_dump(mode="json")
-    return {
-        "name": config.name,
-        "loop": loop,
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "packages": {package: version(package) for package in _PACKAGES},
-        "python": platform.python_version(),
-        "config": content,
-        "seal": seal(content),
-        **{key: held[key] for key in _KEPT if held and key in held},
-    }
+@contextlib.contextmanager
+def going_on(directory: Path, schema: type[Config], trusted: bool) -> Iterator[tuple[dict[str, Any], Config]]:
+    """The manifest and the configuration to go on with what ``directory`` holds, where it was begun. Raises ConfigError
+    if it is a stranger's and not ``trusted``."""
+    directory = directory.resolve()
+    manifest = open_run(directory, trusted)
+    with working_directory(manifest):
+        yield manifest, validate(schema, manifest["config"] | {"output_dir": str(directory)})
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a run. Raises ConfigError if ``directory`` holds none."""
-    try:
-        return json.loads((directory / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{directory} is not a run directory: no readable manifest.json; see 'ouroboros runs list'"
-        ) from error
-
-
-def known_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a run; empty before it has begun."""
-    return read_manifest(directory) if (directory / "manifest.json").exists() else {}
-
-
-def stored_config(directory: Path, schema: type[Config], trusted: bool) -> Config:
-    """The configuration to go on with what ``directory`` holds. Raises ConfigError if it is a stranger's that names
-    code, and not ``trusted``."""
-    manifest = read_manifest(directory)
-    check_seal(directory, manifest, trusted)
-    return validate(schema, manifest["config"] | {"output_dir": str(directory)})
-
-
-def sync(directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | None = None) -> int:
+def sync(
+    directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | None = None, trusted: bool = False
+) -> int:
     """Deliver to MLflow what a run that is over left, a sweep's with its trials'. Returns how many records are left.
 
-    One whose process died is closed as KILLED. ``tags`` are added. Raises ConfigError if it is still being run.
+    One whose process died is closed as KILLED. ``tags`` are added. Raises ConfigError if it is still being run, is a
+    copy, or is a stranger's and not ``trusted``.
     """
-    manifest = read_manifest(directory)
+    directory = directory.resolve()
+    manifest = open_run(directory, trusted)
+    if (source := original(directory, manifest)) is not None:
+        raise ConfigError(f"{directory} is a copy of {source}, whose run in MLflow it is: sync that")
     with contextlib.closing(_lock(directory)):
-        left = sum(sync(trial.parent, say) for trial in sorted(directory.glob("trials/*/manifest.json")))
+        left = sum(sync(trial.parent, say, None, trusted) for trial in sorted(directory.glob("trials/*/manifest.json")))
         died = manifest.get("status") == "RUNNING"
         ids = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")]
         news: list[dict[str, Any]] = [{"kind": "tags", "tags": dict(tags)}] if tags else []
         news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
-        settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
         more = [{"run": run, **each} for run in ids if run for each in news]
-        left += deliver_rest(directory, settings, say, manifest.get("mlflow_run_id"), more)
+        left += deliver_rest(directory, _tracking(manifest), say, manifest.get("mlflow_run_id"), more)
         if died:
-            write_json(directory / "manifest.json", manifest | {"status": "KILLED"})
+            write_manifest(directory, manifest | {"status": "KILLED"})
     return left
 
 
 def register(
-    directory: Path, name: str, alias: str, say: Callable[[str], None], tags: Mapping[str, str] | None = None
+    directory: Path,
+    name: str,
+    alias: str,
+    say: Callable[[str], None],
+    tags: Mapping[str, str] | None = None,
+    trusted: bool = False,
 ) -> str:
     """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``, tagged with what it gained and
-    with ``tags``. Returns its models:/ address."""
-    manifest, pipeline = read_manifest(directory), directory / "pipeline"
+    with ``tags``. Returns its models:/ address. Raises ConfigError if it is a stranger's and not ``trusted``."""
+    directory = directory.resolve()
+    manifest, pipeline = open_run(directory, trusted), directory / "pipeline"
     if manifest.get("status") != "FINISHED" or not pipeline.exists():
         raise ConfigError(f"{directory} has no pipeline to register: it is not a finished DDPO run")
-    sync(directory, say)
-    summary = json.loads((directory / "summary.json").read_text())
+    sync(directory, say, None, trusted)
+    try:
+        summary = read_summary(directory)
+    except DamagedFiles as error:
+        raise ConfigError(f"{directory} cannot be registered: {error}") from error
     gained = {key: str(value) for key, value in summary.items() if key.endswith(("_before", "_after", "_sha256"))}
-    settings = TrackingSettings.model_validate(manifest["config"]["tracking"])
-    store = open_store(directory, settings)
+    store = open_store(directory, _tracking(manifest))
     return store.register(name, manifest["mlflow_run_id"], "pipeline", alias, gained | dict(tags or {}))
 
 
-def git_commit() -> str:
-    """The checkout's commit, with "-dirty" if it was changed; "unknown" outside git."""
-    try:
-        command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def _tracking(manifest: Mapping[str, Any]) -> TrackingSettings:
+    return validate(TrackingSettings, manifest["config"].get("tracking", {}))
+
+
+def _own_if_copy(directory: Path, manifest: dict[str, Any]) -> str | None:
+    """Make a copied directory, and its trials', a run of its own, to begin anew in MLflow: what waits there for the
+    original's run is the original's to deliver. Returns where the original is; None if this is no copy."""
+    source = original(directory, manifest)
+    if source is None:
+        return None
+    for trial in sorted(directory.glob("trials/*/manifest.json")):
+        copied = open_run(trial.parent)
+        _own_if_copy(trial.parent, copied)
+        write_manifest(trial.parent, copied)
+    remove(directory / "outbox")
+    for key in ("mlflow_run_id", "mlflow_children"):
+        manifest.pop(key, None)
+    manifest |= {"id": uuid.uuid4().hex, "copied_from": str(source), "directory": str(directory)}
+    return str(source)
 
 
 def is_free(directory: Path) -> bool:
     """Whether no process is running what ``directory`` holds."""
+    if not os.path.lexists(directory / ".lock"):
+        return True
     try:
         _lock(directory).close()
-    except FileNotFoundError:  # there is nothing to run yet
+    except OSError:  # it may not be looked at, or is no file: no run holds it
         return True
     except ConfigError:
         return False
@@ -293,10 +325,15 @@ def is_free(directory: Path) -> bool:
 
 def _lock(directory: Path) -> TextIO:
     """Hold ``directory`` for this process; the system lets go of it however the process ends. Raises ConfigError."""
-    file = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"{directory} is being run by another process: wait for it or stop it") from error
-    return file
+    path = directory / ".lock"
+    while True:
+        file = open(path, "a", opener=not_through_a_link)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise ConfigError(f"{directory} is being run by another process: wait for it or stop it") from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()  # a run that could not begin took it away in the meantime

@@ -1,58 +1,94 @@
 """Run directories read back: what ``ouroboros runs list | show | compare`` prints.
 
 A run directory is one that holds ``manifest.json``. Nothing here trusts what it reads: a half-written, damaged or
-foreign directory gives a row with what could be read, never an exception.
+foreign directory gives a row with what could be read, and what could not is named, never an exception.
 """
 
 import difflib
 import json
+import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
 from orchestration.config import ConfigError
 from orchestration.display import duration
+from orchestration.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.run import is_free
 from orchestration.tracking import flatten
-from pipelines.atomic import read_lines
+from pipelines.atomic import DamagedFiles, read_lines
 
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 _ABSENT = "–"
 
 
 class RunInfo:
-    """What a run directory tells: its manifest and its summary, empty where there is none (yet)."""
+    """What a run directory tells: its manifest and its summary, empty where there is none (yet), and what is damaged in
+    them. Nothing is read that a link leads to."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.manifest, self.summary = (_read(directory / name) for name in ("manifest.json", "summary.json"))
-        self.name = str(self.manifest.get("name") or directory.name)
-        self.loop, self.created = (str(self.manifest.get(key) or "") for key in ("loop", "created"))
-        status = self.manifest.get("status")
-        self.status = status if isinstance(status, str) else "unreadable"
+        self.damaged: list[str] = []
+        self.manifest = self._read("manifest.json", read_manifest)
+        self.summary = self._read("summary.json", read_summary)
+        self.name = self.manifest.get("name") or directory.name
+        self.loop, self.created = (self.manifest.get(key) or "" for key in ("loop", "created"))
+        begins = not self.damaged and has_only_begun(directory)
+        self.status = self.manifest.get("status") or ("not begun" if begins else "unreadable")
+
+    def _read(self, name: str, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """The object that a file holds; an empty one if it is damaged or not there."""
+        if not os.path.lexists(self.directory / name):
+            return {}
+        try:
+            if (self.directory / name).is_symlink():
+                raise DamagedFiles(f"{self.directory / name} is a link")
+            return read(self.directory)
+        except (ConfigError, DamagedFiles) as error:
+            self.damaged.append(str(error))
+            return {}
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The journal of a DDPO run."""
+        path = self.directory / "metrics.jsonl"
+        return [] if path.is_symlink() else read_lines(path, ["step"], self.damaged)
 
 
 def list_runs(root: Path) -> list[RunInfo]:
     """The runs under ``root``, newest first; none if it does not exist."""
     try:
-        directories = [entry for entry in root.iterdir() if (entry / "manifest.json").is_file()]
+        entries = [*root.iterdir()]
     except OSError:
         return []
-    runs = [RunInfo(entry) for entry in directories]
+    runs = [RunInfo(entry) for entry in entries if _is_run(entry)]
     return sorted(runs, key=lambda run: (run.created, run.directory.name), reverse=True)
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether a run, a damaged one or the beginning of one is there."""
+    try:
+        return os.path.lexists(directory / "manifest.json") or has_only_begun(directory)
+    except OSError:  # it may not be looked into
+        return False
 
 
 def find_run(run: str, root: Path) -> RunInfo:
     """The run of a directory, or of a name under ``root``. Raises ConfigError with the nearest names if unknown."""
-    for directory in (Path(run), root / run):
-        if (directory / "manifest.json").is_file():
+    places = Path(run), root / run
+    for directory in places:
+        if _is_run(directory):
             return RunInfo(directory)
+    for directory in places:
+        if run and directory.exists():
+            raise ConfigError(f"{directory} is no run: it holds no manifest.json")
     names = [entry.directory.name for entry in list_runs(root)]
     near = difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"
@@ -63,6 +99,8 @@ def remove(run: RunInfo) -> None:
     """Remove a run's directory. Raises ConfigError while a process is running it."""
     if not is_free(run.directory):
         raise ConfigError(f"{run.directory} is being run by another process: wait for it or stop it")
+    if run.directory.is_symlink():
+        raise ConfigError(f"{run.directory} is a link: remove it, or the run that it leads to, by its own name")
     shutil.rmtree(run.directory)
 
 
@@ -76,16 +114,16 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     for run in runs:
         told = _told(run)
         shown = (told[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
-        table.add_row(run.directory.name, *shown)
-    return table
+        table.add_row(Text(run.directory.name), *shown)
+    odd = [Text(f"warning: {each}", style="yellow") for run in runs for each in run.damaged]
+    return Group(table, *odd) if odd else table
 
 
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
     parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
-    arms = run.summary.get("arms")
-    if isinstance(arms, Mapping):
+    if arms := run.summary.get("arms"):
         parts.append(_panel("generation 1 → last", _arms(arms)))
     for title, values in (
         ("seconds by stage", run.summary.get("seconds_by_stage")),
@@ -94,20 +132,20 @@ def render_show(name: str, root: Path) -> RenderableType:
     ):
         if isinstance(values, Mapping) and values:
             parts.append(_panel(title, {key: _plain(value) for key, value in flatten(values).items()}))
-    return Group(*parts)
+    return Group(*parts, *(Text(f"warning: {each}", style="yellow") for each in run.damaged))
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
     """What there is to say about a run at a glance, None where it does not tell; without a summary, of its steps so
     far."""
     manifest, summary = run.manifest, run.summary
-    steps, seconds = read_lines(run.directory / "metrics.jsonl"), _number({**manifest, **summary}.get("wall_seconds"))
+    steps, seconds = run.steps(), _number({**manifest, **summary}.get("wall_seconds"))
 
     def change(result: str, metric: str) -> str | None:
         ends = [summary.get(f"{result}_{end}") for end in ("before", "after")]
         return _change(*(ends if f"{result}_before" in summary else _ends(steps, metric)))
 
-    total = f"/{manifest['total_steps']}" if "total_steps" in manifest else ""
+    total = f"/{manifest['total_steps']}" if manifest.get("total_steps") is not None else ""
     return {
         "loop": run.loop or None,
         "created": run.created[:16].replace("T", " ") or None,
@@ -133,13 +171,18 @@ def _told(run: RunInfo) -> dict[str, Text]:
 def _arms(arms: Mapping[str, Any]) -> Table:
     """What became of each arm of a MAD experiment."""
     shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
-    present = [metric for metric in shown if any(metric in arm["metrics"] for arm in arms.values())]
+    metrics = {name: _mapping(arm.get("metrics")) for name, arm in arms.items()}
+    present = [metric for metric in shown if any(metric in each for each in metrics.values())]
     table = plain_table("arm", "goes MAD", *present)
     for name, arm in arms.items():
-        means = [arm["metrics"].get(metric, {}).get("mean") for metric in present]
-        changes = [_plain(_change(mean[0], mean[-1]) if mean else None) for mean in means]
-        table.add_row(Text(name), (arm["verdict"] or {}).get("goes_mad", _ABSENT), *changes)
+        means = [_mapping(metrics[name].get(metric)).get("mean") for metric in present]
+        changes = [_plain(_change(mean[0], mean[-1]) if isinstance(mean, list) and mean else None) for mean in means]
+        table.add_row(Text(name), _plain(_mapping(arm.get("verdict")).get("goes_mad")), *changes)
     return table
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def render_compare(names: Sequence[str], root: Path) -> RenderableType:
@@ -148,7 +191,7 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     Raises ConfigError if one of them does not exist.
     """
     runs = [find_run(name, root) for name in names]
-    table = plain_table("", *(run.directory.name for run in runs))
+    table = plain_table("", *(escape(run.directory.name) for run in runs))
     table.columns[0].style = "dim"
     told = [_told(run) for run in runs]
     for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
@@ -157,7 +200,7 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     table.add_section()
     differing = differing_keys(runs)
     for key, values in differing.items():
-        table.add_row(key, *map(_plain, values))
+        table.add_row(Text(key), *map(_plain, values))
     if differing:
         return table
     return Group(table, Text("\nthe configurations are the same", style="dim"))
@@ -171,15 +214,6 @@ def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object that a file holds; an empty one if it is damaged or not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _ends(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
     """The first and the last number a journal holds under ``key``."""
     values = [value for step in steps if (value := _number(step.get(key))) is not None]
@@ -187,7 +221,8 @@ def _ends(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, f
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if is_number and math.isfinite(value) else None
 
 
 def _change(before: Any, after: Any) -> str | None:
@@ -215,5 +250,5 @@ def _panel(title: str, content: Table | Mapping[str, Text]) -> RenderableType:
     if isinstance(content, Mapping):
         pairs, content = content, Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
         for label, value in pairs.items():
-            content.add_row(label, value)
+            content.add_row(Text(label), value)
     return Panel(content, title=Text(title), title_align="left", border_style="dim")

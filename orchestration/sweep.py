@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestration import tuning
 from orchestration.cluster import connected
-from orchestration.run import stored_config
+from orchestration.run import going_on
 from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
 from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
@@ -17,10 +17,11 @@ from orchestration.trial import Trial
 from policies.search_space import Point, common_points
 
 
-def run_sweep(config: SweepConfig) -> Path:
-    """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts."""
+def run_sweep(config: SweepConfig, trusted: bool = False, changes: bool = False) -> Path:
+    """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts, also if
+    another began it and it is not ``trusted``, or it would read other things and no ``changes`` are accepted."""
     machine = preflight_sweep(config)
-    with SweepRun(config, machine) as run, connected(machine.gpus):
+    with SweepRun(config, machine, trusted, changes) as run, connected(machine.gpus):
         _search(run)
         best = Table(run).best
         if config.confirm_seeds and best is not None and not run.budget.spent:
@@ -28,9 +29,10 @@ def run_sweep(config: SweepConfig) -> Path:
         return report(run, Table(run))
 
 
-def resume_sweep(directory: Path, trusted: bool = False) -> Path:
-    """Go on with the sweep that ``directory`` holds. Raises ConfigError if it is a stranger's and not ``trusted``."""
-    return run_sweep(stored_config(directory, SweepConfig, trusted))
+def resume_sweep(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
+    """Go on with the sweep that ``directory`` holds. Raises ConfigError as ``run_sweep`` does."""
+    with going_on(directory, SweepConfig, trusted) as (_, config):
+        return run_sweep(config, trusted, changes)
 
 
 def _search(run: SweepRun) -> None:

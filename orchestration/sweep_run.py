@@ -9,13 +9,15 @@ from ray.tune import Stopper
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError
 from orchestration.display import Row
+from orchestration.inputs import accept, fingerprints, paths_of
+from orchestration.manifest import new_manifest, open_run
 from orchestration.outbox import undelivered
-from orchestration.run import Run, known_manifest, new_directory, new_manifest, sync
+from orchestration.run import Run, new_directory, sync
 from orchestration.sweep_config import BudgetSettings, SweepConfig
 from orchestration.trial import Trial, metric_of, reports, trials_in
+from pipelines.locations import find
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
-_BASE = "trials_start_from"  # in the manifest: what the file that ``config`` names comes to
 
 
 class Budget(Stopper):
@@ -48,16 +50,18 @@ class SweepRun(Run):
 
     config: SweepConfig
 
-    def __init__(self, config: SweepConfig, machine: Machine) -> None:
+    def __init__(self, config: SweepConfig, machine: Machine, trusted: bool = False, changes: bool = False) -> None:
         directory = new_directory(config)
-        held = known_manifest(directory)
+        held = open_run(directory, trusted) if (directory / "manifest.json").exists() else {}
+        self._trusted, self.changes = trusted, changes
         manifest = new_manifest("sweep", config, held)
         for key in _DECIDES if held else ():
             if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
-        manifest[_BASE] = config.example.model_dump(mode="json")
-        if held and held.get(_BASE, manifest[_BASE]) != manifest[_BASE]:
-            raise ConfigError(f"{config.config} is another than the sweep in {directory} began with: put it back")
+        example = config.example
+        paths = paths_of(example) if config.loop == "ddpo" else {"data.source": example.data.source}
+        read = {"config": config.config} | {f"trials.{key}": path for key, path in paths.items() if find(path)}
+        accept(directory, manifest, held, fingerprints(read, held.get("inputs")), changes)
         self.metric = metric_of(config)
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
@@ -117,6 +121,6 @@ class SweepRun(Run):
             if untold or status == "RUNNING" or undelivered(trial.directory / "outbox"):
                 trial.wait_until_free()
                 why = {"stopped_by": f"{self.config.scheduler.kind} after step {known['stopped']}"} if untold else None
-                sync(trial.directory, self.display.say, why)
+                sync(trial.directory, self.display.say, why, self._trusted)
                 if untold:
                     trial.note(told=True)

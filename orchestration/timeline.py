@@ -3,7 +3,7 @@
 A lane is an actor, or the driver, whose spans are what it waited for. Clocks are the nodes' own.
 """
 
-import json
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from actors.worker import Span
-from pipelines.atomic import append_durably, as_lines, read_lines, write_json
+from pipelines.atomic import append_durably, as_lines, read_json, read_lines, with_digest, write_json
 
 Lanes = Mapping[str, Sequence[Span]]
 _SHOWN = 3  # steps of the picture
@@ -22,15 +22,17 @@ STEP = "step"  # the driver's span of a whole step
 def append_spans(directory: Path, step: int, lanes: Lanes) -> None:
     """Write down what was done until ``step`` steps were finished; said again of a step, the later counts."""
     content = {name: [(what, round(a, 5), round(b, 5)) for what, a, b in spans] for name, spans in lanes.items()}
-    append_durably(directory / "spans.jsonl", as_lines([{"step": step, "lanes": content}]))
+    append_durably(directory / "spans.jsonl", as_lines([with_digest({"step": step, "lanes": content})]))
 
 
 def read_spans(directory: Path) -> dict[str, list[Span]]:
     """Everything that is known, by lane, in the order in which it began; what holds something comes before that."""
     lanes: dict[str, list[Span]] = defaultdict(list)
-    for line in {line["step"]: line for line in read_lines(directory / "spans.jsonl")}.values():
-        for name, spans in line["lanes"].items():
-            lanes[name] += [(what, began, ended) for what, began, ended in spans]
+    lines = read_lines(directory / "spans.jsonl", ["step", "lanes"])
+    for line in {line["step"]: line for line in lines}.values():
+        with contextlib.suppress(TypeError, ValueError):  # lanes of something else
+            for name, spans in line["lanes"].items():
+                lanes[name] += [(str(what), float(began), float(ended)) for what, began, ended in spans]
     return {name: sorted(spans, key=lambda span: (span[1], -span[2])) for name, spans in lanes.items()}
 
 
@@ -77,8 +79,10 @@ def nested(spans: Sequence[Span]) -> Iterator[tuple[str, float, float, int, floa
 
 def render_profile(directory: Path) -> Table:
     """Where the seconds of a step went: of every actor, by what it did, without the first step, which warms up."""
-    lanes, summary = read_spans(directory), json.loads((directory / "summary.json").read_text())
+    lanes, peaks = read_spans(directory), read_json(directory / "summary.json").get("peak_memory_bytes", {})
     steps = steps_of(lanes)[1:] or steps_of(lanes)
+    if not steps:
+        return Table(title=f"{directory / 'spans.jsonl'} holds no step")
     begin, end = steps[0][1], steps[-1][2]
     table = Table(title=f"seconds a step, over {len(steps)} steps of {(end - begin) / len(steps):.3f} s")
     for title in ("actor", "activity", "s/step", "share", "peak memory"):
@@ -89,7 +93,7 @@ def render_profile(directory: Path) -> Table:
             if begin <= began and ended <= end and what != STEP:
                 spent[what] += seconds
         spent["idle"] = max(0.0, end - begin - sum(spent.values()))
-        peak = summary["peak_memory_bytes"].get(name, {})
+        peak = peaks.get(name, {})
         shown = " + GPU ".join(f"{peak[kind] / 1e6:,.0f} MB" for kind in ("memory", "gpu_memory") if peak.get(kind))
         told = {what: seconds for what, seconds in spent.items() if seconds > _LEAST * (end - begin) or what == "idle"}
         for row, (what, seconds) in enumerate(sorted(told.items(), key=lambda each: (each[0] == "idle", each[0]))):

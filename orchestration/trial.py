@@ -4,8 +4,8 @@ The directory is named by the point and the seed, so a trial that is asked for a
 one that is done answers from what it left. What a trial tells is what its journal holds, in the same order each time.
 """
 
+import fcntl
 import hashlib
-import json
 import math
 import re
 import time
@@ -16,10 +16,11 @@ from typing import Any, Self
 
 from orchestration.config import ConfigError, DdpoConfig
 from orchestration.ddpo_run import DdpoRun
+from orchestration.manifest import known_manifest, read_summary
 from orchestration.metric_names import EVALUATED, MAD
-from orchestration.run import is_free, known_manifest
+from orchestration.run import is_free
 from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
-from pipelines.atomic import read_lines, write_json
+from pipelines.atomic import DamagedFiles, read_json, read_lines, write_json
 from policies.search_space import Point, exact, short
 
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
@@ -63,13 +64,15 @@ class Trial:
         return self.root / "records" / f"{self.name}.json"
 
     def note(self, **what: Any) -> None:
-        """Add to the record."""
+        """Add to the record, which the sweep and the trial's own process both write."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.record, {**self.known(), "point": self.point, "seed": self.seed, **what})
+        with (self.record.parent / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(self.record, {**self.known(), "point": self.point, "seed": self.seed, **what})
 
     def known(self) -> dict[str, Any]:
         """The record so far."""
-        return json.loads(self.record.read_text()) if self.record.exists() else {}
+        return read_json(self.record) if self.record.exists() else {}
 
     def manifest(self) -> dict[str, Any]:
         """The run's manifest; empty before it has begun."""
@@ -92,13 +95,12 @@ def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
     """What a trial has to tell so far: the metric at each commit that measured it, with steps and images so far."""
     metric, manifest = metric_of(sweep), trial.manifest()
     if sweep.loop == "mad":
-        path = trial.directory / "summary.json"
         if manifest.get("status") != "FINISHED":
             return []
-        (arm,) = json.loads(path.read_text())["arms"].values()
+        (arm,) = read_summary(trial.directory)["arms"].values()
         values = arm["metrics"][metric]["mean"]
         return [{metric: values[-1], "step": len(values), "images": 0, "trial": trial.name}]
-    lines = read_lines(trial.directory / "metrics.jsonl")
+    lines = read_lines(trial.directory / "metrics.jsonl", ["step"])
     committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
     each = manifest["config"]["training"]["images_per_step"] if lines else 0
     last = manifest["config"]["training"]["steps"] if lines else 0
@@ -122,7 +124,7 @@ def metric_of(sweep: SweepConfig) -> str:
     return MAD[sweep.example.family][0]
 
 
-def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any]) -> None:
+def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], changes: bool = False) -> None:
     """In a Tune worker: do what is left of the trial, and tell Tune. Tune ends it inside a report if it wishes."""
     from ray import tune
 
@@ -142,16 +144,16 @@ def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any]) -> 
         if sweep.loop == "mad":
             from orchestration.mad import run_mad
 
-            run_mad(config)
+            run_mad(config, trusted=True, changes=changes)  # the sweep was typed
         else:
-            _run_ddpo(sweep, trial, config, copies)
+            _run_ddpo(sweep, trial, config, copies, changes)
     except Exception as error:
         trial.note(error=f"{type(error).__name__}: {error}")
         raise
     tune.report(reports(sweep, trial)[-1])
 
 
-def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool) -> None:
+def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool, changes: bool) -> None:
     from ray import tune
 
     from orchestration.ddpo import resume_ddpo, run_ddpo
@@ -166,7 +168,7 @@ def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool
         with copied.as_directory() as source:
             DdpoRun.adopt(config, Path(source))
     if trial.manifest():
-        resume_ddpo(trial.directory, trusted=True, watch=watch)  # the sweep was typed
+        resume_ddpo(trial.directory, trusted=True, changes=changes, watch=watch)
     else:
         run_ddpo(config, watch)
 
@@ -174,5 +176,7 @@ def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool
 def trials_in(root: Path) -> Iterator[Trial]:
     """Every trial that a sweep's directory knows."""
     for path in sorted((root / "records").glob("*.json")):
-        known = json.loads(path.read_text())
+        known = read_json(path)
+        if not {"point", "seed"} <= known.keys():
+            raise DamagedFiles(f"{path} is damaged: it names no point and seed")
         yield Trial(root, path.stem, known["point"], known["seed"])

@@ -97,10 +97,10 @@ def _fit(
 ) -> None:
     """Give trials to Tune and wait for them, each in a placement group of its own. A failed one fails alone."""
     os.environ.update(_TUNE)
-    config, tracking = run.config, run.trial_tracking()
+    config, tracking, changes = run.config, run.trial_tracking(), run.changes
 
     def trainable(chosen: dict[str, Any]) -> None:
-        run_trial(config, resolve(chosen, _number(tune.get_context().get_trial_id())), tracking)
+        run_trial(config, resolve(chosen, _number(tune.get_context().get_trial_id())), tracking, changes)
 
     # The trial's own process stays on this machine, where its directory is; its actors go where there is room.
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}

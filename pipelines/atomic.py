@@ -198,7 +198,7 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk."""
-    with open(path, "wb", opener=_never_through_a_link) as file:
+    with open(path, "wb", opener=not_through_a_link) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -206,7 +206,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def append_durably(path: Path, content: bytes) -> None:
     """Add all of ``content`` to a file, or nothing of it if the disk takes no more, and flush it to the disk."""
-    with open(path, "ab", buffering=0, opener=_never_through_a_link) as file:
+    with open(path, "ab", buffering=0, opener=not_through_a_link) as file:
         before, left = os.fstat(file.fileno()).st_size, memoryview(content)
         try:
             while left:
@@ -217,9 +217,9 @@ def append_durably(path: Path, content: bytes) -> None:
             raise
 
 
-def _never_through_a_link(path: str, flags: int) -> int:
-    """What a stranger's directory links to is not written to."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def not_through_a_link(path: str, flags: int) -> int:
+    """An opener for files that are written: what a stranger's directory links to is not, and a pipe is no file."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _flush_directory(path: Path) -> None:

@@ -4,12 +4,17 @@ Nodes of a cluster share no disk. What lies in the checkout is on each of them, 
 directory has to be there already, at the same place.
 """
 
+import contextlib
+import hashlib
 import os
 import platform
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+_UNREAD = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth"}  # of a model: only safetensors are loaded
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -28,6 +33,58 @@ def portable(path: str) -> str:
     if found is None:
         return path
     return f"./{found.relative_to(CHECKOUT)}" if found.is_relative_to(CHECKOUT) else str(found)
+
+
+def fingerprint(path: str, known: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+    """What identifies what ``path`` names: its ``path`` on any day, the ``sha256`` of its content (of a hub model, its
+    commit; None if there is nothing), and a ``stamp`` that changes with its files' sizes and times of change.
+
+    What has the stamp of ``known`` is not read again. Of a directory, every file counts that models are loaded from.
+    """
+    found = find(path)
+    if found is None:
+        return {"path": path, "sha256": _hub_commit(path), "stamp": None}
+    place = portable(path).removeprefix("./")
+    files = [found] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file() and _is_read(p, found))
+    about = {str(each.relative_to(found)): each.stat() for each in files}
+    listed = "\n".join(f"{name} {each.st_size} {each.st_ctime_ns} {each.st_ino}" for name, each in about.items())
+    stamp = hashlib.sha256(f"{found}\n{listed}".encode()).hexdigest()[:16]
+    if known and known.get("stamp") == stamp:
+        return {"path": place, "sha256": known["sha256"], "stamp": stamp}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads work
+        digests = [*pool.map(_file_digest, files)]
+    if found.is_file():
+        return {"path": place, "sha256": digests[0], "stamp": stamp}
+    whole = "\n".join(f"{name} {digest}" for name, digest in zip(about, digests, strict=True))
+    return {"path": place, "sha256": hashlib.sha256(whole.encode()).hexdigest(), "stamp": stamp}
+
+
+def _is_read(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+    return path.suffix not in _UNREAD and not hidden
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_commit(name: str) -> str | None:
+    """The commit that a hub name stands for, asked of the hub or, without it, of what was fetched; None: unknown."""
+    from huggingface_hub import HfApi, constants
+
+    if not _HUB_NAME.match(name):
+        return None
+    with contextlib.suppress(Exception):  # the hub and its transport fail in their own ways
+        if not constants.HF_HUB_OFFLINE:
+            return HfApi().model_info(name, timeout=10).sha
+    with contextlib.suppress(OSError):
+        return (Path(constants.HF_HUB_CACHE) / _cache_name(name) / "refs" / "main").read_text().strip()
+    return None
+
+
+def _cache_name(name: str) -> str:
+    return "models--" + name.replace("/", "--")
 
 
 def resolve_model(path: str) -> str:
@@ -62,4 +119,4 @@ def check_model(path: str, marker: str, what: str) -> None:
 def _is_cached(name: str) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return (Path(HF_HUB_CACHE) / ("models--" + name.replace("/", "--"))).is_dir()
+    return (Path(HF_HUB_CACHE) / _cache_name(name)).is_dir()

@@ -2,11 +2,14 @@
 
 import io
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
-from orchestration.display import Display, duration, sparkline
+from orchestration.display import Display, Terminal, duration, sparkline
 
 METRICS = {
     "reward/mean": 0.8712,
@@ -40,6 +43,34 @@ def test_a_line_a_step_when_not_a_terminal() -> None:
     assert first == "weights [version 3] published"
     assert second == "step  1/80  reward 0.871 ±0.090  held-out 0.580  31.2 images/s"
     assert third == "step 12/80  reward 0.500  left 0s"
+
+
+@pytest.mark.parametrize("ends", ["closed", "pipe", "full"])
+def test_a_terminal_that_is_gone_stops_nothing(ends: str) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise {"pipe": BrokenPipeError(), "full": OSError(28, "No space left on device")}[ends]
+
+    file = io.StringIO() if ends == "closed" else Gone()
+    with Display("ddpo", 80, console=Terminal(file=file)) as display:
+        file.close() if ends == "closed" else None
+        for step in range(3):
+            display.say("said")
+            display.step(step, METRICS)
+    assert display.done == 2
+
+
+def test_a_command_whose_output_is_closed_ends_as_any() -> None:
+    command = [sys.executable, "-m", "orchestration.cli", "runs", "list", "--root", "/nowhere"]
+    closed = f"exec {shlex.join(command)} >&- 2>&- <&-"
+    assert subprocess.run(["sh", "-c", closed], timeout=60, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def test_no_words_command_a_terminal() -> None:
+    written = io.StringIO()
+    with Display("ddpo", 80, console=Terminal(file=written, force_terminal=False)) as display:
+        display.say("a\x1b]0;taken\x07\x9b2J\u202eb [bold]c\r")
+    assert written.getvalue() == "a\\x1b]0;taken\\x9b2J\\u202eb [bold]c\n"
 
 
 def test_time_left_counts_the_steps_of_this_process_only(monkeypatch: pytest.MonkeyPatch) -> None:

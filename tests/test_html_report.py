@@ -163,11 +163,13 @@ def test_what_is_missing_is_left_out(browser: Browser, tmp_path: Path, interrupt
         manifest = json.loads((interrupted / "manifest.json").read_text()) | {
             "loop": loop,
             "status": "FAILED",
-            "error": HOSTILE,
+            "error": HOSTILE + "x" * 400,
         }
         (directory / "manifest.json").write_text(json.dumps(manifest))
         assert shown(browser, write_report(directory)) == []
         browser.wait_for_text("FAILED", "drawn when the run is done", HOSTILE)
+        browser.open((directory / "report.html").as_uri(), width=400)
+        assert browser.run("return document.documentElement.scrollWidth") <= 400
 
 
 def test_the_command_writes_it_again(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

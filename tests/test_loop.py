@@ -28,6 +28,7 @@ from policies.health import SickNumbers
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
+from tests.schemas import checked
 
 STEPS = 4
 PROMPTS = ("a red seven", "a blue two", "a green one", "a red two", "a blue seven", "a green two")
@@ -101,7 +102,10 @@ def test_the_summary_holds_what_machines_read(finished: Path) -> None:
     assert 0 < sum(content["seconds_by_stage"].values()) < content["wall_seconds"]
     assert content["cpu_seconds"] > 0
     assert len(content["weights_sha256"]) == 64
-    assert json.loads((finished / "manifest.json").read_text())["mlflow_run_id"] == content["mlflow_run_id"]
+    manifest, _ = checked(finished)
+    assert manifest["mlflow_run_id"] == content["mlflow_run_id"]
+    assert manifest["inputs"].keys() == {"prompts", "model.path", "code of tests.rewards"}
+    assert not (finished / "error.txt").exists()
 
 
 def test_the_journal_has_every_step_once(finished: Path) -> None:
@@ -249,6 +253,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     overrides: list[str], ray_session: None, tmp_path: Path
 ) -> None:
     from orchestration.ddpo import run_ddpo
+    from orchestration.preflight import preflight
 
     directory = tmp_path / "run"
     config = configure(
@@ -259,6 +264,10 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["status"] == "FAILED"
     assert "nan" in manifest["error"]
+    told = (directory / "error.txt").read_text()
+    assert "Traceback" in told
+    assert "orchestration/ddpo.py" in told
+    preflight(config)  # nothing was committed: the same command may be given again
 
 
 def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
@@ -294,8 +303,15 @@ def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
     past = [(directory / "metrics.jsonl").read_text().splitlines()[: STEPS - 1] for directory in (same, finished)]
     assert past[0] == past[1]
     other = DdpoRun.fork(finished, [f"output_dir={tmp_path / 'other'}", "training.learning_rate=5e-4"], step=STEPS - 1)
+    odd = [other / "evaluations" / "step-000000.json", other / "evaluations" / "step-000002.npz", other / "spans.jsonl"]
+    for path in odd:  # side files are for people: what is damaged is named and left out
+        path.write_bytes(b'{"step": 1, "lanes": {"driver": [[1]]}}\n{\n\n')
     resume_ddpo(other)
+    said = capsys.readouterr().out
+    assert all(str(path) in said for path in odd[:2])
     assert summary(other)["weights_sha256"] != summary(finished)["weights_sha256"]
+    assert summary(other)["reward_before"] is None
+    assert {"curves.png", "timeline.png"} <= {path.name for path in (other / "figures").iterdir()}
     for wrong, message in (
         (["model.lora_rank=4"], "model"),
         ([f"training.steps={STEPS - 1}"], "stands after 3 already"),

@@ -12,6 +12,7 @@ import pytest
 from orchestration.config import load_config
 from orchestration.mad_config import MadConfig
 from tests.processes import start, wait_until
+from tests.schemas import checked
 
 GENERATIONS, SEEDS, POOL, REFERENCE = 3, 2, 240, 60
 ARMS = {
@@ -86,6 +87,12 @@ def test_the_summary_holds_every_metric_as_arms_by_seeds_by_generations(finished
     assert len(content["extractor_sha256"]) == 64
     assert content["seconds_by_stage"]["fit/cpu"] > 0
     assert all(len(seconds) == GENERATIONS for seconds in content["seconds_by_generation"].values())
+
+
+def test_it_keeps_to_the_schemas(finished: Path) -> None:
+    manifest, summary = checked(finished)
+    assert summary["arms"].keys() == manifest["config"]["arms"].keys()
+    assert manifest["inputs"]["data.source"]["sha256"] == manifest["real_images"]["sha256"]
 
 
 def test_what_arms_have_in_common_is_done_once(finished: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from rich.console import Console, RenderableType
 
 from orchestration.config import ConfigError
+from orchestration.manifest import Manifest, Summary
 from orchestration.runs import (
     RunInfo,
     differing_keys,
@@ -21,6 +23,7 @@ from orchestration.runs import (
     render_list,
     render_show,
 )
+from tests.schemas import SCHEMAS
 
 SUMMARY = {
     "reward_before": 0.81,
@@ -123,6 +126,12 @@ def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> No
     for run in runs:
         assert run.directory.name in text_of(render_show(run.directory.name, tmp_path))
     assert "unreadable" in text_of(render_compare([run.directory.name for run in runs], tmp_path), width=300)
+
+
+@pytest.mark.parametrize("schema", [Manifest, Summary])
+def test_the_published_schemas_are_what_is_read(schema: type[BaseModel]) -> None:
+    """docs/schemas; ``python -m tests.schemas`` writes them."""
+    assert json.loads((SCHEMAS / f"{schema.__name__.lower()}.json").read_text()) == schema.model_json_schema()
 
 
 def test_no_runs(tmp_path: Path) -> None:

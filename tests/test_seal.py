@@ -1,18 +1,28 @@
-"""A stranger's run imports no code: a name counts if it was typed here, or if a person says that it is trusted."""
+"""Of a stranger's run nothing is imported, sent, read elsewhere or deleted, unless a person says that it is trusted.
 
+One's own is what was written."""
+
+import hashlib
+import hmac
 import json
+import os
+import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestration import seal
 from orchestration.cli import app
 from orchestration.config import ConfigError
 from orchestration.ddpo import resume_ddpo
 from orchestration.ddpo_run import DdpoRun
+from orchestration.generate import generate
 from orchestration.mad import resume_mad
-from orchestration.seal import check_seal, seal
+from orchestration.manifest import open_run, write_manifest
+from orchestration.run import register, sync
 from orchestration.sweep import resume_sweep
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\nprettiness = 1\n"
@@ -22,6 +32,19 @@ MAD = {"family": "gaussian", "arms": {"plain": CURATED}}
 SWEEP = {"loop": "ddpo", "config": "base.yaml", "space": {}}
 fork = DdpoRun.fork
 LOOPS = [("ddpo", DDPO, resume_ddpo), ("mad", MAD, resume_mad), ("sweep", SWEEP, resume_sweep), ("ddpo", DDPO, fork)]
+
+
+def say(line: str) -> None:
+    raise AssertionError(line)
+
+
+ACTS = {
+    "resume": resume_ddpo,
+    "fork": lambda run: fork(run, []),
+    "sync": lambda run: sync(run, say),
+    "register": lambda run: register(run, "model", "best", say),
+    "generate": lambda run: generate(run, ["a"], [0], run.parent / "drawn"),
+}
 
 
 @pytest.fixture
@@ -69,24 +92,97 @@ def test_trust_imports_it(stranger: Path) -> None:
     assert (stranger / "executed").exists()
 
 
-def test_what_was_typed_here_needs_no_trust(tmp_path: Path) -> None:
-    check_seal(tmp_path, manifest_in(tmp_path, "ddpo", DDPO, seal(DDPO)), trusted=False)
-    changed = {**DDPO, "reward": {"function": "strangers_code:other"}}
-    with pytest.raises(ConfigError, match="strangers_code:other"):
-        check_seal(tmp_path, manifest_in(tmp_path, "ddpo", changed, seal(DDPO)), trusted=False)
+@pytest.fixture
+def own(tmp_path: Path) -> dict[str, Any]:
+    """The manifest of a run that was begun here."""
+    content = {"training": {"learning_rate": 1e-4}, "tracking": {"uri": None}, "reward": {"function": "strict"}}
+    manifest = {"name": "mine", "loop": "ddpo", "status": "KILLED", "config": content, "committed_step": 5}
+    write_manifest(tmp_path, manifest)
+    return manifest
 
 
-def test_what_names_no_code_needs_none(tmp_path: Path) -> None:
-    plain = {"reward": {"function": "sentence_cosine"}, "tracking": {"uri": "http://127.0.0.1:5000"}}
-    check_seal(tmp_path, manifest_in(tmp_path, "ddpo", plain, None), trusted=False)
+@pytest.mark.parametrize("act", sorted(ACTS))
+@pytest.mark.parametrize("left", ["copied seal", "no seal"])
+def test_whatever_acts_on_a_strangers_run_asks_first(tmp_path: Path, own: Any, act: str, left: str) -> None:
+    """Also if it names no code: it could send what is here elsewhere, with the credentials of this environment."""
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.01)
+        own["config"]["tracking"]["uri"] = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+        own |= {"status": "RUNNING"} | ({"seal": None} if left == "no seal" else {"seal": hashlib.sha256().hexdigest()})
+        (tmp_path / "manifest.json").write_text(json.dumps(own))
+        (tmp_path / "pipeline").mkdir()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(ConfigError, match=r"a server to ask \(http://127.*not begun by you.*--trust"):
+            ACTS[act](tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
 
 
-def test_another_users_key_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = seal(DDPO)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert seal(DDPO) == seal(DDPO) != mine
-    key = tmp_path / "ouroboros" / "key"
+def test_what_was_begun_here_needs_no_trust_until_it_is_changed(tmp_path: Path, own: dict[str, Any]) -> None:
+    assert open_run(tmp_path) == own
+    for key, change in {
+        "config.training": {"config": own["config"] | {"training": {"learning_rate": 2e-4}}},
+        "committed_step": {"committed_step": 4},
+        "mlflow_run_id": {"mlflow_run_id": "another"},
+    }.items():
+        (tmp_path / "manifest.json").write_text(json.dumps(own | change))
+        with pytest.raises(ConfigError, match=rf"manifest.json was changed since the run wrote it: {key}\. .*--trust"):
+            open_run(tmp_path)
+        assert open_run(tmp_path, trusted=True)["changes"][-1]["manifest"] == [key]
+    write_manifest(tmp_path, open_run(tmp_path, trusted=True))  # as who goes on with it does
+    assert open_run(tmp_path)["changes"] == [{"step": 5, "manifest": ["mlflow_run_id"]}]
+
+
+def test_a_run_from_before_there_were_digests_is_still_known(tmp_path: Path, own: dict[str, Any]) -> None:
+    (key,) = seal._keys()
+    old = hmac.new(key, json.dumps(own["config"], sort_keys=True).encode(), "sha256").hexdigest()
+    manifest = {name: value for name, value in own.items() if name != "digests"} | {"seal": old}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert open_run(tmp_path)["committed_step"] == 5
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "pipe", "relative"])
+def test_links_out_of_a_run_and_pipes_are_refused(tmp_path: Path, what: str) -> None:
+    run = tmp_path / "run"
+    (run / "evaluations").mkdir(parents=True)
+    write_manifest(run, {"name": "mine", "loop": "ddpo", "config": {}})
+    (run / "inside").symlink_to(run / "evaluations")
+    assert open_run(run)
+    odd, secret = run / "evaluations" / "odd", tmp_path / "secret"
+    secret.touch()
+    to = {"file": secret, "directory": tmp_path, "relative": "../../secret"}
+    os.mkfifo(odd) if what == "pipe" else odd.symlink_to(to[what])
+    with pytest.raises(ConfigError, match=rf"{odd} is .*--trust"):
+        open_run(run)
+    assert open_run(run, trusted=True)
+
+
+def test_another_users_key_is_another(tmp_path: Path, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(seal, "_LASTING", str(tmp_path / "lasting"))
+    with pytest.raises(ConfigError, match=rf"not begun by you.*{tmp_path}/state/ouroboros/key"):
+        open_run(tmp_path)
+    write_manifest(tmp_path, own)
+    key = tmp_path / "state" / "ouroboros" / "key"
     assert (key.stat().st_mode & 0o777, len(key.read_bytes())) == (0o600, 32)
     assert [path.name for path in key.parent.iterdir()] == ["key"]
+    assert open_run(tmp_path)["seal"] == own["seal"]
+
+
+def test_where_the_home_cannot_be_written_the_key_lies_elsewhere(
+    tmp_path: Path, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seal, "_LASTING", str(tmp_path / "lasting"))
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
-    assert seal(DDPO) is None
+    write_manifest(tmp_path, own)
+    assert open_run(tmp_path)["seal"]
+    key = tmp_path / "lasting" / f"ouroboros-{os.getuid()}" / "key"
+    key.chmod(0o644)  # others can read it: it proves nothing
+    with pytest.raises(ConfigError, match="not begun by you"):
+        open_run(tmp_path)
+    shutil.rmtree(key.parent)
+    monkeypatch.setattr(seal, "_LASTING", "/proc/nowhere")
+    write_manifest(tmp_path, own)
+    assert own["seal"] is None
+    assert open_run(tmp_path, trusted=True)["committed_step"] == 5

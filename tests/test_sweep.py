@@ -22,6 +22,7 @@ from orchestration.trial import Trial
 from policies.search_space import exact
 from tests.models import build_tiny_pipeline
 from tests.processes import start, wait_until
+from tests.schemas import checked
 
 PHASE = {
     "name": "phase",
@@ -75,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "summary.json").read_text())
+    return checked(directory)[1]
 
 
 def swept(content: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -1,0 +1,309 @@
+"""What a run goes on with: what it began with, from wherever the command is given, in a directory that is its own."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestration.ahead import Ahead
+from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.ddpo_run import DdpoRun
+from orchestration.inputs import ddpo_inputs
+from orchestration.manifest import has_only_begun, open_run, write_manifest
+from orchestration.run import _lock, check_output, going_on, new_directory, sync
+from orchestration.sweep_run import Budget, BudgetSettings
+from orchestration.trial import Trial
+from pipelines.atomic import read_lines
+from pipelines.checkpoint import CheckpointStore
+from pipelines.locations import fingerprint
+
+REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, words=None):\n    return SCALE\n"
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with everything that a run reads under names relative to it, and a run that was begun there
+    and has committed a step."""
+    home = tmp_path / "home"
+    shutil.copytree(tiny_pipeline, home / "model")
+    (home / "prompts.txt").write_text("a\nb\n")
+    (home / "words.txt").write_text("x")
+    (home / "own_reward.py").write_text(REWARD)
+    (home / "helper_of_reward.py").write_text("SCALE = 1.0\n")
+    monkeypatch.syspath_prepend(str(home))
+    for name in ("own_reward", "helper_of_reward"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    monkeypatch.chdir(home)
+    run = DdpoRun.create(configured())
+    run.store.commit(1, {"weight": np.zeros(1)}, {"seconds_by_stage": {}, "peaks": {}})
+    run.manifest |= {"committed_step": 1, "status": "KILLED"}
+    write_manifest(run.directory, run.manifest)
+    run._lock.close()
+    return home
+
+
+def configured(*more: str) -> DdpoConfig:
+    return load_config(
+        DdpoConfig,
+        None,
+        [
+            "prompts=prompts.txt",
+            "model.path=model",
+            "captioner.path=null",
+            "evaluation.evaluator=null",
+            "reward.function=own_reward:score",
+            "reward.options={'own_reward:score': {words: words.txt}}",
+            "training.images_per_step=4",
+            "training.images_per_prompt=2",
+            "output_dir=../run",
+            "tracking.uri=sqlite:///mlflow.db",
+            *more,
+        ],
+    )
+
+
+def resume(run: Path, **options: Any) -> DdpoRun:
+    with going_on(run, DdpoConfig, trusted=False) as (manifest, config):
+        found = DdpoRun.resume(manifest, config, options.get("changes", False))
+    found._lock.close()
+    return found
+
+
+READ = {
+    "prompts": "prompts.txt",
+    "model.path": "model/unet/diffusion_pytorch_model.safetensors",
+    "reward.options.own_reward:score.words": "words.txt",
+    "code of own_reward": "own_reward.py",
+    "code of helper_of_reward": "helper_of_reward.py",
+}
+
+
+def test_everything_that_is_read_is_remembered_under_a_name_that_lasts(home: Path) -> None:
+    inputs = open_run(home.parent / "run")["inputs"]
+    assert {key: Path(each["path"]).is_absolute() for key, each in inputs.items()} == dict.fromkeys(READ, True)
+    assert all(len(each["sha256"]) == 64 for each in inputs.values())
+
+
+@pytest.mark.parametrize("key", READ)
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_difference_is_refused_by_name_or_recorded(home: Path, key: str, how: str) -> None:
+    run, path = home.parent / "run", home / READ[key]
+    resume(run)
+    before = open_run(run)["inputs"][key]["sha256"]
+    if how == "changed":
+        with path.open("a") as file:
+            file.write("# c")
+    elif key.startswith("code of"):
+        return  # its import names it
+    else:
+        path.unlink()
+    with pytest.raises(ConfigError, match=rf"other inputs than it began with: {key}: .*--accept-changes") as refused:
+        resume(run)
+    assert str(home) in str(refused.value)
+    assert str(refused.value).count("holds something else") + str(refused.value).count("is not there") == 1
+    going = resume(run, changes=True)
+    (change,) = going.manifest["changes"]
+    assert (change["step"], list(change["inputs"]), change["inputs"][key][0]) == (1, [key], before)
+    assert change["inputs"][key][1] != before
+
+
+def test_it_goes_on_with_the_same_from_anywhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "prompts.txt").write_text("others\n")
+    (elsewhere / "model").mkdir()
+    monkeypatch.chdir(elsewhere)
+    going = resume(Path("../run"))
+    assert "changes" not in going.manifest
+    assert Path.cwd() == elsewhere
+    assert going.manifest["config"]["tracking"]["uri"] == f"sqlite:///{home}/mlflow.db"
+    forked = DdpoRun.fork(Path("../run"), ["output_dir=forked", "training.learning_rate=1e-3"])
+    assert forked == elsewhere / "forked"
+    content = open_run(forked)["config"]
+    assert content["prompts"] == str(home / "prompts.txt")
+    assert content["reward"]["options"]["own_reward:score"]["words"] == str(home / "words.txt")
+    (home / "model" / "model_index.json").write_text("{} ")
+    with pytest.raises(ConfigError, match=r"model"):
+        DdpoRun.fork(Path("../run"), ["output_dir=another"])
+
+
+def test_unchanged_files_are_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = ddpo_inputs(configured())
+    path = home / "prompts.txt"
+    monkeypatch.setattr("pipelines.locations._file_digest", lambda path: f"read {path}")
+    assert ddpo_inputs(configured(), held)["prompts"] == held["prompts"]
+    times = path.stat()
+    path.write_text("c\nd\n")  # as long, and made to look as old
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint("prompts.txt", held["prompts"])["sha256"] == f"read {path}"
+
+
+def test_what_lies_in_the_checkout_is_known_by_its_place_there(home: Path) -> None:
+    assert fingerprint("models/digits/evaluator")["path"] == "models/digits/evaluator"
+    assert fingerprint("nobody/nothing") == {"path": "nobody/nothing", "sha256": None, "stamp": None}
+
+
+def test_a_moved_run_is_the_same_and_a_copy_is_its_own(home: Path, tmp_path: Path) -> None:
+    run, moved, copy = tmp_path / "run", tmp_path / "moved", tmp_path / "copy"
+    going = resume(run)
+    going.manifest |= {"mlflow_run_id": "known", "directory": str(run)}
+    write_manifest(run, going.manifest)
+    (run / "outbox").mkdir()
+    run.rename(moved)
+    again = resume(moved)
+    assert (again.manifest["mlflow_run_id"], again._copied_from) == ("known", None)
+    again.manifest["directory"] = str(moved)
+    write_manifest(moved, again.manifest)
+
+    shutil.copytree(moved, copy)
+    with pytest.raises(ConfigError, match=f"{copy} is a copy of {moved}"):
+        sync(copy, print)
+    (moved / "link").symlink_to(moved)
+    assert resume(tmp_path / "moved" / "link")._copied_from is None
+    own = resume(copy)
+    assert own._copied_from == own.manifest["copied_from"] == str(moved)
+    assert "mlflow_run_id" not in own.manifest
+    assert own.manifest["id"] != again.manifest["id"]
+    assert (moved / "outbox").exists()
+    assert not (copy / "outbox").exists()
+    assert open_run(moved)["mlflow_run_id"] == "known"
+
+
+def lay(directory: Path, *names: str) -> Path:
+    directory.mkdir(parents=True)
+    for name in names:
+        (directory / name).mkdir(parents=True) if name.endswith("/") else (directory / name).touch()
+    return directory
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "mlflow.db", "mlflow.db-journal"], [".lock", "outbox/"], "run"])
+def test_a_beginning_is_no_run_in_the_way(home: Path, left: Any) -> None:
+    """SIGKILL before the manifest, or any end before a commit: the same command begins anew, and takes what it reads as
+    it is now."""
+    directory = home.parent / "other"
+    if left == "run":
+        config = configured(f"output_dir={directory}")
+        run = DdpoRun.create(config)
+        write_manifest(directory, run.manifest | {"status": "FAILED", "committed_step": 0})
+        run._lock.close()
+        lay(directory / "evaluations", "step-000000.json")
+        (directory / "error.txt").touch()
+        (home / "prompts.txt").write_text("c\nd\n")
+        assert resume(directory).manifest["changes"][0]["inputs"].keys() == {"prompts"}
+    else:
+        lay(directory, *left)
+    assert has_only_begun(directory)
+    check_output(str(directory))
+    with pytest.raises(ConfigError, match="is being run by another"), _lock(directory):
+        new_directory(configured(f"output_dir={directory}"))
+    assert new_directory(configured(f"output_dir={directory}")) == directory
+    assert [path.name for path in directory.iterdir()] == [".lock"]
+
+
+def spoil(directory: Path, what: str) -> None:
+    manifest = open_run(directory)
+    changes: dict[str, Callable[[], Any]] = {
+        "a commit": lambda: lay(directory / "checkpoints" / "step-000001"),
+        "a file of somebody": lambda: (directory / "thesis.txt").touch(),
+        "a stranger's": lambda: (directory / "manifest.json").write_text(json.dumps(manifest | {"seal": None})),
+        "a finished one": lambda: write_manifest(directory, manifest | {"status": "FINISHED"}),
+        "a task": lambda: lay(directory / "tasks" / "0123"),
+        "a trial": lambda: lay(directory / "trials" / "a"),
+    }
+    changes[what]()
+
+
+@pytest.mark.parametrize(
+    "what", ["a commit", "a file of somebody", "a stranger's", "a finished one", "a task", "a trial"]
+)
+def test_what_is_more_than_a_beginning_is_kept(home: Path, what: str) -> None:
+    directory = home.parent / "other"
+    run = DdpoRun.create(configured(f"output_dir={directory}"))
+    write_manifest(directory, run.manifest | {"status": "KILLED"})
+    run._lock.close()
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    spoil(directory, what)
+    assert not has_only_begun(directory)
+    with pytest.raises(ValueError, match="holds a run already"):
+        check_output(str(directory))
+
+
+@pytest.mark.parametrize("names", [["mlflow.db"], [".lock", "artifacts/"], [".lock", "report.pdf"], ["manifest.json"]])
+def test_somebody_elses_directory_is_no_beginning(tmp_path: Path, names: list[str]) -> None:
+    assert not has_only_begun(lay(tmp_path / "theirs", *names))
+
+
+@pytest.mark.parametrize("damage", ["garbled", "altered", "deleted", "another"])
+def test_a_damaged_journal_is_named_and_later_steps_reach_it(home: Path, damage: str) -> None:
+    run = home.parent / "run"
+    first = resume(run)
+    first.manifest |= {"committed_step": 3, "resolved": {"micro_batch": 1, "learners": 1, "learner_threads": 1}}
+    first.store.commit(3, {"weight": np.zeros(1)}, {})
+    for step in range(3):
+        recorded(first, step)
+    first._lock.close()
+    write_manifest(run, first.manifest)
+    journal, lines = run / "metrics.jsonl", (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    spoiled = {"garbled": "\x00\x01" + lines[1], "altered": lines[1].replace("0.5", "0.7"), "another": '{"a": 1}\n'}
+    journal.unlink() if damage == "deleted" else journal.write_text(lines[0] + spoiled[damage] + lines[2])
+    again = resume(run)
+    assert [text.split(" ")[0] for text in again.damaged] == ([] if damage == "deleted" else [f"{journal}:2"])
+    recorded(again, 3)
+    kept = [] if damage == "deleted" else [1, 3]
+    assert [line["step"] for line in read_lines(journal)] == [*kept, 4]
+
+
+def recorded(run: DdpoRun, step: int) -> None:
+    """Record a step as the loop does, and write the journal as a commit does."""
+    from pipelines.atomic import append_durably, as_lines, with_digest
+
+    run._seconds_before, run.seconds_by_stage["sample"] = dict(run.seconds_by_stage), step + 1.0
+    run.record(step, {"reward/mean": 0.5})
+    append_durably(run.journal, as_lines(map(with_digest, run._pending)))
+    run._pending = []
+
+
+def test_a_fork_to_depth_0_learns_from_what_the_present_weights_draw() -> None:
+    asked: list[int] = []
+    for depth in (0, 1):
+        run: Any = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(depth=depth)))
+        crew: Any = SimpleNamespace(samplers=SimpleNamespace(published=SimpleNamespace(version=7)))
+        crew.drawing_with = lambda which: __import__("contextlib").nullcontext()
+        ahead = Ahead(run, crew, prompts=None)  # type: ignore[arg-type]
+        ahead._ask = lambda step, depth=depth: asked.append(depth)  # type: ignore[method-assign]
+        ahead.redo(5, drawn_by=6)
+    assert asked == [1]
+
+
+def test_notes_of_two_processes_are_both_kept(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, "t", {}, 0)
+    trial.note(stopped=3)
+    children = []
+    for number in range(4):
+        if (child := os.fork()) == 0:
+            for repeat in range(25):
+                trial.note(**{f"note{number}-{repeat}": 1})
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert len(trial.known()) == 2 + 1 + 100
+
+
+def test_a_budget_of_queries_counts_earlier_sessions() -> None:
+    budget = Budget(BudgetSettings(reward_queries=100), 0.0, {"a": 60})
+    assert not budget.stop_all()
+    budget("x", {"trial": "a", "images": 60})
+    assert not budget.stop_all()
+    budget("y", {"trial": "b", "images": 40})
+    assert budget.stop_all()
+
+
+def test_commits_are_found_whatever_lies_beside_them(tmp_path: Path) -> None:
+    lay(tmp_path / "checkpoints", "step-000003/", ".step-000004.partial/", "step-x", "notes.txt")
+    assert CheckpointStore(tmp_path / "checkpoints").steps() == [3]
