@@ -21,17 +21,17 @@ from orchestration.sweep_run import Budget, BudgetSettings
 from orchestration.trial import Trial
 from pipelines.atomic import read_lines
 from pipelines.checkpoint import CheckpointStore
-from pipelines.locations import fingerprint
+from pipelines.locations import CHECKOUT, fingerprint
 
 REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, words=None):\n    return SCALE\n"
 
 
 @pytest.fixture
-def home(tmp_path: Path, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with everything that a run reads under names relative to it, and a run that was begun there
     and has committed a step."""
     home = tmp_path / "home"
-    shutil.copytree(tiny_pipeline, home / "model")
+    shutil.copytree(CHECKOUT / "models" / "digits" / "pipeline", home / "model")
     (home / "prompts.txt").write_text("a\nb\n")
     (home / "words.txt").write_text("x")
     (home / "own_reward.py").write_text(REWARD)
