@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.config import ConfigError, DdpoConfig, about
-from orchestration.inputs import changed_inputs, ddpo_inputs
+from orchestration.inputs import changed_inputs, fingerprints
 from orchestration.run import going_on
 from pipelines.checkpoint import CheckpointStore
 from pipelines.prompts import unseen_words
@@ -78,7 +78,8 @@ def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any
             pipeline = config.model.model_copy(update={"path": str(directory / "pipeline")})
             return DiffusionPolicy(pipeline, sampling)
         held = manifest.get("inputs", {})
-        if changed := changed_inputs(held, ddpo_inputs(config, held)).get("model.path"):
+        now = fingerprints({"model.path": config.model.path}, held)
+        if changed := changed_inputs(held, now).get("model.path"):
             raise ConfigError(f"{run} has no pipeline yet, and what it trains is not as it was: model.path: {changed}")
         from pipelines.learning import DiffusionLearner, LearnerState
         from pipelines.trainable import load_weights
