@@ -73,9 +73,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def ouroboros(
-    wanted: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and stop")
-    ] = False,
+    wanted: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")] = False,
 ) -> None:
     """Two loops over generative models on Ray, tracked in MLflow: DDPO and MAD."""
 
