@@ -200,14 +200,16 @@ def settle(database: Path) -> None:
             tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
             if not {"experiments", "runs", "model_versions"} <= tables:  # a first start was cut off
                 return
-            new = place.as_uri()
+            new, moved = place.as_uri(), "?1 || '/' || run_uuid || '/artifacts'"
+            strays = "SELECT 1 FROM experiments WHERE artifact_location IS NOT ?1 UNION ALL "
+            if not store.execute(f"{strays} SELECT 1 FROM runs WHERE artifact_uri IS NOT {moved}", (new,)).fetchone():
+                return
             known = store.execute("SELECT DISTINCT artifact_location FROM experiments")
             for old in [old for (old,) in known if old and old != new]:
                 for column in ("source", "storage_location"):
                     store.execute(f"UPDATE model_versions SET {column} = replace({column}, ?, ?)", (old, new))
-            store.execute("UPDATE experiments SET artifact_location = ?1 WHERE artifact_location IS NOT ?1", (new,))
-            moved = "?1 || '/' || run_uuid || '/artifacts'"
-            store.execute(f"UPDATE runs SET artifact_uri = {moved} WHERE artifact_uri IS NOT {moved}", (new,))
+            store.execute("UPDATE experiments SET artifact_location = ?1", (new,))
+            store.execute(f"UPDATE runs SET artifact_uri = {moved}", (new,))
     except sqlite3.Error as error:
         raise TrackingError(f"{database} cannot be used: {error}; without it the run goes on in a new one") from error
 

@@ -33,7 +33,7 @@ def run(tmp_path: Path, empty_store: Path) -> Path:
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(tracking, "_DONE_SECONDS", 2.0)
+    monkeypatch.setattr(tracking, "_GOODBYE_SECONDS", 20.0)  # of a busy machine
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
@@ -210,6 +210,19 @@ def test_an_artifact_that_cannot_go_holds_up_no_number(run: Path) -> None:
     (run / "artifacts").unlink()
     assert deliver_rest(run, QUIET, said.append, tracker.run_id) == 0
     assert stored(run) == {"1/page.html", "2/page.html", "3/page.html"}
+
+
+def test_a_run_that_is_deleted_meanwhile_is_said_once(run: Path) -> None:
+    said: list[str] = []
+    tracker = Tracker(run, QUIET, "first", say=said.append)
+    assert tracker.drain()
+    client(run).delete_run(tracker.run_id)
+    tracker.many_metrics([(step, {"a": 1.0, "b": 2.0}, step) for step in range(300)])
+    tracker.describe({"a": 1}, {})
+    tracker.finish("FINISHED")
+    assert len(refusals(run)) == 302
+    assert f"the run {tracker.run_id} was deleted" in said[0]
+    assert said[1:] == [f"302 records could not be delivered; again: ouroboros sync {run}"]
 
 
 def test_of_a_description_only_what_mlflow_refuses_is_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
