@@ -73,7 +73,11 @@ def _tail(pid: int) -> list[str]:
     """In a worker: what the node's logs hold of a process."""
     node: Any = ray._private.worker._global_node
     logs = Path(node.get_logs_dir_path())
-    lines = [line for path in sorted(logs.glob(f"worker-*-{pid}.err")) for line in path.read_text().splitlines()]
+    lines = [
+        line
+        for path in sorted(logs.glob(f"worker-*-{pid}.err"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line.strip() and not line.startswith(":")][-_LINES:]  # ":" begins Ray's own marks
 
 

@@ -72,7 +72,7 @@ class DdpoConfig(Settings):
     """One DDPO run."""
 
     name: Name = "ddpo"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>-seed<seed>")
     prompts: str = Field("configs/prompts/digits.txt", description="a text file, one prompt a line")
     model: ModelSettings = ModelSettings()

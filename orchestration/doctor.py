@@ -53,7 +53,7 @@ def examine(address: str | None, tracking_uri: str | None, config: Path | Sequen
 
 
 def _packages() -> Iterator[Finding]:
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     python, wanted = platform.python_version(), project["requires-python"]
     fits = SpecifierSet(wanted).contains(python, prereleases=True)
     yield Finding(f"Python {python}", None if fits else f"make a new environment with one that is {wanted}")

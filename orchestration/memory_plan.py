@@ -55,7 +55,7 @@ def counted(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
     counts: Counter[str] = Counter()
     directory = find(path) if path else None
     if directory is None:
-        return Counter(yaml.safe_load(KNOWN.read_text()).get(path))
+        return Counter(yaml.safe_load(KNOWN.read_text(encoding="utf-8")).get(path))
     if not (directory / "model_index.json").is_file():
         return Counter({directory.name: _sizes(weight_shapes(directory))})
     files = inspect(directory)

@@ -318,7 +318,7 @@ def _read(directory: Path) -> tuple[list[Any], _Note, str]:
     records, position, _ = _files(directory)
     contents, damage = [_json(line) for line in _lines(records)], ""
     try:
-        note = _Note.model_validate_json(position.read_text())
+        note = _Note.model_validate_json(position.read_text(encoding="utf-8"))
         if max(note.records, note.files) <= len(contents):
             return contents, note, ""
         damage = f"{position} counts more lines than there are"

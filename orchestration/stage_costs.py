@@ -44,7 +44,7 @@ class StageCosts(Settings):
     def read(cls, path: Path, config: DdpoConfig) -> Self:
         """What ``--save`` wrote. Raises ConfigError if it is no such file, or of other models than ``config`` has."""
         try:
-            found = cls.model_validate_json(path.read_text())
+            found = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:
             raise ConfigError(f"--costs {path} holds no stage costs: {explain(cls, error)}") from error
         except (OSError, UnicodeDecodeError) as error:

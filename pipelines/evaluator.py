@@ -97,7 +97,7 @@ def load_evaluator(directory: str | Path, device: str = "cpu") -> Evaluator:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    config = json.loads((directory / CONFIG_NAME).read_text())
+    config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
     network = EvaluatorNetwork(config["classes"], config["channels"], config["image_size"])
     network.load_state_dict(load_file(directory / WEIGHTS_NAME))
     return Evaluator(network.to(device), config["classes"], config["image_size"])
@@ -110,4 +110,4 @@ def save_evaluator(evaluator: Evaluator, directory: Path, channels: int) -> None
     directory.mkdir(parents=True, exist_ok=True)
     save_file(evaluator.network.state_dict(), directory / WEIGHTS_NAME)
     config = {"classes": evaluator.classes, "channels": channels, "image_size": evaluator.image_size}
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ class Extractor:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "model.safetensors").write_bytes(self._weights())
         config = {"shape": self.shape, "classes": self.network[-1].out_features}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _weights(self) -> bytes:
         from safetensors.torch import save
@@ -89,7 +89,7 @@ def load_extractor(directory: Path, device: str = "cpu") -> Extractor:
     """The extractor that :meth:`Extractor.save` wrote."""
     from safetensors.torch import load_file
 
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     network = _network(config["shape"][2], config["classes"])
     network.load_state_dict(load_file(directory / "model.safetensors"))
     return Extractor(network.to(device), tuple(config["shape"]))

@@ -104,12 +104,12 @@ class DiffusionGenerator:
         """The UNet as diffusers writes it, the settings and the labels' shares. Equal generators write equal bytes."""
         self.unet.save_pretrained(directory / "unet")
         config = {"settings": self.settings.model_dump(), "shares": self.shares.tolist()}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         unet = UNet2DModel.from_pretrained(directory / "unet").to(device)
         return cls(DiffusionSettings(**config["settings"]), unet, np.array(config["shares"]))
 

@@ -116,12 +116,12 @@ class GanGenerator:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.networks.state_dict(), directory / "model.safetensors")
         config = {"settings": self.settings.model_dump(), "shape": self.networks.shape}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         settings = GanSettings(**config["settings"])
         networks = _networks(settings, config["shape"], seed=0)
         networks.load_state_dict(load_file(directory / "model.safetensors"))

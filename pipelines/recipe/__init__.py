@@ -11,4 +11,4 @@ import yaml
 @cache
 def configuration() -> dict[str, Any]:
     """What ``models.yaml`` says: what libraries are given to build each untrained network, and how it is trained."""
-    return yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
+    return yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))

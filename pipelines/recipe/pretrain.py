@@ -30,7 +30,7 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
 
     output_dir.mkdir(parents=True, exist_ok=True)
     record = output_dir / "measurements.json"
-    measurements: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    measurements: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if measurements.setdefault("seed", seed) != seed:
         raise ValueError(
             f"{output_dir} was begun with seed {measurements['seed']}, not {seed}: use that seed or another directory"
@@ -52,9 +52,9 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
         measured["megabytes"] = round(size / 1e6, 2)
         partial.rename(directory)
         measurements[name] = measured
-        record.write_text(json.dumps(measurements, indent=1) + "\n")
+        record.write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(output_dir / _PLACES["autoencoder"], ignore_errors=True)
-    (output_dir / "README.md").write_text(model_card(measurements))
+    (output_dir / "README.md").write_text(model_card(measurements), encoding="utf-8")
     progress(f"default models: ready in {output_dir}")
 
 
