@@ -32,20 +32,19 @@ def generate(
     """
     from PIL import Image
 
-    wanted = list(dict.fromkeys(zip(prompts, seeds, strict=True)))
-    names = [image_name(prompt, seed) for prompt, seed in wanted]
+    names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
     with about():
         policy = _open(source, sampling, trusted)
         for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for (prompt, seed), name in zip(wanted, names, strict=True):
+        for (prompt, seed), name in names.items():
             images, _ = policy.rollout([prompt], [seed])
             Image.fromarray(images[0]).save(output / name)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
-    return [output / name for name in names]
+    return [output / names[each] for each in zip(prompts, seeds, strict=True)]
 
 
 def image_name(prompt: str, seed: int) -> str:
@@ -68,7 +67,7 @@ def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any
 
     if (source / "model_index.json").is_file():
         return DiffusionPolicy(ModelSettings(path=str(source)), sampling or SamplingSettings())
-    step = int(source.name.removeprefix("step-")) if source.name.startswith("step-") else None
+    step = int(source.name.removeprefix("step-")) if re.fullmatch(r"step-[0-9]{1,9}", source.name) else None
     run = source.parent.parent if step is not None else source
     if not (run / "manifest.json").is_file():
         raise ConfigError(f"{source} is neither a run, a checkpoint of a run, nor a diffusers directory")

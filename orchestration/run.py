@@ -327,7 +327,7 @@ def _lock(directory: Path) -> TextIO:
     """Hold ``directory`` for this process; the system lets go of it however the process ends. Raises ConfigError."""
     path = directory / ".lock"
     while True:
-        file = open(path, "a", opener=not_through_a_link)  # noqa: SIM115
+        file = open(path, "a", encoding="utf-8", opener=not_through_a_link)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

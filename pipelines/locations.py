@@ -79,7 +79,7 @@ def _hub_commit(name: str) -> str | None:
         if not constants.HF_HUB_OFFLINE:
             return HfApi().model_info(name, timeout=10).sha
     with contextlib.suppress(OSError):
-        return (Path(constants.HF_HUB_CACHE) / _cache_name(name) / "refs" / "main").read_text().strip()
+        return (Path(constants.HF_HUB_CACHE) / _cache_name(name) / "refs" / "main").read_text(encoding="utf-8").strip()
     return None
 
 
