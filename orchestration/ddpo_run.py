@@ -64,9 +64,10 @@ class DdpoRun(Run):
         """The run of ``config.output_dir``, from its last commit or its start. Raises ConfigError if it is finished, or
         would read other things than it began with and no ``changes`` are accepted."""
         directory = Path(str(config.output_dir))
-        if manifest["status"] == "FINISHED":
+        if manifest.get("status") == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         accept(directory, manifest, manifest, ddpo_inputs(config, manifest.get("inputs")), changes)
+        manifest = {"committed_step": 0, "resolved": {}} | manifest  # of a stranger's, that was trusted
         return cls(directory, _as_resolved(config, manifest["resolved"]), manifest)
 
     @staticmethod

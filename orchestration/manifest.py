@@ -178,12 +178,20 @@ def has_only_begun(directory: Path) -> bool:
     found = {_base(entry.name) for entry in directory.iterdir()} if directory.is_dir() else set()
     if "manifest.json" not in found:
         return ".lock" in found and found <= {".lock", "mlflow.db", "outbox"}
-    if not found <= _BEGINNINGS or any(next((directory / k).glob(v), None) for k, v in _COMMITS.items()):
+    kept = (path for place, form in _COMMITS.items() for path in (directory / place).glob(form))
+    if not found <= _BEGINNINGS or any(map(_is_kept, kept)):
         return False
     try:
         return open_run(directory).get("status") != "FINISHED"
     except ConfigError:
         return False
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether what lies where commits do is one, and not the real data that a MAD experiment begins with."""
+    with contextlib.suppress(DamagedFiles):
+        return path.parent.name != "tasks" or read_json(path / "manifest.json").get("kind") != "data"
+    return False
 
 
 def _base(name: str) -> str:

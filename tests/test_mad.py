@@ -219,7 +219,7 @@ def test_pictures_are_there(finished: Path) -> None:
     from PIL import Image
 
     names = {path.name for path in (finished / "figures").iterdir()}
-    assert {"curves.png", "precision_recall.png", "samples_fine_tuned.png", "classes_gan.png"} <= names
+    assert {"curves.png", "precision_recall.png", "samples_fine-tuned.png", "classes_gan.png"} <= names
     for path in (finished / "figures").iterdir():
         with Image.open(path) as image:
             assert min(image.size) > 100

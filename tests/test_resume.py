@@ -19,7 +19,7 @@ from orchestration.manifest import has_only_begun, open_run, write_manifest
 from orchestration.run import _lock, check_output, going_on, new_directory, sync
 from orchestration.sweep_run import Budget, BudgetSettings
 from orchestration.trial import Trial
-from pipelines.atomic import read_lines
+from pipelines.atomic import commit_directory, read_lines
 from pipelines.checkpoint import CheckpointStore
 from pipelines.locations import CHECKOUT, fingerprint
 
@@ -196,6 +196,7 @@ def test_a_beginning_is_no_run_in_the_way(home: Path, left: Any) -> None:
         (directory / "error.txt").touch()
         (home / "prompts.txt").write_text("c\nd\n")
         assert resume(directory).manifest["changes"][0]["inputs"].keys() == {"prompts"}
+        commit_directory(directory / "tasks" / "0123", {}, {"kind": "data"})
     else:
         lay(directory, *left)
     assert has_only_begun(directory)
@@ -213,7 +214,7 @@ def spoil(directory: Path, what: str) -> None:
         "a file of somebody": lambda: (directory / "thesis.txt").touch(),
         "a stranger's": lambda: (directory / "manifest.json").write_text(json.dumps(manifest | {"seal": None})),
         "a finished one": lambda: write_manifest(directory, manifest | {"status": "FINISHED"}),
-        "a task": lambda: lay(directory / "tasks" / "0123"),
+        "a task": lambda: commit_directory(directory / "tasks" / "0123", {}, {"kind": "fit"}),
         "a trial": lambda: lay(directory / "trials" / "a"),
     }
     changes[what]()
