@@ -143,9 +143,9 @@ def test_any_content_is_shown_or_named(place: Path, undrawn: None, capfd: Any, d
         path.write_bytes(before)
 
 
-def test_any_damage_is_named(place: Path, capfd: Any) -> None:
+def test_any_damage_is_named(place: Path, undrawn: None, capfd: Any) -> None:
     dice = random.Random(0)
-    for _ in range(3):
+    for _ in range(8):
         path = place / "runs" / "odd" / dice.choice([*FILES, "evaluations/step-000002.npz"])
         before = path.read_bytes()
         path.write_bytes(damaged(before, dice))
