@@ -13,6 +13,14 @@ class ShortOfMemoryError(RuntimeError):
     """A learner ran out of memory while the others waited for its part of a sharded network: all must begin anew."""
 
 
+def check_drawn(finite: bool) -> None:
+    """Raise SickNumbers unless what a trained generator draws is ``finite``: as bytes it would look like an image."""
+    if not finite:
+        raise SickNumbers(
+            "the generator draws NaN or infinite numbers: its training went wrong, lower its learning rate"
+        )
+
+
 def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
     """Raise SickNumbers if one of ``rewards`` (images,) is not finite."""
     if not np.isfinite(rewards).all():

@@ -9,6 +9,7 @@ import torch
 
 from pipelines.families import Samples
 from pipelines.families.diffusion import DiffusionGenerator, DiffusionSettings
+from policies.health import SickNumbers
 
 TINY = DiffusionSettings(channels=8, training_steps=3, batch_size=4, timesteps=10, sampling_steps=2)
 
@@ -156,3 +157,11 @@ def test_there_are_no_more_sampling_steps_than_noise_levels() -> None:
 def test_classes_may_be_more_than_the_data_show(data: Samples) -> None:
     assert DiffusionGenerator.fit(TINY, data, [0]).classes == 3
     assert DiffusionGenerator.fit(TINY.model_copy(update={"classes": 5}), data, [0]).classes == 5
+
+
+def test_numbers_that_are_not_finite_are_no_images(generator: DiffusionGenerator) -> None:
+    with torch.no_grad():
+        for parameter in generator.unet.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(SickNumbers, match="draws NaN or infinite numbers"):
+        generator.sample(2, [0], 1.0)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipelines.families import Samples
 from pipelines.families.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
+from policies.health import SickNumbers
 
 TINY = GanSettings(width=4, latent=6, steps=3, batch_size=8)
 
@@ -143,3 +144,11 @@ def test_saving_loses_nothing(data: Samples, generator: GanGenerator, tmp_path: 
     assert np.array_equal(loaded.sample(5, [1], 0.5).values, generator.sample(5, [1], 0.5).values)
     tuned, retuned = (GanGenerator.fit(TINY, data, [2], start=each) for each in (generator, loaded))
     assert torch.equal(parameters(tuned), parameters(retuned))
+
+
+def test_numbers_that_are_not_finite_are_no_images(generator: GanGenerator) -> None:
+    with torch.no_grad():
+        for parameter in generator.networks.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(SickNumbers, match="draws NaN or infinite numbers"):
+        generator.sample(2, [0], 1.0)

@@ -19,6 +19,7 @@ from pipelines.evaluator import to_network_input
 from pipelines.families import Samples
 from pipelines.families.settings import DiffusionSettings
 from pipelines.training import train
+from policies.health import check_drawn
 
 
 class DiffusionGenerator:
@@ -98,6 +99,7 @@ class DiffusionGenerator:
                 free = self.unet(images, time, torch.full_like(labels, self.classes)).sample
                 velocity = free + guidance_scale * (velocity - free)
             images = sampler.step(velocity, time, images).prev_sample
+        check_drawn(bool(images.isfinite().all()))
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
 
     def save(self, directory: Path) -> None:

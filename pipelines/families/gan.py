@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from pipelines.evaluator import to_network_input
 from pipelines.families import Samples
 from pipelines.families.settings import GanSettings
+from policies.health import check_drawn
 
 SAMPLING_BATCH = 512
 CENTRES, CENTRE_DRAWS = 16, 4096
@@ -99,6 +100,7 @@ class GanGenerator:
             _update(optimizer, generator, pairing_loss(networks.critic(fake), networks.critic(real)))
             schedule.step()
         styles = networks.style(torch.randn(CENTRE_DRAWS, settings.latent, generator=stream).to(device)).detach()
+        check_drawn(bool(styles.isfinite().all()))
         clusters = KMeans(CENTRES, n_init=1, random_state=seed % 2**32).fit(styles.cpu().numpy())
         networks.centres = torch.from_numpy(clusters.cluster_centers_).to(device)
         return cls(settings, networks)
@@ -108,8 +110,9 @@ class GanGenerator:
         """``count`` images; ``bias`` is the truncation factor: 1 is none, toward 0 only 16 images are left."""
         (seed,) = seeds
         latents = torch.randn(count, self.settings.latent, generator=torch.Generator().manual_seed(seed))
-        batches = [self.networks.truncated(batch, bias) for batch in latents.split(SAMPLING_BATCH)]
-        return Samples(((torch.cat(batches) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()[None])
+        drawn = torch.cat([self.networks.truncated(batch, bias) for batch in latents.split(SAMPLING_BATCH)])
+        check_drawn(bool(drawn.isfinite().all()))
+        return Samples(((drawn + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()[None])
 
     def save(self, directory: Path) -> None:
         """All networks, so that training can go on, and ``config.json`` with the settings and the images' shape."""
