@@ -424,10 +424,14 @@ def test_a_disk_that_refuses_is_named_and_the_way_on(refusal: int, overrides: li
     assert re.search(message, manifest["error"])
 
 
-def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(overrides: list[str], tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestration import tracking
     from orchestration.ddpo import run_ddpo
     from orchestration.tracking import TrackingError
 
+    monkeypatch.setattr(tracking, "_NEW_SECONDS", 0.0)
     directory = tmp_path / "run"
     config = configure(overrides, f"output_dir={directory}", "tracking.uri=http://127.0.0.1:9")
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 cannot be reached"):
