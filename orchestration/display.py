@@ -29,6 +29,7 @@ from orchestration.config import visible
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
 _WIDEST = 100  # columns; a wider terminal gains nothing
+_PIPE_WIDTH = 4000
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
 
 
@@ -54,6 +55,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, **options})
+        if not self.is_terminal and "width" not in options:  # a pipe or a file: no line is folded for what reads it
+            self.width = _PIPE_WIDTH
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """What rich renders, without control characters in its texts."""

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from orchestration.config import ConfigError
 from orchestration.evaluation import kept_evaluations, kept_step
+from orchestration.points import points_table
 from orchestration.run import TEMPLATES, Run, is_free
 from orchestration.runs import RunInfo, facts
 from orchestration.tracking import flatten
@@ -50,6 +51,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=facts(run),
+            points=points_table(run.summary) if run.loop == "sweep" else ([], []),
             measured=_measured(run),
             pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
             timeline=timeline,

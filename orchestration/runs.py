@@ -22,6 +22,7 @@ from rich.text import Text
 from orchestration.config import ConfigError
 from orchestration.display import duration
 from orchestration.manifest import has_only_begun, read_manifest, read_summary
+from orchestration.points import points_table
 from orchestration.run import is_free
 from orchestration.tracking import flatten
 from pipelines.atomic import DamagedFiles, read_lines
@@ -125,6 +126,12 @@ def render_show(name: str, root: Path) -> RenderableType:
     parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
     if arms := run.summary.get("arms"):
         parts.append(_panel("generation 1 → last", _arms(arms)))
+    headings, rows = points_table(run.summary) if run.loop == "sweep" else ([], [])
+    if rows:
+        points = plain_table(*headings)
+        for row in rows:
+            points.add_row(*map(Text, row))
+        parts.append(_panel("points, best first", points))
     for title, values in (
         ("seconds by stage", run.summary.get("seconds_by_stage")),
         ("resolved by the program", run.manifest.get("resolved")),
@@ -251,4 +258,4 @@ def _panel(title: str, content: Table | Mapping[str, Text]) -> RenderableType:
         pairs, content = content, Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
         for label, value in pairs.items():
             content.add_row(Text(label), value)
-    return Panel(content, title=Text(title), title_align="left", border_style="dim")
+    return Panel(content, title=Text(title), title_align="left", border_style="dim", expand=False)

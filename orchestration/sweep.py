@@ -9,12 +9,12 @@ from pathlib import Path
 from orchestration import tuning
 from orchestration.cluster import connected
 from orchestration.run import going_on
-from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
+from orchestration.sweep_config import SweepConfig
 from orchestration.sweep_preflight import preflight_sweep
 from orchestration.sweep_report import Table, report
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import Trial
-from policies.search_space import Point, common_points
+from policies.search_space import FRESH_SEEDS, Point, common_points
 
 
 def run_sweep(config: SweepConfig, trusted: bool = False, changes: bool = False) -> Path:

@@ -12,6 +12,7 @@ from orchestration.metric_names import better_end
 from orchestration.tracking import TrackingSettings
 from pipelines.locations import find
 from policies.search_space import (
+    FRESH_SEEDS,
     MOST_POINTS,
     Dimension,
     Point,
@@ -23,7 +24,6 @@ from policies.search_space import (
 )
 from policies.settings import Name, Settings
 
-FRESH_SEEDS = 1000  # seeds from here on take no part in the search
 SCHEMAS: dict[str, type[DdpoConfig] | type[MadConfig]] = {"ddpo": DdpoConfig, "mad": MadConfig}
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from rich.table import Column
-from rich.table import Table as Lines
+from rich.text import Text
 
 from orchestration.html_report import conclude
+from orchestration.points import points_table
 from orchestration.run import register
-from orchestration.sweep_config import FRESH_SEEDS
+from orchestration.runs import plain_table
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import Trial, reports
-from policies.search_space import Point, common_points, exact, short
+from policies.search_space import FRESH_SEEDS, Point, common_points, exact
 from policies.verdicts import interval, plain
 
 
@@ -125,23 +125,12 @@ def report(run: SweepRun, table: Table) -> Path:
         "budget_spent": run.budget.spent,
     }
     summary = plain(content)
-    run.display.console.print(lines(run.metric, table))
+    headings, rows = points_table(summary)
+    lines = plain_table(*headings)
+    for row in rows:
+        lines.add_row(*map(Text, row))
+    run.display.console.print("points, best first", lines, sep="\n")
     return conclude(run, run.summarise(summary), figures, summary=summary)
-
-
-def lines(metric: str, table: Table) -> Lines:
-    """The points, best first."""
-    keys = list(dict.fromkeys(key for point in table.points for key in point.point))
-    names = [key.rsplit(".", 1)[-1] for key in keys]
-    value_column = Column(metric, justify="right")
-    found = Lines(*names, value_column, "seeds", "", title="points, best first", title_justify="left", box=None)
-    for point in table.points:
-        mine = table.searched(point.point)
-        spread = f" [{point.low:.4g}, {point.high:.4g}]" if len(point.values) > 1 else ""
-        value = f"{point.mean:.4g}{spread}" if point.values else "–"
-        ends = sorted({f"{each.status.lower()} at {each.step}" for each in mine if each.status != "FINISHED"})
-        found.add_row(*(short(point.point.get(key)) for key in keys), value, str(len(mine)), ", ".join(ends))
-    return found
 
 
 def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:

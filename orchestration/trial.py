@@ -19,9 +19,9 @@ from orchestration.ddpo_run import DdpoRun
 from orchestration.manifest import known_manifest, read_summary
 from orchestration.metric_names import EVALUATED, MAD
 from orchestration.run import is_free
-from orchestration.sweep_config import FRESH_SEEDS, SweepConfig
+from orchestration.sweep_config import SweepConfig
 from pipelines.atomic import DamagedFiles, read_json, read_lines, write_json
-from policies.search_space import Point, exact, short
+from policies.search_space import FRESH_SEEDS, Point, exact, short
 
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
 

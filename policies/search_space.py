@@ -16,6 +16,7 @@ import numpy as np
 Point = dict[str, Any]
 Kind = Literal["values", "uniform", "log_uniform", "integers"]
 MOST_POINTS = 10_000
+FRESH_SEEDS = 1000  # seeds from here on take no part in a search
 _RANGES = ("uniform", "log_uniform", "integers")
 
 

@@ -1,0 +1,41 @@
+"""A sweep's points for people, and tables that are whole wherever they are printed."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.text import Text
+
+from orchestration.display import Terminal
+from orchestration.points import points_table
+from orchestration.runs import plain_table
+
+
+def trial(point: dict[str, Any], seed: int, status: str = "FINISHED") -> dict[str, Any]:
+    return {"point": point, "seed": seed, "status": status, "step": 5}
+
+
+def test_a_row_is_a_point_over_its_seeds() -> None:
+    one, two = {"training.learning_rate": 1e-4}, {"training.learning_rate": 0.01}
+    points = [
+        {"point": one, "values": [0.5, 0.75], "low": 0.25, "high": 1.0},
+        {"point": two, "values": [], "low": None, "high": None},
+    ]
+    trials = [trial(one, 0), trial(one, 1), trial(one, 1000), trial(two, 0, "STOPPED")]
+    headings, rows = points_table({"metric": "reward/mean", "points": points, "trials": trials})
+    assert headings == ["learning_rate", "reward/mean", "seeds", "not finished"]
+    assert rows == [["0.0001", "0.625 [0.25, 1]", "2", ""], ["0.01", "–", "1", "stopped at 5"]]
+
+
+@pytest.mark.parametrize("summary", [{}, {"points": 3}, {"metric": "m", "points": [{}], "trials": []}, {"points": [1]}])
+def test_a_damaged_summary_has_no_rows(summary: dict[str, Any]) -> None:
+    assert points_table(summary)[1] == []
+
+
+def test_nothing_is_folded_in_a_pipe() -> None:
+    table = plain_table("run", "where")
+    table.add_row(Text("x" * 150), Text("/a/long/" * 60))
+    Terminal(file=(pipe := io.StringIO())).print(table)
+    Terminal(file=(narrow := io.StringIO()), width=80).print(table)
+    assert len(pipe.getvalue().splitlines()) == 2
+    assert len(narrow.getvalue().splitlines()) > 4
