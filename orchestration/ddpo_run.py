@@ -67,7 +67,8 @@ class DdpoRun(Run):
         if manifest.get("status") == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         accept(directory, manifest, manifest, ddpo_inputs(config, manifest.get("inputs")), changes)
-        manifest = {"committed_step": 0, "resolved": {}} | manifest  # of a stranger's, that was trusted
+        for key, beginning in (("committed_step", 0), ("resolved", {})):  # a stranger's, that was trusted, may lack it
+            manifest.setdefault(key, beginning)
         return cls(directory, _as_resolved(config, manifest["resolved"]), manifest)
 
     @staticmethod
