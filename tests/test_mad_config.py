@@ -1,12 +1,15 @@
 """Bad input to a MAD experiment is one clear line before anything is trained; ready-made experiments are valid."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from orchestration import cli
@@ -14,8 +17,12 @@ from orchestration.cluster import Machine
 from orchestration.config import ConfigError, load_config
 from orchestration.mad_config import MadConfig
 from orchestration.mad_preflight import contents, describe_mad, preflight_mad
+from orchestration.mad_science import effective_samples, laws
 from pipelines.locations import CHECKOUT
+from policies.data_rules import LedgerExhausted, training_sets
+from policies.mad_settings import Rule
 from policies.settings import known_keys
+from tests.test_mad_laws import measured
 
 MACHINE = Machine(cpus=2, gpus=0)
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
@@ -190,6 +197,81 @@ def test_an_output_directory_keeps_its_experiment(tmp_path: Path) -> None:
 def _with_loop(directory: Path, manifest: dict[str, Any], overrides: list[str]) -> str:
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return refused(*overrides)
+
+
+EXTRA: dict[str, st.SearchStrategy[Any]] = {
+    "sampling_bias": st.sampled_from([1.0, 0.5, 0.0025, 1e-6, 1e-300]),
+    "synthetic_from": st.sampled_from(["previous", "all"]),
+    "memory": st.integers(1, 5),
+    "real_weight": st.sampled_from([1e-6, 3.0, 1e6]),
+    "candidates": st.integers(2, 4),
+    "dimension": st.sampled_from([1, 2, 40]),
+    "categories": st.sampled_from([2, 9]),
+    "modes": st.sampled_from([4, 9]),
+    "covariance": st.sampled_from(["unbiased", "mle", "known"]),
+}
+SUPPLIED = {**EXTRA, "real_supply": st.sampled_from(["fixed", "fresh", "fresh_with_replacement"])}
+WHAT = {
+    "family": st.sampled_from(["gaussian"] * 4 + ["categorical"] * 2 + ["mixture"]),
+    "reward": st.just("first_coordinate"),
+}
+SIZED = {"n_ini": st.sampled_from([2, 3, 7, 30]), "n_synthetic": st.sampled_from([0, 1, 7, 30])}
+REAL = {**SIZED, "n_real": st.sampled_from([0, 1, 3, 30])}
+FRACTIONS = st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0, {"first": 0.5, "last": 0.0}])
+SHARES = st.sampled_from([{"previous": 1.0}, {"real_fixed": 0.2, "real_fresh": 0.1, "earlier": 0.7}])
+
+
+def loops(rules: tuple[str, ...], needed: dict[str, Any], extra: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({"rule": st.sampled_from(rules), **WHAT, **needed}, optional=extra)
+
+
+LOOPS = st.one_of(
+    loops(get_args(Rule), REAL, EXTRA),
+    loops(("fresh", "memory", "curated"), REAL, SUPPLIED),
+    loops(("fresh", "memory"), {"n_total": st.sampled_from([2, 7, 30]), "fresh_fraction": FRACTIONS}, SUPPLIED),
+    loops(("real_only", "fully_synthetic", "accumulate", "accumulate_subsample"), SIZED, EXTRA),
+    loops(("weighted_mixture",), {"n_total": st.sampled_from([2, 7, 30]), "shares": SHARES}, EXTRA),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOOPS, st.none() | LOOPS, st.integers(1, 5), st.sampled_from([False, False, True]))
+def test_what_is_accepted_can_be_drawn_fitted_and_derived_from(
+    own: dict[str, Any], arm: dict[str, Any] | None, generations: int, derive: bool
+) -> None:
+    """Every generation of every arm, in two universes, up to its metrics; what is refused is refused in one line."""
+    arms = {} if arm is None else {"a": arm, "b": {}}
+    overrides = {**own, "arms": arms, "generations": generations, "seeds": 2, "data": {"reference": 20}}
+    overrides["derive"] = {"effective_samples": derive}
+    try:
+        config = load_config(MadConfig, None, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+        experiment = preflight_mad(config, MACHINE)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+    else:
+        lines = ["accepted"]
+    assert len(lines) == 1
+    if lines != ["accepted"]:
+        return
+    for name, arm in config.resolved_arms.items():
+        for manifest in experiment.manifests[name]:
+            assert sum(map(len, manifest.rows(1))) == manifest.size >= 2
+        with contextlib.suppress(LedgerExhausted):
+            for manifest in training_sets(arm, generations, 60):  # as of images
+                for part, rows in zip(manifest.parts, manifest.rows(1), strict=True):
+                    assert rows.size == 0 or part.start <= rows.min() <= rows.max() < (
+                        part.stop if part.generation else 60
+                    )
+        universes = len(experiment.blocks[name][0])
+        values = measured(arm, generations, universes)
+        for metric, found in values.items():
+            assert found.shape == (universes, generations)
+            assert np.isfinite(found).all() or metric == "log_det"
+        for law in laws(arm, generations).values():
+            assert law.shape == (generations,)
+            assert np.isfinite(law).all()
+        if config.derive.effective_samples and arm.underivable(generations) is None:
+            assert ("n_e" in (found := effective_samples(arm, values, config))) != ("problem" in found)
 
 
 def test_every_key_of_the_guide_can_be_overridden() -> None:
