@@ -22,7 +22,7 @@ from orchestration.config import load_config
 from orchestration.mad import chain
 from orchestration.mad_config import ArmSettings, MadConfig
 from orchestration.mad_science import effective_samples, laws, limit
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.atomic import Files
 from pipelines.mad_graph import RealSource
 from pipelines.mad_tasks import perform
