@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.one_process import told, train
 from orchestration.config import DdpoConfig, load_config
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 
 SEEDS = 3
 Curves = dict[str, list[list[dict[str, Any]]]]  # arm → seed → evaluations

@@ -29,9 +29,9 @@ from scipy.optimize import minimize_scalar
 
 from orchestration.cluster import available_cpus, connected
 from orchestration.config import DdpoConfig, load_config
+from orchestration.manifest import git_commit
 from orchestration.plan import foresee
 from orchestration.preflight import preflight
-from orchestration.run import git_commit
 from orchestration.stage_costs import StageCosts, measure
 from policies.cost_model import Forecast
 

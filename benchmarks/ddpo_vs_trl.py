@@ -24,7 +24,7 @@ from actors.worker import keep_memory
 from benchmarks.floor import Floor, Seconds, timed
 from benchmarks.peer import PACKAGES, Trl, environment
 from benchmarks.shared_pipelines import SIZES, random_pipeline
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import ModelSettings

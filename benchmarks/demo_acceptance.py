@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.locations import CHECKOUT
 
 MINUTES, MEDIAN_GAIN, LEAST_GAIN, AGREEMENT_LOSS, BASE_RANGE = 8, 0.15, 0.10, 0.02, (0.45, 0.70)

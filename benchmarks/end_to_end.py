@@ -27,7 +27,7 @@ from benchmarks.shared_pipelines import SIZES, random_pipeline
 from orchestration.config import DdpoConfig, load_config
 from orchestration.ddpo import run_ddpo
 from orchestration.ddpo_run import DdpoRun
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from tests.servers import MlflowServer
 
 LEAST, COLD = 0.90, 2

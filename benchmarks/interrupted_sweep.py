@@ -16,7 +16,7 @@ import psutil
 from mlflow import MlflowClient
 
 from orchestration.config import load_config
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from orchestration.sweep_config import SweepConfig
 from orchestration.trial import trials_in
 

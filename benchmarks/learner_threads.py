@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 
 from orchestration.cluster import available_cpus
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 
 WORK = """
 import statistics, sys, time, torch

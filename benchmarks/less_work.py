@@ -17,7 +17,7 @@ import torch
 
 from actors.worker import keep_memory
 from benchmarks.rise import RISE, Curve, Record, evaluations, seconds_to_rise
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from policies.advantages import PromptStatistics
 from policies.streams import PromptSchedule, derive_seed
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.micro_batch import cpu_milliseconds
 from orchestration.config import DdpoConfig, load_config
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from pipelines.trainable import prepare

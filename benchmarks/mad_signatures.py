@@ -15,7 +15,7 @@ from orchestration.config import load_config
 from orchestration.mad import run_mad
 from orchestration.mad_config import MadConfig
 from orchestration.mad_science import limit
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from policies.verdicts import interval, paired_ratio
 
 SAME = 1.2  # a ratio within 20 % either way counts as the same level

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.evaluator import to_network_input
 from pipelines.families import Samples
 from pipelines.families.diffusion import DiffusionGenerator

@@ -19,7 +19,7 @@ from orchestration.config import DdpoConfig, load_config
 from orchestration.crew import Crew
 from orchestration.ddpo import run_ddpo
 from orchestration.ddpo_run import DdpoRun
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 
 WARM, SLACK = 5, 1.01  # steps before the baseline, and what may be held above it
 SHORT = ["training.images_per_step=32", "sampling.steps=4", "evaluation.every=0", "tracking.system_metrics=false"]

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from policies.settings import SamplingSettings

@@ -17,7 +17,7 @@ import torch
 
 from orchestration.config import DdpoConfig, load_config
 from orchestration.evaluation import Evaluation, fixed_work
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.captioner import Captioner
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.evaluator import load_evaluator

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.one_process import OneProcess
 from orchestration.config import DdpoConfig, validate
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.checkpoint import CheckpointStore, LearnerState
 from pipelines.locations import CHECKOUT
 from pipelines.trainable import load_weights

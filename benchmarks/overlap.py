@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from orchestration.timeline import nested, read_spans, steps_of
 from pipelines.atomic import read_lines
 

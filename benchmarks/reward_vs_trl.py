@@ -26,7 +26,7 @@ from benchmarks.peer import Trl, environment
 from benchmarks.rise import RISE, Curve, Record, accuracy, evaluations, seconds_to_rise
 from benchmarks.shared_pipelines import DIGITS, portable_copy
 from orchestration.config import DdpoConfig, load_config
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.rewards import score
 from pipelines.trainable import load_weights
 

@@ -21,7 +21,7 @@ import numpy as np
 from orchestration.mad import chain
 from orchestration.mad_config import ArmSettings
 from orchestration.mad_preflight import seed_blocks
-from orchestration.run import git_commit
+from orchestration.manifest import git_commit
 from pipelines.atomic import Files
 from pipelines.mad_graph import RealSource
 from pipelines.mad_tasks import perform
