@@ -18,6 +18,7 @@ from pipelines.families.registry import CLOSED_FORM, CONDITIONAL, SETTINGS, gene
 from pipelines.mad_graph import RealSource, image_source
 from pipelines.pages import fill
 from pipelines.real_data import RealData
+from pipelines.rewards import RewardError
 from pipelines.tasks import Task
 from policies.data_rules import Manifest, training_sets
 from policies.mad_settings import LoopSettings
@@ -154,10 +155,8 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
         )
     try:
         score(arm.reward, values, labels)
-    except ValueError:
-        raise
-    except Exception as error:  # another's code may fail in any way
-        raise ValueError(f"reward {arm.reward} fails on two real samples: {type(error).__name__}: {error}") from error
+    except RewardError as error:
+        raise ValueError(f"of two real samples: {error}") from error
 
 
 def _check_reference(config: MadConfig) -> None:

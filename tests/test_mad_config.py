@@ -103,7 +103,7 @@ def refused(*overrides: str) -> str:
         ),
         (
             ["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50", "reward=operator:add"],
-            "reward operator:add fails on two real samples: TypeError",
+            "of two real samples: reward operator:add failed: TypeError",
         ),
         ([*DIFFUSION, "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         ([*DIFFUSION, "data.reference=1797"], "1797 of 1797 images leave none to learn from"),
@@ -184,7 +184,7 @@ def test_a_refusal_leaves_nothing_and_exits_with_2(
 
 def test_an_output_directory_keeps_its_experiment(tmp_path: Path) -> None:
     config = load_config(MadConfig, None, ["n_ini=50", "generations=4", "seeds=3", f"output_dir={tmp_path}"])
-    manifest: dict[str, Any] = {"loop": "mad", "config": config.model_dump(mode="json")}
+    manifest: dict[str, Any] = {"name": "mad", "loop": "mad", "config": config.model_dump(mode="json")}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     same = ["n_ini=50", f"output_dir={tmp_path}"]
     for more in (["generations=4", "seeds=3"], ["generations=9", "seeds=5"]):
