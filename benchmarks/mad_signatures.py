@@ -16,7 +16,7 @@ from orchestration.mad import run_mad
 from orchestration.mad_config import MadConfig
 from orchestration.mad_science import limit
 from orchestration.manifest import git_commit
-from policies.verdicts import interval, paired_ratio
+from orchestration.mad_science import limit
 
 SAME = 1.2  # a ratio within 20 % either way counts as the same level
 
@@ -47,7 +47,7 @@ def main(config: Path, directory: Path) -> int:
 def signatures(arms: dict[str, dict[str, np.ndarray]]) -> Any:
     """(whether it shows, what was found) for each signature whose arms are there."""
     plain = arms["fully synthetic"]
-    _, above, _ = interval(plain["fid"][:, -1])
+    _, above, _ = interval(plain["fid"][:, -1], "logarithm")
     apart = f"against fully synthetic's from {above:.2f} on, apart expected"
 
     growth, low, high = paired_ratio(plain["fid"][:, -1], plain["fid"][:, 0])
@@ -63,7 +63,7 @@ def signatures(arms: dict[str, dict[str, np.ndarray]]) -> Any:
             text = f"2. {name}: precision changes by {change:+.3f} [{low:+.3f}, {high:+.3f}]"
             ratio, low, high = paired_ratio(biased["precision"][:, -1], biased["precision"][:, 0])
             yield low > 1 / SAME, f"{text}, {ratio:.3f} [{low:.3f}, {high:.3f}]-fold; no fall by 20 % expected"
-            share, low, high = interval(biased["recall"][:, -1] / biased["recall"][:, 0])
+            share, low, high = interval(np.minimum(biased["recall"][:, -1] / biased["recall"][:, 0], 1), "share")
             yield (
                 high < 0.5,
                 f"2. {name}: {share:.3f} [{low:.3f}, {high:.3f}] of the recall is left, a collapse expected",
@@ -74,7 +74,7 @@ def signatures(arms: dict[str, dict[str, np.ndarray]]) -> Any:
         worse, low, high = paired_ratio(fid[:, -1], fid[:, 0])
         text = f"{worse:.2f} [{low:.2f}, {high:.2f}] times generation 1's, worse expected"
         yield low > 1, f"3. augmentation: FID {text}"
-        _, low, high = interval(fid[:, -1])
+        _, low, high = interval(fid[:, -1], "logarithm")
         yield high < above, f"3. augmentation: final FID [{low:.2f}, {high:.2f}] {apart}"
 
     if "fresh, small n_ini" in arms:
@@ -82,7 +82,7 @@ def signatures(arms: dict[str, dict[str, np.ndarray]]) -> Any:
         ratio, low, high = paired_ratio(limit(small), limit(large))
         text = f"{ratio:.3f} [{low:.3f}, {high:.3f}], within 20 % expected"
         yield 1 / SAME < ratio < SAME, f"4. fresh data: final FID from a small over a large n_ini {text}"
-        _, low, high = interval(limit(large))
+        _, low, high = interval(limit(large), "logarithm")
         yield high < above, f"4. fresh data: final FID [{low:.2f}, {high:.2f}] {apart}"
 
 

@@ -13,7 +13,8 @@ from orchestration.mad_run import MadRun
 from orchestration.mad_science import DISTANCES, comparisons, effective_samples, fresh_series, verdict
 from pipelines.families.registry import CLOSED_FORM
 from pipelines.names import file_name
-from policies.verdicts import interval, plain
+from policies.intervals import interval, scale_of
+from policies.verdicts import plain
 
 _TITLES = {
     "fid": "FID",
@@ -49,20 +50,20 @@ def summarise(run: MadRun) -> dict[str, Any]:
         arms[name] = {
             "settings": arm.model_dump(mode="json", exclude={"gan", "diffusion"}) | arm.family_settings(),
             "sizes": [[m.size - (s := _synthetic(m)), s] for m in run.experiment.manifests[name]],
-            "metrics": {metric: _metric(values[metric], exact.get(metric)) for metric in values},
+            "metrics": {metric: _metric(metric, values[metric], exact.get(metric)) for metric in values},
             "verdict": verdict(values),
         }
         if run.histograms[name]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
         if config.derive != DeriveSettings() and arm.underivable(config.generations) is None:
-            arms[name]["effective_samples"] = effective_samples(arm, values, config)
+            arms[name]["effective_samples"] = plain(effective_samples(arm, values, config))
     return {
         "name": config.name,
         "generations": config.generations,
         "seeds": config.seed_list,
         "arms": arms,
         "floor": _floors(run),
-        "comparisons": comparisons(config, run.values),
+        "comparisons": plain(comparisons(config, run.values, run.experiment.manifests)),
         "extractor_sha256": _extractor_hash(run),
         "seconds_by_generation": _seconds_by_generation(run),
     }
@@ -86,7 +87,7 @@ def draw(run: MadRun) -> Path:
         series = fresh_series(config, run.values, metric)
         if series is not None:
             path, floor = directory / "fresh_fraction.png", floors.get(metric)
-            mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric])
+            mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric], scale_of(metric))
     for name in config.resolved_arms:
         _draw_samples(run, name, directory)
     return directory
@@ -122,9 +123,9 @@ def _floors(run: MadRun) -> dict[str, dict[str, float]]:
     return {family: {k: v[0] for k, v in run.metrics_of(task).items()} for family, task in tasks.items()}
 
 
-def _metric(values: np.ndarray, exact: np.ndarray | None) -> dict[str, Any]:
+def _metric(metric: str, values: np.ndarray, exact: np.ndarray | None) -> dict[str, Any]:
     """One metric for machines: ``values`` as seeds × generations, their means and 95 % intervals, the exact law."""
-    found = dict(zip(("values", "mean", "low", "high"), (values, *interval(values)), strict=True))
+    found = dict(zip(("values", "mean", "low", "high"), (values, *interval(values, scale_of(metric))), strict=True))
     content: dict[str, Any] = plain(found if exact is None else found | {"oracle": exact})
     return content
 

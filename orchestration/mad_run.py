@@ -28,7 +28,7 @@ from pipelines.mad_figures import _ARMS
 from pipelines.mad_graph import Generation
 from pipelines.mad_tasks import read_real_data, read_samples
 from pipelines.tasks import Task, TaskStore
-from policies.verdicts import interval
+from policies.intervals import interval, scale_of
 
 MOST_SEED_RUNS = 20  # beyond this many seeds, MLflow gets the arms' means and summary.json the rest
 _ROWS = (
@@ -209,7 +209,7 @@ class MadRun(Run):
         """An arm's means over its seeds, with their intervals and the exact laws' values."""
         found: dict[str, float] = {}
         for metric, values in self.values[arm].items():
-            mean, low, high = interval(values[:, number - 1])
+            mean, low, high = interval(values[:, number - 1], scale_of(metric))
             ends = {f"interval/{metric}_low": float(low), f"interval/{metric}_high": float(high)}
             found |= {metric: float(mean), **ends}
         first = {f"{FIRST_LOOK}/{row.key}": found[row.key] for row in _ROWS if row.key in found}

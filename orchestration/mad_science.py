@@ -1,7 +1,8 @@
 """What follows from the values of a MAD experiment: exact laws to hold them against, verdicts, effective samples."""
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from orchestration.mad_config import ArmSettings, MadConfig
 from policies import exact_laws
-from policies.verdicts import forgetting_time, judge, mad_verdict, paired_ratio, rank_correlation
+from policies.data_rules import Manifest
+from policies.intervals import paired_ratio, rank_correlation
+from policies.verdicts import forgetting_time, judge, mad_verdict
 
 DISTANCES = ("fid", "frechet", "w2_squared")  # what goes MAD if it grows; an arm has one of them, or none
 _DIVERSITY = ("recall", "heterozygosity")
@@ -110,48 +113,59 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
     return result
 
 
-def comparisons(config: MadConfig, values: Mapping[str, Values]) -> dict[str, Any]:
-    """What arms say together: how n_ini is forgotten, and how the final distance falls with fresh data."""
+def comparisons(
+    config: MadConfig, values: Mapping[str, Values], manifests: Mapping[str, Sequence[Manifest]]
+) -> dict[str, Any]:
+    """What arms say together: how n_ini is forgotten, and how the final distance falls with fresh data.
+
+    Only arms are compared that are equal in all else, the sizes of their later training sets included.
+    """
     arms = config.resolved_arms
     found: dict[str, Any] = {}
     for metric in DISTANCES:
         for small, large in permutations([name for name in arms if metric in values[name]], 2):
-            if _differ_in_n_ini(arms[small], arms[large]):
+            alike = _but_for_sizes(arms[small]) == _but_for_sizes(arms[large])
+            same_later = _sizes(manifests[small][1:]) == _sizes(manifests[large][1:])
+            if alike and same_later and arms[small].initial() < arms[large].initial():
                 pair = values[small][metric], values[large][metric]
-                mean, low, high = paired_ratio(limit(pair[0]), limit(pair[1]))
                 told: dict[str, Any] = {"arms": [small, large], "metric": metric}
                 told |= {"forgetting_time": forgetting_time(*pair)}
-                told |= {"final_ratio": {"mean": mean, "low": low, "high": high}}
+                told |= {"final_ratio": paired_ratio(limit(pair[0]), limit(pair[1]))._asdict()}
                 found.setdefault("n_ini", []).append(told)
         series = fresh_series(config, values, metric)
         if series is not None:
-            rho, low, high = rank_correlation(*series)
             found["fresh_fraction"] = {
                 "metric": metric,
                 "fractions": series[0].tolist(),
                 "final": series[1].tolist(),
-                "rank_correlation": {"rho": rho, "low": low, "high": high},
+                "rank_correlation": rank_correlation(*series)._asdict(),
             }
     return found
 
 
 def fresh_series(config: MadConfig, values: Mapping[str, Values], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Fresh fractions (k,) and final distances (seeds, k) of arms of one size that differ in their fraction only."""
-    fractions: dict[float, np.ndarray] = {}
+    groups: dict[Any, dict[float, np.ndarray]] = defaultdict(dict)
     for name, arm in config.resolved_arms.items():
         if metric not in values[name] or arm.rule not in ("fresh", "fully_synthetic") or arm.sampling_bias != 1:
             continue
         sizes = {arm.sizes(generation, config.generations) for generation in range(2, config.generations + 1)}
-        if len(sizes) == 1:
-            (n_real, n_synthetic) = sizes.pop()
-            if n_real + n_synthetic == arm.initial():
-                fractions[n_real / (n_real + n_synthetic)] = values[name][metric][:, -1]
+        if len(sizes) == 1 and sum(size := sizes.pop()) == arm.initial():
+            rest = _but_for_sizes(arm) | {"rule": None, "real_supply": None}
+            for supply in (arm.supply,) if arm.rule == "fresh" else ("fresh", "fresh_with_replacement"):
+                groups[arm.initial(), supply, str(rest)][size[0] / sum(size)] = values[name][metric][:, -1]
+    fractions = max(groups.values(), key=len, default={})
     if len(fractions) < 3:
         return None
     ordered = sorted(fractions)
     return np.array(ordered), np.stack([fractions[fraction] for fraction in ordered], axis=1)
 
 
-def _differ_in_n_ini(a: ArmSettings, b: ArmSettings) -> bool:
-    """Whether two loops are the same but for a smaller n_ini of the first."""
-    return a.initial() < b.initial() and a.model_copy(update={"n_ini": None}) == b.model_copy(update={"n_ini": None})
+def _but_for_sizes(arm: ArmSettings) -> dict[str, Any]:
+    """An arm's settings without the sizes of its training sets."""
+    return arm.model_dump(exclude={"n_ini", "n_real", "n_synthetic", "n_total", "fresh_fraction"})
+
+
+def _sizes(manifests: Sequence[Manifest]) -> list[Any]:
+    """Of each training set, its size and that of each of its parts."""
+    return [(m.size, [(part.role, part.generation, part.size) for part in m.parts]) for m in manifests]

@@ -16,8 +16,9 @@ from orchestration.run import register
 from orchestration.runs import plain_table
 from orchestration.sweep_run import SweepRun
 from orchestration.trial import Trial, reports
+from policies.intervals import interval, paired, scale_of
 from policies.search_space import FRESH_SEEDS, Point, common_points, exact
-from policies.verdicts import interval, plain
+from policies.verdicts import plain
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PointResult:
-    """A point over its seeds; ``low`` and ``high`` are a 95 % Student interval, nan for one seed."""
+    """A point over its seeds: their mean on the metric's scale and its 95 % interval, nan where it has none."""
 
     point: Point
     values: list[float]
@@ -62,7 +63,7 @@ class Table:
     """All outcomes of a sweep, and its points from best to worst."""
 
     def __init__(self, run: SweepRun) -> None:
-        self._better = 1 if run.config.direction == "max" else -1
+        self._metric, self._better = run.metric, 1 if run.config.direction == "max" else -1
         self.outcomes = [Outcome.of(run, trial) for trial in run.trials()]
         self.points = self._ranked([each for each in self.outcomes if each.seed < FRESH_SEEDS])
         self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
@@ -77,7 +78,9 @@ class Table:
         for point in common_points([each.point for each in outcomes]):
             mine = [each for each in outcomes if exact(each.point) == exact(point)]
             values = [each.value for each in mine if each.value is not None]
-            mean, low, high = map(float, interval(np.array(values))) if values else (np.nan,) * 3
+            mean, low, high = (
+                map(float, interval(np.array(values), scale_of(self._metric))) if values else (np.nan,) * 3
+            )
             complete = all(each.status == "FINISHED" for each in mine)
             found.append(PointResult(point, values, mean, low, high, complete))
         # A point that was stopped early is not compared with one that was not.
@@ -93,13 +96,13 @@ class Table:
         if self.best is None or exact(self.best.point) not in means or "{}" not in means:
             return None
         best, unchanged = means[exact(self.best.point)], means["{}"]
-        gain = self._better * (np.array(best.values) - np.array(unchanged.values))
-        mean, low, high = map(float, interval(gain))
+        ends = (best.values, unchanged.values) if self._better > 0 else (unchanged.values, best.values)
+        gain, ratio = paired(*ends, self._metric)
         return {
             "best": best.values,
             "unchanged": unchanged.values,
-            "gain": {"mean": mean, "low": low, "high": high},
-            "beats_unchanged": bool(low > 0 if len(gain) > 1 else mean > 0),
+            "gain": {name: float(value) for name, value in gain._asdict().items()} | {"logarithm": ratio},
+            "beats_unchanged": bool(gain.low > 0 if len(best.values) > 1 else gain.mean > 0),
         }
 
 

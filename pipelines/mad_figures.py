@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.figures import _DPI, _FAINT, _FRAME, _INK, _LINES, _dress, _save, _sheet, image_grid
-from policies.verdicts import interval
+from policies.intervals import Scale, interval, scale_of
 
 _ARMS = (*_LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
 _BLUE = _LINES["blue"]
@@ -37,7 +37,7 @@ def arm_curves(
         _dress(axes, titles.get(metric, metric), "generation")
         bands = {}
         for name, values in arms.items():
-            mean, *bands[name] = interval(values)
+            mean, *bands[name] = interval(values, scale_of(metric))
             line = "o-" if len(mean) <= 30 else "-"
             axes.plot(np.arange(1, len(mean) + 1), mean, line, color=colours[name], label=name, lw=1.8, ms=3)
         for name, law in laws.get(metric, {}).items():
@@ -69,10 +69,11 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
 
 
 def fresh_fraction_curve(
-    path: Path, fractions: np.ndarray, final: np.ndarray, floor: float | None, metric: str
+    path: Path, fractions: np.ndarray, final: np.ndarray, floor: float | None, metric: str, scale: Scale
 ) -> None:
-    """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,), in order."""
-    mean, low, high = interval(final)
+    """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,), in order;
+    ``scale`` is that of its seeds."""
+    mean, low, high = interval(final, scale)
     figure, (axes,) = _sheet(1, 1, 5.6, 3.6)
     _dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
     axes.xaxis.set_major_formatter("{x:.0%}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.exact_laws import Covariance, fresh_steady_state
-from policies.verdicts import interval
+from policies.intervals import interval
 
 MOST_SAMPLES = 10_000_000
 _TRANSIENT = 1e-3
@@ -61,8 +61,8 @@ def effective_sample_size(
 ) -> Estimate:
     """n_e of a loop whose limiting distance is ``distances`` (seeds,), with the interval of their mean carried over.
 
-    Linear between whole numbers. Ends of the interval stop at 2 and MOST_SAMPLES; one seed has none (nan). Raises
-    ValueError if the mean lies beyond.
+    Linear between whole numbers. Ends of the interval stop at 2 and MOST_SAMPLES, or are nan as those of the mean are.
+    Raises ValueError if the mean lies beyond.
     """
 
     @cache
@@ -73,7 +73,7 @@ def effective_sample_size(
         below = _largest(lambda n: expected(n) > distance, 2, MOST_SAMPLES)
         return float(np.interp(-distance, [-expected(below), -expected(below + 1)], [below, below + 1]))
 
-    mean, low, high = (float(value) for value in interval(distances))
+    mean, low, high = (float(value) for value in interval(distances, "expectation"))
     if not expected(2) >= mean >= expected(MOST_SAMPLES):
         raise ValueError(
             f"no fit to 2 to {MOST_SAMPLES} samples in {dimension} dimensions has the expected distance {mean:.4g} "

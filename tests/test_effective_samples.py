@@ -13,7 +13,7 @@ from policies.effective_samples import (
     limits,
     wasserstein_squared,
 )
-from policies.verdicts import interval
+from policies.intervals import interval
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_expected_distance_knows_its_own_error() -> None:
 @pytest.mark.parametrize("samples", [2, 3, 37, 150])
 def test_effective_sample_size_inverts_the_expected_distance(samples: int) -> None:
     exact = one_dimensional(samples)
-    distances = exact * np.array([0.97, 1.01, 1.0, 1.02, 1.0])
+    distances = exact * np.tile([0.97, 1.01, 1.0, 1.02, 1.0], 8)
     estimate = effective_sample_size(distances, dimension=1)
     assert estimate.value == pytest.approx(samples, rel=0.01)
     _, low, high = interval(distances)
@@ -81,7 +81,7 @@ def test_effective_sample_size_inverts_the_expected_distance(samples: int) -> No
 
 def test_effective_sample_size_of_other_fits() -> None:
     """Mean only: E W2² = d/n. Maximum likelihood: E σ² = 1 − 1/n, E σ = √(1 − 1/n) c₄(n)."""
-    known = effective_sample_size(np.array([0.09, 0.11, 0.1]), dimension=4, covariance="known")
+    known = effective_sample_size(np.tile([0.09, 0.11, 0.1], 10), dimension=4, covariance="known")
     assert known.value == pytest.approx(40)
     assert known.low < 40 < known.high
     n = 12

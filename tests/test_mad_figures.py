@@ -18,7 +18,7 @@ from pipelines.mad_figures import (
     points_grid,
     precision_recall_paths,
 )
-from policies.verdicts import interval
+from policies.intervals import interval
 
 RNG = np.random.default_rng(0)
 VALUES = 1 + RNG.random((4, 6))  # seeds, generations
@@ -56,10 +56,10 @@ def test_curves_are_means_with_intervals_laws_and_floors(figures: list[Any], tmp
     curves = {"fid": {"a": VALUES, "b": VALUES + 1}, "recall": {"b": VALUES}}
     arm_curves(tmp_path / "x.png", curves, {"fid": {"a": law}}, {"recall": 0.5}, titles={"fid": "FID"})
     fid, recall = figures[0].axes
-    mean, low, high = interval(VALUES)
+    mean, low, high = interval(VALUES, "logarithm")
     generations = np.arange(1, 7)
     np.testing.assert_allclose(lines(fid)["a"], np.stack([generations, mean], 1))
-    np.testing.assert_allclose(lines(fid)["b"][:, 1], mean + 1)
+    np.testing.assert_allclose(lines(fid)["b"][:, 1], interval(VALUES + 1, "logarithm").mean)
     np.testing.assert_allclose(lines(fid)["exact law"], np.stack([generations, law], 1))
     np.testing.assert_allclose(lines(recall)["real against real"][:, 1], 0.5)
     corners = {tuple(corner) for corner in band(fid).round(9)}
@@ -131,7 +131,7 @@ def test_thousands_of_generations_and_gaps_are_drawn(figures: list[Any], tmp_pat
 def test_wide_bands_do_not_flatten_the_curves(figures: list[Any], tmp_path: Path) -> None:
     mean = np.linspace(1, 2, 6)
     for spread, low, high in ((0.01, 0.9, 2.15), (50.0, -0.1, 3.1)):
-        arm_curves(tmp_path / "x.png", {"fid": {"a": mean + spread * np.array([[-1], [1]])}}, {}, {}, {})
+        arm_curves(tmp_path / "x.png", {"density": {"a": mean + spread * np.array([[-1], [1]])}}, {}, {}, {})
         bottom, top = figures[-1].axes[0].get_ylim()
         assert low - 0.1 < bottom < low + 0.1
         assert high - 0.1 < top < high + 0.1
@@ -154,9 +154,9 @@ def test_precision_and_recall_stand_on_their_axes(figures: list[Any], tmp_path: 
 
 def test_the_fresh_fraction_curve_shows_each_seed(figures: list[Any], tmp_path: Path) -> None:
     fractions, final = np.array([0.0, 0.1, 0.4]), 1 + RNG.random((5, 3))
-    fresh_fraction_curve(tmp_path / "x.png", fractions, final, floor=0.2, metric="KID")
+    fresh_fraction_curve(tmp_path / "x.png", fractions, final, floor=0.2, metric="KID", scale="logarithm")
     axes = figures[0].axes[0]
-    mean, low, high = interval(final)
+    mean, low, high = interval(final, "logarithm")
     middle, caps, (bars,) = axes.containers[0]
     np.testing.assert_allclose(middle.get_xydata(), np.stack([fractions, mean], 1))
     np.testing.assert_allclose([cap.get_ydata().astype(float) for cap in caps], [low, high])
@@ -218,7 +218,7 @@ def draw_all(directory: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (2, 3, 8, 8, 1), np.uint8)
     arm_curves(directory / "curves.png", {"fid": {"a": VALUES}}, {"fid": {"a": VALUES[0]}}, {"fid": 0.1}, {})
     precision_recall_paths(directory / "paths.png", {"a": (VALUES, VALUES)})
-    fresh_fraction_curve(directory / "fresh.png", np.arange(6) / 10, VALUES, None, "FID")
+    fresh_fraction_curve(directory / "fresh.png", np.arange(6) / 10, VALUES, None, "FID", "logarithm")
     generations_grid(directory / "grid.png", images, ["G1", "G2"])
     points_grid(directory / "points.png", {"G1": VALUES[:, :2]}, VALUES[:, 2:4])
     class_heatmap(directory / "classes.png", VALUES)

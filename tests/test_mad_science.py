@@ -1,0 +1,47 @@
+"""What arms of an experiment say together: only of those that are equal in all else."""
+
+from typing import Any
+
+import numpy as np
+
+from orchestration.config import load_config
+from orchestration.mad_config import MadConfig
+from orchestration.mad_science import comparisons
+from policies.data_rules import training_sets
+
+
+def compared(*overrides: str, metric: str = "w2_squared") -> dict[str, Any]:
+    config = load_config(MadConfig, None, ["generations=4", "seeds=3", *overrides])
+    manifests = {name: training_sets(arm, 4, None) for name, arm in config.resolved_arms.items()}
+    rng = np.random.default_rng(0)
+    values = {name: {metric: rng.lognormal(size=(3, 4))} for name in manifests}
+    return comparisons(config, values, manifests)
+
+
+def test_arms_that_differ_in_n_ini_only_are_compared() -> None:
+    sizes = "n_real: 50, n_synthetic: 50"
+    (found,) = compared(f"arms.a={{rule: fresh, n_ini: 20, {sizes}}}", f"arms.b={{rule: fresh, n_ini: 90, {sizes}}}")[
+        "n_ini"
+    ]
+    assert found["arms"] == ["a", "b"]
+    assert found["final_ratio"]["low"] < found["final_ratio"]["mean"] < found["final_ratio"]["high"]
+
+
+def test_arms_whose_later_sizes_follow_n_ini_are_not() -> None:
+    for rule in ("rule: fully_synthetic", "rule: fresh, fresh_fraction: 0.5", "rule: accumulate, n_synthetic: 50"):
+        assert "n_ini" not in compared(f"arms.a={{{rule}, n_ini: 20}}", f"arms.b={{{rule}, n_ini: 90}}")
+    same = "rule: fresh, n_real: 50, n_synthetic: 50"
+    other = compared(f"arms.a={{{same}, n_ini: 20}}", f"arms.b={{{same}, n_ini: 90, dimension: 3}}")
+    assert "n_ini" not in other
+
+
+def test_fractions_are_compared_at_one_size_and_in_one_family() -> None:
+    arms = [f"arms.f{share}={{rule: fresh, fresh_fraction: 0.{share}, n_ini: 100}}" for share in (1, 2, 4)]
+    arms.append("arms.none={rule: fully_synthetic, n_ini: 100}")
+    found = compared(*arms)["fresh_fraction"]
+    assert found["fractions"] == [0, 0.1, 0.2, 0.4]
+    assert np.isnan(found["rank_correlation"]["low"])
+    arms[1:3] = [each.replace("n_ini: 100", "n_ini: 200") for each in arms[1:3]]
+    assert "fresh_fraction" not in compared(*arms)
+    arms[1:3] = [each.replace("n_ini: 200", "n_ini: 100, dimension: 3") for each in arms[1:3]]
+    assert "fresh_fraction" not in compared(*arms)
