@@ -1,6 +1,5 @@
 """The points of a sweep as a table for people, from its summary. Light to import."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ def _row(point: Mapping[str, Any], keys: list[str], trials: list[Mapping[str, An
     values, here = point["values"], exact(point["point"])
     searched = [each for each in trials if exact(each["point"]) == here and each["seed"] < FRESH_SEEDS]
     ends = sorted({f"{each['status'].lower()} at {each['step']}" for each in searched if each["status"] != "FINISHED"})
-    value = f"{math.fsum(values) / len(values):.4g}" if values else "–"
-    spread = f" [{point['low']:.4g}, {point['high']:.4g}]" if len(values) > 1 else ""
+    value = f"{point['mean']:.4g}" if values else "–"
+    low, high = point["low"], point["high"]
+    spread = f" [{low:.4g}, {high:.4g}]" if low is not None and isfinite(low) else ""
     return [*(short(point["point"].get(key)) for key in keys), value + spread, str(len(searched)), ", ".join(ends)]
