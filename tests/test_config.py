@@ -113,6 +113,10 @@ WRONG = {
         ["reward.function=bertscore_f1", "reward.options.bertscore_f1.layer=40"],
         "layer is 40, but",
     ),
+    "a key that is not there": (
+        ["reward.function=http", "reward.options.http={url: 'http://127.0.0.1:9', api_key_variable: NO_SUCH_KEY}"],
+        "the environment has no NO_SUCH_KEY",
+    ),
     "prompts without a fact": (
         ["reward.function=strict", "reward.options.strict.ignored=a red seven on black background"],
         "holds no word but those that are ignored",

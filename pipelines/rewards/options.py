@@ -213,6 +213,12 @@ class HttpOptions(RewardOptions):
             raise ValueError(f"the environment's {self.api_key_variable} holds what cannot be sent as a key")
         return found
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """The key that is named is there, unless the actors' environment is that of another machine."""
+        named = self.api_key_variable if "api_key_variable" in self.model_fields_set else None
+        if named and not self.key and "RAY_ADDRESS" not in os.environ:
+            raise ValueError(f"the environment has no {named}: export it")
+
 
 class JudgeOptions(HttpOptions):
     """A vision–language model behind an endpoint of OpenAI's form: its number from 0 to ``scale``, divided by that."""
