@@ -16,11 +16,7 @@ from orchestration.mad import run_mad
 from orchestration.mad_config import MadConfig
 from orchestration.mad_science import limit
 from orchestration.manifest import git_commit
-<<<<<<< HEAD
-from orchestration.mad_science import limit
-=======
 from policies.intervals import interval, paired_ratio
->>>>>>> d014b08 (Benchmarks import the commit from where it is)
 
 SAME = 1.2  # a ratio within 20 % either way counts as the same level
 

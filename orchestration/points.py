@@ -1,6 +1,7 @@
 """The points of a sweep as a table for people, from its summary. Light to import."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from policies.search_space import FRESH_SEEDS, exact, short
