@@ -13,7 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from pipelines.denoisers import denoising_steps, inspect, load_family
-from pipelines.denoisers.ddim import denoising_schedule
+from pipelines.denoisers.ddim import DdimFamily, denoising_schedule
 from pipelines.denoisers.schedulers import read_scheduler
 from pipelines.denoisers.stable_diffusion_3 import StableDiffusion3
 from pipelines.diffusion import DiffusionPolicy
@@ -152,11 +152,15 @@ MEANS_ELSE = {
 }
 
 
+def drawn_by(config: Any) -> Any:
+    return denoising_schedule(DdimFamily.scheduler(config), SamplingSettings(steps=4))
+
+
 @pytest.mark.parametrize("case", MEANS_ELSE)
 def test_fields_that_mean_something_else_are_refused(case: str) -> None:
     content, expected = MEANS_ELSE[case]
     with pytest.raises(ValueError, match=expected):
-        read_scheduler({"_class_name": "DDIMScheduler", **content}, "StableDiffusionXLPipeline").steps(4)
+        drawn_by(read_scheduler({"_class_name": "DDIMScheduler", **content}, "StableDiffusionXLPipeline"))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,14 @@ def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingS
     scheduler.set_timesteps(sampling.steps)
     scheduler.timesteps = timesteps = torch.tensor(steps.timesteps)
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    least = 0 if config.rescale_betas_zero_snr else 1e-30
+    if len(alphas) != config.num_train_timesteps or not (
+        alphas[0] < 1 and alphas[-1] >= least and (alphas.diff() < 0).all()
+    ):
+        raise ValueError(
+            "scheduler: its betas do not lead from less to more noise in as many steps as num_train_timesteps: check "
+            "beta_start, beta_end, beta_schedule and trained_betas"
+        )
     previous = torch.tensor(steps.previous)
     final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
     schedule = DenoisingSchedule(

@@ -7,10 +7,10 @@ their SDE. What would draw other images than the stock pipeline with ``DDIMSched
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from policies.settings import Settings, explain
 
@@ -95,33 +95,18 @@ class DdimConfig(Settings):
                 f"sampling.steps ({count}) by the scheduler's timestep_spacing {self.timestep_spacing}, steps_offset "
                 f"{self.steps_offset}, are timesteps {times.max()} to {times.min()} of {total}: choose other steps"
             )
-        self._check_levels()
         previous = times - total // count
         noisy = (previous >= 0) | ((times > 0) & (not self.set_alpha_to_one))
         return DenoisingSteps(times.tolist(), previous.tolist(), np.flatnonzero(noisy).tolist())
 
-    def _check_levels(self) -> None:
-        """Raise ValueError unless ᾱ falls strictly within 0 and 1 in the float32 that it is computed in."""
-        total = self.num_train_timesteps
-        betas = np.linspace(self.beta_start, self.beta_end, total)
-        if self.trained_betas is not None:
-            betas = np.array(self.trained_betas)
-        elif self.beta_schedule == "scaled_linear":
-            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, total) ** 2
-        elif self.beta_schedule == "squaredcos_cap_v2":
-            levels = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2) ** 2
-            betas = np.minimum(1 - levels[1:] / levels[:-1], 0.999)
-        alphas = np.cumprod(1 - betas.astype(np.float32), dtype=np.float32)
-        if len(betas) != total or not (1 > alphas[0] >= alphas[-1] > 0 and (np.diff(alphas) < 0).all()):
-            raise ValueError(
-                "scheduler: its betas do not lead from less to more noise in as many steps as num_train_timesteps "
-                f"({total}): check beta_start, beta_end, beta_schedule and trained_betas"
-            )
+    @model_validator(mode="after")
+    def _leaves_an_image(self) -> Self:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "scheduler: rescale_betas_zero_snr leaves no image in the first step, where a network that predicts "
-                "epsilon gives no number: set it to false, or bring a network with prediction_type v_prediction"
+                "rescale_betas_zero_snr leaves no image in the first step, where a network that predicts epsilon gives "
+                "no number: set it to false, or bring a network with prediction_type v_prediction"
             )
+        return self
 
 
 class FlowConfig(Settings):
