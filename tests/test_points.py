@@ -18,8 +18,8 @@ def trial(point: dict[str, Any], seed: int, status: str = "FINISHED") -> dict[st
 def test_a_row_is_a_point_over_its_seeds() -> None:
     one, two = {"training.learning_rate": 1e-4}, {"training.learning_rate": 0.01}
     points = [
-        {"point": one, "values": [0.5, 0.75], "low": 0.25, "high": 1.0},
-        {"point": two, "values": [], "low": None, "high": None},
+        {"point": one, "values": [0.5, 0.75], "mean": 0.625, "low": 0.25, "high": 1.0},
+        {"point": two, "values": [], "mean": None, "low": None, "high": None},
     ]
     trials = [trial(one, 0), trial(one, 1), trial(one, 1000), trial(two, 0, "STOPPED")]
     headings, rows = points_table({"metric": "reward/mean", "points": points, "trials": trials})
