@@ -68,15 +68,21 @@ class Sampler(Worker):
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
+        self._take(source)
+        return self.policy.rollout(prompts, seeds, source.version)
+
+    def divergence(self, source: Published, trajectory: Trajectory) -> np.ndarray:
+        """How far ``source``, which drew the trajectory, is from the base model: KL of the first images (≤ 16,) in
+        nats an image. Raises DamagedWeightsError as :meth:`rollout` does."""
+        self._take(source)
+        return self.policy.divergence(trajectory.first(_COMPARED), self.base)
+
+    def _take(self, source: Published) -> None:
+        """Hold exactly ``source``: a sampler that was started again holds the model's files, whatever it was sent."""
         if source.version != self.version:
             receipt = self.set_weights(source.version, ray.get(source.weights))
             if receipt.checksum != source.checksum:
                 raise DamagedWeightsError(f"weights version {source.version} came with another checksum than it left")
-        return self.policy.rollout(prompts, seeds, source.version)
-
-    def divergence(self, trajectory: Trajectory) -> np.ndarray:
-        """How far from the base model the trajectory's policy is: KL of its first images (≤ 16,) in nats an image."""
-        return self.policy.divergence(trajectory.first(_COMPARED), self.base)
 
     def _insides(self) -> list[tuple[Any, str, str]]:
         import torch

@@ -153,7 +153,9 @@ class Crew:
         others = self.config.training.ema_decay and self.samplers.published.version
         with self.drawing_with("averaged") if others else nullcontext():
             chunks = self.samplers.rollout(prompts, seeds)
-            return self.measure(chunks, prompts, [self.samplers.submit("divergence", chunks[0].trajectory)])
+            return self.measure(
+                chunks, prompts, [self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)]
+            )
 
     def measure(
         self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()

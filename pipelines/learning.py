@@ -166,7 +166,7 @@ class DiffusionLearner:
 
         tables = schedule, latents, log_probs, weights
         networks, how = (network, under(self.first), behaviour), (seed, self.training.log_density)
-        return Rollouts(*tables, *networks, *how, proximal if stale else None)
+        return Rollouts(*tables, *networks, *how, proximal if stale else None, lambda: self.learner.epoch)
 
     @property
     def _draws_average(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from policies.health import check_rewards
+from policies.health import SickNumbers, check_rewards
 from policies.settings import AdvantageSettings
 
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
@@ -33,7 +33,7 @@ class PromptStatistics:
         rewards = self._rewards.get(prompt, ())
         if len(rewards) < self.size / 2:
             return None
-        return float(np.mean(rewards)), float(np.std(rewards))
+        return _mean_and_std(np.array(rewards))
 
     def state(self) -> dict[str, list[float]]:
         """Everything a resumed run needs."""
@@ -50,21 +50,34 @@ def advantages(
     """Advantages (images,) float64 of one step's ``rewards`` (images,), clipped to ±``settings.clip``.
 
     ``history`` is updated with these rewards first, as in the reference implementation of the paper.
-    Raises SickNumbers on rewards that are not finite, or all equal.
+    A reward that equals all that it is compared with has an advantage of exactly 0: it teaches nothing.
+    Raises SickNumbers on rewards that are not finite, too large to be squared, or all equal.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     check_rewards(rewards, prompts)
     history.update(prompts, rewards)
-    everything = float(rewards.mean()), float(rewards.std())
+    everything = _mean_and_std(rewards)
     prompt_array = np.asarray(prompts)
     result = np.empty_like(rewards)
     for prompt in dict.fromkeys(prompts):
         members = prompt_array == prompt
         if settings.baseline == "group":
-            mean, std = float(rewards[members].mean()), float(rewards[members].std())
+            mean, std = _mean_and_std(rewards[members])
         elif settings.baseline == "history":
             mean, std = history.mean_and_std(prompt) or everything
         else:
             mean, std = everything
         result[members] = (rewards[members] - mean) / (std + _EPSILON)
     return np.clip(result, -settings.clip, settings.clip)
+
+
+def _mean_and_std(rewards: np.ndarray) -> tuple[float, float]:
+    """Of equal rewards exactly their value and 0: the mean of three times 0.1 is not 0.1, and divided by a deviation
+    as tiny the difference would be an advantage, which an optimiser that scales gradients makes a step of."""
+    if (rewards == rewards[0]).all():
+        return float(rewards[0]), 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = float(rewards.mean()), float(rewards.std())
+    if not np.isfinite(std):
+        raise SickNumbers("the rewards are too large for their mean and deviation: scale the reward down")
+    return mean, std

@@ -71,6 +71,7 @@ class PolicyLearner:
         self.settings = settings
         self.micro_batch = micro_batch
         self.moved = False  # whether the parameters are others than at the beginning of the step
+        self.epoch = 0  # the pass over the step's images that is being made
         self.group = group or Group()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
@@ -95,7 +96,8 @@ class PolicyLearner:
         share = settings.timesteps_per_image(len(steps))
         self.moved = False
         epochs = [torch.randperm(images, generator=generator) for _ in range(settings.inner_epochs)]
-        for members in (part for order in epochs for part in order.chunk(settings.updates_per_step)):
+        parts = ((epoch, part) for epoch, order in enumerate(epochs) for part in order.chunk(settings.updates_per_step))
+        for self.epoch, members in parts:
             picks = torch.stack(
                 [steps[torch.randperm(len(steps), generator=generator)[:share]] for _ in range(len(members))]
             )

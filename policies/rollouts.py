@@ -23,7 +23,7 @@ class Rollouts:
     the weights that drew them, ``advantage`` (images,). ``network`` is the one that learns; ``reference`` and
     ``behaviour`` are the same with the first weights of all, and with those that drew the images; without gradient.
     ``proximal``, too, with the weights that the step began with, where others drew the images; it answers None as long
-    as ``network`` still holds these.
+    as ``network`` still holds these. ``epoch``: which pass over the images is being made, from 0.
     """
 
     schedule: Schedule
@@ -36,13 +36,15 @@ class Rollouts:
     seed: int
     reduction: Reduction = "mean"
     proximal: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
+    epoch: Callable[[], int] = lambda: 0
 
     def noised(self, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0, ε and x_t of the forward process (batch, …). ε follows from the seed, the image and the step alone."""
+        """x_0, ε and x_t of the forward process (batch, …). ε follows from the seed, the pass over the images, the
+        image and the step alone: every pass has noise of its own."""
         clean = self.latents[images, -1]
-        generator = torch.Generator()
+        generator, stream = torch.Generator(), f"noise{self.epoch() or ''}"
         drawn = [
-            torch.randn(clean.shape[1:], generator=generator.manual_seed(derive_seed(self.seed, "noise", image, step)))
+            torch.randn(clean.shape[1:], generator=generator.manual_seed(derive_seed(self.seed, stream, image, step)))
             for image, step in zip(images.tolist(), steps.tolist(), strict=True)
         ]
         noise = torch.stack(drawn).to(clean)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from policies.advantages import PromptStatistics, advantages
 from policies.health import SickNumbers
@@ -39,9 +41,23 @@ def test_batch_baseline_normalises_over_all_images() -> None:
     np.testing.assert_allclose(result, (REWARDS - 16.5) / np.sqrt(np.mean((REWARDS - 16.5) ** 2)), atol=1e-5)
 
 
-def test_equal_rewards_of_a_prompt_give_no_advantage() -> None:
-    rewards = np.array([0.7 if prompt == "cat" else 0.2 for prompt in PROMPTS])
-    np.testing.assert_allclose(compute(rewards, PROMPTS), 0, atol=1e-6)
+@pytest.mark.parametrize("baseline", ["group", "history"])
+@given(size=st.integers(2, 33), value=st.floats(-1e12, 1e12), other=st.floats(-1e12, 1e12), steps=st.integers(1, 3))
+def test_equal_rewards_of_a_prompt_teach_exactly_nothing(
+    baseline: str, size: int, value: float, other: float, steps: int
+) -> None:
+    """However many they are: the mean of three times 0.1 is not 0.1 in floating point."""
+    assume(value != other)
+    history = PromptStatistics(4)  # each step gives at least half as many
+    for _ in range(steps):
+        rewards = np.array([value] * size + [other] * size)
+        found = compute(rewards, ["cat"] * size + ["dog"] * size, history, baseline=baseline, history_size=4)
+        assert not found.any()
+
+
+def test_rewards_too_large_to_be_squared_are_sick() -> None:
+    with pytest.raises(SickNumbers, match="scale the reward down"):
+        compute(np.array([1e200, -1e200, 1, 2, 3, 4]), PROMPTS)
 
 
 def test_a_reward_that_says_the_same_of_all_is_sick() -> None:

@@ -116,6 +116,31 @@ def test_noise_follows_from_seed_image_and_step() -> None:
     assert not torch.equal(replace(rollouts, seed=1).noised(images, steps)[1], together)
 
 
+@pytest.mark.parametrize("objective", ["reward_weighted", "negative_aware"])
+def test_every_pass_over_the_images_has_noise_of_its_own(objective: str) -> None:
+    def noises(epochs: int) -> list[Tensor]:
+        model, training, seen = NormalModel(), settings(objective, inner_epochs=epochs), list[Tensor]()
+        learner = PolicyLearner([model.mean], training, micro_batch=4096)
+        rollouts = replace(model.rollouts(near_the_goal), epoch=lambda: learner.epoch)
+
+        def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
+            order = torch.argsort(images * STEPS + steps)
+            seen.append((latents - rollouts.schedule.diffuse(rollouts.latents[images, -1], 0 * latents, steps))[order])
+            return model(latents, steps, images)
+
+        told = OBJECTIVES[objective](replace(rollouts, network=network), training)
+        learner.learn(told, IMAGES, torch.arange(1, STEPS - 1), torch.Generator().manual_seed(0))
+        return seen
+
+    torch.manual_seed(3)
+    first, second, third = noises(3)
+    torch.manual_seed(3)
+    assert torch.equal(noises(1)[0], first)  # one pass is what it was
+    distance = (first - second).abs().mean()
+    assert distance > 0.5 * first.abs().mean()
+    assert not torch.equal(second, third)
+
+
 @pytest.mark.parametrize(("advantage", "share"), [(1.0, 1.0), (5.0, 1.0), (0.0, 0.0), (-1.0, -1.0), (0.5, 0.5)])
 def test_negative_aware_pulls_and_pushes_by_its_optimality(advantage: float, share: float) -> None:
     """At θ_old both branches err alike, so the gradient is (2r − 1) times that of r = 1."""

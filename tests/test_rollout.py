@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -13,7 +14,7 @@ from pipelines.captioner import Captioner
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.trainable import load_weights, to_numpy
+from pipelines.trainable import checksum, load_weights, to_numpy
 from pipelines.trajectory import Trajectory
 from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
@@ -169,19 +170,21 @@ def test_ratio_is_one_where_the_last_step_is_deterministic(tiny_v_pipeline: Path
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_the_divergence_from_the_base_is_that_of_its_normal_steps(tiny_v_pipeline: Path, guidance_scale: float) -> None:
+def test_the_divergence_from_the_base_is_that_of_its_normal_steps(
+    tiny_v_pipeline: Path, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the mean it is log p − log p_base of the steps that were taken."""
     sampling = SamplingSettings(steps=5, guidance_scale=guidance_scale)
     model = ModelSettings(path=str(tiny_v_pipeline))
     base, sampler = DiffusionPolicy(model, sampling), Sampler(model, sampling, "cpu", 1)
     prompts, seeds = BATCH * 3, list(range(24))
     _, untouched = sampler.rollout(Published(), prompts, seeds)
-    np.testing.assert_array_equal(sampler.divergence(untouched), np.zeros(16))
+    np.testing.assert_array_equal(sampler.divergence(Published(), untouched), np.zeros(16))
 
     weights = {name: 1.2 * to_numpy(each) for name, each in base.network.named_parameters()}
     assert sampler.set_weights(1, weights).changed_tensors > 10
     _, trajectory = sampler.rollout(Published(1), prompts, seeds)
-    divergences, schedule = sampler.divergence(trajectory), base.schedule
+    divergences, schedule = sampler.divergence(Published(1), trajectory), base.schedule
     latents, conditions = torch.from_numpy(trajectory.latents), base.embed(prompts)
     taken, there = trajectory.log_probs, np.full((24, 5), np.nan)
     for step in schedule.stochastic_steps:
@@ -194,6 +197,11 @@ def test_the_divergence_from_the_base_is_that_of_its_normal_steps(tiny_v_pipelin
     assert divergences.shape == (16,)
     assert abs(ratios.mean() - divergences.mean()) < 4 * error
     assert divergences.mean() > 5 * error
+
+    restarted = Sampler(model, sampling, "cpu", 1)  # as Ray does it between the chunk and its measure
+    monkeypatch.setattr(ray, "get", lambda sent: sent)
+    sent = Published(1, checksum(weights), weights)
+    np.testing.assert_array_equal(restarted.divergence(sent, trajectory), divergences)
     assert sampler.set_weights(2, weights).changed_tensors == 0  # they are there again
 
 
