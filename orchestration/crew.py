@@ -120,7 +120,9 @@ class Crew:
         return weighted_sum(self.scores(chunks, what), self.rewards.weights)
 
     def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
-        """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something."""
+        """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something;
+        rounded to half precision, a small step need not."""
+        expect_change = expect_change and self.config.model.dtype == "float32"
         self._send(Published(update.version, update.checksum, weights), expect_change)
 
     def _send(self, sent: Published, expect_change: bool = False) -> None:

@@ -28,12 +28,13 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     encoders = sum(count for part, count in model.items() if part.startswith("text_encoder"))
     network, vae, text = (size * count for count in (model["unet"] + model["transformer"], model["vae"], encoders))
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
-    trained = adapter or network
+    trained = adapter or network * BYTES["float32"] // size
     latents = training.images_per_step * (config.sampling.steps + 1) * model["latent"] * BYTES["float32"]
     drawing = {"network": network, "autoencoder": vae, "text encoders": text}
     learning = drawing | {"LoRA": adapter, "gradient": trained, "optimiser": 2 * trained, "start of the step": trained}
     learning |= {"first model": trained * bool(training.kl_weight), "average": trained * bool(training.ema_decay)}
     learning |= {"weights before": trained * training.depth, "trajectories": latents}
+    learning |= {"float32 weights": trained * (trained != network and not adapter)}
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     held = {"sampler": drawing, "learner": learning, "captioner": captioning}
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments

@@ -178,7 +178,7 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
     fixed, update, call, each = (gain * cost for cost in _fitted(rows, seconds))
     with tempfile.TemporaryDirectory() as place:
         commit = clock(lambda: CheckpointStore(Path(place)).commit(1, learner.state().tensors, {}))
-    trained = list(learner.parameters.values())
+    trained = list(learner.masters.values())
     costs = {"gradient": Cost(call=call, each=each), "update": update, "commit": commit, "tensors": len(trained)}
     costs["learn"] = fixed + clock(lambda: checksum(learner.weights()))
     return costs | {"gradient_bytes": float(sum(p.nbytes for p in trained))}, whole, learner.weights()
@@ -195,7 +195,7 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
         raise ConfigError(f"{config.model.path}: nobody has counted its floating-point operations; {remedy}")
     network, size = model["unet"] + model["transformer"], BYTES[config.model.dtype]
     forward = 1e9 * model["forward"] * (1 + (config.sampling.guidance_scale > 1)) / rate
-    trained = model["lora"] * rank * 4 if rank else network * size
+    trained = BYTES["float32"] * (model["lora"] * rank or network)
     passes = (2 if rank else 3) + bool(config.training.kl_weight)
     captioner = config.captioner.path
     known = Costs(

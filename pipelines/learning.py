@@ -20,8 +20,10 @@ from pipelines.trainable import (
     copied,
     exported_adapter,
     exported_weights,
+    fill,
     from_numpy,
     load_weights,
+    masters,
     prepare,
     swapped,
     to_numpy,
@@ -42,6 +44,7 @@ OBJECTIVES = {
     "negative_aware": negative_aware,
 }
 
+_LOSS_SCALE = 2.0**16  # below 6e-8 a gradient in float16 is 0
 SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
 
@@ -74,9 +77,12 @@ class DiffusionLearner:
         if group.sharded:
             shard(self.policy.network, group.size)
             self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
-        self.learner = PolicyLearner(list(self.parameters.values()), training, self.micro_batch, group)
-        self.first = copied(self.parameters) if training.kl_weight else {}
-        self.average = copied(self.parameters) if training.ema_decay else {}
+        self.masters = masters(self.parameters)
+        scale = _LOSS_SCALE if self.policy.dtype == torch.float16 else 1.0
+        self.learner = PolicyLearner(list(self.masters.values()), training, self.micro_batch, group, scale)
+        self.learner.optimizer.register_step_post_hook(lambda *_: fill(self.parameters, self.masters))
+        self.first = copied(self.masters) if training.kl_weight else {}
+        self.average = copied(self.masters) if training.ema_decay else {}
         self.previous: dict[str, Tensor] = {}  # at depth 1: what the version before drew with
         self.weights_version = 0
 
@@ -93,7 +99,7 @@ class DiffusionLearner:
                 f"{self.weights_version}: at depth {self.training.depth} that cannot be"
             )
         schedule, training = self.policy.schedule, self.training
-        before = copied(self.parameters)
+        before = copied(self.masters)
         rollouts = self._rollouts(trajectory, advantage, before, seed)
         objective = OBJECTIVES[training.objective](rollouts, training)
         steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
@@ -104,7 +110,7 @@ class DiffusionLearner:
         teaching = None if training.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
         statistics = self.learner.learn(objective, len(advantage), steps, generator, teaching)
         statistics = replace(statistics, staleness=staleness, **found)
-        pairs = [(own_part(before[name]), own_part(value)) for name, value in self.parameters.items()]
+        pairs = [(own_part(before[name]), own_part(value)) for name, value in self.masters.items()]
         sick = not all(torch.isfinite(after).all() for _, after in pairs)
         *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
         changed = sum(different)
@@ -116,7 +122,7 @@ class DiffusionLearner:
         if training.depth:
             self.previous = copied(self.average) if self._draws_average else before
         for name, mean in self.average.items():
-            mean.lerp_(self.parameters[name].detach(), 1 - training.ema_decay)
+            mean.lerp_(self.masters[name].detach(), 1 - training.ema_decay)
         return statistics, changed
 
     def _replay(self, rollouts: Rollouts, steps: Tensor, generator: torch.Generator) -> dict[str, Any]:
@@ -187,13 +193,13 @@ class DiffusionLearner:
         return swapped(self.parameters, held) if held else nullcontext()
 
     def state(self) -> LearnerState:
-        """Trained parameters and the optimiser's moments; of the first of a group, the others' has no tensors."""
-        held: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
+        """Trained parameters and the optimiser's moments, in float32 whatever the network computes in; of the first of
+        a group, the others' has no tensors."""
+        held: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in self.masters.items()}
         held |= {f"average/{name}": mean for name, mean in self.average.items()}
         held |= {f"previous/{name}": value for name, value in self.previous.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.learner.optimizer.state.get(parameter, {}).items():
-                held[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        for name, moments in zip(self.masters, self.learner.moments(), strict=True):
+            held |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
         tensors = {}
         for key, value in held.items():
             whole = gathered(value)
@@ -205,23 +211,24 @@ class DiffusionLearner:
         """The inverse of :meth:`state`. Raises KeyError if the state is of another model or another LoRA."""
 
         def held(kind: str, name: str) -> Tensor:
-            like = self.parameters[name]
+            like = self.masters[name]
             return placed_as(from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
 
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.masters.items():
                 parameter.copy_(held("parameter", name))
+            fill(self.parameters, self.masters)
             for name, mean in self.average.items():
                 mean.copy_(held("average" if f"average/{name}" in state.tensors else "parameter", name))
         kept = [name for name in self.parameters if self.training.depth and f"previous/{name}" in state.tensors]
         self.previous = {name: held("previous", name) for name in kept}
-        for key, array in state.tensors.items():
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.masters}
+        for key in state.tensors:
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
-                like = self.parameters[name]
-                # AdamW keeps its count of steps on the CPU, and whole.
-                value = from_numpy(array, torch.float32 if moment == "step" else like.dtype)
-                self.learner.optimizer.state[like][moment] = value if moment == "step" else placed_as(value, like)
+                value = from_numpy(state.tensors[key], torch.float32)  # a count of steps is no part of a sharded tensor
+                moments[name][moment] = placed_as(value, self.masters[name]) if value.dim() else value
+        self.learner.restore_moments(list(moments.values()))
         self.weights_version = state.weights_version
 
     def save(self, directory: str | Path) -> None:
@@ -268,8 +275,9 @@ class DiffusionLearner:
     def _is_too_large(self) -> bool:
         """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""
         copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay) + self.training.depth
-        parameters = list(self.policy.network.parameters())
-        return sum(p.nbytes * (copies if p.requires_grad else 1) for p in parameters) > self._memory()
+        trained, network = self.parameters.values(), sum(p.nbytes for p in self.policy.network.parameters())
+        held = sum(p.numel() * torch.float32.itemsize * (copies - (p.dtype == torch.float32)) for p in trained)
+        return network + held > self._memory()
 
     def _activation_bytes(self) -> int:
         """Bytes that one transition more keeps for the backward pass, counted in real forward passes."""

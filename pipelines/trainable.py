@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,33 @@ def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
+def masters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The float32 weights that an optimiser moves: a parameter itself, or, of one of fewer bits, in which a step of
+    1e-5 would be lost, a copy that gathers its gradients. :func:`fill` puts what the copies hold into the network."""
+    held = dict(parameters)
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            held[name] = nn.Parameter(parameter.detach().float())
+            parameter.register_post_accumulate_grad_hook(partial(_hand_over, held[name]))
+    return held
+
+
+def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
+    """Add a micro-batch's gradient to what ``master`` has, in float32."""
+    assert parameter.grad is not None
+    gradient, parameter.grad = parameter.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad + gradient
+
+
 @contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """``parameters`` hold ``values`` in this block: the same network with other weights."""
     kept = copied(parameters)
-    _fill(parameters, values)
+    fill(parameters, values)
     try:
         yield
     finally:
-        _fill(parameters, kept)
+        fill(parameters, kept)
 
 
 def copied(parameters: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
@@ -53,7 +72,8 @@ def copied(parameters: Mapping[str, Tensor], device: str | None = None) -> dict[
     }
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+def fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Write ``values`` into ``parameters``, rounded to their type."""
     for name, parameter in parameters.items():  # .data: autograd need not know, as all is put back before it looks
         parameter.data.copy_(values[name])
 

@@ -4,7 +4,7 @@ Gradients are summed over transitions anyway, so timesteps are folded into the b
 transitions, computed in micro-batches of whatever size the device likes best.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -66,13 +66,17 @@ class PolicyLearner:
         settings: TrainingSettings,
         micro_batch: int,
         group: Group | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
+        """``loss_scale``: what losses are multiplied by for the way back, and gradients divided by; less of it, for an
+        update whose gradients it makes infinite."""
         self.parameters = list(parameters)
         self.settings = settings
         self.micro_batch = micro_batch
         self.moved = False  # whether the parameters are others than at the beginning of the step
         self.epoch = 0  # the pass over the step's images that is being made
         self.group = group or Group()
+        self.loss_scale = loss_scale
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -107,6 +111,18 @@ class PolicyLearner:
             updates.append(self._update(objective, drawn[rows], picks.flatten()[rows], count, first=not updates))
         return self._summary(updates)
 
+    def moments(self) -> list[dict[str, Tensor]]:
+        """What the optimiser knows of each parameter."""
+        return [dict(self.optimizer.state.get(parameter, {})) for parameter in self.parameters]
+
+    def restore_moments(self, moments: Sequence[Mapping[str, Tensor]]) -> None:
+        """The inverse of :meth:`moments`, wherever these are: AdamW's count of steps, too, belongs on the device of the
+        parameter, or its fused kernel fails there."""
+        known = {number: dict(each) for number, each in enumerate(moments) if each}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": known})
+        for parameter, state in self.optimizer.state.items():
+            assert all(value.device == parameter.device for value in state.values())
+
     def on_some(
         self, values: Callable[[Tensor, Tensor], Tensor], images: int, steps: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
@@ -123,11 +139,31 @@ class PolicyLearner:
 
     def _update(self, objective: Objective, images: Tensor, steps: Tensor, count: int, first: bool) -> _Update:
         """One optimiser update on the transitions (``images``, ``steps``), both (transitions,), of ``count`` in all."""
+        scale = self.loss_scale  # each update begins with all of it: there is no state that a resumed run would lack
+        loss, difference, norm = self._summed(objective, images, steps, count, scale)
+        while scale > 1 and not torch.isfinite(norm):
+            scale = max(1.0, scale / 16)
+            loss, difference, norm = self._summed(objective, images, steps, count, scale)
+        errors: dict[int, float] = {}
+        if first and difference is not None:
+            errors = check_reproduced(difference, steps, self.settings.ratio_tolerance)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.moved = True
+        elif self.settings.on_sick_numbers == "stop":
+            raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
+        return _Update(loss, difference, float(norm), errors)
+
+    def _summed(
+        self, objective: Objective, images: Tensor, steps: Tensor, count: int, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Leave all learners' gradients in the parameters, clipped. Returns all transitions' loss and Δ log p, and the
+        gradients' norm."""
         parts = None
         while parts is None:  # nothing is changed before the gradients are whole
             shortage = ""  # the error itself would keep what its frames hold
             try:
-                parts = self._gradients(objective, images, steps, count)
+                parts = self._gradients(objective, images, steps, count, scale)
             except torch.OutOfMemoryError as error:
                 if self.group.sharded:
                     raise ShortOfMemoryError(f"micro-batches of {self.micro_batch} do not fit into memory") from error
@@ -139,19 +175,15 @@ class PolicyLearner:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         self.group.sum_gradients(self.parameters)
+        if scale != 1:
+            for gradient in (parameter.grad for parameter in self.parameters if parameter.grad is not None):
+                gradient /= scale
         loss, difference = parts
-        loss, errors = self.group.gather(loss)[: len(images)], {}
+        loss = self.group.gather(loss)[: len(images)]
         if difference is not None:
             difference = self.group.gather(difference)[: len(images)]
-        if first and difference is not None:
-            errors = check_reproduced(difference, steps, self.settings.ratio_tolerance)
         norm = gathered(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm))
-        if torch.isfinite(norm):
-            self.optimizer.step()
-            self.moved = True
-        elif self.settings.on_sick_numbers == "stop":
-            raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
-        return _Update(loss, difference, float(norm), errors)
+        return loss, difference, norm
 
     def _summary(self, updates: Sequence[_Update]) -> UpdateStatistics:
         norms = [update.gradient_norm for update in updates if isfinite(update.gradient_norm)]
@@ -173,7 +205,7 @@ class PolicyLearner:
         return statistics
 
     def _gradients(
-        self, objective: Objective, images: Tensor, steps: Tensor, count: int
+        self, objective: Objective, images: Tensor, steps: Tensor, count: int, scale: float
     ) -> tuple[Tensor, Tensor | None]:
         """Add up the gradients of this learner's part of an update. Returns its transitions' loss and Δ log p."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +213,7 @@ class PolicyLearner:
         (images, steps), real = self.group.share(images, steps)
         for image, step in zip(images.split(self.micro_batch), steps.split(self.micro_batch), strict=True):
             loss, difference = objective(image, step)
-            (loss[: max(0, real)].sum() / count).backward()
+            (loss[: max(0, real)].sum() * scale / count).backward()
             real -= len(loss)
             losses.append(loss.detach())
             if difference is not None:

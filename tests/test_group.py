@@ -109,7 +109,7 @@ def learn(
     if state is not None:
         learner.restore(state)
     statistics, changed = learner.learn(trajectory, ADVANTAGE, seed=1)
-    parameters = learner.parameters
+    parameters = learner.masters
     held = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in learner.policy.network.parameters())
     gradients = {name: gathered(p.grad).numpy() for name, p in parameters.items() if p.grad is not None}
     return Outcome(
@@ -183,6 +183,22 @@ def test_after_six_updates_all_learners_are_equal_and_others_go_on(kind: str, mo
         there = together(pool, 2, learn, model, training, later, not sharding, state)[0]
         assert distance(there.gradients, here.gradients) < 1e-5
         assert distance(there.state.tensors, here.state.tensors) < 1e-5
+
+
+def test_learners_in_half_precision_share_out_float32_weights(models: Any, pool: list[Pool]) -> None:
+    model = models["unet"].model_copy(update={"dtype": "bfloat16"})
+    training = ONE_UPDATE.model_copy(update={"learning_rate": 1e-5})
+    trajectory = draw(model)
+    alone = learn(Group(), model, training, trajectory)
+    for sharding in (False, True):
+        first, second = together(pool, 2, learn, model, training, trajectory, sharding)
+        assert first.weights == second.weights
+        assert first.changed == alone.changed
+        assert distance(first.gradients, alone.gradients) < 1e-2
+        assert distance(first.state.tensors, alone.state.tensors) < 1e-3
+        assert {array.dtype for array in first.state.tensors.values()} == {np.dtype(np.float32)}
+        there = together(pool, 2, learn, model, training, trajectory, sharding, first.state)[0]
+        assert distance(there.gradients, first.gradients) < 1e-2
 
 
 def test_what_one_learner_finds_all_raise(models: Any, pool: list[Pool]) -> None:

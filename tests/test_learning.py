@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.checkpoint import CheckpointStore
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.learning import DiffusionLearner, LearnerState
 from pipelines.settings import ModelSettings
-from pipelines.trainable import checksum, load_weights
+from pipelines.trainable import checksum, fill, load_weights, masters, to_numpy
 from pipelines.trajectory import Trajectory
+from policies.learner import PolicyLearner
 from policies.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS
 
@@ -301,6 +303,81 @@ def test_the_average_follows_the_weights(model: ModelSettings, sampler: Diffusio
     learner.save(tmp_path)
     saved = dict(load_family(str(tmp_path), torch.float32).network.named_parameters())
     assert checksum({name: saved[name].numpy() for name in learner.weights()}) == average
+
+
+def test_a_half_precision_weight_learns_as_a_float32_one_does() -> None:
+    """200 AdamW steps at 1e-5: each is lost on a bfloat16 weight of 0.05, whose neighbours are 2e-4 away."""
+
+    def moved(dtype: torch.dtype) -> tuple[float, float]:
+        weight = torch.nn.Parameter(torch.full((4,), 0.05, dtype=dtype))
+        held = masters({"weight": weight})
+        training = TrainingSettings(images_per_step=8, updates_per_step=1, learning_rate=1e-5)
+        learner = PolicyLearner([*held.values()], training, micro_batch=8)
+        learner.optimizer.register_step_post_hook(lambda *_: fill({"weight": weight}, held))
+        average, before = held["weight"].detach().clone(), held["weight"].detach().clone()
+        for number in range(200):
+            generator = torch.Generator().manual_seed(number)
+            learner.learn(lambda images, _: (weight.sum() + images.to(dtype), None), 8, torch.arange(1), generator)
+            average.lerp_(held["weight"].detach(), 1e-3)
+        assert torch.equal(weight, held["weight"].to(dtype))
+        return float((held["weight"].detach() - before).mean()), float((average - before).mean())
+
+    found = moved(torch.bfloat16)
+    assert found == pytest.approx(moved(torch.float32), rel=1e-2)
+    assert found[0] == pytest.approx(-2e-3, rel=1e-2)
+
+
+def test_a_network_in_half_precision_learns_in_float32(tiny_v_pipeline: Path) -> None:
+    """Its ratio is 1, its state and averages are float32, and what goes on from its state goes on bit for bit."""
+    model = ModelSettings(path=str(tiny_v_pipeline), dtype="bfloat16")
+    sampler = DiffusionPolicy(model, SAMPLING)
+    keys = {"ema_decay": 0.999, "learning_rate": 1e-5, "kl_weight": 0.1}
+    learner, resumed = averaging(model, **keys), averaging(model, **keys)
+    begun = {name: value.clone() for name, value in learner.average.items()}
+    for version in range(2):
+        statistics, changed = learner.learn(draw(sampler, version), ADVANTAGE, seed=version)
+        assert changed == len(learner.masters)
+        assert max(statistics.first_update_error.values()) == 0
+        load_weights(sampler.network, learner.weights())
+        assert checksum(learner.weights()) == checksum(
+            {name: to_numpy(value) for name, value in sampler.network.named_parameters()}
+        )
+    state = learner.state()
+    assert {array.dtype for array in state.tensors.values()} == {np.dtype(np.float32)}
+    moved = sum(bool((mean != begun[name]).any()) for name, mean in learner.average.items())
+    assert moved > len(begun) / 2  # the others are 1 everywhere, where float32 has no neighbour as near
+    assert {parameter.dtype for parameter in learner.policy.network.parameters()} == {torch.bfloat16}
+    resumed.restore(state)
+    trajectory = draw(sampler, 2)
+    for each in (learner, resumed):
+        each.learn(trajectory, ADVANTAGE, seed=2)
+    assert checksum(resumed.state().tensors) == checksum(learner.state().tensors)
+
+
+def test_gradients_too_small_or_too_large_for_float16_arrive() -> None:
+    def gradient(size: float) -> float:
+        weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16))
+        training = TrainingSettings(images_per_step=8, updates_per_step=1, max_gradient_norm=1e9)
+        learner = PolicyLearner([*masters({"weight": weight}).values()], training, 8, loss_scale=2.0**16)
+        arange, generator = torch.arange(1), torch.Generator().manual_seed(0)
+        return learner.learn(
+            lambda images, _: (weight.float() * size + 0 * images, None), 8, arange, generator
+        ).gradient_norm
+
+    for size in (1e-9, 1e-3, 1.0, 1e3):
+        assert gradient(size) == pytest.approx(size, rel=1e-2)
+
+
+def test_the_optimisers_state_is_where_its_parameters_are() -> None:
+    """Seen on tensors that only pretend to be on a GPU: a fused AdamW wants its count of steps there, too."""
+    steps = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameter = torch.nn.Parameter(torch.zeros(2, device="cuda"))
+        learner = PolicyLearner([parameter], TRAINING, micro_batch=1)
+        learner.restore_moments([steps])
+        assert {value.device.type for value in learner.optimizer.state[parameter].values()} == {"cuda"}
+        parameter.grad = torch.ones_like(parameter)
+        learner.optimizer.step()
 
 
 @pytest.mark.parametrize("objective", ["reward_weighted", "negative_aware"])
