@@ -3,7 +3,6 @@
 A run that is inside a placement group already, a sweep's trial, lives in that one.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import ray
 from ray.util import get_current_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.allocation import Offer, Role, allocate
 from actors.failures import ActorLost
-from actors.settings import Role
 
 _CHECK_SECONDS = 2.0
 _MOVE_SECONDS = 10.0  # for Ray to move what was on a lost node to others
@@ -22,21 +21,24 @@ _MOVE_SECONDS = 10.0  # for Ray to move what was on a lost node to others
 
 @dataclass(frozen=True)
 class Seats:
-    """A role, and for each of its actors the part of the room that is its own; None: wherever Ray puts it."""
+    """A role, and for each of its actors the part of the room that is its own."""
 
     role: Role
-    places: Sequence[PlacementGroupSchedulingStrategy | None]
+    places: Sequence[PlacementGroupSchedulingStrategy]
 
 
 class Room:
-    """A Ray placement group with a bundle for each actor of ``roles``."""
+    """A Ray placement group with the bundles of all actors of ``roles``, who were planned for ``offers``.
 
-    def __init__(self, roles: Sequence[Role]) -> None:
-        self._roles = roles
-        bundles = [role.demand for role in roles for _ in range(role.count)]
-        # Spread over the nodes, so that no GPU is shared while another has nobody.
+    In a group that this process lives in already, ``offers`` are its bundles, and each actor takes its part of one.
+    """
+
+    def __init__(self, roles: Sequence[Role], offers: Sequence[Offer]) -> None:
+        self._roles, self._bundles = roles, allocate(roles, offers)
         self._next_check = self._whole = time.monotonic()
-        self._group: Any = None if get_current_placement_group() else placement_group(bundles, strategy="SPREAD")
+        self._outer: Any = get_current_placement_group()
+        demands = [bundle.demand for bundle in self._bundles]
+        self._group: Any = None if self._outer else placement_group(demands, strategy="SPREAD")
 
     def wait(self, timeout: float, meanwhile: Callable[[], None], *, for_new_nodes: bool = True) -> None:
         """Return once it is there; ``meanwhile`` is called every second.
@@ -50,7 +52,7 @@ class Room:
                 raise ActorLost("a node that this run was planned for is gone")
             if time.monotonic() > deadline:
                 wanted = "; ".join(f"{role.count} × {role.described}" for role in self._roles)
-                names = dict.fromkeys(name for role in self._roles for name in role.demand)
+                names = dict.fromkeys(name for bundle in self._bundles for name in bundle.demand)
                 free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in names)
                 raise TimeoutError(
                     f"no room on the cluster within {timeout:g} s (actors.timeout_seconds) for {wanted}; free: {free}"
@@ -69,16 +71,18 @@ class Room:
 
     def seats(self) -> dict[str, Seats]:
         """By the name of the role."""
-        numbers = itertools.count()
-        return {r.name: Seats(r, [self._place(next(numbers)) for _ in range(r.count)]) for r in self._roles}
+        group = self._group or self._outer
+        places: dict[str, list[PlacementGroupSchedulingStrategy]] = {role.name: [] for role in self._roles}
+        for number, bundle in enumerate(self._bundles):
+            index = number if self._group else bundle.node
+            for name in bundle.names():
+                places[name].append(PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index))
+        return {role.name: Seats(role, places[role.name]) for role in self._roles}
 
     def leave(self) -> None:
         """Give the room back."""
         if self._group is not None:
             remove_placement_group(self._group)
-
-    def _place(self, number: int) -> PlacementGroupSchedulingStrategy | None:
-        return self._group and PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
 
 
 def _alive() -> set[str]:

@@ -8,9 +8,9 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.allocation import mark
 from actors.failures import ActorLost, result
 from actors.placement import Seats
-from actors.settings import mark
 from actors.worker import ACTIVITIES
 
 POLL_SECONDS = 0.25

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from actors.allocation import reward_roles
 from actors.placement import Seats
 from actors.pool import Pool
-from actors.settings import reward_roles
 from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.rewards.options import RewardOptions

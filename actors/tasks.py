@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
+from actors.allocation import mark
 from actors.failures import ActorLost, result
 from actors.patrol import Patrol
 from actors.pool import POLL_SECONDS
-from actors.settings import mark
 from pipelines.atomic import Files
 from pipelines.tasks import Task, TaskStore, in_order
 

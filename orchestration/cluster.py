@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from actors.settings import Offer
+from actors.allocation import Offer
 from orchestration.package import excludes, shipped_files
 from pipelines.locations import CHECKOUT
 

@@ -1,6 +1,5 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Self
@@ -8,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from ray import ObjectRef
 
+from actors.allocation import cards_of
 from actors.captioner import CaptionerActor
 from actors.evaluator import EvaluatorActor
 from actors.learner import Learner, Update
@@ -57,9 +57,9 @@ class Crew:
 
     def _start(self) -> None:
         config = _portable(self.config)
-        gpus = math.ceil(sum(role.gpus * role.count for role in self.plan.roles) - 1e-6)
-        self._stack.enter_context(connected(gpus))
-        self._room = room = Room(self.plan.roles)
+        roles, offers = self.plan.roles, self.plan.offers
+        self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers)))))
+        self._room = room = Room(roles, offers)
         self._stack.callback(room.leave)
         stay = config.actors.on_node_loss == "wait"
         waiting = {"actors": "waiting for room on the cluster"}

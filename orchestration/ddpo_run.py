@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from actors.settings import Role
+from actors.allocation import Role
 from actors.worker import Account
 from orchestration.config import ConfigError, DdpoConfig, override, validate
 from orchestration.inputs import accept, changed_inputs, ddpo_inputs, placed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.settings import check_kind
+from actors.allocation import check_kind
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import about, validate
 from orchestration.mad_config import ArmSettings, MadConfig

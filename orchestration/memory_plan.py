@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from actors.settings import Offer, Role
+from actors.allocation import Offer, Role, cards_of
 from orchestration.config import DdpoConfig
 from pipelines.denoisers import inspect
 from pipelines.locations import find
@@ -38,7 +38,7 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     held = {"sampler": drawing, "learner": learning, "captioner": captioning}
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments
-    lines, crowds = [], Counter(map(tuple, cards(roles, offers)))
+    lines, crowds = [], Counter(map(tuple, cards_of(roles, offers)))
     for role in roles:
         parts = {name: amount / 1e9 for name, amount in held.get(role.name, {}).items() if amount}
         shown = ", ".join(f"{name} {amount:.3g}" for name, amount in parts.items()) or "models not counted"
@@ -70,17 +70,3 @@ def counted(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:
 
 def _sizes(shapes: Shapes) -> int:
     return sum(map(math.prod, shapes.values()))
-
-
-def cards(roles: Sequence[Role], offers: Sequence[Offer]) -> list[list[str]]:
-    """Who is on each GPU, as Ray seats ``roles``: of the node with most room, on the fullest GPU that has enough."""
-    free = [[1.0] * int(offer.get("GPU", 0)) for offer in offers]
-    names: list[list[list[str]]] = [[[] for _ in node] for node in free]
-    for role in [each for each in roles for _ in range(each.count) if each.gpus]:
-        kinds = [n for n, offer in enumerate(offers) if role.demand.keys() <= offer.keys()]
-        fitting = [(n, c) for n in kinds for c, left in enumerate(free[n]) if left >= role.gpus - 1e-6]
-        if fitting:
-            node, card = min(fitting, key=lambda at: (-sum(free[at[0]]), free[at[0]][at[1]]))
-            free[node][card] -= role.gpus
-            names[node][card].append(role.name)
-    return [card for node in names for card in node]

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from actors.settings import ActorSettings, Offer, Role, reward_roles
+from actors.allocation import Offer, Role, cards_of, reward_roles
+from actors.settings import ActorSettings
 from orchestration.cluster import Machine, find_machine, imagine_machine
 from orchestration.config import ConfigError, DdpoConfig
-from orchestration.memory_plan import cards, memory_plan
+from orchestration.memory_plan import memory_plan
 from orchestration.preflight import learnable_steps, preflight, seat
 from orchestration.stage_costs import StageCosts, assumed, measure
 from pipelines.atomic import write_json
@@ -57,7 +58,7 @@ def cast_of(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer], 
     for role in roles:
         if not role.gpus:
             seats[functions.get(role.name, role.name)] = [Seat("cpu", role.threads)] * role.count
-    for number, names in enumerate(cards(roles, offers)):
+    for number, names in enumerate(cards_of(roles, offers)):
         processors[f"gpu {number}"] = Processor()
         for name in names:
             seats.setdefault(functions.get(name, name), []).append(Seat(f"gpu {number}"))

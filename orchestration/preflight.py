@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.settings import Offer, Role, plan_roles, reward_roles
+from actors.allocation import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.memory_plan import memory_plan

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, ValidationError
 
-from actors.settings import Role, reward_roles
+from actors.allocation import Role, reward_roles
 from actors.worker import keep_memory
 from orchestration.cluster import ACTORS, available_cpus
 from orchestration.config import ConfigError, DdpoConfig, explain

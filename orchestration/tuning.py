@@ -104,7 +104,9 @@ def _fit(
 
     # The trial's own process stays on this machine, where its directory is; its actors go where there is room.
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    bundles: list[dict[str, float]] = [here, {"CPU": run.cpus_per_trial, "GPU": config.gpus_per_trial}]
+    gpus = config.gpus_per_trial  # a bundle each: what shares one is planned, not left to Ray
+    each = {"CPU": run.cpus_per_trial / max(1, gpus), "GPU": float(gpus > 0)}
+    bundles: list[dict[str, float]] = [here, *[each] * max(1, gpus)]
     with tempfile.TemporaryDirectory() as scratch:
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory(bundles)),

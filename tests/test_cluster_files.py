@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from actors.settings import Offer, Role, plan_roles
+from actors.allocation import Offer, Role, plan_roles
 from orchestration.config import DdpoConfig, load_config
 from pipelines.locations import CHECKOUT
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.settings import ActorSettings, Offer, Role, WorkerSettings, plan_roles
+from actors.allocation import Offer, Role, allocate, plan_roles
+from actors.settings import ActorSettings, WorkerSettings
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.mad_config import MadConfig
@@ -32,16 +33,17 @@ def test_shares_are_cut_so_that_nodes_hold_their_actors() -> None:
     assert all(0 < role.cpus <= 0.5 for role in roles.values())
     crowded = ActorSettings(samplers=3, nodes={"sampler": "preemptible", "captioner": "preemptible"})
     roles = plan(crowded, HEAD, STABLE, SPOT)
-    assert 4 * roles["sampler"].gpus <= 1
-    assert roles["sampler"].gpus == roles["learner"].gpus > 0
+    assert (roles["sampler"].gpus, roles["captioner"].gpus, roles["learner"].gpus) == (0.25, 0.25, 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_every_actor_finds_its_kind_of_node(count: int) -> None:
     nodes = {"learner": "stable", "sampler": "preemptible"}
     roles = plan(ActorSettings(samplers=count, nodes=nodes), HEAD, STABLE, *[SPOT] * count)
-    assert roles["learner"].demand["stable"] == roles["sampler"].demand["preemptible"] == 0.001
-    assert set(roles["reward"].demand) == {"CPU"}
+    planned = allocate(roles.values(), [HEAD, STABLE, *[SPOT] * count])
+    bundles = {name: each for each in planned for name in each.names()}
+    assert bundles["learner"].demand["stable"] == bundles["sampler"].demand["preemptible"] == 0.001
+    assert set(bundles["reward"].demand) == {"CPU"}
     assert count * roles["sampler"].gpus <= count
 
 
@@ -119,9 +121,10 @@ def test_room_is_for_all_actors_or_for_none(free_cpus: float) -> None:
     from tests.processes import wait_until
 
     most = Role("most", 1, free_cpus - 0.5, 0.0, 1, "cpu")
-    first, waited = Room([most]), []
+    offers = [{"CPU": free_cpus}]
+    first, waited = Room([most], offers), []
     first.wait(60, lambda: None)
-    second = Room([HALF])  # half of it would fit
+    second = Room([HALF], offers)  # half of it would fit
     with pytest.raises(TimeoutError, match=r"no room .* for 2 × half: 0\.5 CPU, .* free: 0\.5 CPU"):
         second.wait(1.5, lambda: waited.append(ray.available_resources()["CPU"]))
     assert set(waited) == {0.5}
@@ -152,7 +155,7 @@ def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None
             def group(self) -> str:
                 return get_current_placement_group().id.hex()
 
-        room = Room([HALF])
+        room = Room([HALF], get_current_placement_group().bundle_specs)
         room.wait(0, lambda: None)
         pool = Pool(room.seats()["half"], Where)
         room.leave()
