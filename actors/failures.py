@@ -9,9 +9,12 @@ import ray
 from policies.health import ShortOfMemoryError, SickNumbers
 
 _LINES = 10  # of a dead process's log
-_GET_SECONDS = 60.0
+_GET_SECONDS = 25.0
 # In the errors of torch.distributed.
 MARKS_OF_A_PEER = ("gloo/transport", "DistBackendError", "DistNetworkError", "DistStoreError")
+
+# A GPU without memory, or one that failed: what ran there can begin anew, on a card that nobody holds yet.
+_MARKS_OF_A_DEVICE = ("OutOfMemoryError", "AcceleratorError", "CUDA error")
 
 
 class ActorFailure(RuntimeError):  # noqa: N818
@@ -45,14 +48,24 @@ def _explain(error: Exception, what: str) -> NoReturn:
             raise MicroBatchTooLarge(f"{what}: {cause}") from error
         if isinstance(cause, ray.exceptions.RayError) and cause is not error:  # what it was to work on is gone
             raise ActorLost(f"{what}: {type(cause).__name__}: {_short(str(cause))}") from error
-        raise ActorFailure(f"{what}: {type(cause).__name__}: {cause}") from error
+        kind = (
+            ActorLost
+            if any(mark in f"{type(cause).__name__}: {cause}" for mark in _MARKS_OF_A_DEVICE)
+            else ActorFailure
+        )
+        raise kind(f"{what}: {type(cause).__name__}: {cause}") from error
     said = " ".join(str(error).split())
     if getattr(error, "actor_init_failed", False):  # a traceback
-        raise ActorFailure(f"{what}: {str(error).strip().splitlines()[-1]}") from error
+        raise _kind(said)(f"{what}: {str(error).strip().splitlines()[-1]}") from error
     pid = re.search(r"\bpid: (\d+)|Worker PID: (\d+)", said)
     words = last_words(int(pid[1] or pid[2])) if pid else []
     told = "; its last lines: " + " | ".join(words) if words else ""
     raise ActorLost(f"{what}: {type(error).__name__}: {_short(said)}{told}") from error
+
+
+def _kind(said: str) -> type[ActorFailure]:
+    """What an error that says so is: a GPU's is a loss, whose work begins anew, where another would come again."""
+    return ActorLost if any(mark in said for mark in _MARKS_OF_A_DEVICE) else ActorFailure
 
 
 def last_words(pid: int) -> list[str]:

@@ -6,9 +6,9 @@ business.
 """
 
 import contextlib
-import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 _DELAY_SECONDS = 15.0  # a run that is over by then does without
 _ASK_SECONDS = 2.0
 _SILENT_SECONDS = 20.0  # a watchman that does not answer for so long was stopped itself
+_NO_JOB, _MARK = "ffffffff", ":job_id:"
 _LOOK_SECONDS = 1.0  # a process is ended that is stopped at two looks
 
 
@@ -26,9 +27,9 @@ class Watchman:
 
     def __init__(self) -> None:
         self._ended: list[str] = []
-        # A worker that was started before it was known for which job says ffffffff: it may be somebody else's, whose
-        # work is done again just as well.
-        self._jobs = {os.environ.get("RAY_JOB_ID", ""), ray.get_runtime_context().get_job_id(), "ffffffff"}
+        self._job = ray.get_runtime_context().get_job_id()
+        node: Any = ray._private.worker._global_node
+        self._logs = Path(node.get_logs_dir_path())
         threading.Thread(target=self._watch, daemon=True).start()
 
     def report(self) -> list[str]:
@@ -53,9 +54,17 @@ class Watchman:
         raylet, found = psutil.Process().parent(), {}
         for process in raylet.children() if raylet else []:
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-                if process.status() == psutil.STATUS_STOPPED and process.environ().get("RAY_JOB_ID") in self._jobs:
+                if process.status() == psutil.STATUS_STOPPED and self._works_here(process):
                     found[process] = process.name()
         return found
+
+    def _works_here(self, process: psutil.Process) -> bool:
+        """Whether a worker is this job's. One that was started before it was known for which job says so in its log."""
+        job = process.environ().get("RAY_JOB_ID")
+        if job == _NO_JOB:
+            logs = [path.read_text(errors="replace") for path in self._logs.glob(f"worker-*-{process.pid}.err")]
+            job = next((line.removeprefix(_MARK) for log in logs for line in log.splitlines() if _MARK in line), None)
+        return job == self._job
 
 
 class Patrol:

@@ -9,7 +9,7 @@ from actors.allocation import reward_roles
 from actors.placement import Seats
 from actors.pool import Pool
 from actors.work import Chunk
-from actors.worker import Worker
+from actors.worker import Worker, device_is_lost, is_short_of_memory
 from pipelines.rewards.options import RewardOptions
 from pipelines.settings import RewardSettings
 
@@ -35,7 +35,9 @@ class RewardActor(Worker):
         for pause in _PAUSES:
             try:
                 return score(self.function, images, prompts, captions)
-            except RewardError:
+            except RewardError as failed:
+                if is_short_of_memory(failed) or device_is_lost(failed):
+                    raise  # more of the same would not help
                 time.sleep(pause)
         return score(self.function, images, prompts, captions)
 

@@ -16,6 +16,7 @@ from actors.allocation import mark
 from actors.failures import ActorLost, result
 from actors.patrol import Patrol
 from actors.pool import POLL_SECONDS
+from actors.worker import end_if_lost
 from pipelines.atomic import Files
 from pipelines.tasks import Task, TaskStore, in_order
 
@@ -121,6 +122,10 @@ def _perform(
 ) -> tuple[dict[str, Any], Files]:
     """In a worker: do one task, and note what it took."""
     wall, cpu = time.monotonic(), time.process_time()
-    files = work(kind, parameters, list(inputs), device)
+    try:
+        files = work(kind, parameters, list(inputs), device)
+    except Exception as error:
+        end_if_lost(error)
+        raise
     spent = {"wall_seconds": round(time.monotonic() - wall, 4), "cpu_seconds": round(time.process_time() - cpu, 4)}
     return {**spent, "device": device}, files

@@ -12,6 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from pipelines.trajectory import Trajectory
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 ACTIVITIES = {
     "ready": "loading",
@@ -23,6 +27,8 @@ ACTIVITIES = {
     "learn": "learning",
     "divergence": "comparing with the base",
 }
+
+_BY_IMAGE = {"rollout", "caption", "score", "judge"}
 
 Span = tuple[str, float, float]  # what, start and end in seconds since 1970; one within another is a part of it
 
@@ -69,7 +75,9 @@ class Worker:
         cls.__init__ = make  # type: ignore[method-assign, assignment]
         for name, method in inspect.getmembers(cls, inspect.isfunction):
             if name in vars(cls) and not name.startswith("_"):
-                setattr(cls, name, _noted(method, ACTIVITIES.get(name, name)))
+                setattr(
+                    cls, name, _noted(_in_halves(method) if name in _BY_IMAGE else method, ACTIVITIES.get(name, name))
+                )
 
     def __init__(self, threads: int, uses_torch: bool = True) -> None:
         keep_memory()
@@ -113,12 +121,74 @@ def keep_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def device_is_lost(error: BaseException | None) -> bool:
+    """Whether a GPU failed this process in a way that leaves it unusable: only a new process can go on."""
+    while error is not None:
+        if type(error).__name__ == "AcceleratorError" or (
+            isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        ):
+            return not is_short_of_memory(error)
+        error = error.__cause__
+    return False
+
+
+def is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether a device had no memory for what was asked, or for a part of it."""
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def end_if_lost(error: BaseException) -> None:
+    """End this process if its device is lost: Ray starts another, which does the work again."""
+    if device_is_lost(error):
+        print(f"the device is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _in_halves(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, of which every list and array has a row an image: where memory is short, half of the images are done
+    after the other, and what comes of them is joined."""
+
+    @functools.wraps(method)
+    def work(self: Worker, *arguments: Any) -> Any:
+        rows = next(len(each) for each in arguments if isinstance(each, list | np.ndarray))
+        try:
+            return method(self, *arguments)
+        except Exception as error:
+            if rows < 2 or not is_short_of_memory(error):
+                raise
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+        halves = slice(rows // 2), slice(rows // 2, None)
+        parts = [[each[half] if isinstance(each, list | np.ndarray) else each for each in arguments] for half in halves]
+        return _joined(*[work(self, *part) for part in parts])
+
+    return work
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """What was made of some images and of others, as if of all."""
+    if isinstance(one, tuple):
+        return tuple(map(_joined, one, other))
+    if isinstance(one, dict):
+        return {name: _joined(one[name], other[name]) for name in one}
+    if isinstance(one, Trajectory):
+        return Trajectory.concatenate((one, other))
+    return np.concatenate((one, other)) if isinstance(one, np.ndarray) else one + other
+
+
 def _noted(method: Callable[..., Any], what: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def work(self: Worker, *arguments: Any) -> Any:
         started = time.time()
         try:
             return method(self, *arguments)
+        except Exception as error:
+            end_if_lost(error)
+            raise
         finally:
             self.spans.append((what, started, time.time()))
 

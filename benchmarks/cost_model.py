@@ -27,12 +27,13 @@ from typing import Any
 import psutil
 from scipy.optimize import minimize_scalar
 
-from orchestration.cluster import available_cpus, connected
+from orchestration.cluster import connected
 from orchestration.config import DdpoConfig, load_config
 from orchestration.manifest import git_commit
 from orchestration.plan import foresee
 from orchestration.preflight import preflight
 from orchestration.stage_costs import StageCosts, measure
+from pipelines.limits import cpu_limit
 from policies.cost_model import Forecast
 
 CONFIG = Path("configs/ddpo/digits.yaml")
@@ -118,7 +119,7 @@ def run(out: Path, case: str, number: int) -> dict[str, Any]:
         began = time.monotonic()
         own = [f"seed={number}", f"output_dir={directory}", f"tracking.uri=sqlite:///{out.resolve()}/mlflow.db"]
         summary = json.loads(run_ddpo(configured(case, *own)).read_text())
-        others = (_busy() - before - summary["cpu_seconds"]) / available_cpus() / (time.monotonic() - began)
+        others = (_busy() - before - summary["cpu_seconds"]) / cpu_limit() / (time.monotonic() - began)
         lines = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
         kept = _observed(lines, summary["images"] / summary["steps"])
         record.write_text(json.dumps({"commit": git_commit(), "others": others, **kept}))
@@ -184,7 +185,7 @@ def main() -> None:
     correction = corrected(known[SEEN[0]], runs)
     path = chosen.out / "costs.json"
     path.write_text(correction.of(known[SEEN[0]]).model_dump_json(indent=1))
-    print(f"commit {git_commit()}, {available_cpus()} cores, medians of {chosen.rounds}; corrected costs: {path}")
+    print(f"commit {git_commit()}, {cpu_limit()} cores, medians of {chosen.rounds}; corrected costs: {path}")
     print(correction)
     print(f"{'case':<32}{'foreseen':>9}{'measured':>9}   images/s      others")
     failed = False

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from orchestration.cluster import available_cpus
 from orchestration.manifest import git_commit
+from pipelines.limits import cpu_limit
 
 WORK = """
 import statistics, sys, time, torch
@@ -53,7 +53,7 @@ def main() -> None:
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for state in ("idle", "busy"):
-            busy = max(1, available_cpus() // 2) if state == "busy" else 0
+            busy = max(1, cpu_limit() // 2) if state == "busy" else 0
             hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             try:
                 for name, (threads, spin) in CASES.items():
@@ -62,7 +62,7 @@ def main() -> None:
                 for hog in hogs:
                     hog.kill()
                     hog.wait()
-    conditions = f"commit {git_commit()}, {available_cpus()} cores, {rounds} rounds"
+    conditions = f"commit {git_commit()}, {cpu_limit()} cores, {rounds} rounds"
     print(f"{conditions}; median seconds of a call on 320 transitions")
     for name in CASES:
         idle, busy = (statistics.median(times[state, name]) for state in ("idle", "busy"))

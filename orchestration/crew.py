@@ -58,7 +58,7 @@ class Crew:
     def _start(self) -> None:
         config = _portable(self.config)
         roles, offers = self.plan.roles, self.plan.offers
-        self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers)))))
+        self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))
         self._room = room = Room(roles, offers)
         self._stack.callback(room.leave)
         stay = config.actors.on_node_loss == "wait"

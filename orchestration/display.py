@@ -28,6 +28,7 @@ from orchestration.config import visible
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
+_SILENT_SECONDS = 30.0  # after which a plain log says what it is waiting for
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _PIPE_WIDTH = 4000
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
@@ -112,6 +113,8 @@ class Display:
         self._step_times: list[float] = []
         self._spinner = Spinner("dots", style="cyan")
         self._live: Live | None = None
+        self._said_at = time.monotonic()
+        self.remedy = ""  # what can be done if this process is ended
 
     def __enter__(self) -> Self:
         self._started = self._last_step_at = time.monotonic()
@@ -129,6 +132,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays; above the panel on a terminal."""
+        self._said_at = time.monotonic()
         with contextlib.suppress(AttributeError):  # no terminal, so no encoding
             text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
         self.console.print(Text(text), soft_wrap=self._live is None)
@@ -136,6 +140,9 @@ class Display:
     def activity(self, states: Mapping[str, str]) -> None:
         """What each role does now, in place of what it did."""
         self._activities = dict(states)
+        if self._live is None and time.monotonic() - self._said_at > _SILENT_SECONDS:
+            busy = [f"{name}: {state}" for name, state in states.items() if state != "idle"]
+            self.say("waiting for " + ("; ".join(busy) or "what was asked for"))
 
     def step(self, step: int, metrics: Mapping[str, float], note: str = "") -> None:
         """A finished step, counted from 1; ``note`` says on the plain line what it was."""

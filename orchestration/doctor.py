@@ -1,6 +1,7 @@
 """What a run, a job or a dashboard would trip over, found beforehand: each finding is well, or says what to do."""
 
 import contextlib
+import os
 import platform
 import shutil
 import tempfile
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.text import Text
 
+from orchestration.cluster import check_scratch
 from orchestration.config import ConfigError, DdpoConfig, load_config
+from pipelines.limits import cpu_limit, memory_limit
 from pipelines.locations import CHECKOUT, find
 
 _FREE_BYTES = 5e9  # ample for the default models; below it a larger one will not end well
@@ -40,6 +44,7 @@ def examine(address: str | None, tracking_uri: str | None, config: Path | Sequen
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "packages": _packages,
         "GPU": _gpus,
+        "machine": _machine,
         "disk": _disk,
         "models": lambda: _models(settings),
         "Ray": lambda: _ray(address),
@@ -80,6 +85,13 @@ def _gpus() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
         yield Finding(f"GPU {number}: {name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+
+
+def _machine() -> Iterator[Finding]:
+    check_scratch()
+    whole, given = psutil.virtual_memory().total, memory_limit()
+    of = f" of {whole / 1e9:.1f}" if given < whole else ""
+    yield Finding(f"{cpu_limit()} of {os.cpu_count()} CPUs and {given / 1e9:.1f}{of} GB of memory may be used")
 
 
 def _disk() -> Iterator[Finding]:

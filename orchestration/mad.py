@@ -38,7 +38,7 @@ def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> 
 
 
 def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
-    with connected(run.experiment.gpus):
+    with connected(run.experiment.gpus, run.display.remedy):
         runner = TaskRunner(perform, run.store, **run.experiment.resources)
         for task in runner.run(wanted, lambda: run.watch(runner)):
             run.record(task)

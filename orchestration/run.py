@@ -60,6 +60,7 @@ class Run:
         self._is_new = not (directory / "manifest.json").exists()
         self._copied_from = _own_if_copy(directory, manifest)
         self.display = Display(f"{config.name} · {directory}", total, done, **shown)
+        self.display.remedy = f"ouroboros resume {directory}"
         self.seconds_by_stage: dict[str, float] = defaultdict(float)
         self.spans: list[Span] = []  # the stages since they were last written
         self._losses: list[int] = []  # where the run stood at each loss since it last came further

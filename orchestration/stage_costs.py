@@ -16,10 +16,11 @@ from pydantic import Field, ValidationError
 
 from actors.allocation import Role, reward_roles
 from actors.worker import keep_memory
-from orchestration.cluster import ACTORS, available_cpus
+from orchestration.cluster import ACTORS
 from orchestration.config import ConfigError, DdpoConfig, explain
 from orchestration.memory_plan import BYTES, counted
 from orchestration.preflight import Plan
+from pipelines.limits import cpu_limit
 from policies.cost_model import Cost, Costs
 from policies.settings import Settings
 
@@ -108,7 +109,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
         latent_bytes=trajectory.latents.nbytes / size / (steps + 1),
         **(NETWORK | ({"bus": LOOPBACK} if on_cpu else {})),
     )
-    machine = f"{available_cpus()} CPUs" if on_cpu else torch.cuda.get_device_name()
+    machine = f"{cpu_limit()} CPUs" if on_cpu else torch.cuda.get_device_name()
     return StageCosts(machine=machine, about=settings_behind(config), costs=known, micro_batch=micro_batch)
 
 

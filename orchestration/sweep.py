@@ -21,7 +21,7 @@ def run_sweep(config: SweepConfig, trusted: bool = False, changes: bool = False)
     """Run a sweep, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts, also if
     another began it and it is not ``trusted``, or it would read other things and no ``changes`` are accepted."""
     machine = preflight_sweep(config)
-    with SweepRun(config, machine, trusted, changes) as run, connected(machine.gpus):
+    with SweepRun(config, machine, trusted, changes) as run, connected(machine.gpus, run.display.remedy):
         _search(run)
         best = Table(run).best
         if config.confirm_seeds and best is not None and not run.budget.spent:

@@ -1,6 +1,5 @@
 """What Ray Tune is asked for: which trials, suggested and stopped by whom, on what part of the cluster."""
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from orchestration.trial import Trial, run_trial
 from policies.search_space import Dimension, Point
 
 # Paths stay what they are, Ctrl-C is the command's own, and Tune prints nothing.
-_TUNE = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 _SEED = "__trial_index__"  # where Tune's Repeater puts which repetition of a point a trial is
 
 
@@ -96,7 +94,6 @@ def _fit(
     run: SweepRun, resolve: Resolve, space: dict[str, Any], count: int, searcher: Any = None, scheduler: Any = None
 ) -> None:
     """Give trials to Tune and wait for them, each in a placement group of its own. A failed one fails alone."""
-    os.environ.update(_TUNE)
     config, tracking, changes = run.config, run.trial_tracking(), run.changes
 
     def trainable(chosen: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from pipelines.trajectory import Trajectory
 from policies.health import SickNumbers
 from policies.settings import SamplingSettings
 
+_KEPT_BYTES = 2**30  # of prompts' conditions, in the machine's memory
+
 
 class DiffusionPolicy:
     """A pipeline of any family on one device, bound to its sampling settings. Raises ValueError if they do not fit."""
@@ -49,11 +51,15 @@ class DiffusionPolicy:
             with torch.no_grad():
                 for prompt in unknown:
                     encoded = self.family.encode(prompt, self.device)
-                    self._conditions[prompt] = {name: tensor.clone() for name, tensor in encoded.items()}
+                    place = self.device if prompt is None else "cpu"  # that of None is asked for at every step
+                    self._conditions[prompt] = {name: each.to(place, copy=True) for name, each in encoded.items()}
             for encoder in self.family.text_encoders:
                 encoder.to("cpu" if self.device.type != "meta" else "meta")
         known = [self._conditions[prompt] for prompt in prompts]
-        return {name: torch.stack([each[name] for each in known]) for name in known[0]}
+        most = max(len(set(prompts)), _KEPT_BYTES // sum(tensor.nbytes for tensor in known[0].values()))
+        for oldest in [prompt for prompt in self._conditions if prompt is not None][:-most]:
+            del self._conditions[oldest]
+        return {name: torch.stack([each[name] for each in known]).to(self.device) for name in known[0]}
 
     def predict(
         self, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance_scale: float | None = None

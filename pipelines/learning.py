@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from pipelines.checkpoint import LearnerState, WeightsKind
 from pipelines.denoisers import load_family
 from pipelines.diffusion import DiffusionPolicy
+from pipelines.limits import memory_limit
 from pipelines.settings import ModelSettings
 from pipelines.sharding import own_part, placed_as, shard, unsharded
 from pipelines.trainable import (
@@ -270,7 +270,7 @@ class DiffusionLearner:
         """Bytes of the device that activations may take, and that weights may with all that training adds to them."""
         if self.policy.device.type == "cuda":
             return torch.cuda.get_device_properties(self.policy.device).total_memory // 2
-        return psutil.virtual_memory().total // 8
+        return memory_limit() // 8
 
     def _is_too_large(self) -> bool:
         """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""

@@ -1,13 +1,14 @@
 """What every test starts from: no network, one thread, fixed seeds, and tiny models built once."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,20 @@ import torch
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
+
+
+def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:
+    """Ray's threads read the environment, and the C library guards nobody who reads while another writes: as long as
+    Ray lives, what a test changes there is seen by Python and by what is started with it, and by no thread of Ray's."""
+
+    def careful(*words: bytes) -> None:
+        if not getattr(sys.modules.get("ray"), "is_initialized", bool)():
+            change(*words)
+
+    return careful
+
+
+os.putenv, os.unsetenv = _unless_ray_reads(os.putenv), _unless_ray_reads(os.unsetenv)  # what os.environ calls
 
 
 @pytest.fixture(scope="session", autouse=True)

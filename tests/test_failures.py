@@ -7,13 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from ray.exceptions import RayTaskError
 
-from actors.failures import ActorFailure, ActorLost
+from actors.failures import ActorFailure, ActorLost, _explain
 from actors.pool import wait_for
 from actors.tasks import TaskRunner
+from actors.worker import Worker, device_is_lost, is_short_of_memory
 from pipelines.atomic import Files
+from pipelines.rewards import RewardError
 from pipelines.tasks import Task, TaskStore
+from pipelines.trajectory import Trajectory
 from policies.health import SickNumbers
 
 
@@ -85,6 +91,77 @@ def test_work_on_what_is_gone_is_a_loss_and_no_failure(member: Any) -> None:
 
     with pytest.raises(ActorLost, match="sending weights: OwnerDiedError"):
         use_until_it_is_gone()
+
+
+class Memory:
+    """A captioner whose device has room for two images, and a reward whose device fails once."""
+
+    def caption(self, images: np.ndarray) -> list[str]:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [str(image[0, 0, 0]) for image in images]
+
+    def rollout(self, source: Any, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
+        self.caption(np.zeros((len(prompts), 1, 1, 3)))
+        latents, size = np.array(seeds, dtype=np.float32).reshape(-1, 1, 1, 1, 1), len(seeds)
+        return np.array(seeds), Trajectory(prompts, seeds, latents, np.zeros((size, 1)), source)
+
+    def judge(self, images: np.ndarray, prompts: list[str]) -> Any:
+        return {"full": np.array(prompts) == self.caption(images)}, {"digit": self.caption(images)}
+
+
+def test_where_memory_is_short_half_of_the_images_are_done_after_the_other() -> None:
+    class Short(Memory, Worker):
+        caption, rollout, judge = Memory.caption, Memory.rollout, Memory.judge
+
+        def __init__(self) -> None:
+            super().__init__(1)
+
+    worker, images = Short(), np.arange(7).repeat(3).reshape(7, 1, 1, 3)
+    said = [str(number) for number in range(7)]
+    assert worker.caption(images) == said
+    drawn, trajectory = worker.rollout(5, said, list(range(7)))
+    assert drawn.tolist() == trajectory.seeds == list(range(7))
+    assert (trajectory.prompts, trajectory.weights_version, len(trajectory.latents)) == (said, 5, 7)
+    verdicts, seen = worker.judge(images, said)
+    assert verdicts["full"].all()
+    assert seen == {"digit": said}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: out of memory")])
+def test_short_of_memory_for_one_image_is_a_loss(error: Exception) -> None:
+    """Others may hold the card: the run begins anew from its last commit."""
+    with pytest.raises(ActorLost, match="drawing"):
+        _explain(RayTaskError("rollout", "", error), "drawing")
+    assert is_short_of_memory(error)
+    assert not device_is_lost(error)
+
+
+class Fragile(Worker):
+    """Its device fails once, as a card that fell off the bus."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(1)
+        self.mark = mark
+
+    def score(self, images: np.ndarray) -> int:
+        if not self.mark.exists():
+            self.mark.touch()
+            try:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            except torch.AcceleratorError as error:
+                raise RewardError("the reward function failed") from error
+        return os.getpid()
+
+
+def test_an_actor_whose_device_is_lost_begins_anew_and_does_the_work_again(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    actor: Any = ray.remote(Fragile)
+    fragile = actor.options(num_cpus=0, max_restarts=2, max_task_retries=-1).remote(tmp_path / "mark")
+    wait_for([fragile.ready.remote()], "it begins", 60)
+    assert wait_for([fragile.score.remote(np.zeros(2))], "scoring", 60)
+    assert (tmp_path / "mark").exists()
 
 
 def hangs_if_told(kind: str, parameters: dict[str, Any], inputs: list[Files], device: str) -> Files:

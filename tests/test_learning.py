@@ -257,8 +257,7 @@ def test_micro_batches_shrink_with_the_memory_of_the_machine(
     model, training = ModelSettings(path=str(tiny_pipeline)), TrainingSettings(updates_per_step=1)
     wide = DiffusionLearner(model, SAMPLING, training, seed=0)
     taken = wide._activation_bytes()
-    memory = type("Memory", (), {"total": 8 * 10 * taken})
-    monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("pipelines.learning.memory_limit", lambda: 8 * 10 * taken)
     assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch
 
 
@@ -268,8 +267,7 @@ def test_activations_are_computed_twice_where_memory_is_small(
     """Which gives the same bits, and room for a micro-batch that there was none for."""
     usual = make_learner(model)
     taken = usual._activation_bytes()
-    memory = type("Memory", (), {"total": 8 * 3 * taken})
-    monkeypatch.setattr("pipelines.learning.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("pipelines.learning.memory_limit", lambda: 8 * 3 * taken)
     small = make_learner(model)
     assert [each.policy.network.is_gradient_checkpointing for each in (usual, small)] == [False, True]
     assert small._activation_bytes() < 0.8 * taken

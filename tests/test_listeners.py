@@ -1,12 +1,19 @@
 """Who can reach a run: nothing that a Ray of its own starts listens beyond loopback."""
 
+import ctypes
 import ipaddress
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
+from pipelines.locations import CHECKOUT
 from tests.network import listeners
 from tests.processes import start
 
@@ -37,3 +44,38 @@ def test_a_ray_of_ones_own_does_too_and_leaves_sigterm_alone(ray_session: None) 
     assert len(listeners(psutil.Process())) > 5
     assert not beyond(psutil.Process())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_ray_of_ones_own_has_a_token_of_its_own_and_ends_only_itself(tmp_path: Path) -> None:
+    """Its token is in no file; a process that was started meanwhile goes on; a part of it that is lost is named."""
+    program = """
+import os, subprocess, sys, time, psutil
+from orchestration.cluster import _name_of, _parts, connected
+with connected(0):
+    import ray
+    seen = ray.get(ray.remote(lambda: (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"])).remote())
+    assert seen == ("token", os.environ["RAY_AUTH_TOKEN"]) and len(seen[1]) == 64
+    guest = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN
+assert "RAY_AUTH_TOKEN" not in os.environ and guest.poll() is None
+with connected(0, "ouroboros resume RUN"):
+    while "dashboard agent" not in (names := {_name_of(part): part for part in _parts(psutil.Process())}):
+        time.sleep(0.1)
+    time.sleep(6)
+    guest.kill()
+    names["dashboard agent"].kill()
+    time.sleep(60)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")} | {"HOME": str(tmp_path)}
+    options: dict[str, Any] = {"env": environment, "cwd": CHECKOUT, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", program], timeout=200, **options)
+    assert done.returncode == 1
+    assert "Ray's dashboard agent (process" in done.stderr, done.stderr
+    assert "Go on with: ouroboros resume RUN" in done.stderr
+    assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+def test_rays_threads_do_not_see_what_a_test_changes(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUROBOROS_TEST", "seen")
+    assert os.environ["OUROBOROS_TEST"] == "seen"
+    assert ctypes.CDLL(None).getenv(b"OUROBOROS_TEST") == 0

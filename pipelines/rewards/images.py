@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class ClipScore(_Clip):
     def __init__(self, options: ClipScoreOptions, device: str = "cpu") -> None:
         super().__init__(options, device)
         self.template, self.tokenizer = options.template, transformers.AutoTokenizer.from_pretrained(self.path)
-        self._text = cache(self._embed_text)
+        self._text = lru_cache(4096)(self._embed_text)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Rewards that compare a caption with its prompt."""
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class SentenceCosine:
     def __init__(self, options: CosineOptions, device: str = "cpu") -> None:
         self.encoder = load_encoder(options.model, device)
         self.template = options.template
-        self._vector = cache(self._encode)
+        self._vector = lru_cache(4096)(self._encode)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         assert captions is not None

@@ -1,0 +1,87 @@
+"""The Ray that a run lives on: what is checked before it is started or joined, and what is ended with it."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestration import cluster
+from orchestration.cluster import _environment, _is_rays, check_answers, find_machine
+from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.preflight import preflight
+
+
+@pytest.fixture
+def mute() -> Iterator[int]:
+    """A port that takes connections and says nothing."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield server.getsockname()[1]
+
+
+def test_an_address_of_nobody_is_said_at_once_by_its_variables_name(monkeypatch: pytest.MonkeyPatch, mute: int) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 0.5)
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        free = server.getsockname()[1]
+    for address in (f"127.0.0.1:{free}", f"127.0.0.1:{mute}", "no.such.host.invalid:6379", "127.0.0.1:99999"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=rf"RAY_ADDRESS names the cluster {address}, but nothing answers there"):
+            preflight(load_config(DdpoConfig, None, []))
+
+
+def test_what_is_no_head_of_ray_is_refused() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ValueError, match="what listens there is no head of a Ray cluster"):
+            check_answers(f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_directory_that_ray_cannot_use_is_said_by_its_variables_name(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("d" * 60)
+    long.mkdir()
+    for name in ("RAY_TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for place, message in ((long, "is too long for Ray's sockets"), (tmp_path / "missing", "no directory to write to")):
+        monkeypatch.setenv(variable, str(place))
+        with pytest.raises(ValueError, match=rf"{variable} {place}.* {message}|{variable} {place}: {message}"):
+            find_machine("cpu")
+
+
+def test_only_rays_processes_are_rays() -> None:
+    import ray
+
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with (
+        subprocess.Popen(program) as stranger,
+        subprocess.Popen([*program, f"{os.path.dirname(ray.__file__)}/core/src/ray/raylet/raylet"]) as rays,
+    ):
+        try:
+            assert [_is_rays(psutil.Process(each.pid)) for each in (stranger, rays)] == [False, True]
+        finally:
+            stranger.kill()
+            rays.kill()
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_USER", "theirs")
+    with _environment({"OF_THE_USER": "ours", "OF_OURS": "ours"}):
+        assert (os.environ["OF_THE_USER"], os.environ["OF_OURS"]) == ("ours", "ours")
+    assert os.environ["OF_THE_USER"] == "theirs"
+    assert "OF_OURS" not in os.environ
