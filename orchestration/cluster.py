@@ -282,12 +282,12 @@ def _watch(over: int, head: str, remedy: str) -> None:
     """Until ``over`` is closed at its other end: look after a Ray of one's own, or the ``head`` of a joined one."""
     this = psutil.Process()
     parts: dict[int, tuple[str, psutil.Process]] = {}
-    poll, answers = select.poll(), True
+    poll, answers, whole = select.poll(), True, True
     poll.register(over)
     pause = _LOOK_SECONDS
     while True:
         known = {process for _, process in parts.values()}
-        for process in [] if external_address() else _parts(this):
+        for process in _parts(this) if whole and not external_address() else []:
             if process not in known:
                 with contextlib.suppress(OSError, psutil.Error):
                     descriptor = os.pidfd_open(process.pid)
@@ -299,15 +299,21 @@ def _watch(over: int, head: str, remedy: str) -> None:
             break
         if ended:
             name, process = parts[ended[0]]
-            _tell(f"Ray's {name} (process {process.pid}) has ended, and the run's actors with it{_then(remedy)}")
-            for part in [each for each in _parts(this) if each.is_running()]:
-                with contextlib.suppress(psutil.Error):
-                    part.kill()
-            os._exit(1)
+            _tell(f"Ray's {name} (process {process.pid}) has ended; if the run does not go on by itself{_then(remedy)}")
+            if name == "head":  # Ray would wait for a minute, in vain
+                for part in _parts(this):
+                    with contextlib.suppress(psutil.Error):
+                        part.kill()
+                os._exit(1)
+            whole = False
+            for descriptor in [each for each, (part, _) in parts.items() if part != "head"]:  # these follow it
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                del parts[descriptor]
         if external_address():
             before, answers = answers, _answers(head)
             if before and not answers:
-                _tell(f"the head of the Ray cluster, {head}, does not answer: this ends in a minute{_then(remedy)}")
+                _tell(f"the head of the Ray cluster, {head}, does not answer; if this ends in a minute{_then(remedy)}")
     for descriptor in parts:
         os.close(descriptor)
 
@@ -346,7 +352,7 @@ def _greet(host: str, port: int) -> None:
 
 
 def _then(remedy: str) -> str:
-    return f". Go on with: {remedy}" if remedy else ""
+    return f", go on with: {remedy}" if remedy else ", begin it again"
 
 
 def _tell(text: str) -> None:

@@ -64,6 +64,8 @@ with connected(0, "ouroboros resume RUN"):
     time.sleep(6)
     guest.kill()
     names["dashboard agent"].kill()
+    time.sleep(3)
+    names["head"].kill()
     time.sleep(60)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")} | {"HOME": str(tmp_path)}
@@ -71,7 +73,7 @@ with connected(0, "ouroboros resume RUN"):
     done = subprocess.run([sys.executable, "-c", program], timeout=200, **options)
     assert done.returncode == 1
     assert "Ray's dashboard agent (process" in done.stderr, done.stderr
-    assert "Go on with: ouroboros resume RUN" in done.stderr
+    assert "go on with: ouroboros resume RUN" in done.stderr
     assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
