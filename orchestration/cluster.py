@@ -40,9 +40,10 @@ _SHUTDOWN_SECONDS = 2.0
 _PARTS = {
     "ray/gcs/gcs_server": "head",
     "ray/raylet/raylet": "raylet",
-    "ray/dashboard/agent.py": "dashboard agent",
-    "ray/_private/runtime_env/agent/main.py": "environment agent",
+    "ray::DashboardAgent": "dashboard agent",
+    "ray::RuntimeEnvAgent": "environment agent",
 }
+_GRACE_SECONDS = 15.0  # in which a run whose Ray has no head any more may still end by itself
 _ANSWER_SECONDS = 10.0  # in which a cluster's head takes a connection
 _LATE_SECONDS = 25.0  # after which it is said that Ray has not started yet
 _LOOK_SECONDS, _LOOKS_APART = 0.5, 5.0  # between two looks at Ray's parts, some of which begin late
@@ -300,7 +301,11 @@ def _watch(over: int, head: str, remedy: str) -> None:
         if ended:
             name, process = parts[ended[0]]
             _tell(f"Ray's {name} (process {process.pid}) has ended; if the run does not go on by itself{_then(remedy)}")
-            if name == "head":  # Ray would wait for a minute, in vain
+            if name == "head":  # Ray would wait for a minute, in vain; a signal to all may have ended this process, too
+                alone = select.poll()
+                alone.register(over)
+                if alone.poll(1000 * _GRACE_SECONDS):
+                    break
                 for part in _parts(this):
                     with contextlib.suppress(psutil.Error):
                         part.kill()

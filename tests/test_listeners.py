@@ -50,7 +50,9 @@ def test_a_ray_of_ones_own_has_a_token_of_its_own_and_ends_only_itself(tmp_path:
     """Its token is in no file; a process that was started meanwhile goes on; a part of it that is lost is named."""
     program = """
 import os, subprocess, sys, time, psutil
+from orchestration import cluster
 from orchestration.cluster import _name_of, _parts, connected
+cluster._GRACE_SECONDS = 1
 with connected(0):
     import ray
     seen = ray.get(ray.remote(lambda: (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"])).remote())
