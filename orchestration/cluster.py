@@ -328,7 +328,9 @@ def _parts(this: psutil.Process) -> list[psutil.Process]:
     found = []
     for child in this.children():
         with contextlib.suppress(psutil.Error):
-            found += [each for each in (child, *child.children()) if _name_of(each)]
+            if name := _name_of(child):  # another child may have a Ray, too
+                agents = child.children() if name == "raylet" else []
+                found += [child, *filter(_name_of, agents)]
     return found
 
 
