@@ -26,6 +26,7 @@ from orchestration.manifest import (
     has_only_begun,
     open_run,
     original,
+    read_manifest,
     read_summary,
     working_directory,
     write_manifest,
@@ -277,9 +278,9 @@ def register(
     """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``, tagged with what it gained and
     with ``tags``. Returns its models:/ address. Raises ConfigError if it is a stranger's and not ``trusted``."""
     directory = directory.resolve()
-    manifest, pipeline = open_run(directory, trusted), directory / "pipeline"
-    if manifest.get("status") != "FINISHED" or not pipeline.exists():
+    if read_manifest(directory).get("status") != "FINISHED" or not (directory / "pipeline").exists():
         raise ConfigError(f"{directory} has no pipeline to register: it is not a finished DDPO run")
+    manifest = open_run(directory, trusted)
     sync(directory, say, None, trusted)
     try:
         summary = read_summary(directory)
