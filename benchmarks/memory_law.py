@@ -68,7 +68,7 @@ def main() -> int:
             f"{time.process_time() - began:13.0f}",
             flush=True,
         )
-        wrong += abs(apart) > 3
+        wrong += int(abs(apart) > 3)
     return wrong
 
 
