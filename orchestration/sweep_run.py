@@ -31,7 +31,8 @@ class Budget(Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Note what a trial has used."""
-        self._images[result["trial"]] = result["images"]
+        if "trial" in result:  # not in the last word of one that had nothing to report
+            self._images[result["trial"]] = result["images"]
         return False
 
     def stop_all(self) -> bool:

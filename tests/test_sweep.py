@@ -305,7 +305,7 @@ def test_successive_halving_stops_the_worse_and_confirms_the_best(
     journal = directory / "trials" / complete[0]["name"] / "metrics.jsonl"
     reported = {key for line in journal.read_text().splitlines() for key in json.loads(line)}
     example = configure(content).example
-    odd = {"step", "timestamp_ms", "digest", "seconds/evaluate", "seconds/commit"}
+    odd = {"step", "timestamp_ms", "_digest", "seconds/evaluate", "seconds/commit"}
     timesteps = {key for key in reported if key.startswith("first_update_error/")}
     assert reported - odd - timesteps == set(ddpo_metrics(example, ["a", "b", "c", "d"], []))
     assert found["reward_queries"] == sum(12 * each["step"] for each in found["trials"])
