@@ -108,7 +108,9 @@ def test_whatever_acts_on_a_strangers_run_asks_first(tmp_path: Path, own: Any, a
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         elsewhere.settimeout(0.01)
         own["config"]["tracking"]["uri"] = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
-        own |= {"status": "FINISHED" if act == "register" else "RUNNING"} | ({"seal": None} if left == "no seal" else {"seal": hashlib.sha256().hexdigest()})
+        own |= {"status": "FINISHED" if act == "register" else "RUNNING"} | (
+            {"seal": None} if left == "no seal" else {"seal": hashlib.sha256().hexdigest()}
+        )
         (tmp_path / "manifest.json").write_text(json.dumps(own))
         (tmp_path / "pipeline").mkdir()
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
