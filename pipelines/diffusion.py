@@ -45,16 +45,17 @@ class DiffusionPolicy:
         """The prompts' conditions; of None: what guidance leads away from. Each is computed once, alone, so it never
         depends on a batch; the text encoders take memory of the device only while they compute."""
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
+        home = "meta" if self.device.type == "meta" else "cpu"  # what has no numbers cannot be brought elsewhere
         if unknown:
             for encoder in self.family.text_encoders:
                 encoder.to(self.device)
             with torch.no_grad():
                 for prompt in unknown:
                     encoded = self.family.encode(prompt, self.device)
-                    place = self.device if prompt is None else "cpu"  # that of None is asked for at every step
+                    place = self.device if prompt is None else home  # that of None is asked for at every step
                     self._conditions[prompt] = {name: each.to(place, copy=True) for name, each in encoded.items()}
             for encoder in self.family.text_encoders:
-                encoder.to("cpu" if self.device.type != "meta" else "meta")
+                encoder.to(home)
         known = [self._conditions[prompt] for prompt in prompts]
         most = max(len(set(prompts)), _KEPT_BYTES // sum(tensor.nbytes for tensor in known[0].values()))
         for oldest in [prompt for prompt in self._conditions if prompt is not None][:-most]:
