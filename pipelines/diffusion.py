@@ -57,7 +57,8 @@ class DiffusionPolicy:
             for encoder in self.family.text_encoders:
                 encoder.to(home)
         known = [self._conditions[prompt] for prompt in prompts]
-        most = max(len(set(prompts)), _KEPT_BYTES // sum(tensor.nbytes for tensor in known[0].values()))
+        size = sum(tensor.nbytes for tensor in known[0].values()) or 1  # a model without text has empty ones
+        most = max(len(set(prompts)), _KEPT_BYTES // size)
         for oldest in [prompt for prompt in self._conditions if prompt is not None][:-most]:
             del self._conditions[oldest]
         return {name: torch.stack([each[name] for each in known]).to(self.device) for name in known[0]}
