@@ -20,7 +20,7 @@ from pipelines.pages import fill
 from pipelines.real_data import RealData
 from pipelines.rewards import RewardError
 from pipelines.tasks import Task
-from policies.data_rules import Manifest, training_sets
+from policies.data_rules import REAL, Manifest, training_sets
 from policies.mad_settings import LoopSettings
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
@@ -113,23 +113,29 @@ def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> Non
     """A mixture needs a sample for each of its components, a training set memory, and a variance a number."""
     from scipy.special import digamma, polygamma
 
-    level = doubt = 0.0  # of a Gaussian's log variance: mean and variance over universes
+    # Of each generation's Gaussian, the log variance: mean and variance over universes. Real samples set it anew.
+    levels: dict[int, tuple[float, float]] = {}
+    # A selection's samples are not counted from their mean, so that a spread far below it would be rounded away.
+    least = math.log(1e-28 if arm.rule == "curated" else 1e-300)
     for manifest in manifests:
         number, size = manifest.generation, manifest.size
         if arm.family == "mixture" and size < arm.modes:
             raise ValueError(f"generation {number} has {size} samples for {arm.modes} modes")
         if (held := _numbers(arm, size, image)) > _MOST_NUMBERS:
             raise ValueError(f"generation {number} has {size} samples, {held:.1e} numbers: {_MOST_NUMBERS:.1e} at most")
-        if [part.generation for part in manifest.parts] != [number - 1] or arm.covariance == "known":
-            level = doubt = 0.0  # of G1, or with others' samples beside the last model's
-        elif number > 1 and arm.family == "gaussian":
-            level += math.log(arm.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
-            doubt += polygamma(1, (size - 1) / 2)
-            if level - 6 * math.sqrt(doubt) < math.log(1e-300):
-                raise ValueError(
-                    f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
-                    "to hold: use fewer generations, more samples or a larger sampling_bias"
-                )
+        levels[number] = 0.0, 0.0
+        parts = {part.generation: part.size for part in manifest.parts}
+        if REAL in parts or arm.family != "gaussian" or arm.covariance == "known" or arm.accumulates:
+            continue
+        level, doubt = max((levels[g][0] + math.log(count / size), levels[g][1]) for g, count in parts.items())
+        level += math.log(arm.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
+        doubt += polygamma(1, (size - 1) / 2)
+        levels[number] = level, doubt
+        if level - 6 * math.sqrt(doubt) < least:
+            raise ValueError(
+                f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
+                "to hold: use fewer generations, more samples or a larger sampling_bias"
+            )
 
 
 def _numbers(arm: ArmSettings, size: int, image: int = 1) -> int:

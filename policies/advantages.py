@@ -9,6 +9,9 @@ from policies.health import SickNumbers, check_rewards
 from policies.settings import AdvantageSettings
 
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
+# Of a reward, what is no difference: the mean of three times 0.1 is not 0.1, nor is 0.1 + 0.2 + 0.3 of three functions
+# 0.3 + 0.2 + 0.1, and an optimiser that scales gradients would make a step of it.
+_ROUNDING = 1e-12
 
 
 def weighted_sum(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -67,15 +70,13 @@ def advantages(
             mean, std = history.mean_and_std(prompt) or everything
         else:
             mean, std = everything
-        result[members] = (rewards[members] - mean) / (std + _EPSILON)
+        gaps = rewards[members] - mean
+        gaps[np.abs(gaps) <= _ROUNDING * np.abs(rewards[members]).max()] = 0
+        result[members] = gaps / (std + _EPSILON)
     return np.clip(result, -settings.clip, settings.clip)
 
 
 def _mean_and_std(rewards: np.ndarray) -> tuple[float, float]:
-    """Of equal rewards exactly their value and 0: the mean of three times 0.1 is not 0.1, and divided by a deviation
-    as tiny the difference would be an advantage, which an optimiser that scales gradients makes a step of."""
-    if (rewards == rewards[0]).all():
-        return float(rewards[0]), 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(rewards.mean()), float(rewards.std())
     if not np.isfinite(std):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from policies.advantages import PromptStatistics, advantages
+from policies.advantages import PromptStatistics, advantages, weighted_sum
 from policies.health import SickNumbers
 from policies.settings import AdvantageSettings
 
@@ -53,6 +53,16 @@ def test_equal_rewards_of_a_prompt_teach_exactly_nothing(
         rewards = np.array([value] * size + [other] * size)
         found = compute(rewards, ["cat"] * size + ["dog"] * size, history, baseline=baseline, history_size=4)
         assert not found.any()
+
+
+@pytest.mark.parametrize("baseline", ["group", "history"])
+def test_equal_sums_of_several_rewards_teach_exactly_nothing(baseline: str) -> None:
+    """In whatever order they come to be the same: 0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1 in floating point."""
+    scores = {"a": np.array([0.1, 0.3, 1, 1]), "b": np.array([0.2, 0.2, 1, 1]), "c": np.array([0.3, 0.1, 1, 1])}
+    rewards = weighted_sum(scores, dict.fromkeys(scores, 1.0))
+    assert rewards[0] != rewards[1]
+    prompts = ["cat", "cat", "dog", "dog"]
+    assert not compute(rewards, prompts, PromptStatistics(4), baseline=baseline, history_size=4).any()
 
 
 def test_rewards_too_large_to_be_squared_are_sick() -> None:

@@ -26,6 +26,7 @@ from tests.test_mad_laws import measured
 
 MACHINE = Machine(cpus=2, gpus=0)
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
+SMALL_BIAS = ["n_ini=20", "n_synthetic=20", "memory=2", "sampling_bias=1e-12"]
 
 
 def refused(*overrides: str) -> str:
@@ -68,6 +69,8 @@ def refused(*overrides: str) -> str:
         (["n_ini=50", "dimension=100000"], "1.0e+10 numbers: 2.7e+08 at most"),
         (["n_ini=50", "sampling_bias=1e-06", "generations=60"], "generation 5"),
         (["n_ini=2", "generations=1000"], "is too small for a number to hold"),
+        (["rule=memory", "n_real=0", *SMALL_BIAS, "generations=60"], "generation 48: its variance"),
+        (["rule=curated", "reward=first_coordinate", "n_real=0", *SMALL_BIAS], "is too small for a number to hold"),
         ([*DIFFUSION, "sampling_bias=0.5", "diffusion.label_dropout=0.0"], "needs diffusion.label_dropout above 0"),
         ([*DIFFUSION, "sampling_bias=1e-40"], "guidance of scale 1e+40: at most 1000"),
         ([*DIFFUSION, "diffusion.classes=9"], "diffusion.classes is 9, the images have 10"),
