@@ -28,7 +28,7 @@ def paths_of(config: DdpoConfig) -> dict[str, str]:
     for name, options in config.reward.functions.items():
         paths = {key: getattr(options, key) for key in options.model_paths}
         own = options.model_dump() if name not in OPTIONS else {}
-        paths |= {key: value for key, value in own.items() if isinstance(value, str) and find(value)}
+        paths |= {key: value for key, value in own.items() if isinstance(value, str) and _is_data(value)}
         found |= {f"reward.options.{name}.{key}": path for key, path in paths.items()}
     return {key: path for key, path in found.items() if path}
 
@@ -37,6 +37,12 @@ def ddpo_inputs(config: DdpoConfig, held: Inputs | None = None) -> Inputs:
     """What a DDPO run reads. Content whose stamp is that of ``held`` is not read again."""
     code = [name for name in config.reward.functions if name not in OPTIONS]
     return fingerprints(paths_of(config), held) | code_of(code)
+
+
+def _is_data(value: str) -> bool:
+    """Whether an option names something to read: "/" and "." hold all there is here, and are words."""
+    found = find(value)
+    return found is not None and not Path.cwd().is_relative_to(found)
 
 
 def placed(content: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def _used(module: str) -> Iterator[tuple[str, Path]]:
 
 
 def _file(module: str) -> Path | None:
-    with contextlib.suppress(ImportError, ValueError, AttributeError):
+    with contextlib.suppress(Exception, SystemExit):  # the packages above it are imported, and may fail in any way
         spec = importlib.util.find_spec(module)
         return Path(spec.origin) if spec and spec.has_location and spec.origin and spec.origin.endswith(".py") else None
     return None

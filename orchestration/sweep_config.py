@@ -75,6 +75,9 @@ class SweepConfig(Settings):
         both = sorted(set(space) & set(self.fixed))
         if both:
             raise ValueError(f"{both[0]} is in both space and fixed: take it out of one")
+        for key in (*self.fixed, *space):
+            if whole := next((each for each in space if key.startswith(f"{each}.")), None):
+                raise ValueError(f"space.{whole} sets all below it, so {key} would be lost: name only keys below")
         own = sorted({"seed", "seeds", "output_dir", "tracking"} & {key.split(".")[0] for key in (*space, *self.fixed)})
         if own:
             raise ValueError(f"{own[0]} of a trial is set by the sweep: use the sweep's own seeds and tracking")

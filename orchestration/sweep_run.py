@@ -9,13 +9,14 @@ from ray.tune import Stopper
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError
 from orchestration.display import Row
-from orchestration.inputs import accept, fingerprints, paths_of
+from orchestration.inputs import Inputs, accept, code_of, fingerprints, paths_of
 from orchestration.manifest import new_manifest, open_run
 from orchestration.outbox import undelivered
 from orchestration.run import Run, new_directory, sync
 from orchestration.sweep_config import BudgetSettings, SweepConfig
 from orchestration.trial import Trial, metric_of, reports, trials_in
 from pipelines.locations import find
+from policies.search_space import corner_points
 
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
 
@@ -59,10 +60,7 @@ class SweepRun(Run):
         for key in _DECIDES if held else ():
             if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
-        example = config.example
-        paths = paths_of(example) if config.loop == "ddpo" else {"data.source": example.data.source}
-        read = {"config": config.config} | {f"trials.{key}": path for key, path in paths.items() if find(path)}
-        accept(directory, manifest, held, fingerprints(read, held.get("inputs")), changes)
+        accept(directory, manifest, held, _inputs(config, held.get("inputs")), changes)
         self.metric = metric_of(config)
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
@@ -125,3 +123,18 @@ class SweepRun(Run):
                 sync(trial.directory, self.display.say, why, self._trusted)
                 if untold:
                     trial.note(told=True)
+
+
+def _inputs(config: SweepConfig, held: Inputs | None) -> Inputs:
+    """What the trials read, those of every listed value: whichever of them begins later reads the same."""
+    read, code = {"config": config.config}, set()
+    for point in corner_points(config.dimensions):
+        trial = config.trial_config(point, 0)
+        paths = paths_of(trial) if config.loop == "ddpo" else {"data.source": trial.data.source}
+        for key, path in paths.items():
+            name = f"trials.{key}"
+            read[name if read.get(name, path) == path else f"{name} {path}"] = path
+        arms = trial.resolved_arms.values() if config.loop == "mad" else ()
+        code |= {arm.reward for arm in arms if arm.rule == "curated"} if arms else {*trial.reward.functions}
+    found = {key: path for key, path in read.items() if find(path)}
+    return fingerprints(found, held) | code_of(sorted(name for name in code if ":" in name))

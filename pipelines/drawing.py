@@ -95,7 +95,7 @@ def score(
     own = import_function(reward, "reward", BUILT_IN)
     try:
         scores = np.asarray(own(values, labels), np.float64)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {reward} failed: {described(error)}") from error
     if scores.shape != (len(values),) or not np.isfinite(scores).all():
         raise ValueError(

@@ -58,6 +58,17 @@ class _WordLoader(_Loader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, [*"-+0123456789"])
 
 
+def _as_written(loader: _Loader, node: yaml.ScalarNode) -> float:
+    """A number; not 010, which YAML 1.1 reads as 8, nor 1:30, which it reads as 90."""
+    if ":" in node.value or re.match(r"[-+]?0[\d_]+$", node.value):
+        raise _refusal(f"{node.value} is no number: write it without zeros before it and without colons", node)
+    return loader.construct_yaml_int(node) if node.tag.endswith("int") else loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_written)
+
+
 def parse_yaml(text: str, words: bool = False) -> Any:
     """The values of ``text``; with ``words`` every scalar is a string. Raises ValueError of one line."""
     try:

@@ -215,6 +215,10 @@ def test_bad_files_are_refused(text: str | bytes, expected: str, tmp_path: Path)
 
 def test_numbers_are_finite_and_words_are_kept(tmp_path: Path) -> None:
     """Also where no file is read; and what is quoted is text, what is merged or shared is written out."""
+    for other in ("010", "1:30", "-017", "1:30.5"):  # 8, 90, -15 and 90.5 in YAML 1.1
+        with pytest.raises(ConfigError, match="is no number"):
+            load_config(DdpoConfig, None, [f"training.steps={other}"])
+    assert load_config(DdpoConfig, None, ["training.steps=1_000", "seed=0"]).training.steps == 1000
     for infinite in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match="finite number"):
             TrainingSettings(learning_rate=infinite)

@@ -14,10 +14,11 @@ import pytest
 from orchestration.ahead import Ahead
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.ddpo_run import DdpoRun
-from orchestration.inputs import ddpo_inputs
+from orchestration.inputs import changed_inputs, ddpo_inputs
 from orchestration.manifest import has_only_begun, open_run, write_manifest
 from orchestration.run import _lock, check_output, going_on, new_directory, sync
-from orchestration.sweep_run import Budget, BudgetSettings
+from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_run import Budget, BudgetSettings, _inputs
 from orchestration.trial import Trial
 from pipelines.atomic import commit_directory, read_lines
 from pipelines.checkpoint import CheckpointStore
@@ -308,3 +309,25 @@ def test_a_budget_of_queries_counts_earlier_sessions() -> None:
 def test_commits_are_found_whatever_lies_beside_them(tmp_path: Path) -> None:
     lay(tmp_path / "checkpoints", "step-000003/", ".step-000004.partial/", "step-x", "notes.txt")
     assert CheckpointStore(tmp_path / "checkpoints").steps() == [3]
+
+
+def test_an_option_that_is_a_word_is_no_data(home: Path) -> None:
+    """ "/" and "." are directories, but nobody means to have them read whole."""
+    for word in ("/", ".", ".."):
+        assert "reward.options.own_reward:score.words" not in ddpo_inputs(
+            configured(f"reward.options={{'own_reward:score': {{words: {word!r}}}}}")
+        )
+
+
+def test_a_sweep_remembers_what_every_point_reads(home: Path) -> None:
+    """Its own trials refuse a difference; those that have not begun would not know of it."""
+    (home / "others.txt").write_text("c\nd\n")
+    space = {"prompts": ["prompts.txt", "others.txt"], "reward.function": ["own_reward:score", "strict"]}
+    config = load_config(SweepConfig, None, [f"space={json.dumps(space)}", "config=configs/ddpo/digits.yaml"])
+    before = _inputs(config, None)
+    assert {"config", "trials.prompts", "trials.prompts others.txt", "code of own_reward"} <= before.keys()
+    for name in ("others.txt", "helper_of_reward.py"):
+        with (home / name).open("a") as file:
+            file.write("# c\n")
+    changed = changed_inputs(before, _inputs(config, before))
+    assert changed.keys() == {"trials.prompts others.txt", "code of helper_of_reward"}

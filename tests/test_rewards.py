@@ -1,6 +1,7 @@
 """Rewards against independent computations, and the rule that a failure is never a zero."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,16 @@ def test_a_reward_that_raises_keeps_its_reason() -> None:
     with pytest.raises(RewardError, match="ConnectionError: the judge is away") as caught:
         score(failing, noisy_images(), [""] * 4, None)
     assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_code_that_ends_the_process_is_a_mistake_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without its guard would end a command with code 0 and no word, and a reward its actor."""
+    (tmp_path / "a_script.py").write_text("import sys\ndef redness(*a): return []\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot be imported: SystemExit: 0 \(at .*a_script.py:3"):
+        load_reward("a_script:redness", parse_options("a_script:redness", {}))
+    with pytest.raises(RewardError, match="failed: SystemExit: 3"):
+        score(lambda images, prompts, captions: sys.exit(3), NO_IMAGES, [], None)
 
 
 def test_a_mistake_is_told_where_it_was_made() -> None:

@@ -108,6 +108,8 @@ def statuses(directory: Path) -> dict[str, str]:
         ({"space": {}}, "space is empty"),
         ({"space": {"seeds": [1, 2]}}, "seeds of a trial is set by the sweep"),
         ({"fixed": {"sampling_bias": 0.5}}, "sampling_bias is in both space and fixed"),
+        ({"fixed": {"data.source": "mixture"}, "space": {"data": [{}]}}, "so data.source would be lost"),
+        ({"fixed": {}, "space": {"data.source": ["mixture"], "data": [{}]}}, "so data.source would be lost"),
         ({"scheduler": {"kind": "asha"}}, "a MAD trial reports once"),
         ({"config": "configs/mad/nothing.yaml"}, "there is no file"),
         (

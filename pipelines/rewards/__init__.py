@@ -44,7 +44,7 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
         if isinstance(own, type):
             try:
                 return own(**given)  # a class holds what it needs, and is called
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise RewardError(f"{name} could not be made: {described(error)}") from error
         return functools.partial(own, **given) if given else own
     told: Any = options  # each name has options of its own kind
@@ -87,7 +87,7 @@ def import_function(path: str, setting: str = "reward.function", built_in: Seque
         )
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # an imported module may fail in any way
+    except (Exception, SystemExit) as error:  # an imported module may fail in any way
         reason = f"module {module_name!r} cannot be imported: {described(error)}"
         raise ValueError(f"{setting} {path!r}: {reason}") from error
     function = getattr(module, function_name, None)
@@ -135,7 +135,7 @@ def score(
         scores = np.asarray(function(images, prompts, captions), dtype=np.float64)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"the reward function failed: {described(error)}") from error
     if scores.shape != (len(images),):
         raise RewardError(f"the reward function returned shape {scores.shape} for {len(images)} images")

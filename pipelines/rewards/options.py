@@ -106,24 +106,6 @@ def words_of(text: str) -> set[str]:
     """The runs of letters and digits in ``text``, in lower case."""
     return set(re.findall(r"[^\W_]+", text.lower()))
 
-    def facts(self, prompt: str) -> set[str]:
-        """What a caption has to name. Raises ValueError if that is nothing."""
-        if not (found := words_of(prompt) - set(self.ignored.lower().split())):
-            raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
-        return found
-
-    def check(self, prompts: Sequence[str]) -> None:
-        """Whether each has a fact."""
-        for prompt in prompts:
-            self.facts(prompt)
-
-
-class Question(Settings):
-    """What is asked about an image, and what is to be answered."""
-
-    question: str
-    answer: str
-
 
 class _Question(Settings):
     question: str
