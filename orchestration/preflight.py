@@ -147,11 +147,14 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
 def describe(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory. Raises ConfigError where models, tried out,
     do not fit together."""
+    from pipelines.evaluator import load_evaluator
     from pipelines.rehearsal import rehearse
 
-    if find(config.model.path):
-        with about():
+    with about():
+        if find(config.model.path):
             rehearse(config.model, config.sampling, config.captioner)
+        if evaluator := find(config.evaluation.evaluator or ""):
+            load_evaluator(evaluator)  # it is small
     learnable = learnable_steps(config)
     share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
     template = TEMPLATES / "ddpo_plan.txt"

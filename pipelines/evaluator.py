@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.digits import SLOTS, parse
+from pipelines.model_files import reading
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -93,13 +94,14 @@ def to_network_input(images: np.ndarray) -> Tensor:
 
 
 def load_evaluator(directory: str | Path, device: str = "cpu") -> Evaluator:
-    """Loads the judge from ``directory``."""
+    """Loads the judge from ``directory``. Raises ModelFilesError."""
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    network = EvaluatorNetwork(config["classes"], config["channels"], config["image_size"])
-    network.load_state_dict(load_file(directory / WEIGHTS_NAME))
+    with reading(directory):
+        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        network = EvaluatorNetwork(config["classes"], config["channels"], config["image_size"])
+        network.load_state_dict(load_file(directory / WEIGHTS_NAME))
     return Evaluator(network.to(device), config["classes"], config["image_size"])
 
 

@@ -143,6 +143,16 @@ def test_a_damaged_model_is_refused_by_the_dry_run(case: str, model: Path) -> No
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("content", [None, b"x" * 99])
+def test_a_damaged_evaluator_is_refused_by_the_dry_run(content: bytes | None, tmp_path: Path) -> None:
+    judge = shutil.copytree(PIPELINE.with_name("evaluator"), tmp_path / "judge")
+    (judge / "model.safetensors").unlink()
+    if content:
+        (judge / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=str(judge)):
+        dry_run(PIPELINE, f"evaluation.evaluator={judge}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
