@@ -219,3 +219,14 @@ def test_a_network_that_wants_more_than_its_prompt_is_refused(field: str, value:
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(ModelFilesError, match=f"unet/config.json: .*{field}"):
         inspect(tmp_path)
+
+
+def test_scales_that_the_stock_pipeline_does_not_read_change_nothing(tmp_path: Path) -> None:
+    """Another family's autoencoder may bring a shift, or means, that Stable Diffusion's own pipeline passes by."""
+    file = build_tiny_pipeline(tmp_path) / "vae/config.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    more = {"shift_factor": 0.5, "latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    file.write_text(json.dumps(told | more), encoding="utf-8")
+    vae, latents = (family := load_family(str(tmp_path), torch.float32)).pipeline.vae, torch.randn(1, 4, 8, 8)
+    expected = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    torch.testing.assert_close(family.decode(latents), expected, rtol=0, atol=0)

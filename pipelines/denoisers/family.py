@@ -32,6 +32,7 @@ class Family(ABC):
     pipeline_class: ClassVar[str]
     network_name: ClassVar[str] = "unet"
     options: ClassVar[Mapping[str, Any]] = {}  # for from_pretrained
+    scales: ClassVar[tuple[str, ...]] = ()  # of the autoencoder's configuration, those that the stock pipeline reads
 
     def __init__(self, pipeline: Any, files: ModelFiles) -> None:
         self.pipeline, self.files = pipeline, files
@@ -94,15 +95,15 @@ class Family(ABC):
         return (mean + schedule.sigma[step] * noise).to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in [−1, 1], (batch, 3, height, width): through the autoencoder, scaled back by its configuration."""
+        """Pixels in [−1, 1], (batch, 3, height, width): through the autoencoder, scaled as the stock pipeline does."""
         vae = self.pipeline.vae.to(latents.device)  # the first time: a learner never decodes
         config, latents = vae.config, latents.to(vae.dtype)
-        if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+        if all(name in self.scales and getattr(config, name, None) for name in ("latents_mean", "latents_std")):
             known = config.latents_mean, config.latents_std
             mean, std = (latents.new_tensor(each).view(1, -1, 1, 1) for each in known)
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor
-        if getattr(config, "shift_factor", None):
+        if "shift_factor" in self.scales and getattr(config, "shift_factor", None):
             latents = latents + config.shift_factor
         return vae.decode(latents, return_dict=False)[0]

@@ -15,6 +15,7 @@ class StableDiffusion3(Family):
 
     pipeline_class = "StableDiffusion3Pipeline"
     network_name = "transformer"
+    scales = ("shift_factor",)
 
     @staticmethod
     def scheduler(config: Any) -> Any:

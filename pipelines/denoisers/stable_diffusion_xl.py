@@ -16,6 +16,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_class = "StableDiffusionXLPipeline"
     options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+    scales = ("latents_mean", "latents_std")
 
     @classmethod
     def load(cls, files: ModelFiles, dtype: torch.dtype, device: str | None = None) -> Self:
