@@ -226,6 +226,9 @@ def test_the_numbers_of_a_mad_report_are_the_summarys(browser: Browser, mad: Pat
         assert badge == arm["verdict"]["goes_mad"]
         if effective := arm.get("effective_samples"):
             intervals = [effective[key].values() for key in ("n_e", "n_e_over_n_r") if key in effective]
-            expected = [effective["limit"], *(number for interval in intervals for number in interval)]
+            expected = [
+                effective["limit"],
+                *(number for interval in intervals for number in interval if number is not None),
+            ]
             assert numbers(browser, f"[data-effective='{name}']") == expected
     assert browser.run("return document.querySelectorAll('.bars > *').length") == GENERATIONS
