@@ -14,7 +14,6 @@ from pipelines.locations import check_model, find
 from pipelines.model_files import read_json, weight_shapes
 from pipelines.pages import fill
 from pipelines.prompts import read_prompts, unseen_words
-from pipelines.rewards.options import OPTIONS
 from pipelines.settings import CaptionerSettings, RewardSettings
 
 
@@ -87,14 +86,12 @@ def learnable_steps(config: DdpoConfig) -> int:
 
 
 def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
-    from pipelines.rewards import check_function
+    from pipelines.rewards import check_own
 
     for name, options in settings.functions.items():
         for option, path in options.model_paths.items():
             check_model(path, options.models[option], f"reward.options.{name}.{option}")
-        if name not in OPTIONS:
-            asked = ("images", "prompts", "captions")
-            check_function(name, "reward.function", asked, options.model_dump(), list(OPTIONS))
+        check_own(name, options)
         with about(f"reward.function {name}"):
             options.check(prompts)
 

@@ -552,6 +552,8 @@ def test_a_key_is_never_told(status: int, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["jpeg_incompressibilty"], "neither one of"),
         (["tests.rewards:blueness"], "has no 'blueness'"),
+        (["tests.rewards:two_arguments"], "takes (images"),
+        (["tests.rewards:redness", "size=3"], "takes (images"),
         (["jpeg_compressibility", "quality=3"], "unknown key 'quality'; known keys: none"),
         (["sentence_cosine", "template"], "is not key=value"),
     ],

@@ -78,6 +78,12 @@ def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> Rewar
     return HttpReward(told) if name == "http" else Judge(told)
 
 
+def check_own(name: str, options: RewardOptions) -> None:
+    """Raise ValueError if the reward ``name`` is one's own and cannot be called as a reward, with its ``options``."""
+    if name not in OPTIONS:
+        check_function(name, "reward.function", ("images", "prompts", "captions"), options.model_dump(), list(OPTIONS))
+
+
 def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = tuple(OPTIONS)) -> Any:
     """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
     module_name, separator, function_name = path.partition(":")
