@@ -16,8 +16,8 @@ _T5_TOKENS = 256  # what the stock pipeline of Stable Diffusion 3 gives to T5
 
 
 def read_prompts(path: str) -> tuple[list[str], list[str]]:
-    """The prompts of a UTF-8 text file, one a line, and those after the line ``[unseen]``, which are for evaluations
-    alone.
+    """The prompts of a UTF-8 text file, one a line, and those after the line ``[unseen]``, in any case, which are for
+    evaluations alone.
 
     Lines end with a line feed, a carriage return, or both; blank ones and those that start with # are left out. Raises
     ValueError naming the line.
@@ -40,7 +40,7 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
             name = f"U+{ord(odd[0]):04X}"
             raise ValueError(f"prompts: line {number} of {path!r} holds the control character {name}: take it out")
         if line.strip() and not line.lstrip().startswith("#"):
-            given.append(line.strip())
+            given.append(UNSEEN if line.strip().lower() == UNSEEN else line.strip())
     seen = given.index(UNSEEN) if UNSEEN in given else len(given)
     prompts, unseen = given[:seen], given[seen + 1 :]
     if not prompts:

@@ -21,6 +21,7 @@ LONG = "a red seven on a black background on a black background on a black backg
         (b"\xef\xbb\xbf# a comment\nred\n", (["red"], [])),
         (b"\xef\xbb\xbf[unseen]\nred\n", None),
         (b"red\r\nblue\r\n[unseen]\r\ngreen", (["red", "blue"], ["green"])),
+        (b"red\n[Unseen]\ngreen\n", (["red"], ["green"])),
         (b"red\rblue\r", (["red", "blue"], [])),
         ("ein Käfer\n日本\n👩‍🎨 at work\n".encode(), (["ein Käfer", "日本", "👩‍🎨 at work"], [])),
         (b"  # indented\n\tred \n", (["red"], [])),
