@@ -115,7 +115,8 @@ class DiffusionLearner:
         *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
         changed = sum(different)
         if not changed and self.training.on_sick_numbers == "stop":
-            raise SickNumbers("the step's updates changed no tensor: check learning rate and advantages")
+            why = "check the learning rate" if np.any(advantage) else "no image is better than what it is compared with"
+            raise SickNumbers(f"the step's updates changed no tensor: {why}")
         if sick:
             raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
