@@ -15,10 +15,26 @@ import yaml
 from pydantic import BaseModel
 
 from orchestration import run as run_directories
+from orchestration.cli_jobs import jobs_app
+from orchestration.cli_options import (
+    Address,
+    Changes,
+    DryRun,
+    File,
+    Follow,
+    NewId,
+    Overrides,
+    Root,
+    RunDirectory,
+    RunName,
+    Server,
+    Trust,
+)
+from orchestration.cli_runs import runs_app
 from orchestration.config import Config, ConfigError, DdpoConfig, about, load_config, override, visible
 from orchestration.display import Terminal as Console
 from orchestration.manifest import check_links, read_manifest
-from orchestration.runs import find_run, list_runs, remove, render_compare, render_list, render_show
+from orchestration.runs import find_run
 from pipelines.atomic import DamagedFiles
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -29,40 +45,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
-jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
-
-
-def _check_id(job: str | None) -> str | None:
-    if job is not None:
-        from orchestration.jobs import check_id
-
-        check_id(job)
-    return job
-
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as name=mine")]
-File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
-Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="a run's directory")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, or its name among the others")]
-RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="directories of runs, or their names")]
-Root = Annotated[Path, typer.Option(help="where the runs are")]
-Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]
-JobId = Annotated[
-    str, typer.Argument(metavar="ID", callback=_check_id, help="as submit printed it; see 'ouroboros jobs list'")
-]
-NewId = Annotated[
-    str | None, typer.Option("--id", callback=_check_id, help="name of the job; without it, one with the time")
-]
-Trust = Annotated[bool, typer.Option("--trust", help="act on it, and import what it names, though another began it")]
-Changes = Annotated[bool, typer.Option("--accept-changes", help="go on though what it reads has changed; recorded")]
-Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="print what the job logs, and end as it ends")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -265,54 +251,6 @@ def submit(
     raise typer.Exit(launch(job, package, address, follow))
 
 
-@jobs_app.command("list")
-def list_jobs(address: Address = None) -> None:
-    """One line a job."""
-    from orchestration.jobs import connect, render_jobs
-
-    Console().print(render_jobs(connect(address).list_jobs()))
-
-
-@jobs_app.command()
-def logs(job_id: JobId, address: Address = None, follow: Follow = False) -> None:
-    """What a job has logged."""
-    from orchestration.jobs import attend, connect
-
-    cluster = connect(address)
-    if follow:
-        raise typer.Exit(attend(cluster, job_id))
-    print(cluster.get_job_logs(job_id), end="")
-
-
-@jobs_app.command()
-def stop(job_id: JobId, address: Address = None) -> None:
-    """Stop a job. Its last commit stands, and its MLflow run is closed."""
-    from orchestration.jobs import connect
-    from orchestration.jobs import stop as stop_job
-
-    details = stop_job(connect(address), job_id)
-    hint = f"; go on with: ouroboros jobs resume {job_id}" if details.status == "STOPPED" else ""
-    print(f"{job_id} is {details.status.value.lower()}{hint}")
-
-
-@jobs_app.command("resume")
-def resume_job(
-    job_id: JobId,
-    address: Address = None,
-    new_id: NewId = None,
-    follow: Follow = True,
-    trust: Trust = False,
-    accept_changes: Changes = False,
-) -> None:
-    """Go on with the run that a job made, in a new job."""
-    from orchestration.jobs import Job, connect, launch, packed, run_of
-
-    run = run_of(connect(address), job_id)
-    flags = [*(["--trust"] if trust else []), *(["--accept-changes"] if accept_changes else [])]
-    job = Job.resume(["resume", run, *flags], run, new_id)
-    raise typer.Exit(launch(job, packed(Path.cwd()), address, follow))
-
-
 @app.command()
 def mlflow(
     directory: Annotated[Path, typer.Option(help="for database, artifacts and log")] = Path("mlflow"),
@@ -382,64 +320,6 @@ def serve_reward(
     whom = " those who have the token" if token else ""
     print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)
     serve(name, function, told, host, port, token)
-
-
-@runs_app.command("list")
-def list_command(root: Root = Path("runs")) -> None:
-    """One line a run."""
-    Console().print(render_list(list_runs(root)))
-
-
-@runs_app.command()
-def fork(
-    run: RunName,
-    overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option(help="the commit to begin from; without it, the newest")] = None,
-    root: Root = Path("runs"),
-    trust: Trust = False,
-) -> None:
-    """Make a DDPO run that begins at a commit of another, with other settings from there on."""
-    from orchestration.ddpo_run import DdpoRun
-
-    directory = DdpoRun.fork(find_run(run, root).directory, overrides or [], step, trust)
-    print(f"go on with: ouroboros resume {directory}")
-
-
-@runs_app.command()
-def rm(
-    names: RunNames,
-    root: Root = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-) -> None:
-    """Remove runs from the disk. What MLflow knows of them stays."""
-    found = [find_run(name, root) for name in names]
-    if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
-        for each in found:
-            remove(each)
-
-
-@runs_app.command()
-def register(
-    run: RunName,
-    name: Annotated[str, typer.Argument(metavar="MODEL", help="name of the registered model")],
-    alias: Annotated[str, typer.Option(help="what this version is called from now on")] = "best",
-    root: Root = Path("runs"),
-    trust: Trust = False,
-) -> None:
-    """Make the pipeline of a finished DDPO run a version of an MLflow model."""
-    print(run_directories.register(find_run(run, root).directory, name, alias, print, trusted=trust))
-
-
-@runs_app.command()
-def show(run: RunName, root: Root = Path("runs")) -> None:
-    """Everything about one run."""
-    Console().print(render_show(run, root))
-
-
-@runs_app.command()
-def compare(names: RunNames, root: Root = Path("runs")) -> None:
-    """Runs side by side: what differs in their configuration, and what came out."""
-    Console().print(render_compare(names, root))
 
 
 def _read(
