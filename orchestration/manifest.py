@@ -64,7 +64,7 @@ class RealImages(BaseModel):
 class Manifest(_Said):
     """manifest.json: what a run is made of, with what, and how far it is."""
 
-    name: str
+    name: str | None = None
     loop: str
     config: dict[str, Any]
     status: str | None = Field(None, description="RUNNING, FINISHED, KILLED or FAILED")
@@ -94,7 +94,7 @@ class Manifest(_Said):
 class Summary(_Said):
     """summary.json: what came out of a run that is done."""
 
-    wall_seconds: Seconds
+    wall_seconds: Seconds | None = None
     seconds_by_stage: dict[str, float] = {}
     git_commit: str | None = None
     mlflow_run_id: str | None = None
