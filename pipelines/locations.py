@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 def find(path: str) -> Path | None:
     """The file or directory ``path`` names, or None."""
-    for candidate in (Path(path).expanduser(), CHECKOUT / path):
+    for candidate in (Path(path).expanduser(), CHECKOUT / path) if path else ():
         if os.path.exists(candidate):  # what may not be looked at is not there either
             return candidate.resolve()
     return None
