@@ -59,6 +59,8 @@ def interval(values: np.ndarray, scale: Scale = "plain") -> Interval:
         mean, half = on_scale.mean(axis=0), half_width(seeds) * on_scale.std(axis=0, ddof=1)
         if seeds < FEWEST.get(scale, 2) or scale == "expectation":
             half = np.where((seeds >= FEWEST[scale]) & (scale != "expectation" or _is_tame(values)), half, nan)
+        if scale == "share":  # seeds that all show 0 or 1 are not certain of it
+            half = np.where(half > 0, half, nan)
         return Interval(back(mean), back(mean - half), back(mean + half))
 
 

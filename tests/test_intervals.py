@@ -24,10 +24,10 @@ def test_a_plain_interval_is_students(rng: np.random.Generator) -> None:
 
 def test_distances_have_their_geometric_mean_and_shares_stay_shares() -> None:
     assert interval(np.array([1.0, 10.0, 100.0]), "logarithm").mean == pytest.approx(10)
-    mean, low, high = interval(np.array([[1.0, 0.0], [0.98, 0.0], [0.99, 0.0]]), "share")
-    assert mean == pytest.approx([0.993, 0], abs=1e-3)
+    mean, low, high = interval(np.array([[1.0, 0.0], [0.98, 0.0], [0.99, 0.01]]), "share")
+    assert mean == pytest.approx([0.993, 0.001], abs=1e-3)
     assert low == pytest.approx([0.94, 0], abs=0.05)
-    assert high == pytest.approx([1, 0])
+    assert high == pytest.approx([1, 0.05], abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,9 @@ def test_a_rank_correlation_of_few_seeds_has_no_interval(rng: np.random.Generato
     rho, low, high, each = rank_correlation(levels, values)
     assert low < rho < high
     assert each[7] == pytest.approx(stats.spearmanr(levels, values[7]).statistic)
+
+
+def test_equal_shares_are_no_certainty() -> None:
+    found = interval(np.array([[1.0, 0.0, 0.5], [1.0, 0.0, 0.6], [1.0, 0.0, 0.7]]), "share")
+    assert found.mean == pytest.approx([1, 0, 0.6], abs=1e-2)
+    assert np.isnan(found.low).tolist() == np.isnan(found.high).tolist() == [True, True, False]
