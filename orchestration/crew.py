@@ -56,6 +56,8 @@ class Crew:
         self._stack.close()
 
     def _start(self) -> None:
+        for note in self.plan.notes:
+            self._display.say(f"warning: {note}")
         config = _portable(self.config)
         roles, offers = self.plan.roles, self.plan.offers
         self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))

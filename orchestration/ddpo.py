@@ -41,8 +41,6 @@ def resume_ddpo(directory: Path, trusted: bool = False, changes: bool = False, w
 
 def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
     with run:
-        for note in plan.notes:
-            run.display.say(f"warning: {note}")
         while True:
             try:
                 with Crew(run.config, plan, run.display, run.profile) as crew:
