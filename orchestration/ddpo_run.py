@@ -16,7 +16,7 @@ from actors.allocation import Role
 from actors.worker import Account
 from orchestration.config import ConfigError, DdpoConfig, override, validate
 from orchestration.inputs import accept, changed_inputs, ddpo_inputs, placed
-from orchestration.manifest import new_manifest, open_run, write_manifest
+from orchestration.manifest import ids, new_manifest, open_run, write_manifest
 from orchestration.preflight import preflight
 from orchestration.run import Run, new_directory
 from orchestration.timeline import append_spans
@@ -38,7 +38,7 @@ class DdpoRun(Run):
     def __init__(self, directory: Path, config: DdpoConfig, manifest: dict[str, Any], profile: bool = False) -> None:
         super().__init__(directory, config, manifest, config.training.steps)
         self.profile = profile
-        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, ids(manifest))
         self._stand_at_commit()
         before = self.checkpoint.state if self.checkpoint else {}  # what earlier sessions used
         self._wall_before, self._cpu_before = before.get("wall_seconds", 0.0), before.get("cpu_seconds", 0.0)
@@ -79,7 +79,7 @@ class DdpoRun(Run):
         """
         directory = Path(config.output_dir or "")
         manifest, content = open_run(directory), config.model_dump(mode="json")
-        step = CheckpointStore(directory / "checkpoints").adopt(commit)
+        step = CheckpointStore(directory / "checkpoints", owners=ids(manifest)).adopt(commit)
         if content != manifest["config"]:
             manifest.setdefault("adopted", []).append({"step": step, "before": manifest["config"]})
         write_manifest(directory, manifest | {"config": content, "committed_step": step})
@@ -92,7 +92,8 @@ class DdpoRun(Run):
         Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or
         is a stranger's that names code and is not ``trusted``.
         """
-        manifest, store = open_run(source, trusted), CheckpointStore(source / "checkpoints")
+        manifest = open_run(source, trusted)
+        store = CheckpointStore(source / "checkpoints", owners=ids(manifest))
         if manifest["loop"] != "ddpo":
             remedy = "only DDPO runs are forked; MAD's go on with more arms"
             raise ConfigError(f"{source} is a {manifest['loop']} run: {remedy}")
@@ -122,10 +123,12 @@ class DdpoRun(Run):
                 shutil.copy2(path, directory / "evaluations")
         past = [line for line in read_lines(source / "metrics.jsonl", ["step"]) if line["step"] <= step]
         write_durably(directory / "metrics.jsonl", as_lines(map(with_digest, past)))
-        CheckpointStore(directory / "checkpoints").adopt(store.path(step))
+        store.load(step)  # raises DamagedFiles if it is not this run's, or not whole
         stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
         origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
-        write_manifest(directory, new_manifest("ddpo", config, inputs=inputs) | stand | origin)
+        manifest = new_manifest("ddpo", config, inputs=inputs) | stand | origin
+        CheckpointStore(directory / "checkpoints", owners=ids(manifest)).adopt(store.path(step))
+        write_manifest(directory, manifest)
         return directory
 
     def roll_back(self, lost: Exception) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.inputs import changed_inputs, fingerprints
+from orchestration.manifest import ids
 from orchestration.run import going_on
 from pipelines.checkpoint import CheckpointStore
 from pipelines.prompts import unseen_words
@@ -83,7 +84,7 @@ def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any
         from pipelines.learning import DiffusionLearner, LearnerState
         from pipelines.trainable import load_weights
 
-        store = CheckpointStore(directory / "checkpoints")
+        store = CheckpointStore(directory / "checkpoints", owners=ids(manifest))
         if step not in (None, *store.steps()) or not store.steps():
             raise ConfigError(f"{source} holds no commit to draw with; there are: {store.steps()}")
         commit = store.load(step)

@@ -26,7 +26,8 @@ from policies.settings import explain
 SCHEMA = 1  # of both; raised when a key comes to mean something else
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
 _PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
-_KEPT = ("id", "created", "directory", "mlflow_run_id", "mlflow_children", "wall_seconds", "changes", "copied_from")
+_KEPT = ("id", "former_ids", "created", "directory", "mlflow_run_id", "mlflow_children", "wall_seconds", "changes")
+_KEPT = (*_KEPT, "copied_from")
 # What a run leaves that has committed nothing; all of it is made again by the same command.
 _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", "outbox", "evaluations", "checkpoints"}
 _BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html"}
@@ -70,6 +71,7 @@ class Manifest(_Said):
     status: str | None = Field(None, description="RUNNING, FINISHED, KILLED or FAILED")
     id: str | None = Field(None, description="stays the run's own when its directory is moved")
     directory: str | None = Field(None, description="where it was last run, by which a copy is known")
+    former_ids: list[str] = Field([], description="of the runs that it is a copy of: its commits may bear them")
     working_directory: str | None = Field(None, description="where relative paths begin; relative to the checkout")
     created: str | None = None
     git_commit: str | None = None
@@ -245,6 +247,11 @@ def original(directory: Path, manifest: Mapping[str, Any]) -> Path | None:
         return place if is_other and read_manifest(place).get("id") == manifest["id"] else None
     except (ConfigError, OSError):
         return None
+
+
+def ids(manifest: Mapping[str, Any]) -> list[str]:
+    """The ids that commits of a run may bear: its own first. Empty if it has none."""
+    return [manifest["id"], *manifest.get("former_ids", [])] if manifest.get("id") else []
 
 
 def git_commit() -> str:

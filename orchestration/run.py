@@ -24,6 +24,7 @@ from orchestration.manifest import (
     SCHEMA,
     clear_beginning,
     has_only_begun,
+    ids,
     open_run,
     original,
     read_manifest,
@@ -308,7 +309,8 @@ def _own_if_copy(directory: Path, manifest: dict[str, Any]) -> str | None:
     remove(directory / "outbox")
     for key in ("mlflow_run_id", "mlflow_children"):
         manifest.pop(key, None)
-    manifest |= {"id": uuid.uuid4().hex, "copied_from": str(source), "directory": str(directory)}
+    manifest |= {"former_ids": ids(manifest), "id": uuid.uuid4().hex}
+    manifest |= {"copied_from": str(source), "directory": str(directory)}
     return str(source)
 
 

@@ -53,11 +53,16 @@ class QuotaError(RuntimeError):
 
 
 class CheckpointStore:
-    """The commits of one run. ``keep`` of them stay, the newest: so many, or as many as fit in a size ("20 GB")."""
+    """The commits of one run. ``keep`` of them stay, the newest: so many, or as many as fit in a size ("20 GB").
 
-    def __init__(self, directory: Path, keep: int | str = 2) -> None:
+    ``owners`` are the ids that the run has, and had before it was copied: a commit of another run is refused. Without
+    any, or in a commit from before there were ids, nobody asks.
+    """
+
+    def __init__(self, directory: Path, keep: int | str = 2, owners: Sequence[str] = ()) -> None:
         self.directory = directory
         self.keep = keep
+        self.owners = owners
         self.pinned: int | None = None  # the step of a commit that stays in any case
         self.damaged: list[str] = []
         for left in directory.glob(".step-*.before"):  # of a commit that was being replaced when the process died
@@ -83,7 +88,7 @@ class CheckpointStore:
         }
         if isinstance(self.keep, str):
             self._make_room(sum(map(len, files.values())), self.keep)
-        commit_directory(target, files, {"schema": SCHEMA, "step": step})
+        commit_directory(target, files, self._about(step))
         if isinstance(self.keep, int):
             self._forget(self.steps()[: -self.keep])
         return target
@@ -114,8 +119,11 @@ class CheckpointStore:
         for later in self.steps():
             if later >= step:
                 shutil.rmtree(self.path(later))
-        commit_directory(self.path(step), contents, {"schema": manifest["schema"], "step": step})
+        commit_directory(self.path(step), contents, self._about(step) | {"schema": manifest["schema"]})
         return step
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return {"schema": SCHEMA, "step": step} | ({"run": self.owners[0]} if self.owners else {})
 
     def newest(self) -> Checkpoint | None:
         """The newest commit that is whole, None if nothing was committed. What is wrong with newer ones: ``damaged``.
@@ -147,6 +155,8 @@ class CheckpointStore:
             raise DamagedFiles(f"{directory} has schema {manifest.get('schema')}, this program reads {SCHEMA}")
         if manifest.get("step") != step:
             raise DamagedFiles(f"{directory} holds step {manifest.get('step')}: it was renamed or altered")
+        if self.owners and manifest.get("run", self.owners[0]) not in self.owners:
+            raise DamagedFiles(f"{directory} is a commit of another run (id {manifest['run']})")
         if not {_TENSORS, _STATE} <= contents.keys():
             raise DamagedFiles(f"{directory} holds no state")
         return Checkpoint(step, load(contents[_TENSORS]), json.loads(contents[_STATE]))

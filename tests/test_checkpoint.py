@@ -40,6 +40,22 @@ def test_round_trip(store: CheckpointStore) -> None:
         np.testing.assert_array_equal(loaded.tensors[name], array)
 
 
+def test_a_commit_of_another_run_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    own = CheckpointStore(tmp_path / "own", owners=["own", "before it was copied"])
+    other = CheckpointStore(tmp_path / "other", owners=["other"])
+    former = CheckpointStore(tmp_path / "former", owners=["before it was copied"])
+    own.commit(1, TENSORS, {"of": "own"})
+    shutil.copytree(former.commit(2, TENSORS, {"of": "former"}), own.path(2))
+    shutil.copytree(other.commit(3, TENSORS, {"of": "other"}), own.path(3))
+    with pytest.raises(DamagedFiles, match=r"step-000003 is a commit of another run \(id other\)"):
+        own.load(3)
+    assert own.newest().state == {"of": "former"}  # type: ignore[union-attr]
+    assert len(own.damaged) == 1
+    own.adopt(other.path(3))
+    assert own.load(3).state == {"of": "other"}
+    assert CheckpointStore(own.directory).load(3).state == {"of": "other"}  # a store without an owner asks nothing
+
+
 def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     for step in (1, 2, 9, 10):
         store.commit(step, TENSORS, {"step": step})

@@ -236,7 +236,7 @@ def test_stages_are_measured_with_the_real_models(tmp_path: Path, tiny_pipeline:
     options, known = plan_run(config, [], None, tmp_path / "costs.json", 1)
     costs = known.costs
     assert known.about == settings_behind(config)
-    assert costs.sample(8) > costs.sample(1) > 0
+    assert costs.sample(8) >= costs.sample(1) > 0  # one image may take as long as eight on a machine that is busy
     assert costs.caption(8) > 0 < costs.gradient(known.micro_batch)
     assert set(costs.rewards) == {"jpeg_compressibility", "jpeg_incompressibility"}
     assert min(costs.publish, costs.learn, costs.commit) > 0
