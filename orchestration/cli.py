@@ -358,8 +358,7 @@ def main() -> None:
         pass
     os.close(nowhere)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    meanings = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -370,6 +369,9 @@ def main() -> None:
         sys.exit(code)
     except Exception as error:
         sys.exit(_report(error))
+    finally:  # a program that called this goes on
+        for number, meaning in meanings.items():
+            signal.signal(number, meaning or signal.SIG_DFL)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
