@@ -74,8 +74,16 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "mlflow.db"
 
 
+@pytest.fixture(scope="session")
+def _preloaded() -> Iterator[None]:
+    from tests.prefork import preloaded
+
+    with preloaded():
+        yield
+
+
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
+def ray_session(_preloaded: None) -> Iterator[None]:
     """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
     import ray
 

@@ -1,0 +1,154 @@
+"""Ray's worker processes as forks of one that has imported the models' libraries already: seconds less for each.
+
+A worker that is started afresh imports torch, diffusers and transformers, which is most of what a run of tiny models
+costs. In the Ray that tests start in their own process, workers come from :func:`preloaded` instead; all else of Ray is
+as ever. Commands that tests start as a person would are left alone.
+
+Ray starts this file as it would start its own ``setup_worker.py``. What it should become is asked of the process that
+serves at ``SOCKET``, which forks; this one stays until the fork has ended, and takes it along.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+
+SOCKET = "OUROBOROS_TESTS_PREFORK"
+_LARGEST = 2**20
+_LIBRARIES = ["mlflow", "sentence_transformers", "peft", "scipy.stats", "scipy.optimize", "PIL.Image"]
+_LIBRARIES += ["diffusers", "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl"]
+_LIBRARIES += ["diffusers.models.unets.unet_2d", "transformers.models.blip.modeling_blip"]
+_LIBRARIES += ["transformers.models.blip.processing_blip", "transformers.models.clip.modeling_clip"]
+_LIBRARIES += ["pipelines.diffusion", "pipelines.learning", "pipelines.captioner", "pipelines.evaluator"]
+_LIBRARIES += ["pipelines.rewards.text", "pipelines.rewards.images", "pipelines.rewards.jpeg", "pipelines.mad_tasks"]
+
+
+def become() -> None:
+    """What Ray starts: ask for a fork with these arguments, environment and streams."""
+    script = sys.argv[1]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asked:
+        asked.connect(os.environ[SOCKET])
+        path = [os.path.dirname(script), *sys.path[1:]]
+        wanted = {"argv": sys.argv[1:], "environ": dict(os.environ), "cwd": os.getcwd(), "path": path}
+        socket.send_fds(asked, [json.dumps(wanted).encode()], [0, 1, 2])
+        asked.recv(1)  # until the fork has ended
+
+
+def serve(place: str) -> None:
+    """Import the libraries, then fork for everyone who asks, until standard input ends."""
+    import gc
+    import importlib
+    import selectors
+    import signal
+
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"{threads} threads would not survive a fork"
+    gc.collect()
+    gc.freeze()
+    waiting = selectors.DefaultSelector()
+    forks: dict[int, tuple[int, socket.socket]] = {}  # what ends with a fork: its pid, who asked
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(place)
+        door.listen(64)
+        print("ready", flush=True)
+        waiting.register(0, selectors.EVENT_READ)
+        waiting.register(door, selectors.EVENT_READ)
+        while True:
+            for key, _ in waiting.select():
+                if key.fd == 0:
+                    for pid, _ in forks.values():
+                        os.kill(pid, signal.SIGKILL)
+                    return
+                if key.fileobj is door:
+                    asked, _ = door.accept()
+                    said, streams, _, _ = socket.recv_fds(asked, _LARGEST, 3)
+                    if not said:
+                        asked.close()
+                    elif (pid := os.fork()) == 0:
+                        waiting.close()
+                        _run(json.loads(said), streams)
+                    else:
+                        for stream in streams:
+                            os.close(stream)
+                        forks[os.pidfd_open(pid)] = pid, asked
+                        waiting.register(next(reversed(forks)), selectors.EVENT_READ, "ended")
+                        waiting.register(asked, selectors.EVENT_READ, pid)
+                elif key.data == "ended":
+                    pid, asked = forks.pop(key.fd)
+                    waiting.unregister(key.fd)
+                    os.close(key.fd)
+                    os.waitpid(pid, 0)
+                    with contextlib.suppress(KeyError, ValueError):
+                        waiting.unregister(asked)
+                    asked.close()
+                else:  # who asked was killed
+                    waiting.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+
+
+def _run(wanted: dict, streams: list[int]) -> None:
+    """Be, in a fork, the script that was asked for."""
+    import runpy
+    import traceback
+
+    code = 1
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        options = dict(each.removeprefix("--").split("=", 1) for each in wanted["argv"] if "=" in each)
+        context = json.loads(options.get("serialized-runtime-env-context", "{}"))
+        os.environ.clear()
+        os.environ.update(wanted["environ"] | context.get("env_vars", {}))
+        os.chdir(wanted["cwd"])
+        sys.path[:] = wanted["path"]
+        sys.argv = [each for each in wanted["argv"] if not each.startswith(("--serialized-runtime-env", "--language"))]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def preloaded():
+    """In this block a Ray that this process starts has its workers forked."""
+    import subprocess
+    import tempfile
+    from functools import partial
+
+    from ray._private import parameter
+
+    with tempfile.TemporaryDirectory() as directory:
+        place = f"{directory}/door"
+        # The long word is room for the titles that workers give themselves.
+        command = [sys.executable, __file__, "serve", place, "-" * 200]
+        quiet = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not survive a fork
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
+        whole = parameter.RayParams
+        parameter.RayParams = partial(whole, setup_worker_path=__file__)
+        os.environ[SOCKET] = place
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            del os.environ[SOCKET]
+            parameter.RayParams = whole
+            server.stdin.close()
+            server.wait()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        serve(sys.argv[2])
+    else:
+        become()
