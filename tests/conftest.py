@@ -19,6 +19,16 @@ from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
 
+# Files that run whole loops, the longest first: two of them at a time then end at about the same time.
+LONG = ["sweep", "loop", "multinode", "faults", "mad", "demo", "jobs", "dashboard", "listeners", "overlap", "group"]
+LONG += ["worked_examples", "failures", "tracking", "mlflow_server"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick ones first."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG, start=1)}
+    items.sort(key=lambda item: places.get(item.path.stem, 0))
+
 
 def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:
     """Ray's threads read the environment, and the C library guards nobody who reads while another writes: as long as

@@ -538,8 +538,12 @@ def test_a_flow_learns_without_densities(overrides: list[str], ray_session: None
     assert "negative_aware" in report
 
 
-def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Path, tmp_path: Path) -> None:
+def test_ctrl_c_beside_a_neighbour_and_resume(
+    overrides: list[str], finished: Path, ray_session: None, tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
+
+    from orchestration.ddpo import resume_ddpo
 
     neighbour_directory, directory = tmp_path / "neighbour", tmp_path / "interrupted"
     log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"
@@ -578,8 +582,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(overrides: list[str], finished: Pa
     assert manifest["resolved"] == resolved
     assert resolved["learner_threads"] == 1
 
-    again = tmp_path / "again.txt"
-    assert start(["resume", str(directory)], again).wait(timeout=240) == 0, again.read_text()
+    resume_ddpo(directory)
     assert client.get_run(manifest["mlflow_run_id"]).info.status == "FINISHED"
     points = client.get_metric_history(manifest["mlflow_run_id"], "reward/mean")
     assert [point.step for point in points] == list(range(1, STEPS + 1))

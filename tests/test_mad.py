@@ -258,8 +258,8 @@ KILLED = [
     "dimension=20",
     "rule=accumulate_subsample",
     "n_ini=60",
-    "seeds=1000",
-    "generations=24",
+    "seeds=500",
+    "generations=16",
     "tracking.system_metrics=false",
 ]
 
