@@ -54,7 +54,7 @@ def _rehearse(config: SweepConfig, machine: Machine) -> int:
     from orchestration.preflight import describe, preflight
 
     seen: set[tuple[str, str]] = set()
-    choices: dict[frozenset[tuple[str, str]], tuple[bool, Point, Any]] = {}
+    choices: dict[Any, tuple[bool, Point, Any]] = {}
     for point in _points(config) if config.loop == "ddpo" else ():
         settings = config.trial_config(point, 0)
         models = frozenset(paths_of(settings).items()) - {("prompts", settings.prompts)}
