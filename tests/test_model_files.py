@@ -18,6 +18,8 @@ from orchestration.preflight import describe, preflight
 from orchestration.sweep_config import SweepConfig
 from orchestration.sweep_preflight import describe_sweep, preflight_sweep
 from pipelines.locations import CHECKOUT
+from pipelines.rehearsal import rehearse
+from pipelines.settings import CaptionerSettings, ModelSettings
 from tests.models import build_tiny_clip, build_tiny_encoder, build_tiny_vqa
 
 DIGITS, PIPELINE = CHECKOUT / "configs/ddpo/digits.yaml", CHECKOUT / "models/digits/pipeline"
@@ -279,44 +281,60 @@ OF_REWARDS_REHEARSED: dict[str, tuple[str, Damage, str]] = {
 }
 
 
+def of_reward(name: str, directory: Path, rewards: Path) -> list[str]:
+    options = {"model": str(directory)} | ({"head": str(rewards / "head.safetensors")} if name == "aesthetic" else {})
+    return [f"reward.function={name}", f"reward.options.{name}={json.dumps(options)}"]
+
+
 @pytest.mark.parametrize("case", [*OF_REWARDS, *OF_REWARDS_REHEARSED])
-def test_a_damaged_model_of_a_reward_is_refused_by_the_dry_run(case: str, rewards: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_of_a_reward_is_refused(case: str, rewards: Path, tmp_path: Path) -> None:
     name, damage, expected = (OF_REWARDS | OF_REWARDS_REHEARSED)[case]
-    options = {"model": str(rewards / name)} | (
-        {"head": str(rewards / "head.safetensors")} if name == "aesthetic" else {}
-    )
-    overrides = [f"reward.function={name}", f"reward.options.{name}={json.dumps(options)}"]
     damaged = shutil.copytree(rewards / name, tmp_path / name)
     damage(damaged)
-    config = load_config(DdpoConfig, DIGITS, [*overrides, f"reward.options.{name}.model={damaged}"])
-    plan = None if case in OF_REWARDS else preflight(config, Machine(2, 0))
-    with pytest.raises(ConfigError, match=expected) as found:
-        describe(config, plan) if plan else preflight(config, Machine(2, 0))
+    config = load_config(DdpoConfig, DIGITS, of_reward(name, damaged, rewards))
+    with pytest.raises(ValueError, match=expected) as found:  # noqa: PT012
+        preflight(config, Machine(2, 0))
+        assert case in OF_REWARDS_REHEARSED
+        nothing = CaptionerSettings(path=None)
+        rehearse(
+            ModelSettings(path="of/hub"),
+            config.sampling,
+            nothing,
+            config.reward,
+            None,
+            ["a yellow seven on a white background"],
+        )
     assert str(rewards if name == "aesthetic" else tmp_path) in str(found.value)
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["clip_score", "blip_vqa", "bertscore_f1", "sentence_cosine"])
-def test_a_whole_model_of_a_reward_passes_the_dry_run(name: str, rewards: Path) -> None:
-    assert "learnable" in dry_run(PIPELINE, f"reward.function={name}", f"reward.options.{name}.model={rewards / name}")
+def test_whole_models_of_rewards_pass_the_dry_run_and_another_head_does_not(rewards: Path) -> None:
+    names = ("clip_score", "blip_vqa", "bertscore_f1", "sentence_cosine")
+    overrides = [each for name in names for each in of_reward(name, rewards / name, rewards)]
+    overrides += [f"reward.function={json.dumps(dict.fromkeys(names, 1.0))}"]
+    assert "learnable timesteps" in dry_run(PIPELINE, *overrides)
+    with pytest.raises(ConfigError, match=r"head\.safetensors: layers \[\(1, 11\)\]"):
+        dry_run(PIPELINE, *of_reward("aesthetic", rewards / "aesthetic", rewards))
 
 
-def test_a_sweep_tries_out_each_choice_of_models(model: Path, tmp_path: Path) -> None:
-    tensors(UNET, lambda held: held.pop("conv_in.weight"))(model)
-    captioner = shutil.copytree(CHECKOUT / "models/digits/captioner", tmp_path / "captioner")
-    space: dict[str, Any] = {
-        "captioner.path": ["models/digits/captioner", str(captioner)],
-        "training.learning_rate": [1e-4, 1e-5],
-    }
-    shared: dict[str, Any] = {"config": str(DIGITS), "search": "grid"}
-
-    def dry_sweep(space: dict[str, Any]) -> str:
-        config = validate(SweepConfig, {**shared, "space": space})
+def test_a_sweep_tries_out_each_choice_of_models(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dry_sweep(**space: list[Any]) -> str:
+        dotted = {name.replace("__", "."): values for name, values in space.items()}
+        config = validate(SweepConfig, {"config": str(DIGITS), "search": "grid", "space": dotted})
         return describe_sweep(config, preflight_sweep(config))
 
-    assert "2 of 2 choices of models tried out" in dry_sweep(space)
+    tensors(UNET, lambda held: held.pop("conv_in.weight"))(model)
     with pytest.raises(ConfigError, match=rf"at .*{model}.*: {model}/unet lacks 1 of its tensors"):
-        dry_sweep(space | {"model.path": [str(PIPELINE), str(model)]})
+        dry_sweep(model__path=[str(model)])
+    tried: list[DdpoConfig] = []
+    monkeypatch.setattr("orchestration.preflight.describe", lambda config, plan: tried.append(config))
+    captioners = [f"{'./' * dots}models/digits/captioner" for dots in range(7)]
+    models = ["models/digits/pipeline", "./models/digits/pipeline"]
+    text = dry_sweep(model__path=models, captioner__path=captioners, training__learning_rate=[1e-4, 1e-5])
+    assert "8 of 14 choices of models tried out" in text
+    assert len(tried) == 8
+    assert {each.model.path for each in tried} == set(models)
+    assert {each.captioner.path for each in tried} == set(captioners)
 
 
 def test_a_damaged_captioner_is_refused_by_the_dry_run(tmp_path: Path) -> None:
