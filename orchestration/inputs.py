@@ -6,17 +6,18 @@ at the beginning; later, one whose size and time of change are as they were is t
 
 import ast
 import contextlib
-import copy
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestration.config import ConfigError, DdpoConfig, about
 from orchestration.manifest import has_only_begun
-from pipelines.locations import CHECKOUT, find, fingerprint
+from pipelines.locations import find, fingerprint
 from pipelines.rewards import import_function
 from pipelines.rewards.options import OPTIONS
+
+_PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # a run's version stands for their code
 
 Inputs = dict[str, dict[str, str | None]]  # by configuration key, or "code of" a module
 
@@ -25,11 +26,16 @@ def paths_of(config: DdpoConfig) -> dict[str, str]:
     """Every path, or hub name, that a DDPO run reads, by its dotted key."""
     found = {"prompts": config.prompts, "model.path": config.model.path, "captioner.path": config.captioner.path}
     found["evaluation.evaluator"] = config.evaluation.evaluator
+
+    def note(key: str, value: Any) -> None:
+        if isinstance(value, str) and _is_data(value):
+            found[key] = value
+
     for name, options in config.reward.functions.items():
-        paths = {key: getattr(options, key) for key in options.model_paths}
-        own = options.model_dump() if name not in OPTIONS else {}
-        paths |= {key: value for key, value in own.items() if isinstance(value, str) and _is_data(value)}
-        found |= {f"reward.options.{name}.{key}": path for key, path in paths.items()}
+        key = f"reward.options.{name}"
+        found |= {f"{key}.{option}": path for option, path in options.model_paths.items()}
+        if name not in OPTIONS:
+            _mapped(options.model_dump(), note, key)
     return {key: path for key, path in found.items() if path}
 
 
@@ -47,17 +53,17 @@ def _is_data(value: str) -> bool:
 
 def placed(content: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """Plain ``content`` of a DDPO run, with its paths as they are known from any working directory."""
-    content = copy.deepcopy(content)
-    for key, each in inputs.items():
-        *names, last = key.split(".")
-        if key.startswith("reward.options."):
-            names = ["reward", "options", key.removeprefix("reward.options.").rpartition(".")[0]]
-        block: Any = content
-        for name in names:
-            block = block.get(name, {})
-        if last in block and not key.startswith("code of "):
-            block[last] = each["path"]
-    return content
+    return _mapped(content, lambda key, value: inputs[key]["path"] if key in inputs else value)
+
+
+def _mapped(content: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
+    """A copy of plain ``content`` with each value changed, by its dotted key: of lists, with its number."""
+    below = f"{key}." if key else ""
+    if isinstance(content, Mapping):
+        return {name: _mapped(value, change, f"{below}{name}") for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_mapped(value, change, f"{below}{number}") for number, value in enumerate(content)]
+    return change(key, content)
 
 
 def fingerprints(paths: Mapping[str, str], held: Inputs | None = None) -> Inputs:
@@ -89,8 +95,8 @@ def _used(module: str) -> Iterator[tuple[str, Path]]:
             continue
         if beside is None:
             beside = file.parents[module.count(".") + (file.name == "__init__.py")]
-            is_library = beside == CHECKOUT or beside.name in ("site-packages", "dist-packages")
-        if name.partition(".")[0] == top or (file.is_relative_to(beside) and not is_library):
+        first, installed = name.partition(".")[0], {"site-packages", "dist-packages"} & {*file.parts}
+        if first == top or (file.is_relative_to(beside) and first not in _PROGRAM and not installed):
             yield name, file
             package = name if file.name == "__init__.py" else name.rpartition(".")[0]
             waiting += _imported(file, package)

@@ -11,7 +11,7 @@ from orchestration.memory_plan import memory_plan
 from orchestration.run import TEMPLATES, check_output
 from pipelines.denoisers import check_guidance, check_lora, denoising_steps, inspect
 from pipelines.locations import check_model, find
-from pipelines.model_files import read_json, weight_shapes
+from pipelines.model_files import encoder_parts, read_json, weight_shapes
 from pipelines.pages import fill
 from pipelines.prompts import read_prompts, unseen_words
 from pipelines.settings import CaptionerSettings, RewardSettings
@@ -90,7 +90,10 @@ def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
 
     for name, options in settings.functions.items():
         for option, path in options.model_paths.items():
-            check_model(path, options.models[option], f"reward.options.{name}.{option}")
+            marker = options.models[option]
+            check_model(path, marker, f"reward.options.{name}.{option}")
+            if marker and (found := find(path)):
+                (encoder_parts if marker == "modules.json" else weight_shapes)(found)
         check_own(name, options)
         with about(f"reward.function {name}"):
             options.check(prompts)
@@ -144,14 +147,11 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
 def describe(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory. Raises ConfigError where models, tried out,
     do not fit together."""
-    from pipelines.evaluator import load_evaluator
     from pipelines.rehearsal import rehearse
 
     with about():
-        if find(config.model.path):
-            rehearse(config.model, config.sampling, config.captioner)
-        if evaluator := find(config.evaluation.evaluator or ""):
-            load_evaluator(evaluator)  # it is small
+        judge = config.evaluation.evaluator
+        rehearse(config.model, config.sampling, config.captioner, config.reward, judge, plan.prompts)
     learnable = learnable_steps(config)
     share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
     template = TEMPLATES / "ddpo_plan.txt"

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 from orchestration.cluster import Machine, find_machine
 from orchestration.config import ConfigError, about
@@ -13,6 +15,7 @@ from pipelines.pages import fill
 from policies.search_space import Point, common_points, corner_points, random_points
 
 _TRIED = 20  # points from within a space, of a search whose own are not known before
+_REHEARSED = 8  # choices of models that a dry run tries out: a few seconds each
 
 
 def preflight_sweep(config: SweepConfig) -> Machine:
@@ -27,10 +30,7 @@ def preflight_sweep(config: SweepConfig) -> Machine:
             f"a trial asks for {cpus} CPUs and {gpus} GPUs, the cluster has {machine.cpus} and {machine.gpus}: "
             "set cpus_per_trial and gpus_per_trial"
         )
-    unchanged: list[Point] = [{}] if config.confirm_seeds else []
-    # What a search will ask for is not known before: the ends of every dimension, and points from within.
-    some = [*corner_points(config.dimensions), *random_points(config.dimensions, _TRIED, config.seed)]
-    for point in [*unchanged, *(config.points or common_points(some))]:
+    for point in _points(config):
         with about(f"at {point or 'the unchanged configuration'}"):
             _check(config, point, Machine(cpus, gpus))
     if config.loop == "ddpo" and config.scheduler.kind != "none" and period(config) >= base.training.steps:
@@ -39,6 +39,31 @@ def preflight_sweep(config: SweepConfig) -> Machine:
             f"{period(config)} of {base.training.steps} steps; lower evaluation.every and checkpoint.every"
         )
     return machine
+
+
+def _points(config: SweepConfig) -> list[Point]:
+    """What a search will ask for or, where that is not known before, the ends of every dimension, and points within."""
+    some = [*corner_points(config.dimensions), *random_points(config.dimensions, _TRIED, config.seed)]
+    return [*([{}] if config.confirm_seeds else []), *(config.points or common_points(some))]
+
+
+def _rehearse(config: SweepConfig, machine: Machine) -> int:
+    """Try out so many choices of models, those first that name one for the first time. Returns how many choices the
+    points make. Raises ConfigError naming the point."""
+    from orchestration.inputs import paths_of
+    from orchestration.preflight import describe, preflight
+
+    seen: set[tuple[str, str]] = set()
+    choices: dict[Any, tuple[bool, Point, Any]] = {}
+    for point in _points(config) if config.loop == "ddpo" else ():
+        settings = config.trial_config(point, 0)
+        models = frozenset(paths_of(settings).items()) - {("prompts", settings.prompts)}
+        choices.setdefault(models, (models <= seen, point, settings))
+        seen |= models
+    for _, point, settings in sorted(choices.values(), key=itemgetter(0))[:_REHEARSED]:
+        with about(f"at {point or 'the unchanged configuration'}"):
+            describe(settings, preflight(settings, machine))
+    return len(choices)
 
 
 def _check(config: SweepConfig, point: Point, machine: Machine) -> None:
@@ -67,8 +92,9 @@ def _check_metric(config: SweepConfig, known: Sequence[str]) -> None:
 
 
 def describe_sweep(config: SweepConfig, machine: Machine) -> str:
-    """What a dry run prints."""
+    """What a dry run prints. Raises ConfigError where models, tried out, do not fit together."""
     cpus, gpus = config.cpus_per_trial or machine.cpus, config.gpus_per_trial
     beside = min(machine.cpus // cpus, machine.gpus // gpus if gpus else machine.cpus)
     told = {"config": config, "points": config.points, "beside": beside, "metric": metric_of(config)}
+    told |= {"choices": _rehearse(config, Machine(cpus, gpus)), "rehearsed": _REHEARSED}
     return fill(TEMPLATES / "sweep_plan.txt", **told)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.locations import resolve_model
-from pipelines.model_files import load_whole, quieten, reading
+from pipelines.model_files import load_tokenizer, load_whole, quieten, reading
 from pipelines.settings import CaptionerSettings
 from policies.health import SickNumbers
 
@@ -18,24 +19,25 @@ class Captioner:
 
         path = resolve_model(str(settings.path))
         self.device = torch.device(device)
-        options = {"device_map": "meta"} if device == "meta" else {}  # shapes alone
         with reading(path):
             kind = transformers.AutoConfig.from_pretrained(path).model_type
             if kind not in ("blip", "blip-2"):
                 raise ValueError(f"captioner.path: {kind} is no captioner; name a model of BLIP or BLIP-2")
-            model = load_whole(transformers.AutoModelForImageTextToText, path, use_safetensors=True, **options)
-            self.model = model.eval().to(self.device)
+            self.model = load_whole(transformers.AutoModelForImageTextToText, path, device)
             self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            self.tokenizer = load_tokenizer(path)
         self.max_new_tokens = settings.max_new_tokens
+
+    def pixels(self, images: np.ndarray) -> Tensor:
+        """What the model sees of ``images`` (batch, height, width, 3) uint8: (batch, 3, its height, its width)."""
+        pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.model.vision_model.dtype)
 
     @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
         """Captions of ``images`` (batch, height, width, 3) uint8. Raises SickNumbers if a caption is empty."""
-        pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.model.vision_model.dtype)
         tokens = self.model.generate(
-            pixel_values=pixels, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+            pixel_values=self.pixels(images), max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         captions = [text.strip().removeprefix("[DEC]").strip() for text in texts]  # BLIP's own start token stays

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.denoisers import check_guidance, load_family
 from pipelines.denoisers.family import Conditions
+from pipelines.model_files import reading
 from pipelines.settings import ModelSettings
 from pipelines.trainable import swapped
 from pipelines.trajectory import Trajectory
@@ -33,7 +34,8 @@ class DiffusionPolicy:
         check_guidance(self.family.files, sampling.guidance_scale)
         self.network.to(self.device)  # the other parts come when they are needed
         self.sampling = sampling
-        self.schedule = self.family.schedule(sampling).to(self.device)
+        with reading(self.family.files.directory / "scheduler"):
+            self.schedule = self.family.schedule(sampling).to(self.device)
         self._conditions: dict[str | None, Conditions] = {}
 
     @property

@@ -1,6 +1,7 @@
 """Files of models, read without torch and without trust: what is wrong is one error that names file or directory."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from pipelines import atomic
 
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
 _MOST_LAYERS, _MOST = 1000, 10**9  # in a configuration: beyond, memory and time would end before the network begins
+# Of what a network divides by or draws roots of, by the end of its name; of freq_shift, that of width / 2 − freq_shift.
+_RANGES = {"_eps": (1e-12, 1), "_epsilon": (1e-12, 1), "scaling_factor": (1e-9, _MOST), "scale_factor": (1e-9, _MOST)}
+_RANGES |= {"freq_shift": (0, 1)}
 _TYPES = ("F64", "F32", "F16", "BF16")
 
 Shapes = dict[str, list[int]]
@@ -60,24 +64,32 @@ def read_config(file: Path) -> dict[str, Any]:
     inner = [pair for value in content.values() if isinstance(value, dict) for pair in value.items()]
     for key, value in [*content.items(), *inner]:
         most = _MOST_LAYERS if "layers" in key else _MOST
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= most:
-                raise ModelFilesError(f"{file}: {key} is {number}, which no network here has")
+        wanted = next((_RANGES[end] for end in _RANGES if key.endswith(end)), None)
+        least, most = wanted or (-most, most)
+        for number in value if isinstance(value, list) and not wanted else [value]:
+            if not least <= number <= most if type(number) in (int, float) else wanted:
+                raise ModelFilesError(f"{file}: {key} is {number!r}, which no network here has")
     return content
 
 
-def load_whole(kind: Any, directory: object, **options: Any) -> Any:
-    """``kind.from_pretrained``. Raises ModelFilesError where tensors are missing, which libraries leave random, or have
-    another shape."""
+def load_whole(kind: Any, directory: object, device: str | None = None, unused: str = "", **options: Any) -> Any:
+    """``kind.from_pretrained`` of safetensors, to be used and not trained; on the ``device`` "meta", shapes alone.
+
+    Raises ModelFilesError where tensors are missing, which libraries leave random, or have another shape, but for those
+    below a module ``unused``.
+    """
     with reading(directory):
         if kind.__module__.startswith("transformers"):
             options["ignore_mismatched_sizes"] = True  # its own error is a table
-        network, found = kind.from_pretrained(directory, output_loading_info=True, **options)
+        if device == "meta":
+            options["device_map"] = {"": device}
+        network, found = kind.from_pretrained(directory, output_loading_info=True, use_safetensors=True, **options)
         for problem in ("missing_keys", "mismatched_keys"):
-            if names := sorted(str(each if isinstance(each, str) else each[0]) for each in found[problem]):
+            names = sorted(str(each if isinstance(each, str) else each[0]) for each in found[problem])
+            if names := [name for name in names if not unused or unused not in name.split(".")]:
                 what = "lacks" if problem == "missing_keys" else "holds other shapes of"
                 raise ModelFilesError(f"{directory} {what} {len(names)} of its tensors, such as {names[0]}")
-    return network
+    return network.eval().to(device or network.device)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -105,6 +117,28 @@ def weight_files(directory: Path) -> list[Path]:
         f"{directory} holds {found} ({why}): load it where it comes from and write it with save_pretrained(…, "
         f"safe_serialization=True) as {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors"
     )
+
+
+def load_tokenizer(path: object) -> Any:
+    """The tokenizer of a text model. Raises ModelFilesError where it knows no words, which libraries let pass."""
+    from transformers import AutoTokenizer
+
+    with reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("its tokenizer knows no words: put tokenizer.json beside its tokenizer_config.json")
+    return tokenizer
+
+
+def encoder_parts(directory: Path) -> list[Path]:
+    """The directories of a sentence encoder's modules, in their order, if the transformers among them have weights."""
+    index = directory / "modules.json"
+    with reading(index):
+        modules = json.loads(index.read_text(encoding="utf-8"))
+        for module in modules:
+            if module["type"].endswith(".Transformer"):
+                weight_shapes(directory / module["path"])
+        return [directory / module["path"] for module in modules]
 
 
 def weight_shapes(directory: Path) -> Shapes:

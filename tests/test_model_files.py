@@ -12,10 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
+from orchestration.config import ConfigError, DdpoConfig, load_config, validate
 from orchestration.memory_plan import counted
 from orchestration.preflight import describe, preflight
+from orchestration.sweep_config import SweepConfig
+from orchestration.sweep_preflight import describe_sweep, preflight_sweep
 from pipelines.locations import CHECKOUT
+from pipelines.rehearsal import rehearse
+from pipelines.settings import CaptionerSettings, ModelSettings
+from tests.models import build_tiny_clip, build_tiny_encoder, build_tiny_vqa
 
 DIGITS, PIPELINE = CHECKOUT / "configs/ddpo/digits.yaml", CHECKOUT / "models/digits/pipeline"
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -94,7 +99,18 @@ PLAIN: dict[str, tuple[Damage, str]] = {
     "quantised": (fields("unet/config.json", quantization_config={"bits": 4}), "quantization_config"),
     "a list": (content("unet/config.json", b"[]"), r"unet/config\.json is damaged"),
     "a deep list": (content("vae/config.json", b"[" * 100_000), r"vae/config\.json is damaged"),
-    "a scale that is no number": (fields("vae/config.json", scaling_factor=float("nan")), "scaling_factor is nan"),
+    **{
+        f"{field} {value!r}": (fields(f"{part}/config.json", **{field: value}), rf"{part}/config\.json: {field} is ")
+        for part, field, values in (
+            ("vae", "scaling_factor", (0, None, float("nan"), "1.0", True, 1e-30, [1])),
+            ("unet", "mid_block_scale_factor", (0, None, "x")),
+            ("unet", "norm_eps", (0, -1.0, None, 1e8)),
+            ("unet", "freq_shift", (24, "x", None)),
+            ("text_encoder", "layer_norm_eps", (0, "x")),
+        )
+        for value in values
+    },
+    "no step of so many": (fields("scheduler/scheduler_config.json", num_train_timesteps=1), "config.json: .*steps"),
     "layers without end": (fields("text_encoder/config.json", num_hidden_layers=10**9), "num_hidden_layers is"),
     "a directory for a file": (
         lambda path: [(path / "unet/config.json").unlink(), (path / "unet/config.json").mkdir()],
@@ -118,6 +134,16 @@ REHEARSED: dict[str, tuple[Damage, str]] = {
         "text_encoder holds other shapes of 1",
     ),
     "more words than places": (fields("tokenizer/tokenizer_config.json", model_max_length=40), "Sequence length"),
+    "a word beyond its text encoder": (
+        fields("tokenizer/tokenizer_config.json", pad_token="unheard of"),
+        "tokenizer: it makes token 582, and its text encoder knows 582",
+    ),
+    "a network that does not fit itself": (fields("unet/config.json", downsample_padding=5), r"unet/config\.json: "),
+    "an autoencoder that does not": (
+        fields("vae/config.json", up_block_types=["UpDecoderBlock2D"]),
+        r"vae/config\.json: ",
+    ),
+    "no noise": (fields("scheduler/scheduler_config.json", trained_betas=[0.0] * 1000), "scheduler: .*its betas"),
     "a class of nobody": (fields("model_index.json", unet=["diffusers", "Nothing"]), "has no attribute Nothing"),
 }
 
@@ -178,7 +204,137 @@ def test_shards_are_counted_as_one_file(model: Path) -> None:
 def test_images_that_are_no_squares_are_planned(model: Path) -> None:
     fields("unet/config.json", sample_size=[4, 8])(model)
     assert counted(str(model))["latent"] == counted(str(PIPELINE))["latent"] * 2
-    assert "learnable timesteps" in dry_run(model)
+    assert "learnable timesteps" in dry_run(model, "evaluation.evaluator=null")
+    with pytest.raises(ConfigError, match=r"models/digits/evaluator: .*of shape \(n, 16, 16, 3\).* \(1, 16, 32, 3\)"):
+        dry_run(model)
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for each kind of model that rewards load, and a head of the aesthetic predictor."""
+    home = tmp_path_factory.mktemp("rewards")
+    build_tiny_clip(home / "clip_score")
+    build_tiny_vqa(home / "blip_vqa")
+    build_tiny_encoder(home / "bertscore_f1")
+    shutil.copytree(home / "clip_score", home / "aesthetic")
+    shutil.copytree(home / "bertscore_f1", home / "sentence_cosine")
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "Pooling"}]
+    for number, module in enumerate(modules):
+        module |= {"idx": number, "name": str(number), "type": f"sentence_transformers.models.{module['type']}"}
+    (home / "sentence_cosine" / "modules.json").write_text(json.dumps(modules))
+    (home / "sentence_cosine" / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (home / "sentence_cosine" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    save_file({"0.weight": np.ones((1, 11), np.float32), "0.bias": np.ones(1, np.float32)}, home / "head.safetensors")
+    return home
+
+
+def only(*names: str) -> Damage:
+    def damage(path: Path) -> None:
+        for each in [each for each in path.iterdir() if each.name not in names]:
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+    return damage
+
+
+def without(*names: str) -> Damage:
+    return lambda path: [(path / name).unlink(missing_ok=True) for name in names]
+
+
+WEIGHTS, WORDS = "model.safetensors", ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+OF_REWARDS: dict[str, tuple[str, Damage, str]] = {
+    "CLIP's configuration alone": ("clip_score", only("config.json"), "clip_score holds no weights"),
+    "an encoder's list alone": ("sentence_cosine", only("modules.json"), "sentence_cosine holds no weights"),
+    "a list of nothing known": ("sentence_cosine", content("modules.json", b"[3]"), r"modules\.json: TypeError"),
+    "pickled": (
+        "blip_vqa",
+        lambda path: (path / WEIGHTS).rename(path / "pytorch_model.bin"),
+        r"blip_vqa holds only pytorch_model\.bin \(pickled",
+    ),
+    "half the weights": ("bertscore_f1", lambda path: os.truncate(path / WEIGHTS, 5000), rf"bertscore_f1/{WEIGHTS}: "),
+}
+OF_REWARDS_REHEARSED: dict[str, tuple[str, Damage, str]] = {
+    "a tensor less": (
+        "sentence_cosine",
+        tensors(WEIGHTS, lambda held: held.pop(first(held))),
+        "lacks 1 of its tensors",
+    ),
+    "another shape": (
+        "clip_score",
+        tensors(WEIGHTS, lambda held: held.update({"visual_projection.weight": np.ones((9, 9), np.float32)})),
+        "clip_score holds other shapes of 1 of its tensors, such as visual_projection",
+    ),
+    "no words": ("bertscore_f1", without(*WORDS), "bertscore_f1: its tokenizer knows no words"),
+    "no words of sentences": ("sentence_cosine", without(*WORDS), "sentence_cosine: its tokenizer knows no words"),
+    "an image that does not fit": (
+        "clip_score",
+        fields("preprocessor_config.json", crop_size={"height": 20, "width": 20}),
+        r"clip_score: Input image size \(20\*20\)",
+    ),
+    "words beyond its vocabulary": (
+        "blip_vqa",
+        lambda path: shutil.copy(CHECKOUT / "models/digits/captioner" / WORDS[0], path / WORDS[0]),
+        "blip_vqa: IndexError: index out of range",
+    ),
+    "no list of poolings": ("sentence_cosine", lambda path: shutil.rmtree(path / "1_Pooling"), "Pooling"),
+    "a head of another CLIP": ("aesthetic", lambda path: None, r"head\.safetensors: layers \[\(1, 11\)\].* 12 numbers"),
+}
+
+
+def of_reward(name: str, directory: Path, rewards: Path) -> list[str]:
+    options = {"model": str(directory)} | ({"head": str(rewards / "head.safetensors")} if name == "aesthetic" else {})
+    return [f"reward.function={name}", f"reward.options.{name}={json.dumps(options)}"]
+
+
+@pytest.mark.parametrize("case", [*OF_REWARDS, *OF_REWARDS_REHEARSED])
+def test_a_damaged_model_of_a_reward_is_refused(case: str, rewards: Path, tmp_path: Path) -> None:
+    name, damage, expected = (OF_REWARDS | OF_REWARDS_REHEARSED)[case]
+    damaged = shutil.copytree(rewards / name, tmp_path / name)
+    damage(damaged)
+    config = load_config(DdpoConfig, DIGITS, of_reward(name, damaged, rewards))
+    with pytest.raises(ValueError, match=expected) as found:  # noqa: PT012
+        preflight(config, Machine(2, 0))
+        assert case in OF_REWARDS_REHEARSED
+        nothing = CaptionerSettings(path=None)
+        rehearse(
+            ModelSettings(path="of/hub"),
+            config.sampling,
+            nothing,
+            config.reward,
+            None,
+            ["a yellow seven on a white background"],
+        )
+    assert str(rewards if name == "aesthetic" else tmp_path) in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_whole_models_of_rewards_pass_the_dry_run_and_another_head_does_not(rewards: Path) -> None:
+    names = ("clip_score", "blip_vqa", "bertscore_f1", "sentence_cosine")
+    overrides = [each for name in names for each in of_reward(name, rewards / name, rewards)]
+    overrides += [f"reward.function={json.dumps(dict.fromkeys(names, 1.0))}"]
+    assert "learnable timesteps" in dry_run(PIPELINE, *overrides)
+    with pytest.raises(ConfigError, match=r"head\.safetensors: layers \[\(1, 11\)\]"):
+        dry_run(PIPELINE, *of_reward("aesthetic", rewards / "aesthetic", rewards))
+
+
+def test_a_sweep_tries_out_each_choice_of_models(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dry_sweep(**space: list[Any]) -> str:
+        dotted = {name.replace("__", "."): values for name, values in space.items()}
+        config = validate(SweepConfig, {"config": str(DIGITS), "search": "grid", "space": dotted})
+        return describe_sweep(config, preflight_sweep(config))
+
+    tensors(UNET, lambda held: held.pop("conv_in.weight"))(model)
+    with pytest.raises(ConfigError, match=rf"at .*{model}.*: {model}/unet lacks 1 of its tensors"):
+        dry_sweep(model__path=[str(model)])
+    tried: list[DdpoConfig] = []
+    monkeypatch.setattr("orchestration.preflight.describe", lambda config, plan: tried.append(config))
+    captioners = [f"{'./' * dots}models/digits/captioner" for dots in range(7)]
+    models = ["models/digits/pipeline", "./models/digits/pipeline"]
+    text = dry_sweep(model__path=models, captioner__path=captioners, training__learning_rate=[1e-4, 1e-5])
+    assert "8 of 14 choices of models tried out" in text
+    assert len(tried) == 8
+    assert {each.model.path for each in tried} == set(models)
+    assert {each.captioner.path for each in tried} == set(captioners)
 
 
 def test_a_damaged_captioner_is_refused_by_the_dry_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestration import inputs
 from orchestration.ahead import Ahead
 from orchestration.config import ConfigError, DdpoConfig, load_config
 from orchestration.ddpo_run import DdpoRun
@@ -24,7 +25,7 @@ from pipelines.atomic import commit_directory, read_lines
 from pipelines.checkpoint import CheckpointStore
 from pipelines.locations import CHECKOUT, fingerprint
 
-REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, words=None):\n    return SCALE\n"
+REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, **options):\n    return SCALE\n"
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(CHECKOUT / "models" / "digits" / "pipeline", home / "model")
     (home / "prompts.txt").write_text("a\nb\n")
     (home / "words.txt").write_text("x")
+    (home / "table.txt").write_text("x")
     (home / "own_reward.py").write_text(REWARD)
     (home / "helper_of_reward.py").write_text("SCALE = 1.0\n")
     monkeypatch.syspath_prepend(str(home))
@@ -59,7 +61,7 @@ def configured(*more: str) -> DdpoConfig:
             "captioner.path=null",
             "evaluation.evaluator=null",
             "reward.function=own_reward:score",
-            "reward.options={'own_reward:score': {words: words.txt}}",
+            "reward.options={'own_reward:score': {words: words.txt, tables: [a, {path: table.txt}]}}",
             "training.images_per_step=4",
             "training.images_per_prompt=2",
             "output_dir=../run",
@@ -80,6 +82,7 @@ READ = {
     "prompts": "prompts.txt",
     "model.path": "model/unet/diffusion_pytorch_model.safetensors",
     "reward.options.own_reward:score.words": "words.txt",
+    "reward.options.own_reward:score.tables.1.path": "table.txt",
     "code of own_reward": "own_reward.py",
     "code of helper_of_reward": "helper_of_reward.py",
 }
@@ -128,10 +131,23 @@ def test_it_goes_on_with_the_same_from_anywhere(home: Path, tmp_path: Path, monk
     assert forked == elsewhere / "forked"
     content = open_run(forked)["config"]
     assert content["prompts"] == str(home / "prompts.txt")
-    assert content["reward"]["options"]["own_reward:score"]["words"] == str(home / "words.txt")
+    tables = ["a", {"path": str(home / "table.txt")}]
+    assert content["reward"]["options"]["own_reward:score"] == {"words": str(home / "words.txt"), "tables": tables}
     (home / "model" / "model_index.json").write_text("{} ")
     with pytest.raises(ConfigError, match=r"model"):
         DdpoRun.fork(Path("../run"), ["output_dir=another"])
+
+
+def test_code_beside_a_reward_in_the_checkout_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of this program, nor of an environment that lies there as well."""
+    files = {"own": "own.py", "helper": "helper.py", "pipelines.digits": "pipelines/digits.py"}
+    files |= {"pipelines": "pipelines/__init__.py", "numpy": ".venv/lib/site-packages/numpy.py"}
+    for each in map(tmp_path.joinpath, files.values()):
+        each.parent.mkdir(parents=True, exist_ok=True)
+        each.touch()
+    (tmp_path / "own.py").write_text("import numpy, helper\nfrom pipelines.digits import parse\n")
+    monkeypatch.setattr(inputs, "_file", lambda name: tmp_path / files[name] if name in files else None)
+    assert {name for name, _ in inputs._used("own")} == {"own", "helper"}
 
 
 def test_unchanged_files_are_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,9 @@ def denoising_steps(path: str, steps: int) -> DenoisingSteps:
     if directory is None:
         return (FlowConfig() if "stable-diffusion-3" in path else ASSUMED).steps(steps)
     index = read_json(directory / "model_index.json")
-    return _scheduler(directory / "scheduler" / "scheduler_config.json", index).steps(steps)
+    file = directory / "scheduler" / "scheduler_config.json"
+    with reading(file):
+        return _scheduler(file, index).steps(steps)
 
 
 def _scheduler(file: Path, index: Mapping[str, Any]) -> DdimConfig | FlowConfig:

@@ -43,15 +43,16 @@ class Family(ABC):
         holds other tensors than its class, which would otherwise be left random."""
         import diffusers
 
-        stock, options = getattr(diffusers, cls.pipeline_class), {"torch_dtype": dtype, "use_safetensors": True}
+        stock = getattr(diffusers, cls.pipeline_class)
         parts: dict[str, Any] = dict.fromkeys(files.absent)
         for name in files.shapes:
             library, kind = files.parts[name]
-            place = {} if device is None else {"device_map": {"": device}}
-            part = load_whole(getattr(import_module(library), kind), files.directory / name, **options, **place)
-            parts[name] = part.eval().requires_grad_(False)
+            part = load_whole(getattr(import_module(library), kind), files.directory / name, device, torch_dtype=dtype)
+            parts[name] = part.requires_grad_(False)
         parts["scheduler"] = cls.scheduler(files.scheduler)
-        pipeline = stock.from_pretrained(files.directory, **options, **{**parts, **cls.options})
+        pipeline = stock.from_pretrained(
+            files.directory, torch_dtype=dtype, use_safetensors=True, **{**parts, **cls.options}
+        )
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, files)
 

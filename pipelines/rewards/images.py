@@ -14,11 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipelines.locations import resolve_model
+from pipelines.model_files import ModelFilesError, load_tokenizer, load_whole, reading
 from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
-
-
-def _load(kind: Any, path: str, device: str) -> Any:
-    return kind.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
 
 
 class Vqa:
@@ -30,9 +27,9 @@ class Vqa:
 
     def __init__(self, options: VqaOptions, device: str = "cpu") -> None:
         path = resolve_model(options.model)
-        self.model = _load(transformers.BlipForQuestionAnswering, path, device)
+        self.model = load_whole(transformers.BlipForQuestionAnswering, path, device, dtype=torch.float32)
         self.processor: Any = transformers.BlipImageProcessorPil.from_pretrained(path)
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = load_tokenizer(path)
         self.options = options
 
     @torch.inference_mode()
@@ -71,7 +68,7 @@ class _Clip:
 
     def __init__(self, options: ClipScoreOptions | AestheticOptions, device: str = "cpu") -> None:
         self.path = resolve_model(options.model)
-        self.model = _load(transformers.CLIPModel, self.path, device)
+        self.model = load_whole(transformers.CLIPModel, self.path, device, dtype=torch.float32)
         self.processor: Any = transformers.CLIPImageProcessorPil.from_pretrained(self.path)
 
     def embed(self, images: np.ndarray) -> Tensor:
@@ -85,7 +82,7 @@ class ClipScore(_Clip):
 
     def __init__(self, options: ClipScoreOptions, device: str = "cpu") -> None:
         super().__init__(options, device)
-        self.template, self.tokenizer = options.template, transformers.AutoTokenizer.from_pretrained(self.path)
+        self.template, self.tokenizer = options.template, load_tokenizer(self.path)
         self._text = lru_cache(4096)(self._embed_text)
 
     @torch.inference_mode()
@@ -107,13 +104,16 @@ class Aesthetic(_Clip):
 
     def __init__(self, options: AestheticOptions, device: str = "cpu") -> None:
         super().__init__(options, device)
-        held = load_file(resolve_model(options.head), device=device)
+        with reading(options.head):
+            held = load_file(resolve_model(options.head), device="cpu" if device == "meta" else device)
         numbered = (re.fullmatch(r"(.*?(\d+))\.weight", key) for key in held)
         names = [name for _, name in sorted((int(match[2]), match[1]) for match in numbered if match)]
         self.layers = [(held[f"{name}.weight"].float(), held[f"{name}.bias"].float()) for name in names]
         width, shapes = self.model.config.projection_dim, [tuple(weight.shape) for weight, _ in self.layers]
         if [1, *(into for _, into in reversed(shapes))] != [*(out for out, _ in reversed(shapes)), width]:
-            raise ValueError(f"{options.head}: layers {shapes} do not lead from the {width} numbers of CLIP to one")
+            raise ModelFilesError(
+                f"{options.head}: layers {shapes} do not lead from the {width} numbers of CLIP to one"
+            )
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:

@@ -2,21 +2,32 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.locations import resolve_model
+from pipelines.model_files import encoder_parts, load_tokenizer, load_whole
 from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions, default_encoder, words_of
 
 
 def load_encoder(path: str | None, device: str = "cpu") -> Any:
     """A sentence encoder; by default all-MiniLM-L6-v2 from the installed package that carries its weights."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
-    if path is None:
-        return SentenceTransformer(str(default_encoder()), device=device, local_files_only=True)
-    return SentenceTransformer(resolve_model(path), device=device)
+    place = resolve_model(path) if path else str(default_encoder())
+    local, meta = Path(place).is_dir(), device == "meta"
+    how: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, "ignore_mismatched_sizes": local}
+    how |= {"device_map": {"": "meta"}} if meta else {}
+    parts = encoder_parts(Path(place)) if local else []
+    encoder = SentenceTransformer(place, device=None if meta else device, local_files_only=local, model_kwargs=how)
+    for part, directory in zip(encoder, parts, strict=False):
+        if network := getattr(part, "auto_model", None):  # what it lacks, the library has left random
+            load_whole(type(network), directory, "meta", unused="pooler")
+            load_tokenizer(directory)
+    return encoder
 
 
 class SentenceCosine:
@@ -48,11 +59,11 @@ class BertScore:
 
     def __init__(self, options: BertScoreOptions, part: str, device: str = "cpu") -> None:
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         path = resolve_model(options.model) if options.model else str(default_encoder())
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval().to(device)
+        self.tokenizer = load_tokenizer(path)
+        self.model = load_whole(AutoModel, path, device, unused="pooler", dtype=torch.float32)
         layers = self.model.config.num_hidden_layers
         if (options.layer or 0) > layers:
             raise ValueError(f"option layer of bertscore_{part} is {options.layer}, but {path} has {layers} layers")
