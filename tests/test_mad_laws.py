@@ -19,8 +19,8 @@ GENERATIONS = 4
 NUMBERS = 45_000  # means of one coordinate: universes × dimensions, of which only the universes cost a stream each
 
 
-def measured(arm: ArmSettings, generations: int, universes: int, last: int = 1) -> dict[str, np.ndarray]:
-    """Each metric (universes, last) of the ``last`` generations of a chain, its tasks done one after the other."""
+def measured(arm: ArmSettings, generations: int, universes: int, last: int = 0) -> dict[str, np.ndarray]:
+    """Each metric (universes, last) of the ``last`` generations (0: all) of a chain, its tasks done one by one."""
     measures = [each.measure for each in chain("arm", arm, range(universes), generations, RealSource(100))][-last:]
     results: dict[str, Files] = {}
     for task in in_order(measures):
@@ -42,7 +42,7 @@ def deviations(
     What of them is linear in metrics ``given``, whose laws are known, adds nothing to their error (control variates).
     """
     universes = universes or NUMBERS // arm.dimension
-    values, exact = measured(arm, generations, universes), laws(against or arm, generations)
+    values, exact = measured(arm, generations, universes, last=1), laws(against or arm, generations)
     last = {name: values[name][:, -1] - law[-1] for name, law in exact.items()}
     found = {}
     for metric in metrics & exact.keys():
@@ -153,7 +153,7 @@ def test_the_memory_loop_obeys_its_law_with_a_fitted_covariance() -> None:
 def test_a_variance_far_below_its_mean_keeps_its_digits() -> None:
     """With λ = 1e-6 the spread of generation 4 is a billionth of a billionth of the mean's size."""
     arm = ArmSettings(family="gaussian", rule="fully_synthetic", n_ini=20, dimension=2, sampling_bias=1e-6)
-    values, exact = measured(arm, 8, 2000, last=8), laws(arm, 8)
+    values, exact = measured(arm, 8, 2000), laws(arm, 8)
     for metric in ("log_det", "mean_square"):
         error = values[metric].std(axis=0, ddof=1) / np.sqrt(2000)
         assert (np.abs(values[metric].mean(axis=0) - exact[metric]) < 3 * error).all()
