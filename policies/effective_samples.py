@@ -73,7 +73,11 @@ def effective_sample_size(
         return expected_distance(samples, dimension, universes, seed, covariance)[0]
 
     def solve(distance: float) -> float:
-        below = _largest(lambda n: expected(n) > distance, 2, MOST_SAMPLES)
+        # Of many samples the distance is c/n: looked for around there, and everywhere if it is not there.
+        near = round(MOST_SAMPLES * expected(MOST_SAMPLES) / max(distance, expected(MOST_SAMPLES)))
+        low, high = max(near // 2, 2), min(2 * near, MOST_SAMPLES)
+        low, high = (low, high) if expected(low) > distance >= expected(high) else (2, MOST_SAMPLES)
+        below = _largest(lambda n: expected(n) > distance, low, high)
         return float(np.interp(-distance, [-expected(below), -expected(below + 1)], [below, below + 1]))
 
     mean, low, high = (float(value) for value in interval(distances, "expectation"))
