@@ -26,8 +26,8 @@ from policies.settings import explain
 SCHEMA = 1  # of both; raised when a key comes to mean something else
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
 _PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
-_KEPT = ("id", "former_ids", "created", "directory", "mlflow_run_id", "mlflow_children", "wall_seconds", "changes")
-_KEPT = (*_KEPT, "copied_from")
+_KEPT = ["id", "former_ids", "created", "directory", "mlflow_run_id", "mlflow_children", "wall_seconds", "changes"]
+_KEPT += ["copied_from"]
 # What a run leaves that has committed nothing; all of it is made again by the same command.
 _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", "outbox", "evaluations", "checkpoints"}
 _BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html"}
