@@ -14,7 +14,8 @@ from pipelines.real_data import DataSettings
 from policies.mad_settings import LoopSettings
 from policies.settings import Name, Settings, explain
 
-MOST_DIMENSIONS, MOST_BIAS = 500, 0.99  # of simulations for n_e, and for the largest admissible n_s
+MOST_DIMENSIONS = 500  # of simulations for n_e
+MOST_BISECTED, MOST_BIAS = 50, 0.99  # dimensions and bias of those for the largest admissible n_s: minutes, not hours
 Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
 
 
@@ -36,10 +37,11 @@ class ArmSettings(families.MixtureSettings, families.CategoricalSettings, famili
         if self.dimension > MOST_DIMENSIONS and self.covariance != "known":
             return f"a dimension of {MOST_DIMENSIONS} at most, or covariance=known"
         simulated = self.rule == "fresh" and self.covariance == "unbiased" and self.real_weight == 1 and n_real > 1
-        if largest and (not simulated or MOST_BIAS < self.sampling_bias < 1):
+        quick = self.sampling_bias == 1 or (self.dimension <= MOST_BISECTED and self.sampling_bias <= MOST_BIAS)
+        if largest and not (simulated and quick):
             return (
-                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a sampling_bias of "
-                f"{MOST_BIAS} at most (or 1, where every n_s is admissible)"
+                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a dimension of "
+                f"{MOST_BISECTED} and a sampling_bias of {MOST_BIAS} at most (or 1, where every n_s is admissible)"
             )
         return None
 

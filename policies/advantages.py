@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from policies.health import SickNumbers, check_rewards
+from policies.health import ROUNDING, SickNumbers, check_rewards
 from policies.settings import AdvantageSettings
 
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
-# Of a reward, what is no difference: the mean of three times 0.1 is not 0.1, nor is 0.1 + 0.2 + 0.3 of three functions
-# 0.3 + 0.2 + 0.1, and an optimiser that scales gradients would make a step of it.
-_ROUNDING = 1e-12
 
 
 def weighted_sum(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """The reward (images,) of several functions' ``scores`` (images,) each; one alone of weight 1 stays as it is."""
-    return np.sum([weight * scores[name] for name, weight in weights.items()], axis=0)
+    """The reward (images,) of several functions' ``scores`` (images,) each; one alone of weight 1 stays as it is.
+    Terms that cancel but for rounding are 0."""
+    terms = np.array([weight * scores[name] for name, weight in weights.items()])
+    total = terms.sum(axis=0)
+    return np.where(np.abs(total) < ROUNDING * np.abs(terms).sum(axis=0), 0.0, total)
 
 
 class PromptStatistics:
@@ -71,7 +71,7 @@ def advantages(
         else:
             mean, std = everything
         gaps = rewards[members] - mean
-        gaps[np.abs(gaps) <= _ROUNDING * np.abs(rewards[members]).max()] = 0
+        gaps[np.abs(gaps) <= ROUNDING * np.abs(rewards[members]).max()] = 0
         result[members] = gaps / (std + _EPSILON)
     return np.clip(result, -settings.clip, settings.clip)
 

@@ -65,12 +65,19 @@ def effective_sample_size(
     Raises ValueError if the mean lies beyond.
     """
 
+    # A relative error of .2 %: that of one universe falls as 1/d, and its cost rises as d³.
+    universes = max(400_000 // dimension**2, min(100, 1_000_000 // dimension**2))
+
     @cache
     def expected(samples: int) -> float:
-        return expected_distance(samples, dimension, max(100, 400_000 // dimension**2), seed, covariance)[0]
+        return expected_distance(samples, dimension, universes, seed, covariance)[0]
 
     def solve(distance: float) -> float:
-        below = _largest(lambda n: expected(n) > distance, 2, MOST_SAMPLES)
+        # Of many samples the distance is c/n: looked for around there, and everywhere if it is not there.
+        near = round(MOST_SAMPLES * expected(MOST_SAMPLES) / max(distance, expected(MOST_SAMPLES)))
+        low, high = max(near // 2, 2), min(2 * near, MOST_SAMPLES)
+        low, high = (low, high) if expected(low) > distance >= expected(high) else (2, MOST_SAMPLES)
+        below = _largest(lambda n: expected(n) > distance, low, high)
         return float(np.interp(-distance, [-expected(below), -expected(below + 1)], [below, below + 1]))
 
     mean, low, high = (float(value) for value in interval(distances, "expectation"))
@@ -124,7 +131,8 @@ def limits(
         drawn_mean, drawn_root = _draw(mean, sqrt(sampling_bias) * root, n_synthetic, random)
         gap = sqrt(n_real * n_synthetic / total) * (real_mean - drawn_mean)
         mean = (n_real * real_mean + n_synthetic * drawn_mean) / total
-        root = np.linalg.qr(np.concatenate([real_root, drawn_root, gap[:, None]], axis=1) / sqrt(total - 1))[1]
+        scatter_root = np.concatenate([real_root, drawn_root, gap[:, None]], axis=1)
+        root = np.asarray(np.linalg.qr(scatter_root / sqrt(total - 1), mode="r"))
         if generation >= 0:
             loop[generation] = wasserstein_squared(mean, root.mT @ root)
             alone[generation] = wasserstein_squared(real_mean, real_root.mT @ real_root / (n_real - 1))

@@ -1,5 +1,7 @@
 """Rewards become advantages prompt by prompt, over all images of a step."""
 
+from math import isclose
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -47,7 +49,7 @@ def test_equal_rewards_of_a_prompt_teach_exactly_nothing(
     baseline: str, size: int, value: float, other: float, steps: int
 ) -> None:
     """However many they are: the mean of three times 0.1 is not 0.1 in floating point."""
-    assume(value != other)
+    assume(not isclose(value, other))
     history = PromptStatistics(4)  # each step gives at least half as many
     for _ in range(steps):
         rewards = np.array([value] * size + [other] * size)
@@ -73,6 +75,16 @@ def test_rewards_too_large_to_be_squared_are_sick() -> None:
 def test_a_reward_that_says_the_same_of_all_is_sick() -> None:
     with pytest.raises(SickNumbers, match=r"all 6 rewards are 0\.7"):
         compute(np.full(6, 0.7), PROMPTS)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, -2.0, 1.0)])
+def test_sums_that_differ_by_rounding_alone_are_sick(weights: tuple[float, ...]) -> None:
+    """Also where they cancel: of what is left of 0.1 − 2 · 0.2 + 0.3 every digit is rounding."""
+    scores = {"a": np.array([0.1, 0.3] * 3), "b": np.full(6, 0.2), "c": np.array([0.3, 0.1] * 3)}
+    terms = np.array([weight * scores[name] for name, weight in zip("abc", weights, strict=True)])
+    assert len(set(terms.sum(axis=0))) == 2
+    with pytest.raises(SickNumbers, match="all 6 rewards are"):
+        compute(weighted_sum(scores, dict(zip("abc", weights, strict=True))), PROMPTS)
 
 
 def test_advantages_are_clipped() -> None:

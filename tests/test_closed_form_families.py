@@ -1,5 +1,6 @@
 """The families with a closed form: their moments, their bias, and universes that do not know of each other."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,18 @@ def test_the_mixture_finds_its_modes_and_loses_them_with_bias() -> None:
     assert biased["recall"] < 0.6 * fair["recall"]
     one_mode = measure_points(reference[:300].repeat(3, axis=0) * 0.01, reference, mode_centres(9))
     assert one_mode["modes_covered"] == 1
+
+
+def test_points_are_measured_against_any_number_of_modes() -> None:
+    """Ten thousand modes: not by a table of all distances, which takes gigabytes."""
+    modes = mode_centres(10_000)
+    tracemalloc.start()
+    found = measure_points(modes[:1000] + 0.1, modes[:1000], modes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found["modes_covered"], found["in_mode"]) == (1000, 1)
+    assert found["mode_entropy"] == pytest.approx(np.log(1000))
+    assert peak < 100e6
 
 
 def test_modes_stand_on_a_square_grid() -> None:

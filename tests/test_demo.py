@@ -18,7 +18,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [
         f"output_dir={directory}",
         "training.steps=2",
-        "training.images_per_step=64",
+        "training.images_per_step=32",
         "training.images_per_prompt=4",
         "training.updates_per_step=2",
         "evaluation.images=180",

@@ -143,10 +143,13 @@ def test_largest_admissible_saturates(sampling_bias: float, dimension: int, univ
 def test_largest_admissible_is_where_the_effective_share_is_one(
     n_real: int, bias: float, dimension: int, universes: int
 ) -> None:
+    """To first order n_e/n_r is the distance of n_r real samples over that of the loop."""
     most = largest_admissible(n_real, bias, dimension, universes, seed=0, most=200).n_synthetic
     assert most is not None
+    worth, error = expected_distance(n_real, dimension, 100 * universes, seed=2)
+    assert error < 0.003 * worth
     shares = [
-        effective_sample_size(limits(n_real, n, bias, (2 * universes, dimension), seed=1)[0], dimension).value / n_real
+        worth / limits(n_real, n, bias, (2 * universes, dimension), seed=1)[0].mean()
         for n in (most // 2, most, 2 * most)
     ]
     assert shares[0] > 1.01

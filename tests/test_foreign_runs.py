@@ -105,7 +105,10 @@ def said(place: Path, command: str, capfd: pytest.CaptureFixture[str]) -> tuple[
     return code, printed
 
 
-FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+TIMES = int(os.environ.get("EXAMPLES", "1"))
+FEW = settings(
+    max_examples=10 * TIMES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
 FILES = ["manifest.json", "summary.json", "metrics.jsonl", "spans.jsonl", "evaluations/step-000000.json"]
 SHOWN = ["list", "show", "compare", "report"]
 
@@ -145,7 +148,7 @@ def test_any_content_is_shown_or_named(place: Path, undrawn: None, capfd: Any, d
 
 def test_any_damage_is_named(place: Path, undrawn: None, capfd: Any) -> None:
     dice = random.Random(0)
-    for _ in range(8):
+    for _ in range(4 * TIMES):
         path = place / "runs" / "odd" / dice.choice([*FILES, "evaluations/step-000002.npz"])
         before = path.read_bytes()
         path.write_bytes(damaged(before, dice))

@@ -1,9 +1,11 @@
 """Whatever a configuration says, it is a run that can be planned or one line that says why not: never a traceback.
 
-Hypothesis writes 1,200 of them: real keys with values of all kinds, damaged keys, damaged YAML, bytes.
+Hypothesis writes 300 of them, or EXAMPLES (of the environment) times as many: real keys with values of all kinds,
+damaged keys, damaged YAML, bytes.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ VALUES = st.one_of(
     st.lists(st.integers(-1, 50), max_size=4),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
 )
-FUZZ = settings(max_examples=400, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = 100 * int(os.environ.get("EXAMPLES", "1"))
+FUZZ = settings(max_examples=MANY, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def check(schema: Any, path: Path | None, overrides: list[str]) -> None:

@@ -41,6 +41,9 @@ def model(request: pytest.FixtureRequest, tiny_v_pipeline: Path) -> ModelSetting
     return ModelSettings(path=str(tiny_v_pipeline), lora_rank=request.param, lora_targets=LORA_TARGETS)
 
 
+WHOLE = pytest.mark.parametrize("model", [0], ids=["full"], indirect=True)  # where LoRA is no other case
+
+
 @pytest.fixture
 def sampler(model: ModelSettings) -> DiffusionPolicy:
     """As samplers hold it: the plain UNet, into which weights are loaded."""
@@ -415,6 +418,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+@WHOLE
 def test_folded_and_unfolded_gradients_agree(model: ModelSettings, sampler: DiffusionPolicy) -> None:
     """All transitions of an update in one call, or one call for each: 1e-5 of the whole gradient."""
     trajectory, found = draw(sampler), []
@@ -428,12 +432,13 @@ def test_folded_and_unfolded_gradients_agree(model: ModelSettings, sampler: Diff
     assert distance(*found) < 1e-5
 
 
+@WHOLE
 def test_images_without_an_advantage_are_not_computed(model: ModelSettings, sampler: DiffusionPolicy) -> None:
     """Half of the images teach nothing: half of the calls, and the gradient of all calls."""
     trajectory, found, calls = draw(sampler), [], []
     advantage = np.array([1.0, -1.0, 0.0, 0.0, 0.0, 2.0])
     for kl_weight in (0.0, 1e-12):  # with a KL every image counts
-        training = TRAINING.model_copy(update={"micro_batch": 1, "updates_per_step": 1, "kl_weight": kl_weight})
+        training = TRAINING.model_copy(update={"micro_batch": 3, "updates_per_step": 1, "kl_weight": kl_weight})
         learner = DiffusionLearner(model, SAMPLING, training, 0)
         predict, sizes = learner.policy.predict, []
 

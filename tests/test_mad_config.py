@@ -27,6 +27,7 @@ from tests.test_mad_laws import measured
 MACHINE = Machine(cpus=2, gpus=0)
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
 SMALL_BIAS = ["n_ini=20", "n_synthetic=20", "memory=2", "sampling_bias=1e-12"]
+LARGEST = ["derive.largest_admissible=true"]
 
 
 def refused(*overrides: str) -> str:
@@ -90,6 +91,10 @@ def refused(*overrides: str) -> str:
         (
             ["rule=fresh", "n_real=5", "n_synthetic=9", "covariance=mle", "derive.largest_admissible=true"],
             "derive.largest_admissible needs rule=fresh, covariance=unbiased",
+        ),
+        (
+            ["rule=fresh", "n_real=5", "n_synthetic=9", "sampling_bias=0.9", *LARGEST, "dimension=51"],
+            "a dimension of 50 and a sampling_bias of 0.99 at most",
         ),
         (["n_ini=50", "arms.a={gan: {stepz: 3}}", "family=gan"], "arms.a: unknown key 'gan.stepz'"),
         (["family=mixture", "n_ini=50", "modes=24"], "a square grid"),

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from orchestration import tracking
 from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten, open_store
-from tests.servers import MlflowServer, mlflow_server
+from tests.servers import Gate, mlflow_server
 
 QUIET = TrackingSettings(system_metrics=False)
 
@@ -274,13 +274,14 @@ def test_flatten() -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, empty_store: Path) -> Iterator[MlflowServer]:
+def server(tmp_path: Path, empty_store: Path) -> Iterator[Gate]:
+    """The way to a server, which need not make its tables."""
     shutil.copy(empty_store, tmp_path / "server.db")
     with mlflow_server(tmp_path) as started:
-        yield started
+        yield Gate(started).open()
 
 
-def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, tmp_path: Path) -> None:
+def test_a_run_on_a_server_that_goes_away_and_comes_back(server: Gate, tmp_path: Path) -> None:
     settings = TrackingSettings(uri=server.uri, experiment="served")
     first = Tracker(tmp_path / "run", settings, "first")
     first.describe({"seed": 1}, {"kind": "test"})
@@ -302,7 +303,7 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
     assert second.open_command().startswith(f"{server.uri}/#/experiments/")
 
     second.finish("KILLED")
-    server.kill()
+    server.shut()
     said: list[str] = []
     away = Tracker(tmp_path / "run", settings, "first", run_id=first.run_id, say=said.append)
     started = time.monotonic()
@@ -314,7 +315,7 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: MlflowServer, t
     assert f"MLflow at {server.uri} cannot be reached" in said[0]
     assert said[-1].endswith(f"deliver: ouroboros sync {tmp_path / 'run'}")
 
-    server.start()
+    server.open()
     for _ in range(2):
         assert deliver_rest(tmp_path / "run", settings, said.append, first.run_id) == 0
         assert points_of(first, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4), (3, 0.5)]

@@ -99,13 +99,14 @@ def measure_points(generated: np.ndarray, reference: np.ndarray, modes: np.ndarr
 
     A mode is covered if a sample lies within 3 of its standard deviations.
     """
+    from scipy.spatial import KDTree
     from scipy.stats import entropy
 
     from pipelines.distances import frechet_distance, precision_recall_density_coverage
 
-    distance = np.linalg.norm(generated[:, None] - modes, axis=2)
-    near = distance.min(axis=1) <= NEAR * SPREAD
-    counts = np.bincount(distance.argmin(axis=1)[near], minlength=len(modes))
+    distance, mode = KDTree(modes).query(generated)
+    near = distance <= NEAR * SPREAD
+    counts = np.bincount(mode[near], minlength=len(modes))
     return {
         "frechet": frechet_distance(reference, generated),
         **precision_recall_density_coverage(reference, generated),
