@@ -1,10 +1,13 @@
 """What runs where: shares of several nodes, kinds of nodes, and room for all actors of a run at once."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from actors.allocation import Offer, Role, allocate, plan_roles
+from actors.allocation import Offer, Role, allocate, cards_of, plan_roles
 from actors.settings import ActorSettings, WorkerSettings
 from orchestration.cluster import Machine
 from orchestration.config import ConfigError, DdpoConfig, load_config
@@ -102,6 +105,17 @@ def test_a_model_has_one_name_on_all_nodes(tmp_path: Path) -> None:
 HALF = Role("half", 2, 0.5, 0.0, 1, "cpu")
 
 
+@pytest.fixture(scope="module")
+def ray_session(_preloaded: None) -> Iterator[None]:
+    """A private Ray with eight cards, which nothing here uses; Ray counts them."""
+    from orchestration import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "cpu_limit", lambda: 96)
+        with cluster.connected(gpus=8):
+            yield
+
+
 @pytest.fixture
 def free_cpus(ray_session: None) -> float:
     """What Ray has once earlier runs have left it."""
@@ -133,6 +147,40 @@ def test_room_is_for_all_actors_or_for_none(free_cpus: float) -> None:
     assert [place is None for place in second.seats()["half"].places] == [False, False]
     second.leave()
     wait_until(lambda: ray.available_resources().get("CPU", 0) == free_cpus, 60, "room given back")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "settings"),
+    [
+        ({}, {"learners": 8}),
+        ({}, {"samplers": 8}),
+        ({"reward": True}, {"learners": 3, "samplers": 2, "placement": "spread"}),
+        ({"reward": True, "held out": False}, {"learners": 5, "samplers": 11, "replicas": {"captioner": 3}}),
+        ({}, yaml.safe_load((CHECKOUT / "configs/scale/8-gpus.yaml").read_text())["actors"]),
+    ],
+)
+def test_what_is_planned_for_eight_cards_fits_a_ray_of_eight(
+    free_cpus: float, rewards: dict[str, bool], settings: dict[str, Any]
+) -> None:
+    """By Ray's own count of cards: every card is used, and all of the room is there at once."""
+    import ray
+
+    from actors.placement import Room
+    from tests.processes import wait_until
+
+    offers = [{"CPU": free_cpus, "GPU": 8.0}]
+    roles = plan_roles(ActorSettings(**settings), int(free_cpus), 8, offers=offers, rewards=rewards)
+    room = Room(roles, offers)
+    room.wait(30, lambda: None)
+    try:
+        wanted = sum(role.count * role.gpus for role in roles)
+        left = ray.available_resources()
+        assert 8 - left.get("GPU", 0) >= wanted - 1e-3
+        assert all(map(all, cards_of(roles, offers)))
+        assert {name: len(seats.places) for name, seats in room.seats().items()} == {r.name: r.count for r in roles}
+    finally:
+        room.leave()
+    wait_until(lambda: ray.available_resources().get("GPU", 0) == 8, 60, "room given back")
 
 
 def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None:
