@@ -13,6 +13,8 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 SOCKET = "OUROBOROS_TESTS_PREFORK"
 _LARGEST = 2**20
@@ -49,7 +51,7 @@ def serve(place: str) -> None:
     gc.collect()
     gc.freeze()
     waiting = selectors.DefaultSelector()
-    forks: dict[int, tuple[int, socket.socket]] = {}  # what ends with a fork: its pid, who asked
+    forks: dict[int, tuple[int, socket.socket]] = {}  # by what is read once a fork has ended: its pid, who asked for it
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(place)
         door.listen(64)
@@ -57,39 +59,43 @@ def serve(place: str) -> None:
         waiting.register(0, selectors.EVENT_READ)
         waiting.register(door, selectors.EVENT_READ)
         while True:
-            for key, _ in waiting.select():
-                if key.fd == 0:
-                    for pid, _ in forks.values():
-                        os.kill(pid, signal.SIGKILL)
-                    return
-                if key.fileobj is door:
-                    asked, _ = door.accept()
-                    said, streams, _, _ = socket.recv_fds(asked, _LARGEST, 3)
-                    if not said:
-                        asked.close()
-                    elif (pid := os.fork()) == 0:
-                        waiting.close()
-                        _run(json.loads(said), streams)
-                    else:
-                        for stream in streams:
-                            os.close(stream)
-                        forks[os.pidfd_open(pid)] = pid, asked
-                        waiting.register(next(reversed(forks)), selectors.EVENT_READ, "ended")
-                        waiting.register(asked, selectors.EVENT_READ, pid)
-                elif key.data == "ended":
-                    pid, asked = forks.pop(key.fd)
-                    waiting.unregister(key.fd)
-                    os.close(key.fd)
+            ready = {key.fd for key, _ in waiting.select()}
+            if 0 in ready:
+                for pid, _ in forks.values():
+                    os.kill(pid, signal.SIGKILL)
+                return
+            for ended, (pid, asked) in [*forks.items()]:
+                if ended in ready:
                     os.waitpid(pid, 0)
-                    with contextlib.suppress(KeyError, ValueError):
-                        waiting.unregister(asked)
+                    for each in (ended, asked):
+                        waiting.unregister(each)
+                    os.close(ended)
                     asked.close()
-                else:  # who asked was killed
-                    waiting.unregister(key.fileobj)
-                    os.kill(key.data, signal.SIGKILL)
+                    del forks[ended]
+                elif asked.fileno() in ready:  # who asked was killed
+                    os.kill(pid, signal.SIGKILL)
+            if door.fileno() in ready:
+                asked, _ = door.accept()
+                said, streams, _, _ = socket.recv_fds(asked, _LARGEST, 3)
+                if not said:
+                    asked.close()
+                    continue
+                if (pid := os.fork()) == 0:
+                    waiting.close()
+                    door.close()
+                    for ended, (_, other) in forks.items():
+                        os.close(ended)
+                        other.close()
+                    _run(json.loads(said), streams)
+                for stream in streams:
+                    os.close(stream)
+                ended = os.pidfd_open(pid)
+                forks[ended] = pid, asked
+                waiting.register(ended, selectors.EVENT_READ)
+                waiting.register(asked, selectors.EVENT_READ)
 
 
-def _run(wanted: dict, streams: list[int]) -> None:
+def _run(wanted: dict[str, Any], streams: Sequence[int]) -> NoReturn:
     """Be, in a fork, the script that was asked for."""
     import runpy
     import traceback
@@ -119,7 +125,7 @@ def _run(wanted: dict, streams: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def preloaded():
+def preloaded() -> Iterator[None]:
     """In this block a Ray that this process starts has its workers forked."""
     import subprocess
     import tempfile
@@ -127,21 +133,22 @@ def preloaded():
 
     from ray._private import parameter
 
+    names: dict[str, Any] = vars(parameter)
     with tempfile.TemporaryDirectory() as directory:
         place = f"{directory}/door"
         # The long word is room for the titles that workers give themselves.
         command = [sys.executable, __file__, "serve", place, "-" * 200]
         quiet = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not survive a fork
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
-        whole = parameter.RayParams
-        parameter.RayParams = partial(whole, setup_worker_path=__file__)
+        server: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
+        whole = names["RayParams"]
+        names["RayParams"] = partial(whole, setup_worker_path=__file__)
         os.environ[SOCKET] = place
         try:
             assert server.stdout.readline() == b"ready\n"
             yield
         finally:
             del os.environ[SOCKET]
-            parameter.RayParams = whole
+            names["RayParams"] = whole
             server.stdin.close()
             server.wait()
 
