@@ -21,6 +21,7 @@ from rich.text import Text
 
 from orchestration.config import ConfigError
 from orchestration.display import duration
+from orchestration.evaluation import kept_evaluations
 from orchestration.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.points import points_table
 from orchestration.run import is_free
@@ -61,6 +62,12 @@ class RunInfo:
         """The journal of a DDPO run."""
         path = self.directory / "metrics.jsonl"
         return [] if path.is_symlink() else read_lines(path, ["step"], self.damaged)
+
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """The held-out measures of a DDPO run by step, that of the base model first."""
+        place = self.directory / "evaluations"
+        is_linked = place.is_symlink() or any(path.is_symlink() for path in place.glob("step-*"))
+        return {} if is_linked else kept_evaluations(self.directory, self.damaged)
 
 
 def list_runs(root: Path) -> list[RunInfo]:
@@ -143,21 +150,23 @@ def render_show(name: str, root: Path) -> RenderableType:
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
-    """What there is to say about a run at a glance, None where it does not tell; without a summary, of its steps so
-    far."""
-    manifest, summary = run.manifest, run.summary
-    steps, seconds = run.steps(), _number({**manifest, **summary}.get("wall_seconds"))
+    """What there is to say about a run at a glance, None where it does not tell; without a summary, of its held-out
+    measures so far."""
+    manifest, summary, measured = run.manifest, run.summary, {} if run.summary else run.evaluations()
+    seconds = _number({**manifest, **summary}.get("wall_seconds"))
 
     def change(result: str, metric: str) -> str | None:
-        ends = [summary.get(f"{result}_{end}") for end in ("before", "after")]
-        return _change(*(ends if f"{result}_before" in summary else _ends(steps, metric)))
+        if f"{result}_before" in summary:
+            return _change(*(summary.get(f"{result}_{end}") for end in ("before", "after")))
+        last = max(measured, default=0)
+        return _change(*(measured.get(step, {}).get(metric) for step in (0, last or -1)))
 
     total = f"/{manifest['total_steps']}" if manifest.get("total_steps") is not None else ""
     return {
         "loop": run.loop or None,
         "created": run.created[:16].replace("T", " ") or None,
         "step": f"{manifest['committed_step']}{total}" if "committed_step" in manifest else None,
-        "reward": change("reward", "reward/mean"),
+        "reward": change("reward", "evaluation/reward"),
         "held-out accuracy": change("evaluator_accuracy", "evaluator/full"),
         "wall time": None if seconds is None else duration(seconds),
         "images": summary.get("images"),
@@ -219,12 +228,6 @@ def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: [config.get(key) for config in configs] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
-
-
-def _ends(steps: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
-    """The first and the last number a journal holds under ``key``."""
-    values = [value for step in steps if (value := _number(step.get(key))) is not None]
-    return (values[0], values[-1]) if values else (None, None)
 
 
 def _number(value: Any) -> float | None:

@@ -38,6 +38,14 @@ SUMMARY = {
 }
 
 
+ROWS = {  # of the list, by the step whose evaluation comes next
+    0: ["–", "–"],
+    10: ["0.500", "→", "–", "0.400", "→", "–"],
+    20: ["0.500", "→", "0.600", "0.400", "→", "0.420"],
+    30: ["0.500", "→", "0.700", "0.400", "→", "0.450"],
+}
+
+
 def make_run(root: Path, name: str, summary: dict[str, Any] | None = None, **manifest: Any) -> Path:
     directory = root / name
     directory.mkdir(parents=True)
@@ -79,21 +87,23 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert (told["reward"], told["held-out accuracy"]) == ("0.810 → 0.930", "0.550 → 0.750")
 
 
-def test_a_running_run_is_read_from_its_steps(tmp_path: Path) -> None:
-    directory = make_run(tmp_path, "going", status="RUNNING", committed_step=3, wall_seconds=60.2)
-    lines = [
-        {"step": 1, "reward/mean": 0.5, "evaluator/full": 0.4},
-        {"step": 2, "reward/mean": 0.6},
-        {"step": 3, "reward/mean": 0.7, "evaluator/full": 0.45},
-    ]
-    (directory / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 4, "rew')
+def test_a_running_run_is_read_from_its_evaluations(tmp_path: Path) -> None:
+    """Before is before the first step, not the first interim evaluation; what was trained on is no result."""
+    directory = make_run(tmp_path, "going", status="RUNNING", committed_step=23, wall_seconds=60.2)
+    (directory / "metrics.jsonl").write_text(
+        '{"step": 10, "reward/mean": 0.1, "evaluator/full": 0.42}\n{"step": 11, "r'
+    )
+    (directory / "evaluations").mkdir()
+    for step, (reward, full) in {0: (0.5, 0.4), 10: (0.6, 0.42), 20: (0.7, 0.45)}.items():
+        row = row_of(text_of(render_list([RunInfo(directory)])), "going")
+        assert row == ["going", "RUNNING", "23/80", *ROWS[step], "1m00s"]
+        measured = {"evaluation/reward": reward, "evaluator/full": full}
+        (directory / "evaluations" / f"step-{step:06d}.json").write_text(json.dumps(measured))
+    assert row_of(text_of(render_list([RunInfo(directory)])), "going")[3:9] == ROWS[30]
+    (directory / "evaluations" / "step-000000.json").write_text("{")
     run = RunInfo(directory)
-    assert row_of(text_of(render_list([run])), "going") == [
-        *("going", "RUNNING", "3/80"),
-        *("0.500", "→", "0.700"),
-        *("0.400", "→", "0.450"),
-        "1m00s",
-    ]
+    assert row_of(text_of(render_list([run])), "going")[3:6] == ["–", "→", "0.700"]
+    assert "step-000000.json" in run.damaged[0]
 
 
 def test_no_evaluator_is_not_a_number_from_elsewhere(tmp_path: Path) -> None:
