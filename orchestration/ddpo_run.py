@@ -125,7 +125,7 @@ class DdpoRun(Run):
         write_durably(directory / "metrics.jsonl", as_lines(map(with_digest, past)))
         store.load(step)  # raises DamagedFiles if it is not this run's, or not whole
         stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
-        origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "KILLED"}
+        origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "FORKED"}
         manifest = new_manifest("ddpo", config, inputs=inputs) | stand | origin
         CheckpointStore(directory / "checkpoints", owners=ids(manifest)).adopt(store.path(step))
         write_manifest(directory, manifest)

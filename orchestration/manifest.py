@@ -68,7 +68,9 @@ class Manifest(_Said):
     name: str | None = None
     loop: str
     config: dict[str, Any]
-    status: str | None = Field(None, description="RUNNING, FINISHED, KILLED or FAILED")
+    status: str | None = Field(
+        None, description="RUNNING, FINISHED, KILLED, FAILED, or FORKED: from another run, and not run yet"
+    )
     id: str | None = Field(None, description="stays the run's own when its directory is moved")
     directory: str | None = Field(None, description="where it was last run, by which a copy is known")
     former_ids: list[str] = Field([], description="of the runs that it is a copy of: its commits may bear them")

@@ -297,6 +297,7 @@ def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
     from orchestration.ddpo_run import DdpoRun
 
     same = DdpoRun.fork(finished, [f"output_dir={tmp_path / 'same'}", "actors.samplers=3"], step=STEPS - 1)
+    assert json.loads((same / "manifest.json").read_text())["status"] == "FORKED"
     resume_ddpo(same)
     assert_same_end(same, finished)
     assert summary(same)["mlflow_run_id"] != summary(finished)["mlflow_run_id"]
