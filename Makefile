@@ -25,9 +25,9 @@ lock: $(READY)  ## write requirements.lock from what is installed
 	{ echo "# Written by 'make lock'; installed by 'make demo' and 'make test'."; \
 	  $(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/; s/^torch @.*/torch==2.13.0/'; } > requirements.lock
 
-# Rebuilt when a requirement changes, and only then. Most of what the packages hold is never imported, nor compiled.
+# Rebuilt when a requirement changes, and only then.
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
