@@ -19,15 +19,19 @@ from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
 
-# Files that run whole loops, the longest first: two of them at a time then end at about the same time.
-LONG = ["sweep", "loop", "multinode", "faults", "mad", "demo", "jobs", "dashboard", "listeners", "overlap", "group"]
-LONG += ["worked_examples", "failures", "tracking", "mlflow_server"]
+# Files that run whole loops, in processes of their own: they fill two cores by themselves, so ``make test`` runs two
+# other files at a time (-m "not loops"), and then these one after the other (-m loops).
+LOOPS = ["sweep", "loop", "multinode", "faults", "mad", "demo", "jobs", "dashboard", "listeners", "overlap"]
+LOOPS += ["worked_examples", "failures", "placement", "mlflow_server", "tracking", "group"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The quick ones first."""
-    places = {f"test_{name}": place for place, name in enumerate(LONG, start=1)}
-    items.sort(key=lambda item: places.get(item.path.stem, 0))
+    files = {f"test_{name}" for name in LOOPS}
+    for item in items:
+        if item.path.stem in files:
+            item.add_marker("loops")
+    items.sort(key=lambda item: item.path.stem in files)
 
 
 def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:

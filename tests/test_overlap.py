@@ -267,7 +267,9 @@ def test_a_profile_accounts_for_every_second_of_every_actor(finished: Path) -> N
     parts = ("network", "noise", "scheduler", "log-probability", "decoding")
     learned = ("forward", "backward", "optimiser", "clipping", "replay › forward")
     expected = {f"drawing › {part}" for part in parts} | {f"learning › {part}" for part in learned}
-    assert expected <= set(activities)
+    seen = {what for spans in read_spans(finished).values() for what, *_ in nested(spans)}
+    assert expected <= seen  # the table leaves out what takes hardly any time
+    assert {"learning › backward", "drawing › network"} <= set(activities) <= seen | {"idle"}
     events = json.loads(write_trace(finished).read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(read_spans(finished))
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
