@@ -18,9 +18,8 @@ check: $(READY)  ## style, layers and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-suite: $(READY)  ## quick files two at a time, then those that fill two cores by themselves
-	$(BIN)/pytest -m "not loops" --numprocesses=2 --dist=loadfile
-	$(BIN)/pytest -m loops
+suite: $(READY)  ## two files at a time: most of a test with Ray is waiting for processes
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 lock: $(READY)  ## write requirements.lock from what is installed
 	{ echo "# Written by 'make lock'; installed by 'make demo' and 'make test'."; \

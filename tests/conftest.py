@@ -19,20 +19,6 @@ from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
 
-# Files that run whole loops, in processes of their own: they fill two cores by themselves, so ``make test`` runs two
-# other files at a time (-m "not loops"), and then these one after the other (-m loops).
-LOOPS = ["sweep", "loop", "multinode", "faults", "mad", "demo", "jobs", "dashboard", "listeners", "overlap"]
-LOOPS += ["worked_examples", "failures", "placement", "mlflow_server", "tracking", "group"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick ones first."""
-    files = {f"test_{name}" for name in LOOPS}
-    for item in items:
-        if item.path.stem in files:
-            item.add_marker("loops")
-    items.sort(key=lambda item: item.path.stem in files)
-
 
 def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:
     """Ray's threads read the environment, and the C library guards nobody who reads while another writes: as long as

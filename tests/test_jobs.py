@@ -57,7 +57,7 @@ class Head:
     def run(self, *words: str, **environment: str) -> tuple[int, str]:
         """The command's exit code and output."""
         log = self.runs / "command.log"
-        return self.start(log, *words, **environment).wait(120), log.read_text()
+        return self.start(log, *words, **environment).wait(300), log.read_text()
 
     def manifest(self, run: str) -> dict[str, Any]:
         return json.loads((self.runs / run / "manifest.json").read_text())
@@ -98,7 +98,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         )
         found = Head(process, ports["dashboard-port"], environment, Path(short), directory / "runs")
         try:
-            wait_until(lambda: found.run("jobs", "list") == (0, "no jobs\n"), 90, "the head answers")
+            wait_until(lambda: found.run("jobs", "list") == (0, "no jobs\n"), 240, "the head answers")
             yield found
         finally:
             for member in [process, *process.children(recursive=True)]:
@@ -114,10 +114,12 @@ def test_a_job_is_followed_through_a_lost_connection(head: Head, tmp_path: Path)
     with tunnel:
         address = f"http://127.0.0.1:{tunnel.port}"
         follower = head.start(log, "submit", *words, RAY_API_SERVER_ADDRESS=address)
-        wait_until(lambda: "Running entrypoint" in log.read_text() or follower.poll() is not None, 60, "the job starts")
+        wait_until(
+            lambda: "Running entrypoint" in log.read_text() or follower.poll() is not None, 240, "the job starts"
+        )
     wait_until(lambda: "trying again" in log.read_text(), 10, "the loss is told")
     with tunnel:
-        assert follower.wait(90) == 0
+        assert follower.wait(300) == 0
     text = log.read_text()
     assert re.fullmatch(r"package: \d+ files, [\d.]+ MB", text.splitlines()[0])
     assert "connected again" in text
@@ -138,7 +140,7 @@ def test_stop_closes_the_run_and_resume_ends_it(head: Head, tmp_path: Path) -> N
     log = tmp_path / "log"
     words = ["--id", "long", "--output-root", str(head.runs), "--", *GAUSSIAN, *LONG]
     follower = head.start(log, "submit", *words)
-    wait_until(lambda: "generation  2/" in log.read_text() or follower.poll() is not None, 60, "two generations")
+    wait_until(lambda: "generation  2/" in log.read_text() or follower.poll() is not None, 240, "two generations")
     code, text = head.run("jobs", "stop", "long")
     assert (code, text) == (0, "long is stopped; go on with: ouroboros jobs resume long\n")
     assert follower.wait(30) == jobs.INTERRUPTED

@@ -72,7 +72,7 @@ with connected(0, "ouroboros resume RUN"):
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")} | {"HOME": str(tmp_path)}
     options: dict[str, Any] = {"env": environment, "cwd": CHECKOUT, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", program], timeout=200, **options)
+    done = subprocess.run([sys.executable, "-c", program], timeout=400, **options)
     assert done.returncode == 1
     assert "Ray's dashboard agent (process" in done.stderr, done.stderr
     assert "go on with: ouroboros resume RUN" in done.stderr

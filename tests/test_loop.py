@@ -552,11 +552,11 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
     neighbour = start([*own, f"output_dir={neighbour_directory}"], neighbour_log)
     process = start([*own, f"output_dir={directory}"], log)
     try:
-        wait_until((directory / "manifest.json").exists, 120, "the beginning of the run")
+        wait_until((directory / "manifest.json").exists, 300, "the beginning of the run")
         second = tmp_path / "second.txt"
-        assert start(["resume", str(directory)], second).wait(timeout=60) == 2
+        assert start(["resume", str(directory)], second).wait(timeout=180) == 2
         assert "is being run by another process" in second.read_text()
-        wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 240, "the second step")
+        wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 600, "the second step")
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in family)
         os.killpg(process.pid, signal.SIGINT)
@@ -564,7 +564,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
         assert process.wait(timeout=30) == 130, log.read_text()
         assert time.monotonic() - interrupted < 10
         wait_until(lambda: not [c for c in family if c.is_running()], 5, f"the end of {family}")
-        assert neighbour.wait(timeout=240) == 0, neighbour_log.read_text()
+        assert neighbour.wait(timeout=600) == 0, neighbour_log.read_text()
     finally:
         for each in (process, neighbour):
             if each.poll() is None:
@@ -600,7 +600,7 @@ def test_ctrl_c_while_ray_starts_leaves_no_process(overrides: list[str], tmp_pat
     def raylet_runs() -> bool:
         return any("raylet" in child.name() for child in psutil.Process(process.pid).children(recursive=True))
 
-    wait_until(raylet_runs, 120, "Ray's start")
+    wait_until(raylet_runs, 300, "Ray's start")
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130, log.read_text()

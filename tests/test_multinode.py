@@ -60,7 +60,7 @@ print(json.dumps({"seen": seen, "actors": actors}))
 def ouroboros(*words: str, address: str) -> subprocess.CompletedProcess[str]:
     """The command, on the cluster at ``address``."""
     command = [sys.executable, "-m", "orchestration.cli", *words]
-    options: dict[str, Any] = {"env": environment(address), "cwd": CHECKOUT, "timeout": 240, "text": True}
+    options: dict[str, Any] = {"env": environment(address), "cwd": CHECKOUT, "timeout": 600, "text": True}
     return subprocess.run(command, capture_output=True, **options)
 
 
@@ -202,7 +202,7 @@ def test_nodes_had_what_ray_brought_and_wrote_nothing(
     cluster: str, ddpo_runs: list[Path], mad_runs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     command = [sys.executable, "-c", PROBE, json.dumps(KINDS), str(CHECKOUT), str(tmp_path_factory.getbasetemp())]
-    probe = subprocess.run(command, env=environment(cluster), cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    probe = subprocess.run(command, env=environment(cluster), cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert probe.returncode == 0, probe.stderr
     found = json.loads(probe.stdout.splitlines()[-1])
     imported = {kind: Path(checkout) for kind, (checkout, _) in found["seen"].items()}
@@ -247,12 +247,12 @@ def test_a_lost_node_is_done_without(nodes: Nodes, ddpo_runs: list[Path], tmp_pa
     command = [sys.executable, "-m", "orchestration.cli", "ddpo", *words]
     with (tmp_path / "log").open("wb") as log:
         driver = subprocess.Popen(command, env=environment(nodes.address), cwd=CHECKOUT, stdout=log, stderr=log)
-    wait_until(lambda: (tmp_path / "run/checkpoints").exists() or driver.poll() is not None, 120, "the first commit")
+    wait_until(lambda: (tmp_path / "run/checkpoints").exists() or driver.poll() is not None, 400, "the first commit")
     family = nodes.family("second")
     names = [child.name() for child in family]
     for child in family:
         child.kill()
-    assert driver.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert driver.wait(timeout=600) == 0, (tmp_path / "log").read_text()
     assert any("Sampler" in name or "Learner" in name for name in names)  # there was something to lose
     summaries = [read_json(run / "summary.json") for run in (tmp_path / "run", ddpo_runs[0])]
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]

@@ -258,7 +258,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     command = ["sweep", "--config", str(config), f"output_dir={directory}"]
     process = start(command, tmp_path / "first.log")
-    wait_until(lambda: len(finished(directory)) >= 2, 120, "two trials")
+    wait_until(lambda: len(finished(directory)) >= 2, 300, "two trials")
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     for orphan in family:  # as a machine that goes down would take them along
@@ -269,7 +269,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert 2 <= len(done) < 6
 
     again = start(["resume", str(directory)], tmp_path / "second.log")
-    assert again.wait(180) == 0, (tmp_path / "second.log").read_text()
+    assert again.wait(400) == 0, (tmp_path / "second.log").read_text()
     assert finished(directory).items() >= done.items()  # what was finished was not run again
     content = summary(directory)
     assert len(content["points"]) == 6
