@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import ray
 
-from policies.health import ShortOfMemoryError, SickNumbers
+from policies.rl.health import ShortOfMemoryError, SickNumbers
 
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 25.0

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from policies.settings import Settings
+from policies.rl.settings import Settings
 
 RoleName = Annotated[str, Field(pattern="^(sampler|captioner|reward|learner|evaluator)$")]
 Replicated = Annotated[str, Field(pattern="^(captioner|reward)$")]

@@ -17,8 +17,8 @@ from actors.failures import ActorLost, result
 from actors.patrol import Patrol
 from actors.pool import POLL_SECONDS
 from actors.worker import end_if_lost
-from pipelines.atomic import Files
-from pipelines.tasks import Task, TaskStore, in_order
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import Task, TaskStore, in_order
 
 WINDOW = 256  # tasks given to Ray at once; the rest wait here
 _RETRIES = 3  # of a task whose worker died; a task that raises is not repeated

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.trajectory import Trajectory
+from pipelines.rl.trajectory import Trajectory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 ACTIVITIES = {

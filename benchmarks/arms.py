@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from benchmarks.one_process import told, train
-from orchestration.config import DdpoConfig, load_config
-from orchestration.manifest import git_commit
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 
 SEEDS = 3
 Curves = dict[str, list[list[dict[str, Any]]]]  # arm → seed → evaluations

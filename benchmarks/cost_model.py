@@ -27,14 +27,15 @@ from typing import Any
 import psutil
 from scipy.optimize import minimize_scalar
 
-from orchestration.cluster import connected
-from orchestration.config import DdpoConfig, load_config
-from orchestration.manifest import git_commit
-from orchestration.plan import foresee
-from orchestration.preflight import preflight
-from orchestration.stage_costs import StageCosts, measure
+from orchestration.cluster.ray_cluster import connected
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.planning.cost_model import Forecast
+from orchestration.planning.plan import foresee
+from orchestration.planning.stage_costs import StageCosts, measure
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 from pipelines.limits import cpu_limit
-from policies.cost_model import Forecast
 
 CONFIG = Path("configs/ddpo/digits.yaml")
 TOLERANCE = 0.2
@@ -109,7 +110,7 @@ def record_of(out: Path, case: str, number: int) -> Path:
 
 def run(out: Path, case: str, number: int) -> dict[str, Any]:
     """One run of a case, or its record: images a second, what the driver waited for, and who else was at work."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     record = record_of(out, case, number)
     directory = record.with_suffix("")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from orchestration.manifest import git_commit
-from policies.effective_samples import limits, wasserstein_squared
-from policies.intervals import Scale, interval, paired, rank_correlation
+from orchestration.runs.manifest import git_commit
+from policies.common.intervals import Scale, interval, paired, rank_correlation
+from policies.loops.effective_samples import limits, wasserstein_squared
 
 SEEDS = (3, 5, 10, 50, 500)
 EXPERIMENTS = 6_000
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def rows() -> Iterator[Row]:
-    """Every interval of :mod:`policies.intervals`, with its users in brackets."""
+    """Every interval of :mod:`policies.common.intervals`, with its users in brackets."""
     normal: Draw = lambda shape: rng.normal(1, 0.3, shape)  # noqa: E731
     yield "mean (metrics, sweeps)", "normal", at_once(normal, "plain")
     for sigma in (0.2, 0.5, 1.0):

@@ -24,12 +24,12 @@ from actors.worker import keep_memory
 from benchmarks.floor import Floor, Seconds, timed
 from benchmarks.peer import PACKAGES, Trl, environment
 from benchmarks.shared_pipelines import SIZES, random_pipeline
-from orchestration.manifest import git_commit
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner
+from orchestration.runs.manifest import git_commit
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import load_weights
 from pipelines.settings import ModelSettings
-from pipelines.trainable import load_weights
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
 
 IMAGES, STEPS, UPDATES, RANK = 64, 10, 4, 4  # TRL's LoRA has rank 4
 BATCHES = ((64, 16), (4, 4), (1, 1))

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestration.manifest import git_commit
-from pipelines.locations import CHECKOUT
+from orchestration.runs.manifest import git_commit
+from pipelines.storage.locations import CHECKOUT
 
 MINUTES, MEDIAN_GAIN, LEAST_GAIN, AGREEMENT_LOSS, BASE_RANGE = 8, 0.15, 0.10, 0.02, (0.45, 0.70)
 

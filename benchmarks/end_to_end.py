@@ -24,10 +24,11 @@ from actors.worker import keep_memory
 from benchmarks.ddpo_vs_trl import IMAGES, RANK, STEPS, UPDATES
 from benchmarks.floor import Floor
 from benchmarks.shared_pipelines import SIZES, random_pipeline
-from orchestration.config import DdpoConfig, load_config
-from orchestration.ddpo import run_ddpo
-from orchestration.ddpo_run import DdpoRun
-from orchestration.manifest import git_commit
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.loop import run_ddpo
+from orchestration.experiments.ddpo.run import DdpoRun
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 from tests.servers import MlflowServer
 
 LEAST, COLD = 0.90, 2

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.diffusion import DiffusionPolicy
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import prepare
 from pipelines.settings import ModelSettings
-from pipelines.trainable import prepare
-from policies.settings import SamplingSettings
+from policies.rl.settings import SamplingSettings
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peer import Trl
 from benchmarks.shared_pipelines import portable_copy
 from pipelines.captioner import Captioner
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import load_weights
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.trainable import load_weights
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests import models
 
 NOMINAL = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense

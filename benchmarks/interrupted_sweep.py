@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-from orchestration.config import load_config
-from orchestration.manifest import git_commit
-from orchestration.sweep_config import SweepConfig
-from orchestration.trial import trials_in
+from orchestration.experiments.sweep.config import SweepConfig
+from orchestration.experiments.sweep.trial import trials_in
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 
 
 def main(config: Path, directory: Path) -> int:

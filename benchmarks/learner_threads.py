@@ -13,15 +13,15 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from orchestration.manifest import git_commit
+from orchestration.runs.manifest import git_commit
 from pipelines.limits import cpu_limit
 
 WORK = """
 import statistics, sys, time, torch
 torch.set_num_threads(int(sys.argv[1]))
-from pipelines.diffusion import DiffusionPolicy
+from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
-from policies.settings import SamplingSettings
+from policies.rl.settings import SamplingSettings
 policy = DiffusionPolicy(ModelSettings(), SamplingSettings())
 policy.network.requires_grad_(True)
 latents = torch.randn(320, *policy.family.latent_shape)

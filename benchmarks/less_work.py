@@ -17,9 +17,9 @@ import torch
 
 from actors.worker import keep_memory
 from benchmarks.rise import RISE, Curve, Record, evaluations, seconds_to_rise
-from orchestration.manifest import git_commit
-from policies.advantages import PromptStatistics
-from policies.streams import PromptSchedule, derive_seed
+from orchestration.runs.manifest import git_commit
+from policies.common.seeding import PromptSchedule, derive_seed
+from policies.rl.advantages import PromptStatistics
 
 CONFIG, STEPS = Path("configs/ddpo/digits.yaml"), 40
 ARMS: dict[str, list[str]] = {

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.micro_batch import cpu_milliseconds
-from orchestration.config import DdpoConfig, load_config
-from orchestration.manifest import git_commit
-from pipelines.diffusion import DiffusionPolicy
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import prepare
 from pipelines.settings import ModelSettings
-from pipelines.trainable import prepare
-from policies.settings import SamplingSettings
+from policies.rl.settings import SamplingSettings
 
 
 def pefts(policy: DiffusionPolicy, model: ModelSettings) -> None:

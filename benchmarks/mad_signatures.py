@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.config import load_config
-from orchestration.mad import run_mad
-from orchestration.mad_config import MadConfig
-from orchestration.mad_science import limit
-from orchestration.manifest import git_commit
-from policies.intervals import interval, paired_ratio
+from orchestration.experiments.mad.analysis import limit
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.mad.loop import run_mad
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
+from policies.common.intervals import interval, paired_ratio
 
 SAME = 1.2  # a ratio within 20 % either way counts as the same level
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from orchestration.manifest import git_commit
-from pipelines.evaluator import to_network_input
-from pipelines.families import Samples
-from pipelines.families.diffusion import DiffusionGenerator
-from pipelines.families.gan import GanGenerator, critic_loss, pairing_loss
-from pipelines.families.settings import DiffusionSettings, GanSettings
+from orchestration.runs.manifest import git_commit
+from pipelines.generators import Samples
+from pipelines.generators.diffusion import DiffusionGenerator
+from pipelines.generators.gan import GanGenerator, critic_loss, pairing_loss
+from pipelines.generators.settings import DiffusionSettings, GanSettings
+from pipelines.measures.evaluator import to_network_input
 
 
 def diffusion(data: Samples, steps: int) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import psutil
 
-from orchestration.config import DdpoConfig, load_config
-from orchestration.crew import Crew
-from orchestration.ddpo import run_ddpo
-from orchestration.ddpo_run import DdpoRun
-from orchestration.manifest import git_commit
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.loop import run_ddpo
+from orchestration.experiments.ddpo.run import DdpoRun
+from orchestration.experiments.ddpo.worker_group import Crew
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 
 WARM, SLACK = 5, 1.01  # steps before the baseline, and what may be held above it
 SHORT = ["training.images_per_step=32", "sampling.steps=4", "evaluation.every=0", "tracking.system_metrics=false"]

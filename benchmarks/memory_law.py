@@ -18,14 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded
 
 import numpy as np
 
-from orchestration.config import load_config
-from orchestration.mad import chain
-from orchestration.mad_config import ArmSettings, MadConfig
-from orchestration.mad_science import effective_samples, laws, limit
-from orchestration.manifest import git_commit
-from pipelines.atomic import Files
-from pipelines.mad_graph import RealSource
-from pipelines.mad_tasks import perform
+from orchestration.experiments.mad.analysis import effective_samples, laws, limit
+from orchestration.experiments.mad.config import ArmSettings, MadConfig
+from orchestration.experiments.mad.loop import chain
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
+from pipelines.mad.graph import RealSource
+from pipelines.mad.tasks import perform
+from pipelines.storage.atomic import Files
 
 
 def distances(arm: ArmSettings, seeds: list[int], generations: int) -> np.ndarray:

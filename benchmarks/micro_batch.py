@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 
-from orchestration.manifest import git_commit
-from pipelines.diffusion import DiffusionPolicy
+from orchestration.runs.manifest import git_commit
+from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
-from policies.settings import SamplingSettings
+from policies.rl.settings import SamplingSettings
 
 SIZES = (16, 32, 64, 128, 256, 512)
 

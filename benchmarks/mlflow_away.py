@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from orchestration.manifest import git_commit
+from orchestration.runs.manifest import git_commit
 from tests.chaos import committed, ddpo_arguments, leavings
 from tests.processes import start, wait_until
 from tests.servers import Gate, MlflowServer

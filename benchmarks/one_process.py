@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestration.config import DdpoConfig, load_config
-from orchestration.evaluation import Evaluation, fixed_work
-from orchestration.manifest import git_commit
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.evaluation import Evaluation, fixed_work
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 from pipelines.captioner import Captioner
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.evaluator import load_evaluator
-from pipelines.learning import DiffusionLearner
-from pipelines.locations import resolve_model
-from pipelines.prompts import read_prompts
+from pipelines.data.prompts import read_prompts
+from pipelines.measures.evaluator import load_evaluator
 from pipelines.rewards import load_reward, score
-from pipelines.trainable import load_weights
-from pipelines.trajectory import Trajectory
-from policies.advantages import PromptStatistics, advantages, weighted_sum
-from policies.streams import PromptSchedule, derive_seed
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import load_weights
+from pipelines.storage.locations import resolve_model
+from policies.common.seeding import PromptSchedule, derive_seed
+from policies.rl.advantages import PromptStatistics, advantages, weighted_sum
 
 
 class OneProcess:

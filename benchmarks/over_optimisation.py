@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from benchmarks.one_process import OneProcess
-from orchestration.config import DdpoConfig, validate
-from orchestration.manifest import git_commit
-from pipelines.checkpoint import CheckpointStore, LearnerState
-from pipelines.locations import CHECKOUT
-from pipelines.trainable import load_weights
-from policies.streams import derive_seed
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import validate
+from orchestration.runs.manifest import git_commit
+from pipelines.rl.weights import load_weights
+from pipelines.storage.checkpoint import CheckpointStore, LearnerState
+from pipelines.storage.locations import CHECKOUT
+from policies.common.seeding import derive_seed
 
 SETTINGS = ["training.learning_rate=3e-4", "training.steps=160", "evaluation.every=5", "evaluation.interim_images=540"]
 IMAGES, TOLERANCE = 1080, 0.02

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.manifest import git_commit
-from orchestration.timeline import nested, read_spans, steps_of
-from pipelines.atomic import read_lines
+from orchestration.runs.manifest import git_commit
+from orchestration.runs.timeline import nested, read_spans, steps_of
+from pipelines.storage.atomic import read_lines
 
 ARMS = {
     f"depth {depth}, {samplers} sampler{'s' * (samplers > 1)}": [

@@ -25,10 +25,11 @@ from benchmarks.one_process import OneProcess
 from benchmarks.peer import Trl, environment
 from benchmarks.rise import RISE, Curve, Record, accuracy, evaluations, seconds_to_rise
 from benchmarks.shared_pipelines import DIGITS, portable_copy
-from orchestration.config import DdpoConfig, load_config
-from orchestration.manifest import git_commit
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
 from pipelines.rewards import score
-from pipelines.trainable import load_weights
+from pipelines.rl.weights import load_weights
 
 FACTOR, BATCH = 2.0, 256
 CONFIG, NFT = Path("configs/ddpo/digits.yaml"), Path("configs/recipes/diffusion-nft.yaml")

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.one_process import OneProcess
-from orchestration.config import DdpoConfig, load_config
-from policies.advantages import PromptStatistics
-from policies.streams import PromptSchedule
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from policies.common.seeding import PromptSchedule
+from policies.rl.advantages import PromptStatistics
 
 RISE, JUDGED = 0.15, 1080
 Schedule = Callable[[list[str], int, int, PromptStatistics], PromptSchedule]

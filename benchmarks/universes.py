@@ -18,16 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded
 
 import numpy as np
 
-from orchestration.mad import chain
-from orchestration.mad_config import ArmSettings
-from orchestration.mad_preflight import seed_blocks
-from orchestration.manifest import git_commit
-from pipelines.atomic import Files
-from pipelines.mad_graph import RealSource
-from pipelines.mad_tasks import perform
-from pipelines.tasks import in_order
-from policies.data_rules import training_sets
-from policies.streams import derive_seed
+from orchestration.experiments.mad.config import ArmSettings
+from orchestration.experiments.mad.loop import chain
+from orchestration.experiments.mad.preflight import seed_blocks
+from orchestration.runs.manifest import git_commit
+from pipelines.mad.graph import RealSource
+from pipelines.mad.tasks import perform
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import in_order
+from policies.common.seeding import derive_seed
+from policies.loops.rules import training_sets
 
 METRICS = ("w2_squared", "variance", "mean_square", "log_det")
 LOOPS: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""What a person starts: the command line, the driver loops, tracking and reports."""
+"""What a person starts: commands and experiments, and what they need of the cluster, of MLflow and of their files."""

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.locations import resolve_model
-from pipelines.model_files import load_tokenizer, load_whole, quieten, reading
 from pipelines.settings import CaptionerSettings
-from policies.health import SickNumbers
+from pipelines.storage.locations import resolve_model
+from pipelines.storage.model_files import load_tokenizer, load_whole, quieten, reading
+from policies.rl.health import SickNumbers
 
 
 class Captioner:

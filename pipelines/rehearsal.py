@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from pipelines.captioner import Captioner
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.evaluator import load_evaluator
-from pipelines.locations import find
-from pipelines.model_files import reading
+from pipelines.measures.evaluator import load_evaluator
 from pipelines.rewards import load_reward
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import prepare
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
-from pipelines.trainable import prepare
-from policies.settings import SamplingSettings
+from pipelines.storage.locations import find
+from pipelines.storage.model_files import reading
+from policies.rl.settings import SamplingSettings
 
 
 def rehearse(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipelines.rewards.options import OPTIONS, RewardOptions, parse_options
-from policies.settings import Settings
+from policies.rl.settings import Settings
 
 
 class ModelSettings(Settings):

@@ -3,7 +3,7 @@
 import traceback
 from pathlib import Path
 
-from pipelines.locations import CHECKOUT
+from pipelines.storage.locations import CHECKOUT
 
 _PLACES = 3
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from orchestration.manifest import git_commit
+from orchestration.runs.manifest import git_commit
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.nodes import Nodes, environment
 from tests.processes import start, wait_until

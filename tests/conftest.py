@@ -67,7 +67,7 @@ def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, which take seconds to create."""
-    from orchestration.tracking import Tracker, TrackingSettings
+    from orchestration.tracking.tracker import Tracker, TrackingSettings
 
     directory = tmp_path_factory.mktemp("store")
     Tracker(directory, TrackingSettings(experiment="template", system_metrics=False), "template").finish("FINISHED")
@@ -87,7 +87,7 @@ def ray_session(_preloaded: None) -> Iterator[None]:
     """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
     import ray
 
-    from orchestration.cluster import connected
+    from orchestration.cluster.ray_cluster import connected
 
     with connected(gpus=0):
         assert ray.is_initialized()

@@ -22,8 +22,8 @@ _LIBRARIES = ["mlflow", "sentence_transformers", "peft", "scipy.stats", "scipy.o
 _LIBRARIES += ["diffusers", "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl"]
 _LIBRARIES += ["diffusers.models.unets.unet_2d", "transformers.models.blip.modeling_blip"]
 _LIBRARIES += ["transformers.models.blip.processing_blip", "transformers.models.clip.modeling_clip"]
-_LIBRARIES += ["pipelines.diffusion", "pipelines.learning", "pipelines.captioner", "pipelines.evaluator"]
-_LIBRARIES += ["pipelines.rewards.text", "pipelines.rewards.images", "pipelines.rewards.jpeg", "pipelines.mad_tasks"]
+_LIBRARIES += ["pipelines.rl.policy", "pipelines.rl.learning", "pipelines.captioner", "pipelines.measures.evaluator"]
+_LIBRARIES += ["pipelines.rewards.text", "pipelines.rewards.images", "pipelines.rewards.jpeg", "pipelines.mad.tasks"]
 
 
 def become() -> None:

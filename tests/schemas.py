@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 
-from orchestration.manifest import Manifest, Summary
+from orchestration.runs.manifest import Manifest, Summary
 
 SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 

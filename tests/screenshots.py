@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.locations import CHECKOUT
+from pipelines.storage.locations import CHECKOUT
 from tests.browser import Browser, chromium
 from tests.servers import mlflow_server
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.allocation import allocate, cards_of, check_room, plan_roles
 from actors.settings import ActorSettings
-from pipelines.locations import CHECKOUT
+from pipelines.storage.locations import CHECKOUT
 
 
 def test_two_cores_are_shared_by_fractions() -> None:

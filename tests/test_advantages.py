@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from policies.advantages import PromptStatistics, advantages, weighted_sum
-from policies.health import SickNumbers
-from policies.settings import AdvantageSettings
+from policies.rl.advantages import PromptStatistics, advantages, weighted_sum
+from policies.rl.health import SickNumbers
+from policies.rl.settings import AdvantageSettings
 
 PROMPTS = ["cat", "dog", "cat", "dog", "cat", "dog"]
 REWARDS = np.array([1.0, 10.0, 2.0, 20.0, 6.0, 60.0])

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import atomic
-from pipelines.atomic import DamagedFiles, write_json
-from pipelines.checkpoint import CheckpointStore, QuotaError
+from pipelines.storage import atomic
+from pipelines.storage.atomic import DamagedFiles, write_json
+from pipelines.storage.checkpoint import CheckpointStore, QuotaError
 from tests.damage import damaged
 
 TENSORS: dict[str, np.ndarray] = {

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.families import Samples
-from pipelines.families.categorical import CategoricalGenerator
-from pipelines.families.gaussian import GaussianGenerator
-from pipelines.families.mixture import MixtureGenerator, measure_points, mode_centres
-from pipelines.families.settings import CategoricalSettings, GaussianSettings, MixtureSettings
+from pipelines.generators import Samples
+from pipelines.generators.categorical import CategoricalGenerator
+from pipelines.generators.gaussian import GaussianGenerator
+from pipelines.generators.mixture import MixtureGenerator, measure_points, mode_centres
+from pipelines.generators.settings import CategoricalSettings, GaussianSettings, MixtureSettings
 
 FAMILIES = {
     "gaussian": (GaussianGenerator, GaussianSettings(dimension=3)),

@@ -13,8 +13,9 @@ import yaml
 from packaging.requirements import Requirement
 
 from actors.allocation import Offer, Role, plan_roles
-from orchestration.config import DdpoConfig, load_config
-from pipelines.locations import CHECKOUT
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from pipelines.storage.locations import CHECKOUT
 
 # The names by KubeRay's reference of its API: its schema comes with the operator, in no package.
 RAY_JOB = {

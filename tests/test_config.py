@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestration import cli
-from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.preflight import describe, preflight
-from pipelines.locations import CHECKOUT
-from policies.settings import TrainingSettings, known_keys
+from orchestration.cli import main as cli
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.runs.config import ConfigError, load_config
+from pipelines.storage.locations import CHECKOUT
+from policies.rl.settings import TrainingSettings, known_keys
 
 DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
 

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cluster import imagine_machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.plan import best, plan_run, splits, work_of
-from orchestration.preflight import preflight
-from orchestration.stage_costs import StageCosts, assumed, settings_behind
-from pipelines.locations import CHECKOUT
-from policies.cost_model import Actor, Cast, Cost, Costs, Processor, Seat, Timeline, Work, bottlenecks, simulate
+from orchestration.cluster.ray_cluster import imagine_machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.planning.cost_model import (
+    Actor,
+    Cast,
+    Cost,
+    Costs,
+    Processor,
+    Seat,
+    Timeline,
+    Work,
+    bottlenecks,
+    simulate,
+)
+from orchestration.planning.plan import best, plan_run, splits, work_of
+from orchestration.planning.stage_costs import StageCosts, assumed, settings_behind
+from orchestration.runs.config import ConfigError, load_config
+from pipelines.storage.locations import CHECKOUT
 from tests.test_config import command
 
 ALIGNMENT = CHECKOUT / "configs/ddpo/alignment.yaml"

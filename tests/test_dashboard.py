@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestration.config import DdpoConfig, load_config
-from orchestration.mad_config import MadConfig
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.runs.config import load_config
 from tests.browser import Browser, chromium
 from tests.models import build_tiny_pipeline
 from tests.screenshots import Dashboard
@@ -41,7 +42,7 @@ def dashboard(browser: Browser, server: str, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def ddpo(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs that differ in their learning rate."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path_factory.mktemp("ddpo")
     (directory / "prompts.txt").write_text("a red seven\na blue two\na green one")
@@ -75,7 +76,7 @@ def ddpo(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def mad(server: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two Gaussian loops."""
-    from orchestration.mad import run_mad
+    from orchestration.experiments.mad.loop import run_mad
 
     settings = [
         "name=loops",
@@ -143,7 +144,7 @@ def test_tags_find_runs(server: str, experiments: dict[str, Any], ddpo: list[Pat
 def test_what_somebody_wrote_is_kept(server: str, ddpo: list[Path]) -> None:
     from mlflow import MlflowClient
 
-    from orchestration.tracking import Tracker, TrackingSettings
+    from orchestration.tracking.tracker import Tracker, TrackingSettings
 
     client, run_id = MlflowClient(server), run_of(ddpo[1])
     client.set_tag(run_id, "mlflow.note.content", "somebody's own words")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.data_rules import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
-from policies.mad_settings import FreshSchedule, LoopSettings
+from policies.loops.rules import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
+from policies.loops.settings import FreshSchedule, LoopSettings
 
 POOL = 1000
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policies.ddpo import importance_sampling_loss, score_function_loss
-from policies.health import SickNumbers
-from policies.learner import PolicyLearner, RatioError, UpdateStatistics
-from policies.rollouts import Objective
-from policies.settings import TrainingSettings
+from policies.rl.health import SickNumbers
+from policies.rl.objectives import importance_sampling_loss, score_function_loss
+from policies.rl.rollouts import Objective
+from policies.rl.settings import TrainingSettings
+from policies.rl.update import PolicyLearner, RatioError, UpdateStatistics
 
 IMAGES, STEPS, SIGMA = 64, 6, 0.5
 

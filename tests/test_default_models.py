@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.digits import SLOTS, all_prompts, load_split, render
-from pipelines.evaluator import Evaluator, load_evaluator
-from pipelines.recipe.pretrain import model_card
+from pipelines.data.digits import SLOTS, all_prompts, load_split, render
+from pipelines.default_models.pretrain import model_card
+from pipelines.measures.evaluator import Evaluator, load_evaluator
 
 MODELS = Path(__file__).parent.parent / "models" / "digits"
 

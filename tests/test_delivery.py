@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from orchestration import outbox, tracking
-from orchestration.mlflow_store import TrackingError, check_server
-from orchestration.outbox import Content
-from orchestration.tracking import Tracker, TrackingSettings, deliver_rest
+from orchestration.tracking import outbox
+from orchestration.tracking import tracker as tracking
+from orchestration.tracking.outbox import Content
+from orchestration.tracking.store import TrackingError, check_server
+from orchestration.tracking.tracker import Tracker, TrackingSettings, deliver_rest
 from tests.scripted_mlflow import Answer, ScriptedMlflow, scripted_mlflow
 
 QUIET = TrackingSettings(system_metrics=False)

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestration.config import DdpoConfig, load_config
-from pipelines.locations import CHECKOUT
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
+from pipelines.storage.locations import CHECKOUT
 
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path_factory.mktemp("demo") / "run"
     overrides = [

@@ -10,11 +10,11 @@ import torch
 from scipy.stats import norm
 
 from pipelines.denoisers import load_family
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import checksum, load_weights
 from pipelines.settings import ModelSettings
-from pipelines.trainable import checksum, load_weights
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {

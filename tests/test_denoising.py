@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from scipy.stats import norm
 
 from pipelines.denoisers.ddim import denoising_schedule
-from policies.denoising import DenoisingSchedule
-from policies.settings import SamplingSettings
+from policies.diffusion.ddim import DenoisingSchedule
+from policies.rl.settings import SamplingSettings
 
 STEPS = 10
 SHAPE = (4, 3, 6, 5)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.families import Samples
-from pipelines.families.diffusion import DiffusionGenerator, DiffusionSettings
-from policies.health import SickNumbers
+from pipelines.generators import Samples
+from pipelines.generators.diffusion import DiffusionGenerator, DiffusionSettings
+from policies.rl.health import SickNumbers
 
 TINY = DiffusionSettings(channels=8, training_steps=3, batch_size=4, timesteps=10, sampling_steps=2)
 

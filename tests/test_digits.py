@@ -3,7 +3,7 @@ digits."""
 
 import numpy as np
 
-from pipelines.digits import (
+from pipelines.data.digits import (
     CHOICES,
     DIGITS,
     GROUNDS,

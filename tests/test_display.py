@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from orchestration.display import Display, Terminal, duration, sparkline
+from orchestration.runs.display import Display, Terminal, duration, sparkline
 
 METRICS = {
     "reward/mean": 0.8712,
@@ -75,7 +75,7 @@ def test_no_words_command_a_terminal() -> None:
 
 def test_time_left_counts_the_steps_of_this_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("orchestration.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("orchestration.runs.display.time.monotonic", lambda: now[0])
     console, _ = console_of(terminal=False)
     with Display("ddpo", 30, first_step=20, console=console) as display:
         assert display.seconds_left() is None

@@ -5,13 +5,13 @@ import pytest
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 
-from pipelines.distances import (
+from pipelines.measures.distances import (
     frechet_distance,
     measure_images,
     memorisation,
     precision_recall_density_coverage,
 )
-from pipelines.features import Extractor, train_extractor
+from pipelines.measures.features import Extractor, train_extractor
 
 ORDER = np.random.default_rng(0).permutation(1797)
 IMAGES = (load_digits().images * 255 / 16).round().astype(np.uint8)[ORDER, ..., None]

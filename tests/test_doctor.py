@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from orchestration import cli, doctor
-from orchestration.config import ConfigError
-from orchestration.doctor import Finding, examine
+from orchestration.cli import main as cli
+from orchestration.cluster import doctor
+from orchestration.cluster.doctor import Finding, examine
+from orchestration.runs.config import ConfigError
 
 
 def findings(tmp_path: Path, config: str = "", address: str | None = None, uri: str | None = None) -> list[Finding]:

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.drawing import draw
-from pipelines.families import Samples
-from pipelines.families.gaussian import GaussianGenerator
-from policies.selection import curate, verify
+from pipelines.generators import Samples
+from pipelines.generators.gaussian import GaussianGenerator
+from pipelines.mad.drawing import draw
+from policies.loops.selection import curate, verify
 
 MODEL = GaussianGenerator(np.zeros((2, 1)), np.ones((2, 1, 1)))
 

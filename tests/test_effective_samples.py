@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from policies.effective_samples import (
+from policies.common.intervals import interval
+from policies.loops.effective_samples import (
     effective_sample_size,
     expected_distance,
     largest_admissible,
     limits,
     wasserstein_squared,
 )
-from policies.intervals import interval
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.exact_laws import (
+from policies.loops.laws import (
     Laws,
     accumulate,
     accumulate_subsample,

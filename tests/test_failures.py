@@ -16,11 +16,11 @@ from actors.failures import ActorFailure, ActorLost, _explain
 from actors.pool import wait_for
 from actors.tasks import TaskRunner
 from actors.worker import Worker, device_is_lost, is_short_of_memory
-from pipelines.atomic import Files
 from pipelines.rewards import RewardError
-from pipelines.tasks import Task, TaskStore
-from pipelines.trajectory import Trajectory
-from policies.health import SickNumbers
+from pipelines.rl.trajectory import Trajectory
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import Task, TaskStore
+from policies.rl.health import SickNumbers
 
 
 class Member:

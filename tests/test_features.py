@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from pipelines import features
-from pipelines.features import Extractor, load_extractor, train_extractor
+from pipelines.measures import features
+from pipelines.measures.features import Extractor, load_extractor, train_extractor
 
 IMAGES = (load_digits().images * 255 / 16).round().astype(np.uint8)[..., None]
 LABELS = load_digits().target

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines import figures
-from pipelines.figures import before_after, curves, image_grid
+from pipelines.figures import plots as figures
+from pipelines.figures.plots import before_after, curves, image_grid
 
 PROMPTS = ["a red seven on a black background", "a blue two on a white background", "a green one on a blue background"]
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestration import cli
-from orchestration.config import DdpoConfig
-from orchestration.manifest import new_manifest, write_manifest
-from pipelines.atomic import as_lines, with_digest
+from orchestration.cli import main as cli
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.manifest import new_manifest, write_manifest
+from pipelines.storage.atomic import as_lines, with_digest
 from tests.damage import damaged
 
 COMMANDS = {
@@ -116,7 +116,8 @@ SHOWN = ["list", "show", "compare", "report"]
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take a second each: here their data are prepared, and nothing is drawn."""
-    from pipelines import figures, mad_figures
+    from pipelines.figures import mad as mad_figures
+    from pipelines.figures import plots as figures
 
     for module, name in ((figures, "before_after"), (figures, "curves"), (mad_figures, "generations_grid")):
         monkeypatch.setattr(module, name, lambda *_: None)

@@ -14,11 +14,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.mad_config import MadConfig
-from orchestration.preflight import preflight
-from orchestration.tracking import flatten
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.tracking.tracker import flatten
 
 WHOLE: dict[Any, dict[str, Any]] = {
     DdpoConfig: DdpoConfig().model_dump(mode="json"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.families import Samples
-from pipelines.families.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
-from policies.health import SickNumbers
+from pipelines.generators import Samples
+from pipelines.generators.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
+from policies.rl.health import SickNumbers
 
 TINY = GanSettings(width=4, latent=6, steps=3, batch_size=8)
 

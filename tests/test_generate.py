@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from orchestration.config import ConfigError
-from orchestration.generate import generate, image_name
-from policies.health import SickNumbers
+from orchestration.experiments.ddpo.generate import generate, image_name
+from orchestration.runs.config import ConfigError
+from policies.rl.health import SickNumbers
 from tests.models import PROMPTS, build_tiny_pipeline
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=80)

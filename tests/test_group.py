@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from actors.failures import MARKS_OF_A_PEER
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner, LearnerState
+from pipelines.rl.learning import DiffusionLearner, LearnerState
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
-from pipelines.trainable import checksum
-from pipelines.trajectory import Trajectory
-from policies.group import DivergedError, Group, gathered, meeting_place
-from policies.health import ShortOfMemoryError, SickNumbers
-from policies.learner import PolicyLearner, RatioError
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.group import DivergedError, Group, gathered, meeting_place
+from policies.rl.health import ShortOfMemoryError, SickNumbers
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from policies.rl.update import PolicyLearner, RatioError
 from tests.models import PROMPTS, build_tiny_sd3
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestration.html_report import write_report
-from orchestration.report import draw
+from orchestration.experiments.ddpo.report import draw
+from orchestration.runs.html_report import write_report
 from tests.browser import Browser, chromium
 
 HOSTILE = """<script>document.title = "taken"</script><img src=x onerror="document.title = 'taken'">"'{{ 7 * 7 }}"""
@@ -173,8 +173,8 @@ def test_what_is_missing_is_left_out(browser: Browser, tmp_path: Path, interrupt
 
 
 def test_the_command_writes_it_again(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from orchestration import cli
-    from orchestration.config import ConfigError
+    from orchestration.cli import main as cli
+    from orchestration.runs.config import ConfigError
 
     cli.report(str(interrupted.name), root=tmp_path)
     assert capsys.readouterr().out.strip() == str(interrupted / "report.html")

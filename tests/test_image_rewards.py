@@ -15,10 +15,10 @@ from transformers import (
     CLIPModel,
 )
 
-from pipelines.locations import check_model
 from pipelines.rewards import RewardError, load_reward, score
 from pipelines.rewards.options import VqaOptions, parse_options
 from pipelines.settings import RewardSettings
+from pipelines.storage.locations import check_model
 from tests.models import PROMPTS, build_tiny_clip, build_tiny_vqa
 
 IMAGES = np.random.default_rng(3).integers(0, 256, size=(24, 20, 20, 3), dtype=np.uint8)

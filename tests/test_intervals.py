@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from policies.intervals import interval, paired, paired_ratio, rank_correlation, scale_of
+from policies.common.intervals import interval, paired, paired_ratio, rank_correlation, scale_of
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestration import cli, jobs
-from orchestration.config import ConfigError
-from orchestration.jobs import packed
-from orchestration.package import excludes
-from pipelines.locations import CHECKOUT
+from orchestration.cli import main as cli
+from orchestration.cluster import jobs
+from orchestration.cluster.jobs import packed
+from orchestration.cluster.package import excludes
+from orchestration.runs.config import ConfigError
+from pipelines.storage.locations import CHECKOUT
 from tests.network import Tunnel, free_port, listeners
 from tests.processes import wait_until
 from tests.test_config import command
@@ -246,12 +247,12 @@ def test_what_ray_would_wait_for_or_follow_is_named_and_left_out(tmp_path: Path)
         "to itself": "to itself",
         "nothing": "gone",
         "line\nbreak": "../secret",
-        "inside": "orchestration/cli.py",
+        "inside": "orchestration/cli/main.py",
     }.items():
         (tree / name).symlink_to(target)
     (tree / os.fsdecode(b"caf\xe9")).write_text("not UTF-8")
     files, left_out = packed(tree)
-    assert {str(path) for path in files} == {".gitignore", "inside", "orchestration/cli.py"}
+    assert {str(path) for path in files} == {".gitignore", "inside", "orchestration/cli/main.py"}
     assert {os.fsencode(path): reason for path, reason in left_out.items()} == {
         b"pipe": "neither a file nor a directory",
         b"a socket": "neither a file nor a directory",
@@ -268,7 +269,7 @@ def test_what_ray_would_wait_for_or_follow_is_named_and_left_out(tmp_path: Path)
     packaging.get_uri_for_directory(str(tree), include_gitignore=True, excludes=excludes(left_out))
     packaging._zip_files(str(tree), excludes(left_out), str(target), include_gitignore=True)
     with zipfile.ZipFile(target) as package:
-        assert set(package.namelist()) == {".gitignore", "inside", "orchestration/cli.py"}
+        assert set(package.namelist()) == {".gitignore", "inside", "orchestration/cli/main.py"}
 
 
 def test_an_address_is_no_place_for_a_password() -> None:
@@ -283,7 +284,7 @@ def test_a_package_is_the_working_tree_without_what_git_ignores_and_junk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tmp_path / "tree"
-    kept = ["configs/one.yaml", "orchestration/cli.py", "policies/runs/one.py", "pyproject.toml"]
+    kept = ["configs/one.yaml", "orchestration/cli/main.py", "policies/runs/one.py", "pyproject.toml"]
     left_out = [
         "data/big",
         "runs/one/mlflow.db",

@@ -10,15 +10,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipelines.checkpoint import CheckpointStore
 from pipelines.denoisers import load_family
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner, LearnerState
+from pipelines.rl.learning import DiffusionLearner, LearnerState
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import checksum, fill, load_weights, masters, to_numpy
 from pipelines.settings import ModelSettings
-from pipelines.trainable import checksum, fill, load_weights, masters, to_numpy
-from pipelines.trajectory import Trajectory
-from policies.learner import PolicyLearner
-from policies.settings import SamplingSettings, TrainingSettings
+from pipelines.storage.checkpoint import CheckpointStore
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from policies.rl.update import PolicyLearner
 from tests.models import PROMPTS
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
@@ -260,7 +260,7 @@ def test_micro_batches_shrink_with_the_memory_of_the_machine(
     model, training = ModelSettings(path=str(tiny_pipeline)), TrainingSettings(updates_per_step=1)
     wide = DiffusionLearner(model, SAMPLING, training, seed=0)
     taken = wide._activation_bytes()
-    monkeypatch.setattr("pipelines.learning.memory_limit", lambda: 8 * 10 * taken)
+    monkeypatch.setattr("pipelines.rl.learning.memory_limit", lambda: 8 * 10 * taken)
     assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch
 
 
@@ -270,7 +270,7 @@ def test_activations_are_computed_twice_where_memory_is_small(
     """Which gives the same bits, and room for a micro-batch that there was none for."""
     usual = make_learner(model)
     taken = usual._activation_bytes()
-    monkeypatch.setattr("pipelines.learning.memory_limit", lambda: 8 * 3 * taken)
+    monkeypatch.setattr("pipelines.rl.learning.memory_limit", lambda: 8 * 3 * taken)
     small = make_learner(model)
     assert [each.policy.network.is_gradient_checkpointing for each in (usual, small)] == [False, True]
     assert small._activation_bytes() < 0.8 * taken

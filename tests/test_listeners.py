@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.locations import CHECKOUT
+from pipelines.storage.locations import CHECKOUT
 from tests.network import listeners
 from tests.processes import start
 
@@ -50,8 +50,8 @@ def test_a_ray_of_ones_own_has_a_token_of_its_own_and_ends_only_itself(tmp_path:
     """Its token is in no file; a process that was started meanwhile goes on; a part of it that is lost is named."""
     program = """
 import os, subprocess, sys, time, psutil
-from orchestration import cluster
-from orchestration.cluster import _name_of, _parts, connected
+from orchestration.cluster import ray_cluster as cluster
+from orchestration.cluster.ray_cluster import _name_of, _parts, connected
 cluster._GRACE_SECONDS = 1
 with connected(0):
     import ray

@@ -20,11 +20,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.ddpo_run import DdpoRun
-from orchestration.run import DiskError
-from pipelines.checkpoint import CheckpointStore
-from policies.health import SickNumbers
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.run import DdpoRun
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.runs.run import DiskError
+from pipelines.storage.checkpoint import CheckpointStore
+from policies.rl.health import SickNumbers
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
@@ -77,7 +78,7 @@ def summary(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(overrides: list[str], ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an undisturbed run with two samplers."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path_factory.mktemp("runs") / "two"
     path = run_ddpo(configure(overrides, f"output_dir={directory}", "actors.samplers=2"))
@@ -147,7 +148,7 @@ def test_a_stock_pipeline_draws_what_the_run_showed(finished: Path) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from orchestration.evaluation import fixed_work
+    from orchestration.experiments.ddpo.evaluation import fixed_work
 
     pipeline = StableDiffusionPipeline.from_pretrained(finished / "pipeline", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -167,8 +168,8 @@ def test_a_stock_pipeline_draws_what_the_run_showed(finished: Path) -> None:
 
 
 def test_generate_draws_from_a_run_and_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
-    from orchestration.evaluation import fixed_work
-    from orchestration.generate import generate
+    from orchestration.experiments.ddpo.evaluation import fixed_work
+    from orchestration.experiments.ddpo.generate import generate
 
     prompts, seeds = fixed_work(PROMPTS, 2)
     shown = np.load(finished / "evaluations" / f"step-{STEPS:06d}.npz")["images"][:2]
@@ -182,7 +183,7 @@ def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
     overrides: list[str], ray_session: None, tmp_path: Path
 ) -> None:
     """The reward rises, the held-out function falls: from the first step on everything is worse than before."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory, prompts = tmp_path / "run", tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*PROMPTS[:4], "[unseen]", *PROMPTS[4:]]))
@@ -215,7 +216,7 @@ def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
 
 def test_a_check_says_which_rewards_can_teach(overrides: list[str], ray_session: None) -> None:
     """Of actors without a learner: one that sees a difference, and one that does not."""
-    from orchestration.calibration import check, render
+    from orchestration.experiments.ddpo.reward_check import check, render
 
     names = "{tests.rewards:redness: 1, tests.rewards:the_same: 1}"
     found = check(configure(overrides, f"reward.function={names}", "actors.samplers=1"))
@@ -243,7 +244,7 @@ def test_a_check_says_which_rewards_can_teach(overrides: list[str], ray_session:
     ],
 )
 def test_what_speaks_against_a_reward(found: tuple[bool, bool, float, float | None], objection: str | None) -> None:
-    from orchestration.calibration import Finding
+    from orchestration.experiments.ddpo.reward_check import Finding
 
     said = Finding({}, *found, 1.0, 1.0).objection
     assert said is None if objection is None else objection in str(said)
@@ -252,8 +253,8 @@ def test_what_speaks_against_a_reward(found: tuple[bool, bool, float, float | No
 def test_a_reward_that_fails_stops_the_run_with_its_reason(
     overrides: list[str], ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestration.ddpo import run_ddpo
-    from orchestration.preflight import preflight
+    from orchestration.experiments.ddpo.loop import run_ddpo
+    from orchestration.experiments.ddpo.preflight import preflight
 
     directory = tmp_path / "run"
     config = configure(
@@ -266,12 +267,12 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     assert "nan" in manifest["error"]
     told = (directory / "error.txt").read_text()
     assert "Traceback" in told
-    assert "orchestration/ddpo.py" in told
+    assert "orchestration/experiments/ddpo/loop.py" in told
     preflight(config)  # nothing was committed: the same command may be given again
 
 
 def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     config = configure(
         overrides,
@@ -293,8 +294,8 @@ def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_s
 def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orchestration.ddpo import resume_ddpo
-    from orchestration.ddpo_run import DdpoRun
+    from orchestration.experiments.ddpo.loop import resume_ddpo
+    from orchestration.experiments.ddpo.run import DdpoRun
 
     same = DdpoRun.fork(finished, [f"output_dir={tmp_path / 'same'}", "actors.samplers=3"], step=STEPS - 1)
     assert json.loads((same / "manifest.json").read_text())["status"] == "FORKED"
@@ -327,8 +328,8 @@ def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
 def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orchestration.ddpo import resume_ddpo
-    from orchestration.ddpo_run import DdpoRun
+    from orchestration.experiments.ddpo.loop import resume_ddpo
+    from orchestration.experiments.ddpo.run import DdpoRun
 
     other = [f"output_dir={tmp_path / 'run'}", "actors.learners=2", "actors.samplers=1"]
     directory = DdpoRun.fork(finished, other, step=3)
@@ -359,7 +360,7 @@ def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
 def test_work_that_hangs_is_done_again_and_one_sampler_draws_what_two_do(
     overrides: list[str], finished: Path, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path / "run"
     own = ["actors.samplers=1", "actors.timeout_seconds=15", "reward.function=tests.rewards:hangs_once"]
@@ -399,7 +400,7 @@ def test_a_full_disk_is_said_and_what_was_committed_stands(
     """A third commit has no room beside the two before it, until the disk is made larger."""
     from mlflow import MlflowClient
 
-    from orchestration.ddpo import resume_ddpo, run_ddpo
+    from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
 
     directory, store = small_disk / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
     message = r"No space left on device \(0\.0 GB free\); the last commit stands"
@@ -428,9 +429,9 @@ def test_a_disk_that_refuses_is_named_and_the_way_on(refusal: int, overrides: li
 def test_a_server_that_is_away_is_said_at_once_and_leaves_nothing(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestration import tracking
-    from orchestration.ddpo import run_ddpo
-    from orchestration.tracking import TrackingError
+    from orchestration.experiments.ddpo.loop import run_ddpo
+    from orchestration.tracking import tracker as tracking
+    from orchestration.tracking.tracker import TrackingError
 
     monkeypatch.setattr(tracking, "_NEW_SECONDS", 0.0)
     directory = tmp_path / "run"
@@ -444,8 +445,8 @@ def test_64_pixel_models_with_guidance_score_function_and_lora_run(ray_session: 
     """What it leaves: LoRA that gives the base's stock pipeline the run's images, a card, a model for the registry."""
     from mlflow import MlflowClient
 
-    from orchestration.ddpo import run_ddpo
-    from orchestration.run import register
+    from orchestration.experiments.ddpo.loop import run_ddpo
+    from orchestration.runs.run import register
 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     config = load_config(
@@ -510,7 +511,7 @@ def drawn_by_the_base_with_lora(base: Path, adapter: Path) -> np.ndarray:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from orchestration.evaluation import fixed_work
+    from orchestration.experiments.ddpo.evaluation import fixed_work
 
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipeline.load_lora_weights(adapter)
@@ -522,7 +523,7 @@ def drawn_by_the_base_with_lora(base: Path, adapter: Path) -> np.ndarray:
 
 def test_a_flow_learns_without_densities(overrides: list[str], ray_session: None, tmp_path: Path) -> None:
     """Stable Diffusion 3 by DiffusionNFT, drawn by the averaged weights; no number of a ratio is told."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     more = [f"output_dir={tmp_path / 'run'}", f"model.path={build_tiny_sd3(tmp_path / 'flow')}", "actors.samplers=1"]
     more += ["training.objective=negative_aware", "training.steps=2", "sampling.eta=0.7", "sampling.guidance_scale=2"]
@@ -544,7 +545,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
 ) -> None:
     from mlflow import MlflowClient
 
-    from orchestration.ddpo import resume_ddpo
+    from orchestration.experiments.ddpo.loop import resume_ddpo
 
     neighbour_directory, directory = tmp_path / "neighbour", tmp_path / "interrupted"
     log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"

@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import copied, exported_weights, load_weights, prepare, swapped
 from pipelines.settings import ModelSettings
-from pipelines.trainable import copied, exported_weights, load_weights, prepare, swapped
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)

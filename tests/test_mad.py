@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestration.config import load_config
-from orchestration.mad_config import MadConfig
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.runs.config import load_config
 from tests.processes import start, wait_until
 from tests.schemas import checked
 
@@ -58,7 +58,7 @@ def tasks(directory: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an undisturbed experiment."""
-    from orchestration.mad import run_mad
+    from orchestration.experiments.mad.loop import run_mad
 
     directory = tmp_path_factory.mktemp("mad") / "run"
     assert run_mad(configure(directory)) == directory / "summary.json"
@@ -121,9 +121,9 @@ def test_no_training_waits_for_an_evaluation(finished: Path) -> None:
 
 
 def test_each_sample_meets_the_extractor_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.features import Extractor
-    from pipelines.mad_tasks import perform
-    from pipelines.tasks import TaskStore
+    from pipelines.mad.tasks import perform
+    from pipelines.measures.features import Extractor
+    from pipelines.storage.tasks import TaskStore
 
     store, seen, features = TaskStore(finished / "tasks"), [], Extractor.features
     monkeypatch.setattr(Extractor, "features", lambda self, images: seen.append(len(images)) or features(self, images))
@@ -137,8 +137,8 @@ def test_each_sample_meets_the_extractor_once(finished: Path, monkeypatch: pytes
 
 
 def test_no_model_ever_sees_the_reference(finished: Path) -> None:
-    from pipelines.mad_tasks import read_real_data
-    from pipelines.tasks import TaskStore
+    from pipelines.mad.tasks import read_real_data
+    from pipelines.storage.tasks import TaskStore
 
     store, found = TaskStore(finished / "tasks"), tasks(finished)
     real = read_real_data(store.load(next(key for key, task in found.items() if task["kind"] == "data")))
@@ -233,7 +233,7 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
 ) -> None:
     import shutil
 
-    from orchestration.mad import resume_mad, run_mad
+    from orchestration.experiments.mad.loop import resume_mad, run_mad
 
     directory = tmp_path / "copy"
     shutil.copytree(finished, directory)
@@ -266,7 +266,7 @@ KILLED = [
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from orchestration.mad import run_mad
+    from orchestration.experiments.mad.loop import run_mad
 
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     return run_mad(load_config(MadConfig, None, [*KILLED, f"output_dir={directory}"])).parent

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from orchestration import cli
-from orchestration.cluster import Machine
-from orchestration.config import ConfigError, load_config
-from orchestration.mad_config import MadConfig
-from orchestration.mad_preflight import contents, describe_mad, preflight_mad
-from orchestration.mad_science import effective_samples, laws
-from pipelines.locations import CHECKOUT
-from policies.data_rules import LedgerExhausted, training_sets
-from policies.mad_settings import Rule
-from policies.settings import known_keys
+from orchestration.cli import main as cli
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.mad.analysis import effective_samples, laws
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.mad.preflight import contents, describe_mad, preflight_mad
+from orchestration.runs.config import ConfigError, load_config
+from pipelines.storage.locations import CHECKOUT
+from policies.loops.rules import LedgerExhausted, training_sets
+from policies.loops.settings import Rule
+from policies.rl.settings import known_keys
 from tests.test_mad_laws import measured
 
 MACHINE = Machine(cpus=2, gpus=0)

@@ -8,9 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from pipelines import mad_figures
-from pipelines.figures import _save, image_grid
-from pipelines.mad_figures import (
+from pipelines.figures import mad as mad_figures
+from pipelines.figures.mad import (
     arm_curves,
     class_heatmap,
     fresh_fraction_curve,
@@ -18,7 +17,8 @@ from pipelines.mad_figures import (
     points_grid,
     precision_recall_paths,
 )
-from policies.intervals import interval
+from pipelines.figures.plots import _save, image_grid
+from policies.common.intervals import interval
 
 RNG = np.random.default_rng(0)
 VALUES = 1 + RNG.random((4, 6))  # seeds, generations

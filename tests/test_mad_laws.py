@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestration.mad import chain
-from orchestration.mad_config import ArmSettings
-from orchestration.mad_science import laws
-from pipelines.atomic import Files
-from pipelines.mad_graph import RealSource
-from pipelines.mad_tasks import perform
-from pipelines.tasks import in_order
+from orchestration.experiments.mad.analysis import laws
+from orchestration.experiments.mad.config import ArmSettings
+from orchestration.experiments.mad.loop import chain
+from pipelines.mad.graph import RealSource
+from pipelines.mad.tasks import perform
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import in_order
 
 GENERATIONS = 4
 NUMBERS = 45_000  # means of one coordinate: universes × dimensions, of which only the universes cost a stream each

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from orchestration.config import load_config
-from orchestration.mad_config import MadConfig
-from orchestration.mad_science import comparisons
-from policies.data_rules import training_sets
+from orchestration.experiments.mad.analysis import comparisons
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.runs.config import load_config
+from policies.loops.rules import training_sets
 
 
 def compared(*overrides: str, metric: str = "w2_squared") -> dict[str, Any]:

@@ -17,11 +17,12 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.doctor import Finding, examine
-from orchestration.mlflow_server import serve
-from orchestration.mlflow_store import TrackingError, check_server
-from orchestration.tracking import Tracker, TrackingSettings
+from orchestration.cluster.doctor import Finding, examine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.tracking.server import serve
+from orchestration.tracking.store import TrackingError, check_server
+from orchestration.tracking.tracker import Tracker, TrackingSettings
 from tests.network import free_port, listeners
 from tests.processes import start, wait_until
 

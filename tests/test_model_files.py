@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, load_config, validate
-from orchestration.memory_plan import counted
-from orchestration.preflight import describe, preflight
-from orchestration.sweep_config import SweepConfig
-from orchestration.sweep_preflight import describe_sweep, preflight_sweep
-from pipelines.locations import CHECKOUT
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.sweep.config import SweepConfig
+from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
+from orchestration.planning.memory_plan import counted
+from orchestration.runs.config import ConfigError, load_config, validate
 from pipelines.rehearsal import rehearse
 from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.storage.locations import CHECKOUT
 from tests.models import build_tiny_clip, build_tiny_encoder, build_tiny_vqa
 
 DIGITS, PIPELINE = CHECKOUT / "configs/ddpo/digits.yaml", CHECKOUT / "models/digits/pipeline"
@@ -327,7 +328,7 @@ def test_a_sweep_tries_out_each_choice_of_models(model: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=rf"at .*{model}.*: {model}/unet lacks 1 of its tensors"):
         dry_sweep(model__path=[str(model)])
     tried: list[DdpoConfig] = []
-    monkeypatch.setattr("orchestration.preflight.describe", lambda config, plan: tried.append(config))
+    monkeypatch.setattr("orchestration.experiments.ddpo.preflight.describe", lambda config, plan: tried.append(config))
     captioners = [f"{'./' * dots}models/digits/captioner" for dots in range(7)]
     models = ["models/digits/pipeline", "./models/digits/pipeline"]
     text = dry_sweep(model__path=models, captioner__path=captioners, training__learning_rate=[1e-4, 1e-5])

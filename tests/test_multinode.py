@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from orchestration.config import DdpoConfig, load_config
-from orchestration.mad_config import MadConfig
-from pipelines.locations import CHECKOUT
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.runs.config import load_config
+from pipelines.storage.locations import CHECKOUT
 from tests.nodes import Nodes, environment
 from tests.processes import wait_until
 
@@ -40,11 +41,11 @@ UNSHARE = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user
 PROBE = """
 import json, os, sys
 import ray
-from orchestration.cluster import connected
+from orchestration.cluster.ray_cluster import connected
 
 @ray.remote(num_cpus=0.1)
 def look():
-    from pipelines.locations import CHECKOUT
+    from pipelines.storage.locations import CHECKOUT
     return str(CHECKOUT), [os.listdir(path) for path in hidden]
 
 hidden = sys.argv[2:]
@@ -107,7 +108,7 @@ NODES = {"learner": "first", "sampler": "second", "captioner": "second", "reward
 @pytest.fixture(scope="module")
 def ddpo_runs(cluster: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same DDPO run on one node and on two, the samplers on another than the learner."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     one, two = (tmp_path_factory.mktemp("ddpo") / name for name in ("one", "two"))
     run_ddpo(load_config(DdpoConfig, None, [*TINY_DDPO, *FEWER_ACTORS, "actors.samplers=1", f"output_dir={one}"]))
@@ -139,9 +140,9 @@ def test_weights_and_images_are_those_of_one_node(ddpo_runs: list[Path]) -> None
 def test_a_stock_pipeline_reads_what_the_learner_sent(ddpo_runs: list[Path]) -> None:
     import torch
 
-    from pipelines.atomic import read_directory
     from pipelines.denoisers import load_family
-    from pipelines.trainable import checksum, to_numpy
+    from pipelines.rl.weights import checksum, to_numpy
+    from pipelines.storage.atomic import read_directory
 
     _, manifest = read_directory(ddpo_runs[1] / "pipeline")  # every file as its hash says
     unet = load_family(str(ddpo_runs[1] / "pipeline"), torch.float32).network
@@ -167,7 +168,7 @@ TINY_MAD = [
 @pytest.fixture(scope="module")
 def mad_runs(cluster: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same MAD experiment on one node, and with every task on another node than the driver and its images."""
-    from orchestration.mad import run_mad
+    from orchestration.experiments.mad.loop import run_mad
 
     directory = tmp_path_factory.mktemp("mad")
     strokes, labels = load_digits(return_X_y=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.names import file_name
+from pipelines.storage.names import file_name
 
 CLOSE = st.text("aAbBäÄ12_-./ =~:", max_size=6)  # names that are easily confused
 NAMES = CLOSE | st.text(max_size=400) | st.text(st.characters(categories=["Cs", "Lo", "So"]), max_size=100)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.learning import OBJECTIVES
-from policies.flow_matching import FlowSchedule
-from policies.learner import PolicyLearner
-from policies.rollouts import Rollouts
-from policies.settings import TrainingSettings
+from pipelines.rl.learning import OBJECTIVES
+from policies.diffusion.flow import FlowSchedule
+from policies.rl.rollouts import Rollouts
+from policies.rl.settings import TrainingSettings
+from policies.rl.update import PolicyLearner
 
 IMAGES, STEPS, DEVIATION, GOAL = 192, 10, 0.5, 1.0
 TIMES = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)

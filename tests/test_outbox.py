@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestration import outbox as module
-from orchestration.outbox import Away, Content, Gone, Outbox, Refused, TrackingError, undelivered
-from orchestration.records import Artifact, Metrics, Record
+from orchestration.tracking import outbox as module
+from orchestration.tracking.outbox import Away, Content, Gone, Outbox, Refused, TrackingError, undelivered
+from orchestration.tracking.records import Artifact, Metrics, Record
 
 
 class Listener:

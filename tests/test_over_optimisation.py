@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policies.over_optimisation import Look, best_look, is_lower, look_to_keep, over_optimised
+from policies.rl.over_optimisation import Look, best_look, is_lower, look_to_keep, over_optimised
 
 
 def looks(*curve: tuple[int, float, float], size: int = 200, flips: float = 0.1) -> list[Look]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.timeline import (
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.runs.timeline import (
     append_spans,
     middle_of,
     nested,
@@ -19,14 +20,14 @@ from orchestration.timeline import (
     steps_of,
     write_trace,
 )
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner, LearnerState
+from pipelines.rl.learning import DiffusionLearner, LearnerState
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import checksum, load_weights
 from pipelines.settings import ModelSettings
-from pipelines.trainable import checksum, load_weights
-from pipelines.trajectory import Trajectory
-from policies.ddpo import decoupled_loss, importance_sampling_loss
-from policies.learner import RatioError
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.objectives import decoupled_loss, importance_sampling_loss
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from policies.rl.update import RatioError
 from tests.models import PROMPTS
 
 STEPS = 4
@@ -189,7 +190,7 @@ def settings(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 @pytest.fixture(scope="module")
 def finished(settings: list[str], ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run."""
-    from orchestration.ddpo import run_ddpo
+    from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path_factory.mktemp("runs") / "whole"
     run_ddpo(load_config(DdpoConfig, None, [*settings, f"output_dir={directory}"]), profile=True)
@@ -219,7 +220,7 @@ def test_step_k_is_drawn_by_version_k_minus_one(finished: Path) -> None:
 def test_stopped_and_resumed_it_ends_in_the_same_weights(
     settings: list[str], finished: Path, ray_session: None, tmp_path: Path
 ) -> None:
-    from orchestration.ddpo import resume_ddpo, run_ddpo
+    from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
 
     directory = tmp_path / "stopped"
 

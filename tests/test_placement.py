@@ -9,12 +9,13 @@ import yaml
 
 from actors.allocation import Offer, Role, allocate, cards_of, plan_roles
 from actors.settings import ActorSettings, WorkerSettings
-from orchestration.cluster import Machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.mad_config import MadConfig
-from orchestration.mad_preflight import preflight_mad
-from orchestration.preflight import describe, preflight
-from pipelines.locations import CHECKOUT, portable, resolve_model
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.mad.preflight import preflight_mad
+from orchestration.runs.config import ConfigError, load_config
+from pipelines.storage.locations import CHECKOUT, portable, resolve_model
 
 STABLE: Offer = {"CPU": 8, "GPU": 1, "stable": 1}
 SPOT: Offer = {"CPU": 4, "GPU": 1, "preemptible": 1}
@@ -108,7 +109,7 @@ HALF = Role("half", 2, 0.5, 0.0, 1, "cpu")
 @pytest.fixture(scope="module")
 def ray_session(_preloaded: None) -> Iterator[None]:
     """A private Ray with eight cards, which nothing here uses; Ray counts them."""
-    from orchestration import cluster
+    from orchestration.cluster import ray_cluster as cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "cpu_limit", lambda: 96)

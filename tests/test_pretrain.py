@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import recipe
-from pipelines.digits import all_prompts
-from pipelines.recipe import models, pretrain
+from pipelines import default_models as recipe
+from pipelines.data.digits import all_prompts
+from pipelines.default_models import models, pretrain
 
 
 @pytest.fixture

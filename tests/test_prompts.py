@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.config import DdpoConfig, load_config
-from orchestration.preflight import describe, preflight
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.runs.config import load_config
+from pipelines.data.prompts import read_prompts, unseen_words
 from pipelines.denoisers import inspect
-from pipelines.locations import CHECKOUT
-from pipelines.prompts import read_prompts, unseen_words
+from pipelines.storage.locations import CHECKOUT
 from tests.models import build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 LONG = "a red seven on a black background on a black background on a black background on a white background"

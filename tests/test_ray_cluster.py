@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration import cluster
-from orchestration.cluster import _environment, _is_rays, check_answers, find_machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.preflight import preflight
+from orchestration.cluster import ray_cluster as cluster
+from orchestration.cluster.ray_cluster import _environment, _is_rays, check_answers, find_machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.runs.config import ConfigError, load_config
 
 
 @pytest.fixture

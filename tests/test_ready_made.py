@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestration.cluster import Machine, imagine_machine
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.memory_plan import memory_plan
-from orchestration.preflight import describe, preflight
-from pipelines.locations import CHECKOUT
-from pipelines.prompts import read_prompts
+from orchestration.cluster.ray_cluster import Machine, imagine_machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.planning.memory_plan import memory_plan
+from orchestration.runs.config import ConfigError, load_config
+from pipelines.data.prompts import read_prompts
+from pipelines.storage.locations import CHECKOUT
 from tests.test_config import command
 
 CONFIGS = CHECKOUT / "configs"
@@ -99,7 +100,7 @@ def test_files_are_given_one_after_another(monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("rank", [0, 3])
 def test_memory_is_what_the_parts_count(rank: int, tiny_pipeline: Path) -> None:
     from pipelines.denoisers import load_family
-    from pipelines.trainable import prepare
+    from pipelines.rl.weights import prepare
 
     config = load_config(
         DdpoConfig, TASKS["digits"], [f"model.path={tiny_pipeline}", f"model.lora_rank={rank}", "model.dtype=bfloat16"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.real_data import DataSettings, RealData, ledger_order, load_real_data, split_reference
+from pipelines.data.real_data import DataSettings, RealData, ledger_order, load_real_data, split_reference
 from tests.damage import damaged
 
 

@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestration import inputs
-from orchestration.ahead import Ahead
-from orchestration.config import ConfigError, DdpoConfig, load_config
-from orchestration.ddpo_run import DdpoRun
-from orchestration.inputs import changed_inputs, ddpo_inputs
-from orchestration.manifest import has_only_begun, open_run, write_manifest
-from orchestration.run import _lock, check_output, going_on, new_directory, sync
-from orchestration.sweep_config import SweepConfig
-from orchestration.sweep_run import Budget, BudgetSettings, _inputs
-from orchestration.trial import Trial
-from pipelines.atomic import commit_directory, read_lines
-from pipelines.checkpoint import CheckpointStore
-from pipelines.locations import CHECKOUT, fingerprint
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.rollout_queue import Ahead
+from orchestration.experiments.ddpo.run import DdpoRun
+from orchestration.experiments.sweep.config import SweepConfig
+from orchestration.experiments.sweep.run import Budget, BudgetSettings, _inputs
+from orchestration.experiments.sweep.trial import Trial
+from orchestration.runs import inputs
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.runs.inputs import changed_inputs, ddpo_inputs
+from orchestration.runs.manifest import has_only_begun, open_run, write_manifest
+from orchestration.runs.run import _lock, check_output, going_on, new_directory, sync
+from pipelines.storage.atomic import commit_directory, read_lines
+from pipelines.storage.checkpoint import CheckpointStore
+from pipelines.storage.locations import CHECKOUT, fingerprint
 
 REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, **options):\n    return SCALE\n"
 
@@ -140,12 +141,12 @@ def test_it_goes_on_with_the_same_from_anywhere(home: Path, tmp_path: Path, monk
 
 def test_code_beside_a_reward_in_the_checkout_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of this program, nor of an environment that lies there as well."""
-    files = {"own": "own.py", "helper": "helper.py", "pipelines.digits": "pipelines/digits.py"}
+    files = {"own": "own.py", "helper": "helper.py", "pipelines.data.digits": "pipelines/data/digits.py"}
     files |= {"pipelines": "pipelines/__init__.py", "numpy": ".venv/lib/site-packages/numpy.py"}
     for each in map(tmp_path.joinpath, files.values()):
         each.parent.mkdir(parents=True, exist_ok=True)
         each.touch()
-    (tmp_path / "own.py").write_text("import numpy, helper\nfrom pipelines.digits import parse\n")
+    (tmp_path / "own.py").write_text("import numpy, helper\nfrom pipelines.data.digits import parse\n")
     monkeypatch.setattr(inputs, "_file", lambda name: tmp_path / files[name] if name in files else None)
     assert {name for name, _ in inputs._used("own")} == {"own", "helper"}
 
@@ -153,7 +154,7 @@ def test_code_beside_a_reward_in_the_checkout_is_remembered(tmp_path: Path, monk
 def test_unchanged_files_are_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = ddpo_inputs(configured())
     path = home / "prompts.txt"
-    monkeypatch.setattr("pipelines.locations._file_digest", lambda path: f"read {path}")
+    monkeypatch.setattr("pipelines.storage.locations._file_digest", lambda path: f"read {path}")
     assert ddpo_inputs(configured(), held)["prompts"] == held["prompts"]
     times = path.stat()
     path.write_text("c\nd\n")  # as long, and made to look as old
@@ -279,7 +280,7 @@ def test_a_damaged_journal_is_named_and_later_steps_reach_it(home: Path, damage:
 
 def recorded(run: DdpoRun, step: int) -> None:
     """Record a step as the loop does, and write the journal as a commit does."""
-    from pipelines.atomic import append_durably, as_lines, with_digest
+    from pipelines.storage.atomic import append_durably, as_lines, with_digest
 
     run._seconds_before, run.seconds_by_stage["sample"] = dict(run.seconds_by_stage), step + 1.0
     run.record(step, {"reward/mean": 0.5})

@@ -15,7 +15,7 @@ from pipelines.rewards import RewardError, load_reward, score
 from pipelines.rewards.jpeg import jpeg_kilobytes
 from pipelines.rewards.options import BertScoreOptions, CosineOptions, parse_options
 from pipelines.rewards.text import BertScore, SentenceCosine
-from policies.health import SickNumbers
+from policies.rl.health import SickNumbers
 from tests.models import build_tiny_encoder
 
 COLOURS, NUMBERS, GROUNDS = ("red", "orange", "purple"), ("seven", "two", "nine"), ("black", "white", "gray")

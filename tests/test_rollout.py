@@ -9,14 +9,14 @@ import ray
 import torch
 from diffusers import StableDiffusionPipeline
 
-from actors.sampler import Published, Sampler
+from actors.roles.sampler import Published, Sampler
 from pipelines.captioner import Captioner
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.learning import DiffusionLearner
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import checksum, load_weights, to_numpy
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.trainable import checksum, load_weights, to_numpy
-from pipelines.trajectory import Trajectory
-from policies.settings import SamplingSettings, TrainingSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
 
 BATCH = [prompt for prompt in PROMPTS for _ in range(3)][:8]

@@ -10,9 +10,7 @@ import pytest
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 
-from orchestration.config import ConfigError
-from orchestration.manifest import Manifest, Summary
-from orchestration.runs import (
+from orchestration.runs.browse import (
     RunInfo,
     differing_keys,
     facts,
@@ -23,6 +21,8 @@ from orchestration.runs import (
     render_list,
     render_show,
 )
+from orchestration.runs.config import ConfigError
+from orchestration.runs.manifest import Manifest, Summary
 from tests.schemas import SCHEMAS
 
 SUMMARY = {

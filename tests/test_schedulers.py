@@ -16,11 +16,11 @@ from pipelines.denoisers import denoising_steps, inspect, load_family
 from pipelines.denoisers.ddim import DdimFamily, denoising_schedule
 from pipelines.denoisers.schedulers import read_scheduler
 from pipelines.denoisers.stable_diffusion_3 import StableDiffusion3
-from pipelines.diffusion import DiffusionPolicy
-from pipelines.model_files import ModelFilesError
+from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
-from policies.health import SickNumbers
-from policies.settings import SamplingSettings
+from pipelines.storage.model_files import ModelFilesError
+from policies.rl.health import SickNumbers
+from policies.rl.settings import SamplingSettings
 from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 FLOW = "StableDiffusion3Pipeline"

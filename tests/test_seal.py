@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from orchestration import seal
-from orchestration.cli import app
-from orchestration.config import ConfigError
-from orchestration.ddpo import resume_ddpo
-from orchestration.ddpo_run import DdpoRun
-from orchestration.generate import generate
-from orchestration.mad import resume_mad
-from orchestration.manifest import open_run, write_manifest
-from orchestration.run import register, sync
-from orchestration.sweep import resume_sweep
+from orchestration.cli.main import app
+from orchestration.experiments.ddpo.generate import generate
+from orchestration.experiments.ddpo.loop import resume_ddpo
+from orchestration.experiments.ddpo.run import DdpoRun
+from orchestration.experiments.mad.loop import resume_mad
+from orchestration.experiments.sweep.loop import resume_sweep
+from orchestration.runs import seal
+from orchestration.runs.config import ConfigError
+from orchestration.runs.manifest import open_run, write_manifest
+from orchestration.runs.run import register, sync
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\nprettiness = 1\n"
 DDPO = {"reward": {"function": "strangers_code:prettiness"}, "output_dir": None}

@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.search_space import Dimension, common_points, corner_points, exact, grid_points, random_points, read_space
+from policies.common.search_space import (
+    Dimension,
+    common_points,
+    corner_points,
+    exact,
+    grid_points,
+    random_points,
+    read_space,
+)
 
 
 def test_a_grid_is_every_combination_once() -> None:

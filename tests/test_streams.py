@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from policies.streams import PromptSchedule, derive_seed
+from policies.common.seeding import PromptSchedule, derive_seed
 
 PROMPTS = [f"prompt {index}" for index in range(10)]
 

@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from orchestration.config import ConfigError, load_config
-from orchestration.metric_names import MAD, ddpo_metrics
-from orchestration.sweep_config import SweepConfig
-from orchestration.sweep_preflight import describe_sweep, preflight_sweep
-from orchestration.trial import Trial
-from policies.search_space import exact
+from orchestration.experiments.metric_names import MAD, ddpo_metrics
+from orchestration.experiments.sweep.config import SweepConfig
+from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
+from orchestration.experiments.sweep.trial import Trial
+from orchestration.runs.config import ConfigError, load_config
+from policies.common.search_space import exact
 from tests.models import build_tiny_pipeline
 from tests.processes import start, wait_until
 from tests.schemas import checked
@@ -36,7 +36,7 @@ PHASE = {
 
 
 def configure(content: dict[str, Any], **changes: Any) -> SweepConfig:
-    from orchestration.config import validate
+    from orchestration.runs.config import validate
 
     return validate(SweepConfig, {**content, **changes})
 
@@ -81,7 +81,7 @@ def summary(directory: Path) -> dict[str, Any]:
 
 def swept(content: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The summary of a sweep in this process, on the Ray that is there."""
-    from orchestration.sweep import run_sweep
+    from orchestration.experiments.sweep.loop import run_sweep
 
     assert run_sweep(configure(content, output_dir=str(directory))) == directory / "summary.json"
     return summary(directory)
@@ -154,10 +154,10 @@ def test_a_metric_that_no_trial_reports_is_refused_before_it_starts(
 
 
 def test_the_metrics_of_closed_form_families_are_those_that_they_measure() -> None:
-    from pipelines.families import settings
-    from pipelines.families.categorical import CategoricalGenerator
-    from pipelines.families.gaussian import GaussianGenerator
-    from pipelines.families.mixture import measure_points, mode_centres
+    from pipelines.generators import settings
+    from pipelines.generators.categorical import CategoricalGenerator
+    from pipelines.generators.gaussian import GaussianGenerator
+    from pipelines.generators.mixture import measure_points, mode_centres
 
     for name, kind, own in (
         ("gaussian", GaussianGenerator, settings.GaussianSettings()),
@@ -363,8 +363,8 @@ def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
 
 
 def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    from orchestration.cluster import Machine
-    from orchestration.sweep_run import SweepRun
+    from orchestration.cluster.ray_cluster import Machine
+    from orchestration.experiments.sweep.run import SweepRun
 
     content = {**PHASE, "output_dir": str(tmp_path)}
     with SweepRun(configure(content), Machine(2, 0)):

@@ -12,8 +12,8 @@ from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.families.registry import packed
-from pipelines.tasks import Task, TaskStore, in_order
+from pipelines.generators.registry import packed
+from pipelines.storage.tasks import Task, TaskStore, in_order
 from tests.damage import damaged
 
 

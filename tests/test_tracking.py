@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from orchestration import tracking
-from orchestration.tracking import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten, open_store
+from orchestration.tracking import tracker as tracking
+from orchestration.tracking.tracker import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten, open_store
 from tests.servers import Gate, mlflow_server
 
 QUIET = TrackingSettings(system_metrics=False)
@@ -163,7 +163,7 @@ def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path:
     run.mkdir()
     elsewhere.mkdir()
     program = (
-        "from pathlib import Path; from orchestration.tracking import *; import sys;"
+        "from pathlib import Path; from orchestration.tracking.tracker import *; import sys;"
         f"tracker = Tracker(Path({str(run)!r}), TrackingSettings(), 'name');"
         "tracker.describe({'a': 1}, {}); tracker.metrics(1, {'m': 1.0}, 1); tracker.finish('FINISHED')"
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from policies.verdicts import (
+from policies.loops.verdicts import (
     FEWEST_SEEDS,
     MOST_SEEDS,
     Verdict,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.locations import CHECKOUT
+from pipelines.storage.locations import CHECKOUT
 from tests.test_config import command
 
 FENCE = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -10,8 +10,16 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pipelines.denoisers.schedulers import ASSUMED, DdimConfig, DenoisingSteps, FlowConfig, read_scheduler
-from pipelines.locations import find, resolve_model
-from pipelines.model_files import ModelFilesError, Shapes, quieten, read_config, read_json, reading, weight_shapes
+from pipelines.storage.locations import find, resolve_model
+from pipelines.storage.model_files import (
+    ModelFilesError,
+    Shapes,
+    quieten,
+    read_config,
+    read_json,
+    reading,
+    weight_shapes,
+)
 
 if TYPE_CHECKING:
     from pipelines.denoisers.family import Family

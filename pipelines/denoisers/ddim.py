@@ -9,9 +9,9 @@ from torch import Tensor
 from pipelines.denoisers import ModelFiles
 from pipelines.denoisers.family import Family, checked
 from pipelines.denoisers.schedulers import DdimConfig
-from policies.denoising import DenoisingSchedule
-from policies.schedule import Schedule
-from policies.settings import SamplingSettings
+from policies.diffusion.ddim import DenoisingSchedule
+from policies.diffusion.schedule import Schedule
+from policies.rl.settings import SamplingSettings
 
 
 def denoising_schedule(scheduler: Any, sampling: SamplingSettings) -> DenoisingSchedule:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pipelines.denoisers import ModelFiles
 from pipelines.denoisers.schedulers import DenoisingSteps
-from pipelines.model_files import load_whole
-from policies.schedule import Schedule
-from policies.settings import SamplingSettings
+from pipelines.storage.model_files import load_whole
+from policies.diffusion.schedule import Schedule
+from policies.rl.settings import SamplingSettings
 
 Conditions = dict[str, Tensor]  # what the network is told of each prompt: name → (prompts, …)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from policies.settings import Settings, explain
+from policies.rl.settings import Settings, explain
 
 # Classes whose β are those of x_t = √ᾱ x_0 + √(1 − ᾱ) ε, at DDIM's timesteps; and whether they clip x̂_0 by themselves.
 _SAME_BETAS = {

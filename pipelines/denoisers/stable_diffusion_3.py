@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: a rectified flow by a transformer, sampled as an SDE (:mod:`policies.flow_matching`)."""
+"""Stable Diffusion 3: a rectified flow by a transformer, sampled as an SDE (:mod:`policies.diffusion.flow`)."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pipelines.denoisers.family import Conditions, Family, checked
-from policies.flow_matching import FlowSchedule
-from policies.settings import SamplingSettings
+from policies.diffusion.flow import FlowSchedule
+from policies.rl.settings import SamplingSettings
 
 
 class StableDiffusion3(Family):

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.rewards.options import OPTIONS, RewardOptions
 from pipelines.user_code import described
-from policies.health import check_finite
+from policies.rl.health import check_finite
 
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
 

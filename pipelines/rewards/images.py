@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.locations import resolve_model
-from pipelines.model_files import ModelFilesError, load_tokenizer, load_whole, reading
 from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
+from pipelines.storage.locations import resolve_model
+from pipelines.storage.model_files import ModelFilesError, load_tokenizer, load_whole, reading
 
 
 class Vqa:

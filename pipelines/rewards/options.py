@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from annotated_types import Len
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from pipelines.locations import find
-from pipelines.model_files import read_json
-from pipelines.yaml_text import read_yaml
-from policies.settings import Settings, explain
+from pipelines.storage.locations import find
+from pipelines.storage.model_files import read_json
+from pipelines.storage.yaml_text import read_yaml
+from policies.rl.settings import Settings, explain
 
 
 def _check_template(text: str) -> str:

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipelines.rewards import RewardError, RewardFunction, score
 from pipelines.rewards.options import RewardOptions
 from pipelines.rewards.remote import Query, Scores
-from policies.health import SickNumbers
+from policies.rl.health import SickNumbers
 
 MAX_BODY, MAX_HELD = 2**29, 2**30  # bytes of a query, and of all that are under way
 MAX_PIXELS = 2**28  # of all images of a query together
@@ -156,7 +156,7 @@ def decode(files: Sequence[bytes]) -> np.ndarray:
     """PNG ``files`` of one size, on white, as images (batch, height, width, 3) uint8. Raises HTTPException 422."""
     from PIL import Image
 
-    from pipelines.pictures import flat
+    from pipelines.data.pictures import flat
 
     images: list[np.ndarray] = []
     left = MAX_PIXELS

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.locations import resolve_model
-from pipelines.model_files import encoder_parts, load_tokenizer, load_whole
 from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions, default_encoder, words_of
+from pipelines.storage.locations import resolve_model
+from pipelines.storage.model_files import encoder_parts, load_tokenizer, load_whole
 
 
 def load_encoder(path: str | None, device: str = "cpu") -> Any:

@@ -1,0 +1,1 @@
+"""The actors of a DDPO run, one role a file."""

@@ -1,0 +1,5 @@
+"""``python -m orchestration.cli``, as ``ouroboros``."""
+
+from orchestration.cli.main import main
+
+main()

@@ -1,0 +1,399 @@
+"""The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import BaseModel
+
+from orchestration.cli.jobs import jobs_app
+from orchestration.cli.options import (
+    Address,
+    Changes,
+    DryRun,
+    File,
+    Follow,
+    NewId,
+    Overrides,
+    Root,
+    RunDirectory,
+    RunName,
+    Server,
+    Trust,
+)
+from orchestration.cli.runs import runs_app
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs import run as run_directories
+from orchestration.runs.browse import find_run
+from orchestration.runs.config import Config, ConfigError, about, load_config, override, visible
+from orchestration.runs.display import Terminal as Console
+from orchestration.runs.manifest import check_links, read_manifest
+from pipelines.storage.atomic import DamagedFiles
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="ouroboros",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(runs_app, name="runs")
+app.add_typer(jobs_app, name="jobs")
+reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ouroboros {version('ouroboros-rl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ouroboros(
+    wanted: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Two loops over generative models on Ray, tracked in MLflow: DDPO and MAD."""
+
+
+@app.command()
+def ddpo(
+    overrides: Overrides = None,
+    config: File = None,
+    dry_run: DryRun = False,
+    tracking_uri: Server = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="a dry run for so many, there or not")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; a trace for Perfetto")] = False,
+) -> None:
+    """Train a diffusion model with a reward (DDPO)."""
+    from orchestration.cluster.ray_cluster import imagine_machine
+    from orchestration.experiments.ddpo.preflight import describe, preflight
+
+    settings = _read(DdpoConfig, config, overrides, tracking_uri)
+    if dry_run or gpus:
+        return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
+    from orchestration.experiments.ddpo.loop import run_ddpo
+
+    path = run_ddpo(settings, profile=profile)
+    if profile:
+        from orchestration.runs.timeline import render_profile, write_trace
+
+        Console().print(render_profile(path.parent))
+        print(write_trace(path.parent))
+    print(path)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: File = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="so many, there or not, as in 8,64,512; without: this machine")
+    ] = None,
+    costs: Annotated[Path | None, typer.Option(help="stage costs that --save wrote; none: they are measured")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the stage costs to this file")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="dollars an hour of a GPU, or of a CPU machine")] = None,
+    tflops: Annotated[float, typer.Option(min=1, help="what a GPU keeps up, where there is none to measure")] = 300.0,
+) -> None:
+    """Foresee a DDPO run: time, memory, price, what limits it, and how many should draw and learn."""
+    from orchestration.planning.plan import plan_run, render
+
+    counts = gpus.split(",") if gpus else []
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise ConfigError(f"--gpus {gpus} is not a number of GPUs, or several as in 8,64,512")
+    settings = _read(DdpoConfig, config, overrides, None)
+    options, known = plan_run(settings, [int(count) for count in counts], costs, save, tflops)
+    Console(highlight=False).print(render(options, known, price), soft_wrap=True)
+
+
+@app.command()
+def mad(overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None) -> None:
+    """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
+    from orchestration.experiments.mad.config import MadConfig
+    from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
+
+    settings = _read(MadConfig, config, overrides, tracking_uri)
+    if dry_run:
+        return _print_plan(settings, describe_mad(settings, preflight_mad(settings)))
+    from orchestration.experiments.mad.loop import run_mad
+
+    print(run_mad(settings))
+
+
+@app.command()
+def sweep(
+    overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
+) -> None:
+    """Run a loop many times over a space of its settings. The same command again goes on with what output_dir holds."""
+    from orchestration.experiments.sweep.config import SweepConfig
+    from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
+
+    settings = _read(SweepConfig, config, overrides, tracking_uri)
+    if dry_run:
+        return _print_plan(settings, describe_sweep(settings, preflight_sweep(settings)))
+    from orchestration.experiments.sweep.loop import run_sweep
+
+    print(run_sweep(settings))
+
+
+@app.command()
+def resume(run: RunDirectory, trust: Trust = False, accept_changes: Changes = False) -> None:
+    """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
+    run = run.expanduser()  # a job's has no shell to do it
+    loop = read_manifest(run)["loop"]
+    go_on: Callable[..., Path]
+    if loop == "mad":
+        from orchestration.experiments.mad.loop import resume_mad as go_on
+    elif loop == "sweep":
+        from orchestration.experiments.sweep.loop import resume_sweep as go_on
+    else:
+        from orchestration.experiments.ddpo.loop import resume_ddpo as go_on
+
+    print(go_on(run, trusted=trust, changes=accept_changes))
+
+
+@app.command()
+def sync(run: RunDirectory, trust: Trust = False) -> None:
+    """Deliver to MLflow what an interrupted run left undelivered."""
+    left = run_directories.sync(run.expanduser(), print, trusted=trust)
+    print(f"{left} records are left" if left else "everything is delivered")
+    if left:
+        raise typer.Exit(1)
+
+
+@app.command()
+def lineage(
+    run: RunDirectory,
+    sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION, or with a /NUMBER")],
+    trust: Trust = False,
+) -> None:
+    """Walk from a sample of a MAD run back to the real data."""
+    from orchestration.experiments.mad.lineage import render_lineage
+
+    Console().print(render_lineage(run, sample, trust))
+
+
+@app.command()
+def report(run: RunName, root: Root = Path("runs"), trust: Trust = False) -> None:
+    """Write a run's report.html, done or not."""
+    from orchestration.experiments.ddpo.report import draw
+    from orchestration.runs.html_report import write_report
+
+    found = find_run(run, root)
+    if not trust:
+        check_links(found.directory)
+    if found.loop == "ddpo":
+        draw(found.directory, lambda line: print(visible(line), file=sys.stderr))
+    print(write_report(found.directory))
+
+
+@app.command()
+def generate(
+    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a diffusers directory")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
+    output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
+    trust: Trust = False,
+) -> None:
+    """Draw images with what a run has learned."""
+    from orchestration.experiments.ddpo.generate import generate as draw
+
+    pairs = [(text, seed + offset) for text in prompt for offset in range(count)]
+    for path in draw(source, [p for p, _ in pairs], [s for _, s in pairs], output, trusted=trust):
+        print(path)
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Option(help="directory to build the default models in")] = Path("models/digits"),
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Rebuild the default models from scratch (about half an hour of CPU time)."""
+    from pipelines.default_models.pretrain import pretrain as build
+
+    build(output, seed)
+
+
+@app.command()
+def submit(
+    words: Annotated[list[str], typer.Argument(metavar="-- ddpo|mad|sweep|resume ...", help="as after 'ouroboros'")],
+    address: Address = None,
+    job_id: NewId = None,
+    output_root: Annotated[str, typer.Option(help="on the cluster: new runs are put below it")] = "~/ouroboros-runs",
+    follow: Follow = True,
+) -> None:
+    """Run one of the loops as a job of a cluster, on the code of this working tree."""
+    from orchestration.cluster.jobs import Job, launch, packed
+    from orchestration.experiments.sweep.config import SCHEMAS, SweepConfig
+
+    name, schemas = words[0], {**SCHEMAS, "sweep": SweepConfig}
+    if name not in {*schemas, "resume"}:
+        raise ConfigError(f"a job runs {', '.join(schemas)} or resume, not {name!r}")
+    given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
+    package = packed(Path.cwd())
+    if name == "resume":
+        job = Job.resume(words, str(given["run"]), job_id)
+    else:
+        for path in given["config"] or ():
+            if path not in package[0]:
+                raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
+        settings = _read(schemas[name], given["config"], given["overrides"], given["tracking_uri"])
+        job = Job.start(words, settings, output_root, job_id)
+    raise typer.Exit(launch(job, package, address, follow))
+
+
+@app.command()
+def mlflow(
+    directory: Annotated[Path, typer.Option(help="for database, artifacts and log")] = Path("mlflow"),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 5000,
+    backend_store_uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_BACKEND_STORE_URI", help="without it, SQLite in the directory")
+    ] = None,
+    allowed_hosts: Annotated[str | None, typer.Option(help="names by which browsers may call it, with commas")] = None,
+    basic_auth: Annotated[bool, typer.Option("--basic-auth", help="ask for a user and a password")] = False,
+) -> None:
+    """Run an MLflow server, with artifacts through it."""
+    from orchestration.tracking.server import serve
+
+    serve(directory.resolve(), host, port, backend_store_uri, allowed_hosts, basic_auth)
+
+
+@app.command()
+def doctor(address: Address = None, tracking_uri: Server = None, config: File = None) -> None:
+    """Look for what a run would trip over; each line is ok, or says what to do."""
+    from orchestration.cluster.doctor import examine
+
+    fixes = 0
+    for finding in examine(address, tracking_uri, config):
+        Console(highlight=False).print(finding, soft_wrap=True)
+        fixes += finding.fix is not None
+    raise typer.Exit(FAILED if fixes else 0)
+
+
+@reward_app.command()
+def check(overrides: Overrides = None, config: File = None) -> None:
+    """Look at a run's rewards before it: what they tell apart, how they rank, what they cost; can they teach?"""
+    from orchestration.experiments.ddpo.reward_check import check as look
+    from orchestration.experiments.ddpo.reward_check import render
+
+    findings = look(_read(DdpoConfig, config, overrides, None))
+    Console().print(render(findings))
+    raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
+
+
+@reward_app.command("serve")
+def serve_reward(
+    name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or module:function")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="of the reward")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; beyond loopback a token is needed")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8100,
+    device: Annotated[str, typer.Option(help="where its model is, such as cuda")] = "cpu",
+    token_file: Annotated[Path | None, typer.Option(help="its token; else OUROBOROS_REWARD_TOKEN")] = None,
+) -> None:
+    """Answer the reward 'http' of runs elsewhere with a reward of this machine."""
+    from orchestration.tracking.server import reaches_only_this_machine
+    from pipelines.rewards import check_own, load_reward
+    from pipelines.rewards.options import parse_options
+    from pipelines.rewards.server import HOW_TO_MAKE_ONE, TOKEN_VARIABLE, read_token, serve
+
+    given: dict[str, Any] = {}
+    for each in options or ():
+        override(given, each)
+    with about():
+        told, token = parse_options(name, given), read_token(token_file)
+        if not reaches_only_this_machine(host, port) and token is None:
+            raise ConfigError(
+                f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
+            )
+        check_own(name, told)
+        function = load_reward(name, told, device)
+    whom = " those who have the token" if token else ""
+    print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)
+    serve(name, function, told, host, port, token)
+
+
+def _read(
+    schema: type[Config], paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None
+) -> Config:
+    server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
+    try:
+        return load_config(schema, paths, [*(overrides or []), *server])
+    except ConfigError:
+        if paths and not _reads(schema, paths):
+            from orchestration.experiments.sweep.config import SCHEMAS, SweepConfig
+
+            for name, other in {**SCHEMAS, "sweep": SweepConfig}.items():
+                if _reads(other, paths):
+                    files = ", ".join(map(str, paths))
+                    raise ConfigError(f"{files} configures {name}: give it to 'ouroboros {name}'") from None
+        raise
+
+
+def _reads(schema: type[BaseModel], paths: list[Path]) -> bool:
+    with contextlib.suppress(ConfigError):
+        load_config(schema, paths)
+        return True
+    return False
+
+
+def _print_plan(settings: BaseModel, description: str) -> None:
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    print(description, end="")
+
+
+def main() -> None:
+    """Entry point: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number is given to the next file
+        pass
+    os.close(nowhere)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    meanings = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            # All is closed by now. Ray's threads may still be starting, and the interpreter's end under them crashes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+    except Exception as error:
+        sys.exit(_report(error))
+    finally:  # a program that called this goes on
+        for number, meaning in meanings.items():
+            signal.signal(number, meaning or signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop once: closing takes seconds, and a second Ctrl-C must not leave it half done."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _report(error: Exception) -> int:
+    """Print an error as people need it and return the exit code."""
+    show = getattr(error, "show", None)  # what the command line library says of wrong arguments
+    if show is not None:
+        show()
+        return BAD_INPUT
+    if isinstance(error, ConfigError | DamagedFiles):
+        print(visible(f"ouroboros: {error}"), file=sys.stderr)
+        return BAD_INPUT
+    if os.environ.get("OUROBOROS_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    print(visible(f"ouroboros: {type(error).__name__}: {error}"), file=sys.stderr)
+    return FAILED

@@ -1,0 +1,71 @@
+"""``ouroboros runs``: look at the runs there are."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestration.cli.options import Overrides, Root, RunName, RunNames, Trust
+from orchestration.runs import run as run_directories
+from orchestration.runs.browse import find_run, list_runs, remove, render_compare, render_list, render_show
+from orchestration.runs.display import Terminal as Console
+
+runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
+
+
+@runs_app.command("list")
+def list_command(root: Root = Path("runs")) -> None:
+    """One line a run."""
+    Console().print(render_list(list_runs(root)))
+
+
+@runs_app.command()
+def fork(
+    run: RunName,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="the commit to begin from; without it, the newest")] = None,
+    root: Root = Path("runs"),
+    trust: Trust = False,
+) -> None:
+    """Make a DDPO run that begins at a commit of another, with other settings from there on."""
+    from orchestration.experiments.ddpo.run import DdpoRun
+
+    directory = DdpoRun.fork(find_run(run, root).directory, overrides or [], step, trust)
+    print(f"go on with: ouroboros resume {directory}")
+
+
+@runs_app.command()
+def rm(
+    names: RunNames,
+    root: Root = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove runs from the disk. What MLflow knows of them stays."""
+    found = [find_run(name, root) for name in names]
+    if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
+        for each in found:
+            remove(each)
+
+
+@runs_app.command()
+def register(
+    run: RunName,
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="name of the registered model")],
+    alias: Annotated[str, typer.Option(help="what this version is called from now on")] = "best",
+    root: Root = Path("runs"),
+    trust: Trust = False,
+) -> None:
+    """Make the pipeline of a finished DDPO run a version of an MLflow model."""
+    print(run_directories.register(find_run(run, root).directory, name, alias, print, trusted=trust))
+
+
+@runs_app.command()
+def show(run: RunName, root: Root = Path("runs")) -> None:
+    """Everything about one run."""
+    Console().print(render_show(run, root))
+
+
+@runs_app.command()
+def compare(names: RunNames, root: Root = Path("runs")) -> None:
+    """Runs side by side: what differs in their configuration, and what came out."""
+    Console().print(render_compare(names, root))

@@ -1,0 +1,96 @@
+"""Images from a finished run, a checkpoint, or any diffusers directory."""
+
+import re
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import ConfigError, about
+from orchestration.runs.inputs import changed_inputs, fingerprints
+from orchestration.runs.manifest import ids
+from orchestration.runs.run import going_on
+from pipelines.data.prompts import unseen_words
+from pipelines.settings import ModelSettings
+from pipelines.storage.checkpoint import CheckpointStore
+from policies.rl.settings import SamplingSettings
+
+
+def generate(
+    source: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    sampling: SamplingSettings | None = None,
+    trusted: bool = False,
+) -> list[Path]:
+    """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
+
+    ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
+    diffusers directory. ``sampling`` defaults to the run's own, so a seed of the run gives the image the run showed.
+    Raises ConfigError if it is a stranger's run and not ``trusted``.
+    """
+    from PIL import Image
+
+    names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
+    with about():
+        policy = _open(source, sampling, trusted)
+        for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
+            print(f"warning: {line}", file=sys.stderr)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for (prompt, seed), name in names.items():
+            images, _ = policy.rollout([prompt], [seed])
+            Image.fromarray(images[0]).save(output / name)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    return [output / names[each] for each in zip(prompts, seeds, strict=True)]
+
+
+def image_name(prompt: str, seed: int) -> str:
+    """The name of an image's file: never that of another prompt's, also where capitals count for nothing. Raises
+    ConfigError."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} is out of range: seeds are 0 to 2**63 - 1")
+    try:
+        whole = sha256(prompt.encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt {prompt!r} is no text: its letters are not UTF-8") from error
+    words = "".join(c if c.isalnum() else "-" for c in prompt).encode()[:60].decode(errors="ignore").strip("-")
+    plain = re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", prompt) and len(prompt) == len(words)
+    return f"{words}-{seed}.png" if plain else f"{words}_{whole}-{seed}.png"
+
+
+def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any:
+    """A DiffusionPolicy with the weights of ``source`` and, unless told otherwise, its sampling settings."""
+    from pipelines.rl.policy import DiffusionPolicy
+
+    if (source / "model_index.json").is_file():
+        return DiffusionPolicy(ModelSettings(path=str(source)), sampling or SamplingSettings())
+    step = int(source.name.removeprefix("step-")) if re.fullmatch(r"step-[0-9]{1,9}", source.name) else None
+    run = source.parent.parent if step is not None else source
+    if not (run / "manifest.json").is_file():
+        raise ConfigError(f"{source} is neither a run, a checkpoint of a run, nor a diffusers directory")
+    with going_on(run, DdpoConfig, trusted) as (manifest, config):
+        directory, sampling = Path(str(config.output_dir)), sampling or config.sampling
+        if step is None and (directory / "pipeline" / "model_index.json").is_file():
+            pipeline = config.model.model_copy(update={"path": str(directory / "pipeline")})
+            return DiffusionPolicy(pipeline, sampling)
+        held = manifest.get("inputs", {})
+        now = fingerprints({"model.path": config.model.path}, held)
+        if changed := changed_inputs(held, now).get("model.path"):
+            raise ConfigError(f"{run} has no pipeline yet, and what it trains is not as it was: model.path: {changed}")
+        from pipelines.rl.learning import DiffusionLearner, LearnerState
+        from pipelines.rl.weights import load_weights
+
+        store = CheckpointStore(directory / "checkpoints", owners=ids(manifest))
+        if step not in (None, *store.steps()) or not store.steps():
+            raise ConfigError(f"{source} holds no commit to draw with; there are: {store.steps()}")
+        commit = store.load(step)
+        learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
+        learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
+        policy = DiffusionPolicy(config.model, sampling)
+        load_weights(policy.network, learner.weights("averaged"))
+        return policy

@@ -1,0 +1,159 @@
+"""Everything that can be wrong with a run, found before anything is started, and what a dry run prints."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.allocation import Offer, Role, plan_roles, reward_roles
+from orchestration.cluster.ray_cluster import Machine, find_machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.planning.memory_plan import memory_plan
+from orchestration.runs.config import ConfigError, about
+from orchestration.runs.run import TEMPLATES, check_output
+from pipelines.data.prompts import read_prompts, unseen_words
+from pipelines.denoisers import check_guidance, check_lora, denoising_steps, inspect
+from pipelines.pages import fill
+from pipelines.settings import CaptionerSettings, RewardSettings
+from pipelines.storage.locations import check_model, find
+from pipelines.storage.model_files import encoder_parts, read_json, weight_shapes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, and
+    what is worth a warning."""
+
+    prompts: list[str]
+    unseen: list[str]
+    roles: list[Role]
+    offers: Sequence[Offer]
+    notes: Sequence[str] = ()
+
+
+def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
+    """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
+    with about():
+        notes: list[str] = []
+        prompts, unseen = read_prompts(config.prompts)
+        check_model(config.model.path, "model_index.json", "model.path")
+        if directory := find(config.model.path):  # the hub is asked by whoever loads
+            files = inspect(directory)
+            check_guidance(files, config.sampling.guidance_scale)
+            notes = unseen_words([*prompts, *unseen], files)
+            if config.model.lora_rank:
+                check_lora(files, config.model.lora_targets)
+        if config.captioner.path:
+            check_model(config.captioner.path, "config.json", "captioner.path")
+            _check_caption_length(config.captioner)
+        elif config.reward.needs_captions:
+            raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
+        _check_rewards(config.reward, [*prompts, *unseen])
+        if config.evaluation.evaluator:
+            _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
+        _check_sizes(config, prompts)
+        check_output(config.output_dir)
+        roles, offers = seat(config, machine or find_machine(config.actors.device))
+    return Plan(prompts, unseen, roles, offers, notes)
+
+
+def seat(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
+    """The actors of a run, and the nodes of ``machine`` that they are to fit on. Raises ValueError if they do not."""
+    parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
+    offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)
+    rewards = reward_roles(config.reward)
+    return plan_roles(config.actors, machine.cpus, machine.gpus, **parts, offers=offers, rewards=rewards), offers
+
+
+def replan(config: DdpoConfig, plan: Plan) -> Plan:
+    """The plan of a run that lost actors: for the nodes that are left, if need be with fewer learners, or the same, to
+    wait for others."""
+    if config.actors.on_node_loss == "wait":
+        return plan
+
+    def with_learners(count: int) -> Plan:
+        actors = config.actors.model_copy(update={"learners": count})
+        return preflight(config.model_copy(update={"output_dir": None, "actors": actors}))
+
+    for count in range(config.actors.learners, 1, -1):
+        with contextlib.suppress(ConfigError):
+            return with_learners(count)
+    return with_learners(1)
+
+
+def learnable_steps(config: DdpoConfig) -> int:
+    """Denoising steps to learn from. Raises ValueError where the model's scheduler has none of so many."""
+    steps = config.sampling.steps
+    return len(config.training.learnable_steps(steps, denoising_steps(config.model.path, steps).stochastic))
+
+
+def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
+    from pipelines.rewards import check_own
+
+    for name, options in settings.functions.items():
+        for option, path in options.model_paths.items():
+            marker = options.models[option]
+            check_model(path, marker, f"reward.options.{name}.{option}")
+            if marker and (found := find(path)):
+                (encoder_parts if marker == "modules.json" else weight_shapes)(found)
+        check_own(name, options)
+        with about(f"reward.function {name}"):
+            options.check(prompts)
+
+
+def _check_evaluator(path: str, prompts: list[str]) -> None:
+    from pipelines.data.digits import SLOTS, parse
+
+    check_model(path, "config.json", "evaluation.evaluator")
+    for prompt in prompts:
+        if not all(parse(prompt)[slot] for slot in SLOTS):
+            raise ValueError(
+                f"evaluation.evaluator judges {', '.join(SLOTS)}, but the prompt {prompt!r} does not name them all: "
+                "set evaluation.evaluator=null"
+            )
+
+
+def _check_caption_length(captioner: CaptionerSettings) -> None:
+    if (directory := find(captioner.path or "")) is None:
+        return
+    weight_shapes(directory)
+    told = read_json(directory / "config.json")
+    if told.get("model_type") not in ("blip", "blip-2"):
+        raise ValueError(f"captioner.path {captioner.path}: {told.get('model_type')} is no model of BLIP or BLIP-2")
+    text = told.get("text_config")
+    positions = text.get("max_position_embeddings", 512) if isinstance(text, dict) else 512
+    if isinstance(positions, int) and captioner.max_new_tokens > positions:
+        raise ValueError(
+            f"captioner.max_new_tokens ({captioner.max_new_tokens}) is more than the {positions} positions "
+            f"of {captioner.path}"
+        )
+
+
+def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
+    training, evaluation = config.training, config.evaluation
+    if not learnable_steps(config):
+        raise ValueError(
+            f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from, as the scheduler "
+            f"of {config.model.path} makes the last one deterministic: ask for more, or widen training.timestep_window"
+        )
+    if training.prompts_per_step > len(prompts):
+        wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"
+        raise ValueError(f"{wanted}, {config.prompts} holds {len(prompts)}")
+    if config.advantage.baseline == "group" and training.images_per_prompt < 2:
+        remedy = "set training.images_per_prompt to 2 or more"
+        raise ValueError(f"advantage.baseline group compares images of one prompt: {remedy}")
+    if evaluation.interim_images > evaluation.images:
+        raise ValueError("evaluation.interim_images is larger than evaluation.images")
+
+
+def describe(config: DdpoConfig, plan: Plan) -> str:
+    """What a dry run prints: arithmetic, actors and an estimate of memory. Raises ConfigError where models, tried out,
+    do not fit together."""
+    from pipelines.rehearsal import rehearse
+
+    with about():
+        judge = config.evaluation.evaluator
+        rehearse(config.model, config.sampling, config.captioner, config.reward, judge, plan.prompts)
+    learnable = learnable_steps(config)
+    share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
+    template = TEMPLATES / "ddpo_plan.txt"
+    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory)

@@ -1,0 +1,246 @@
+"""What a run leaves to look at: grids of fixed prompts and seeds, curves, before → after, summary, report."""
+
+import io
+import json
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.worker import Account
+from orchestration.experiments.ddpo.evaluation import Evaluation, kept_evaluations, kept_step
+from orchestration.experiments.ddpo.run import DdpoRun, first_look
+from orchestration.runs.html_report import conclude
+from orchestration.runs.run import TEMPLATES
+from orchestration.runs.timeline import middle_of, read_spans
+from orchestration.tracking.tracker import FIRST_LOOK, flatten
+from pipelines.pages import fill
+from pipelines.storage.atomic import (
+    DamagedFiles,
+    Files,
+    commit_directory,
+    read_bytes,
+    read_lines,
+    with_digest,
+    write_durably,
+    write_json,
+)
+from policies.rl.over_optimisation import Look, best_look, look_to_keep, over_optimised
+
+_RESULTS = {  # of the summary, each before and after
+    "reward": "evaluation/reward",
+    "evaluator_accuracy": "evaluator/full",
+    "agreement": "evaluator/agreement",
+    "diversity": "evaluation/diversity",
+}
+_GRID_IMAGES = 12  # the first of the held-out ones
+_GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
+_MOST_BYTES = 2**30  # of the images of an evaluation
+_MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
+
+
+class Report:
+    """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
+
+    def __init__(self, run: DdpoRun, prompts: list[str]) -> None:
+        self.run = run
+        self.prompts = prompts[:_GRID_IMAGES]
+        self.directory = run.directory / "evaluations"
+        self.stopped: str | None = None
+        self._named: set[str] = set()  # damage
+
+    def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:
+        """The base model's measure, and whether the reward can tell images apart."""
+        say = self.run.display.say
+        values = evaluation.metrics() | calibration
+        told = self._kept().get(0, {})
+        timestamp = told.get("timestamp_ms", int(time.time() * 1000))
+        self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
+        self.run.tracker.metrics(0, first_look(values) | values, timestamp)
+        say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
+        prefers = calibration["calibration/true"] > calibration["calibration/shuffled"]
+        self.run.tracker.tags({"reward_prefers_fitting_images": "yes" if prefers else "no"})
+        if self.run.config.reward.needs_captions and not prefers:
+            say("warning: this reward does not prefer images that fit their prompts; it cannot teach them")
+        accuracy = "" if evaluation.accuracy is None else f", evaluator accuracy {evaluation.accuracy:.3f}"
+        say(f"before: reward {evaluation.scores.mean():.3f}{accuracy} over {len(evaluation.images)} held-out images")
+
+    def progress(self, step: int, evaluation: Evaluation) -> None:
+        """An interim measure."""
+        self._keep(step, evaluation, evaluation.metrics())
+
+    def looks(self) -> list[Look]:
+        """The evaluations up to the present step, the base's first."""
+        return [
+            Look(step, np.array(told["measure"]), told["measured_reward"])
+            for step, told in self._kept().items()
+            if step <= self.run.step and {"measure", "measured_reward"} <= told.keys()  # older runs have none
+        ]
+
+    def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
+        """The step that is best by the held-out measure, of those evaluated and committed; with ``look_to_keep``, the
+        one whose weights are the run's result. None if nothing was evaluated, or the last weights are wanted."""
+        if not self.run.config.evaluation.patience:
+            return None
+        committed = {self.run.step, *self.run.store.steps()}
+        best = of([look for look in self.looks() if look.step and look.step in committed])
+        return best.step if best else None
+
+    def over_optimised(self) -> bool:
+        """Whether the run has to stop, as the last evaluations were below the best one. Says so, and shows images."""
+        looks = self.looks()
+        if not looks or looks[-1].step != self.run.step:
+            return False
+        if reason := over_optimised(looks, self.run.config.evaluation.patience):
+            self.run.display.say(f"warning: stopped after step {self.run.step}: {reason}")
+            self.run.display.say(f"look at {draw(self.run.directory, self.run.display.say) / 'progress.png'}")
+            self.stopped = reason
+            self.run.tracker.tags({"stopped": reason})
+        return self.stopped is not None
+
+    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
+        """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
+        run, values = self.run, after.metrics()
+        best = self.best_step(look_to_keep) or run.step
+        self._keep(best, after, {**values, "kept": True})
+        figures = draw(run.directory, say := run.display.say)
+        before = self._kept().get(0, {})
+        if not before:
+            say(f"warning: {self._path(0, 'json')} is damaged or gone: nothing is said of before, nor of any gain")
+        gained = {"reward": "evaluation/reward", "accuracy": "evaluator/full"}
+        gains = {f"gain/{name}": values[key] - before[key] for name, key in gained.items() if key in before}
+        told_at = run.history[-1].get("timestamp_ms") if run.history else None
+        run.tracker.metrics(run.step, gains, told_at or int(time.time() * 1000))
+        ends = {"before": before, "after": values}
+        facts = {f"{name}_{end}": ends[end].get(key) for name, key in _RESULTS.items() for end in ends} | {
+            "evaluation_images": len(after.images),
+            "kept_step": best,
+            "stopped": self.stopped,
+            "calibration": {k: v for k, v in before.items() if k.startswith("calibration/")},
+            "weights_sha256": weights_sha256,
+            "pipeline": str(run.directory / "pipeline"),
+        }
+        files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
+        commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
+        run.tracker.artifact(run.store.path(best), "checkpoints")
+        if best != run.step:
+            run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
+        path = run.summarise(facts | run.totals(accounts))
+        return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
+
+    def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
+        """What model hubs show of a pipeline: README.md and its pictures."""
+        config = self.run.config
+        blocks = config.model_dump(mode="json", include={"model", "reward", "sampling", "training", "advantage"})
+        text = fill(
+            TEMPLATES / "model_card.md",
+            config=config,
+            settings={key: json.dumps(value) for key, value in flatten(blocks).items()},
+            facts=facts,
+            prompts=list(dict.fromkeys(self.prompts)),
+            lora=lora,
+            commit=self.run.manifest["git_commit"],
+            mlflow_run=self.run.tracker.run_id,
+        )
+        drawn = [figures / name for name in ("before_after.png", "curves.png")]
+        pictures = {path.name: path.read_bytes() for path in drawn if path.exists()}
+        return {"README.md": text.encode(), **pictures}
+
+    def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
+        from pipelines.figures.plots import image_grid
+
+        self.directory.mkdir(exist_ok=True)
+        shown = len(self.prompts)
+        compared = self.run.config.evaluation.interim_images
+        measure = {
+            "measure": evaluation.measure[:compared].round(6).tolist(),
+            "measured_reward": float(evaluation.scores[:compared].mean()),
+        }
+        images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
+        np.savez(packed := io.BytesIO(), images=images)
+        write_durably(self._path(step, "npz"), packed.getvalue())
+        shown_words = {"prompts": self.prompts[: len(images)], "captions": captions}
+        write_json(self._path(step, "json"), with_digest({**values, **shown_words, **measure}))
+        self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
+
+    def _kept(self) -> dict[int, dict[str, Any]]:
+        """The evaluations so far. Each that is damaged is named, once."""
+        damaged: list[str] = []
+        kept = kept_evaluations(self.run.directory, damaged)
+        for each in damaged:
+            if each not in self._named:
+                self.run.display.say(f"warning: {each}; it is left out")
+        self._named |= set(damaged)
+        return kept
+
+    def _path(self, step: int, kind: str) -> Path:
+        return self.directory / f"step-{step:06d}.{kind}"
+
+
+def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
+    """Every figure that a run's evaluations and journal have something for, done or not. Returns their directory. What
+    is damaged is left out, and named."""
+    from pipelines.figures.mad import generations_grid
+    from pipelines.figures.plots import before_after, curves, timeline
+
+    figures, kept = directory / "figures", kept_evaluations(directory)
+    if not kept:
+        return figures
+    figures.mkdir(exist_ok=True)
+    steps, last = list(kept), kept_step(kept)
+    picked = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_ROWS))]
+    packed = {step: _images(directory / "evaluations" / f"step-{step:06d}.npz", say) for step in {*picked, last}}
+    images = {step: each for step, each in packed.items() if each is not None}
+    first = kept[picked[0]]
+
+    def pairs() -> None:
+        before, after = images[picked[0]], images[last]
+        shown = min(len(before), len(after))
+        captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
+        before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
+
+    def progress() -> None:
+        rows = {step: images[step] for step in picked if step in images}
+        shown = min(map(len, images.values()))
+        columns = min(shown, max(2, _MOST_PIXELS // max(96, next(iter(rows.values())).shape[2])))
+        grid = np.stack([each[:columns] for each in rows.values()])
+        generations_grid(figures / "progress.png", grid, [f"step {step}" for step in rows])
+
+    def courses() -> None:
+        start = {"step": 0, "reward/mean": first["evaluation/reward"]} if picked[0] == 0 else {}
+        start |= {
+            key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))
+        }
+        lines = read_lines(directory / "metrics.jsonl", ["step"])
+        curves(figures / "curves.png", [*([start] if "step" in start else []), *lines])
+
+    def lanes() -> None:
+        if window := middle_of(read_spans(directory)):
+            timeline(figures / "timeline.png", window)
+
+    for name, picture in {"before_after": pairs, "progress": progress, "curves": courses, "timeline": lanes}.items():
+        try:
+            picture()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            say(f"warning: {figures / name}.png is not drawn: what it shows is damaged or gone in {directory} ({what})")
+    return figures
+
+
+def _images(path: Path, say: Callable[[str], None]) -> np.ndarray | None:
+    """The images (n, height, width, 3) uint8 that an evaluation kept; None if they are damaged, which is said."""
+    try:
+        with np.load(io.BytesIO(read_bytes(path))) as packed:
+            if sum(each.file_size for each in packed.zip.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it unpacks to more than {_MOST_BYTES / 1e6:,.0f} MB")
+            images = packed["images"]
+        if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.size:
+            return images
+        say(f"warning: {path} holds no images; it is left out")
+    except (DamagedFiles, KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        say(f"warning: {path} is left out: {type(error).__name__}: {error}")
+    return None

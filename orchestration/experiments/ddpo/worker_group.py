@@ -1,0 +1,237 @@
+"""All actors of a DDPO run, owned by one driver, and what it asks of them together."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Self
+
+import numpy as np
+from ray import ObjectRef
+
+from actors.allocation import cards_of
+from actors.patrol import Patrol
+from actors.placement import Room
+from actors.pool import Pool, wait_for
+from actors.roles.captioner import CaptionerActor
+from actors.roles.evaluator import EvaluatorActor
+from actors.roles.learner import Learner, Update
+from actors.roles.reward import Rewards
+from actors.roles.sampler import Published, Samplers
+from actors.work import Chunk
+from actors.worker import Account
+from orchestration.cluster.ray_cluster import connected
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.evaluation import Evaluation
+from orchestration.experiments.ddpo.preflight import Plan
+from orchestration.runs.display import Display
+from pipelines.storage.checkpoint import LearnerState, WeightsKind
+from pipelines.storage.locations import portable
+from policies.common.seeding import derive_seed
+from policies.rl.advantages import weighted_sum
+
+
+class PublishError(RuntimeError):
+    """Samplers did not receive what the learner sent, or received nothing new."""
+
+
+class Crew:
+    """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
+
+    def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
+        self.config = config
+        self.plan = plan
+        self._display, self._profile = display, profile
+        self._stack = ExitStack()
+        self._patrol = Patrol()
+        self._receipts: tuple[list[ObjectRef], bool] = [], False
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        for note in self.plan.notes:
+            self._display.say(f"warning: {note}")
+        config = _portable(self.config)
+        roles, offers = self.plan.roles, self.plan.offers
+        self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))
+        self._room = room = Room(roles, offers)
+        self._stack.callback(room.leave)
+        stay = config.actors.on_node_loss == "wait"
+        waiting = {"actors": "waiting for room on the cluster"}
+        room.wait(config.actors.timeout_seconds, lambda: self._display.activity(waiting), for_new_nodes=stay)
+        seats, model = room.seats(), config.model
+        seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
+        timeout = config.actors.timeout_seconds
+        if "learner" in seats:  # a check of rewards does without
+            self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
+        self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
+        self.rewards = Rewards(seats, config.reward)
+        self.captioners = Pool(seats["captioner"], CaptionerActor, config.captioner) if "captioner" in seats else None
+        self.evaluators = Pool(seats["evaluator"], EvaluatorActor, judge) if "evaluator" in seats and judge else None
+        others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
+        self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
+        self._stack.callback(self._patrol.end)
+        self._stack.callback(self._end_actors)
+        self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
+        if self._profile:
+            self.wait([done for pool in self.pools for done in pool.everyone("profile")], "preparing to profile")
+
+    def _end_actors(self) -> None:
+        import ray
+
+        for pool in self.pools:
+            for member in pool.members:
+                ray.kill(member)
+
+    def wait(self, references: Sequence[ObjectRef], what: str) -> list[Any]:
+        """The values of ``references``, while the display shows what each actor does. Bounded; see ``wait_for``."""
+        return wait_for(references, what, self.config.actors.timeout_seconds, self._look_after)
+
+    def _look_after(self) -> None:
+        """While waiting: show what each actor does, end those that are stopped, and see that their nodes are there."""
+        self._display.activity({name: state for pool in self.pools for name, state in pool.activity().items()})
+        for ended in self._patrol():
+            self._display.say(f"{ended} had stopped: it was ended, to be replaced")
+        if self.config.actors.on_node_loss == "continue":
+            self._room.check()
+
+    def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
+        """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
+        on: references only, nothing waits."""
+        if self.captioners is not None:
+            for chunk in chunks:
+                chunk.captions = self.captioners.submit("caption", chunk.images)
+        self.rewards.score(chunks, names)
+
+    def scores(self, chunks: Sequence[Chunk], what: str) -> dict[str, np.ndarray]:
+        """What each function that was asked says of the images (n,)."""
+        names = chunks[0].scores
+        values = self.wait([chunk.scores[name] for name in names for chunk in chunks], what)
+        size = len(chunks)
+        return {name: np.concatenate(values[i * size : (i + 1) * size]) for i, name in enumerate(names)}
+
+    def rewarded(self, chunks: Sequence[Chunk], what: str) -> np.ndarray:
+        """The reward (n,): the weighted sum of what is trained on."""
+        return weighted_sum(self.scores(chunks, what), self.rewards.weights)
+
+    def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
+        """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something;
+        rounded to half precision, a small step need not."""
+        expect_change = expect_change and self.config.model.dtype == "float32"
+        self._send(Published(update.version, update.checksum, weights), expect_change)
+
+    def _send(self, sent: Published, expect_change: bool = False) -> None:
+        self.acknowledge()
+        self._receipts = self.samplers.publish(sent), expect_change
+        if not self.config.training.depth:  # else samplers are drawing; what they do next waits for the weights anyway
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Wait for every sampler's receipt of what was sent last. Raises PublishError."""
+        (references, expect_change), sent = self._receipts, self.samplers.published
+        for number, receipt in enumerate(self.wait(references, "sending weights")):
+            if receipt.checksum != sent.checksum:
+                raise PublishError(f"sampler {number} received other weights than version {sent.version}")
+            if expect_change and not receipt.changed_tensors:
+                raise PublishError(f"weights version {sent.version} changed no tensor of sampler {number}")
+        self._receipts = [], False
+
+    @contextmanager
+    def drawing_with(self, kind: WeightsKind) -> Iterator[None]:
+        """In this block samplers are asked to draw with other weights of the learner's than those published."""
+        usual, (learned, weights) = self.samplers.published, self.learner.weights(kind)
+        other: Update = self.wait(learned, f"{kind} weights")[0]
+        self._send(Published(-other.version if kind == "averaged" else other.version, other.checksum, weights))
+        yield
+        self._send(usual)
+
+    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
+        """Draw, caption, score and judge one image for each fixed (prompt, seed), with averaged weights if they are."""
+        others = self.config.training.ema_decay and self.samplers.published.version
+        with self.drawing_with("averaged") if others else nullcontext():
+            chunks = self.samplers.rollout(prompts, seeds)
+            return self.measure(
+                chunks, prompts, [self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)]
+            )
+
+    def measure(
+        self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
+    ) -> Evaluation:
+        """Caption, score and judge chunks, drawn or being drawn."""
+        self.score(chunks, self.rewards.pools)
+        if self.evaluators is not None:
+            for chunk in chunks:
+                chunk.verdicts = self.evaluators.submit("judge", chunk.images, chunk.prompts)
+        scores = self.scores(chunks, "evaluation: rewards")
+
+        def values(attribute: str) -> list[Any]:
+            references = [getattr(chunk, attribute) for chunk in chunks]
+            return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
+
+        return Evaluation(
+            prompts,
+            values("images"),
+            values("captions"),
+            scores,
+            values("verdicts"),
+            self.config.reward,
+            self.plan.unseen,
+            self.wait(divergences, "evaluation: divergence"),
+        )
+
+    def restore(self, saved: LearnerState) -> None:
+        """Go on from a learner's state: it is the samplers' too."""
+        import ray
+
+        self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
+        learned, weights = self.learner.weights("current")
+        self.publish(self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0)
+
+    def accounts(self) -> dict[str, Account]:
+        """What each actor has used so far, and the driver, whose spans are its run's."""
+        told = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
+        names = [name for pool in self.pools for name in pool.names]
+        return {"driver": Account.of_this_process([]), **dict(zip(names, told, strict=True))}
+
+    @staticmethod
+    def footprint() -> dict[str, float]:
+        """What the cluster's object store holds, as Ray last reported: a moment ago, on other nodes a second."""
+        import ray
+
+        kind = "object_store_memory"
+        held = ray.cluster_resources().get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
+        return {"object_store_bytes": held}
+
+    def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
+        """Images from elsewhere, as chunks ready to be measured."""
+        import ray
+
+        size = self.config.actors.images_per_call
+        return [
+            Chunk(list(prompts[i : i + size]), [], ray.put(images[i : i + size]), ray.put(None))
+            for i in range(0, len(prompts), size)
+        ]
+
+
+def _portable(config: DdpoConfig) -> DdpoConfig:
+    """``config`` with every model under a name that all nodes understand."""
+
+    def renamed(block: Any, key: str) -> Any:
+        path = getattr(block, key)
+        return block.model_copy(update={key: portable(path)}) if path else block
+
+    blocks = {"model": "path", "captioner": "path", "evaluation": "evaluator"}
+    given = dict(config.reward.options)
+    for name, options in config.reward.functions.items():
+        if paths := options.model_paths:
+            given[name] = {**given[name], **{option: portable(path) for option, path in paths.items()}}
+    reward = config.reward.model_copy(update={"options": given})
+    renamed_blocks = {name: renamed(getattr(config, name), key) for name, key in blocks.items()}
+    return config.model_copy(update={**renamed_blocks, "reward": reward})

@@ -1,0 +1,80 @@
+"""The MAD loop: mix → fit → sample → measure → commit (Alemohammad et al., 2307.01850).
+
+A generation's training set is a pure function of the settings, so every chain is known before anything is trained: a
+graph of tasks, each named by the hash of what it depends on. Ray runs what is not stored yet, arms and seeds beside
+each other, the measuring of one generation beside the training of the next. The same command again goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from actors.failures import ActorLost
+from actors.tasks import TaskRunner
+from orchestration.cluster.ray_cluster import connected
+from orchestration.experiments.mad.config import ArmSettings, MadConfig
+from orchestration.experiments.mad.preflight import Experiment, preflight_mad
+from orchestration.experiments.mad.report import report
+from orchestration.experiments.mad.run import MadRun
+from orchestration.runs.run import going_on
+from pipelines.mad.graph import Batch, Chain, Generation, RealSource, batches
+from pipelines.mad.tasks import perform
+from pipelines.storage.tasks import Task
+from policies.loops.rules import training_sets
+
+
+def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> Path:
+    """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts,
+    also if another began it and it is not ``trusted``, or it would read other things and no ``changes`` are accepted.
+    """
+    experiment = preflight_mad(config)
+    generations = unroll(config, experiment)
+    wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
+    with MadRun(config, experiment, generations, trusted, changes) as run:
+        while True:
+            try:
+                return _perform_all(run, [*experiment.floors.values(), *wanted])
+            except ActorLost as lost:
+                run.go_on(lost)
+
+
+def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
+    with connected(run.experiment.gpus, run.display.remedy):
+        runner = TaskRunner(perform, run.store, **run.experiment.resources)
+        for task in runner.run(wanted, lambda: run.watch(runner)):
+            run.record(task)
+        return report(run)
+
+
+def resume_mad(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
+    """Go on with the experiment that ``directory`` holds. Raises ConfigError as ``run_mad`` does."""
+    with going_on(directory, MadConfig, trusted) as (_, config):
+        return run_mad(config, trusted, changes)
+
+
+def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:
+    """Every chain of the experiment, generation by generation, so that arms and seeds advance together."""
+    chains = [
+        list(chain(name, arm, seeds, config.generations, experiment.sources[name]))
+        for name, arm in config.resolved_arms.items()
+        for seeds in experiment.blocks[name]
+    ]
+    return [generation for together in zip(*chains, strict=True) for generation in together]
+
+
+def chain(
+    name: str, arm: ArmSettings, seeds: Sequence[int], generations: int, source: RealSource
+) -> Iterator[Generation]:
+    """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
+    tasks = Chain(name, arm, arm.family, arm.family_settings(source.classes), seeds, source)
+    manifests = training_sets(arm, generations, source.pool)
+    read = batches(manifests)
+    drawn: dict[Batch, Task] = {}
+    model = None
+    for manifest in manifests:
+        number = manifest.generation
+        model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None, kept=number == generations)
+        evaluation = tasks.evaluation(model, number)
+        measure = tasks.measure(model, evaluation, manifest, drawn)
+        new = tuple(tasks.sample(model, number, *ends) for ends in read[number].items())
+        drawn |= {(number, batch.start): batch.task for batch in new}
+        yield Generation(name, tuple(seeds), number, manifest, model, new, evaluation, measure)

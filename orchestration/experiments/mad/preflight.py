@@ -1,0 +1,278 @@
+"""Everything that can be wrong with a MAD experiment, found before anything is trained."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.allocation import check_kind
+from orchestration.cluster.ray_cluster import Machine, find_machine
+from orchestration.experiments.mad.config import ArmSettings, MadConfig
+from orchestration.runs.config import about, validate
+from orchestration.runs.manifest import has_only_begun, known_manifest
+from orchestration.runs.run import TEMPLATES, check_output
+from pipelines.data.real_data import RealData
+from pipelines.generators.registry import CLOSED_FORM, CONDITIONAL, SETTINGS, generator_class
+from pipelines.mad.drawing import BUILT_IN, score
+from pipelines.mad.graph import RealSource, image_source
+from pipelines.pages import fill
+from pipelines.rewards import RewardError
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import Task
+from policies.loops.rules import REAL, Manifest, training_sets
+from policies.loops.settings import LoopSettings
+
+_UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
+_MOST_NUMBERS = 2**28  # in one training set: 2 GB
+_MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
+_MOST_UNIVERSES = 1000
+_LEAST_REFERENCE, _MOST_REFERENCE = 20, 20_000  # precision and recall look at 5 neighbours, and at every pair
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment that can be run: real data, training sets, and how the work is cut."""
+
+    sources: dict[str, RealSource]  # by arm
+    manifests: dict[str, list[Manifest]]  # by arm
+    blocks: dict[str, list[tuple[int, ...]]]  # by arm: the seeds of one task
+    floors: dict[str, Task]  # by family: what the metrics say of real samples
+    real_files: dict[str, Files]  # by the key of the task whose result they are
+    gpus: int
+    resources: dict[str, Any]  # of one task, and the longest wait
+    images: list[str]  # what real images were found, in words
+
+
+def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
+    """Check ``config`` against the real data and a machine, by default the one it would run on. Raises ConfigError."""
+    arms = config.resolved_arms
+    with about():
+        for name, arm in arms.items():
+            with about(f"arms.{name}" if config.arms else ""):
+                _check_arm(arm)
+        _check_output(config)
+        images, real, real_files, found = None, None, dict[str, Files](), list[str]()
+        if any(arm.family not in ("gaussian", "categorical") for arm in arms.values()):
+            _check_reference(config)
+        if any(arm.family not in CLOSED_FORM for arm in arms.values()):
+            real, images, real_files, found = _image_source(config)
+        points = RealSource(config.data.reference)
+        sources, manifests = {}, {}
+        for name, arm in arms.items():
+            sources[name] = points if images is None or arm.family in CLOSED_FORM else images
+            with about(f"arms.{name}" if config.arms else ""):
+                manifests[name] = training_sets(arm, config.generations, sources[name].pool)
+                _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
+                _check_reward(arm, real)
+        machine = machine or find_machine(config.workers.device)
+        gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
+    blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
+    floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
+    return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources, found)
+
+
+def describe_mad(config: MadConfig, experiment: Experiment) -> str:
+    """What a dry run prints: who is trained on what, and how much work that is."""
+    return fill(TEMPLATES / "mad_plan.txt", config=config, experiment=experiment, contents=contents)
+
+
+def contents(manifest: Manifest) -> str:
+    """A training set in words."""
+    by_source: Counter[str] = Counter()
+    for part in manifest.parts:
+        by_source[part.role if part.generation == 0 else f"of G{part.generation}"] += part.size
+    drawn = f"{manifest.subsample} drawn from " if manifest.subsample else ""
+    return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
+
+
+def _check_arm(arm: ArmSettings) -> None:
+    if arm.family == "mixture":
+        from pipelines.generators.mixture import mode_centres
+
+        mode_centres(arm.modes)
+    if arm.rule == "verified" and arm.family in CLOSED_FORM:
+        raise ValueError(f"rule verified needs images, as its verifier is a classifier: family {arm.family} has none")
+    if arm.rule == "curated" and arm.reward not in BUILT_IN:
+        from pipelines.rewards import check_function
+
+        check_function(arm.reward, "reward", ("values", "labels"), None, BUILT_IN)
+    if arm.family == "diffusion" and arm.sampling_bias < 1:
+        if not arm.diffusion.label_dropout:
+            raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
+        if arm.sampling_bias * _MOST_GUIDANCE < 1:
+            raise ValueError(
+                f"sampling_bias {arm.sampling_bias:g} is guidance of scale {1 / arm.sampling_bias:.3g}: "
+                f"at most {_MOST_GUIDANCE}"
+            )
+    if arm.rule == "curated" and arm.reward == "confidence" and arm.family in CLOSED_FORM:
+        raise ValueError(f"reward confidence needs images: for family {arm.family} set reward=first_coordinate")
+
+
+def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> None:
+    """A mixture needs a sample for each of its components, a training set memory, and a variance a number."""
+    from scipy.special import digamma, polygamma
+
+    # Of each generation's Gaussian, the log variance: mean and variance over universes. Real samples set it anew.
+    levels: dict[int, tuple[float, float]] = {}
+    # A selection's samples are not counted from their mean, so that a spread far below it would be rounded away.
+    least = math.log(1e-28 if arm.rule == "curated" else 1e-300)
+    for manifest in manifests:
+        number, size = manifest.generation, manifest.size
+        if arm.family == "mixture" and size < arm.modes:
+            raise ValueError(f"generation {number} has {size} samples for {arm.modes} modes")
+        if (held := _numbers(arm, size, image)) > _MOST_NUMBERS:
+            raise ValueError(f"generation {number} has {size} samples, {held:.1e} numbers: {_MOST_NUMBERS:.1e} at most")
+        levels[number] = 0.0, 0.0
+        parts = {part.generation: part.size for part in manifest.parts}
+        if REAL in parts or arm.family != "gaussian" or arm.covariance == "known" or arm.accumulates:
+            continue
+        level, doubt = max((levels[g][0] + math.log(count / size), levels[g][1]) for g, count in parts.items())
+        level += math.log(arm.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
+        doubt += polygamma(1, (size - 1) / 2)
+        levels[number] = level, doubt
+        if level - 6 * math.sqrt(doubt) < least:
+            raise ValueError(
+                f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
+                "to hold: use fewer generations, more samples or a larger sampling_bias"
+            )
+
+
+def _numbers(arm: ArmSettings, size: int, image: int = 1) -> int:
+    """How many numbers a training set of ``size`` samples and the model of it hold, at least."""
+    if arm.family == "gaussian":
+        return arm.dimension * max(size, arm.dimension)
+    return (
+        max(size, arm.categories) if arm.family == "categorical" else size * (2 if arm.family == "mixture" else image)
+    )
+
+
+def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
+    """One's own reward has to answer for two real samples."""
+    if arm.rule != "curated" or arm.reward in BUILT_IN:
+        return
+    if real is None or arm.family in CLOSED_FORM:
+        truth = generator_class(arm.family).truth(SETTINGS[arm.family](**arm.family_settings()), [0], 0, 2)
+        values, labels = truth.values[0], None
+    else:
+        values, labels = (
+            real.images[:2],
+            real.labels[:2] if arm.family in CONDITIONAL and real.labels is not None else None,
+        )
+    try:
+        score(arm.reward, values, labels)
+    except RewardError as error:
+        raise ValueError(f"of two real samples: {error}") from error
+
+
+def _check_reference(config: MadConfig) -> None:
+    if (wanted := config.data.reference) < _LEAST_REFERENCE:
+        raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
+    if wanted > _MOST_REFERENCE:
+        raise ValueError(f"data.reference is {wanted}: metrics compare each pair, of {_MOST_REFERENCE} samples at most")
+
+
+def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Files], list[str]]:
+    """The images that models learn from and are measured by, and what was found, in words."""
+    from pipelines.data.real_data import load_real_data, split_reference
+    from pipelines.mad.tasks import real_data_files
+
+    real = load_real_data(config.data)
+    arms = config.resolved_arms.values()
+    for arm in arms:
+        multiple = {"gan": 4, "diffusion": 2 ** (arm.diffusion.levels - 1)}.get(arm.family, 1)
+        height, width = real.images.shape[1:3]
+        if arm.family == "gan" and min(height, width) < 8:
+            raise ValueError(f"family gan needs sides of 8 pixels at least, not {height}×{width}: set data.image_size")
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"family {arm.family} needs sides that are multiples of {multiple}, not {height}×{width}: "
+                "set data.image_size"
+            )
+    if real.labels is None:
+        conditional = next((arm.family for arm in arms if arm.family in CONDITIONAL), None)
+        who = f"family {conditional} is class-conditional" if conditional else "the metrics' extractor is a classifier"
+        raise ValueError(
+            f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
+            "or put the images of each class into a sub-directory"
+        )
+    wanted = config.data.reference
+    pool, reference = split_reference(real, wanted)
+    if len(pool) <= len(reference):
+        most = (len(real.images) - 1) // 2
+        raise ValueError(
+            f"data.reference: {wanted} of {len(real.images)} images leave {len(pool)}, too few to measure as many real "
+            f"images beside them: give {most} at most"
+        )
+    classes = int(real.labels.max()) + 1
+    if classes < 2:
+        raise ValueError(f"data.source {config.data.source} has one class: the metrics' classifier needs two or more")
+    for arm in arms:
+        if arm.family == "diffusion" and classes > (arm.diffusion.classes or classes):
+            raise ValueError(f"diffusion.classes is {arm.diffusion.classes}, the images have {classes}: set it to null")
+    source = image_source(real.sha256, len(reference), len(pool), classes)
+    assert source.data is not None
+    apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
+    files = {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
+    return real, source, files, [*real.describe(), apart]
+
+
+def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
+    """The task that measures real samples in place of generated ones."""
+    if source.data is not None and source.extractor is not None:
+        return Task("floor", {"family": "images", "classes": source.classes}, (source.data, source.extractor), "floor")
+    if arm.family == "mixture":
+        parameters = {"family": "mixture", "settings": arm.family_settings(), "samples": source.samples}
+        return Task("floor", parameters, (), "floor")
+    return None
+
+
+def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
+    """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
+    if arm.family in ("gaussian", "categorical"):
+        numbers = max(_numbers(arm, manifest.size) for manifest in manifests)
+        size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
+    else:
+        size = 1
+    return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
+
+
+def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tuple[int, dict[str, Any]]:
+    workers = config.workers
+    if workers.cpus_per_task > machine.cpus:
+        raise ValueError(f"workers.cpus_per_task is {workers.cpus_per_task}, there are {machine.cpus} CPUs")
+    check_kind("workers.nodes", workers.nodes, machine.offers)
+    if workers.device == "cuda" and not machine.gpus:
+        raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
+    on_gpu = machine.gpus > 0 and workers.device != "cpu" and any(family not in CLOSED_FORM for family in families)
+    taken = {"cpus": workers.cpus_per_task, "gpus": 1 / workers.tasks_per_gpu if on_gpu else 0.0}
+    return machine.gpus if on_gpu else 0, taken | {"timeout": workers.timeout_seconds, "nodes": workers.nodes}
+
+
+def _check_output(config: MadConfig) -> None:
+    """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
+    directory = Path(config.output_dir or "").expanduser()
+    manifest = known_manifest(directory) if config.output_dir else {}
+    if not manifest or has_only_begun(directory):
+        check_output(config.output_dir)
+        return
+    if manifest.get("loop") != "mad":
+        raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
+    held = validate(MadConfig, manifest["config"])
+    differing = [key for key in ("name", "data") if getattr(held, key) != getattr(config, key)]
+    for name, arm in held.resolved_arms.items():
+        mine = _essence(config.resolved_arms[name]) if name in config.resolved_arms else {}
+        changed = [key for key, value in _essence(arm).items() if mine.get(key) != value]
+        differing += [f"arms.{name}.{key}" if held.arms else key for key in changed]
+    if held.generations > config.generations or not set(held.seed_list) <= set(config.seed_list):
+        differing.append("fewer generations or seeds")
+    if differing:
+        raise ValueError(
+            f"output_dir {directory} holds another experiment (different: {', '.join(dict.fromkeys(differing))}); "
+            "choose another directory. More generations, seeds or arms may be added to an experiment"
+        )
+
+
+def _essence(arm: ArmSettings) -> dict[str, Any]:
+    """What an arm's results depend on."""
+    return arm.model_dump(include={"family", *LoopSettings.model_fields}) | arm.family_settings()

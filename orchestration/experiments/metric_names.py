@@ -1,0 +1,54 @@
+"""Every metric that trials can be compared by, and which end of it is better. Light to import."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pipelines.data.digits import SLOTS
+
+EVALUATED = ("evaluator/", "evaluation/", "seen/", "unseen/", "rewards/")  # what only evaluations measure
+_BALLS = ("precision", "recall", "density", "coverage")
+_IMAGES = ("fid", *_BALLS, "class_entropy", "memorisation")
+MAD = {  # by family; trials are compared by the first of them if none is named
+    "gaussian": ("w2_squared", "variance", "mean_square", "log_det"),
+    "categorical": ("total_variation", "heterozygosity", "entropy", "categories_left"),
+    "mixture": ("frechet", *_BALLS, "modes_covered", "mode_entropy", "in_mode"),
+    "gan": _IMAGES,
+    "diffusion": (*_IMAGES, "label_accuracy"),
+}
+_STEPS = {
+    "reward": ("mean", "std", "min", "max"),
+    "advantage": ("mean", "std", "absolute_max"),
+    "policy": ("loss", "gradient_norm", "micro_batch", "learners", "skipped_updates", "staleness"),
+    "weights": ("version", "changed_tensors", "checksum"),
+    "seconds": ("sample", "reward", "learn", "publish"),
+}
+_RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")
+_LOWER = {"w2_squared", "mean_square", "total_variation", "frechet", "fid", "memorisation", "discarded_images"}
+_HIGHER = {*_BALLS, "heterozygosity", "entropy", "categories_left", "modes_covered", "mode_entropy", "in_mode"}
+_HIGHER |= {"class_entropy", "label_accuracy", "images_per_second", "images/diversity", "evaluation/diversity"}
+_HIGHER |= {"reward/mean", "reward/min", "reward/max", "evaluation/reward"}
+
+
+def better_end(metric: str) -> Literal["max", "min"] | None:
+    """Which end of a metric is better; None if that depends on what is wanted."""
+    if metric in _HIGHER or metric.startswith(("evaluator/", "seen/", "unseen/", "rewards/")):
+        return "max"
+    return "min" if metric in _LOWER or metric.startswith("seconds/") else None
+
+
+def ddpo_metrics(config: Any, prompts: Sequence[str], unseen: Sequence[str]) -> list[str]:
+    """What a DDPO run of ``config``, on ``prompts`` and those never trained on, reports."""
+    names = [f"{part}/{name}" for part, parts in _STEPS.items() for name in parts]
+    names += ["images_per_second", "discarded_images", "object_store_bytes", "evaluation/reward"]
+    names += [f"policy/{name}" for name in _RATIO if config.training.objective == "importance_sampling"]
+    names += ["policy/behaviour_kl"] if config.training.depth and not config.training.on_forward_process else []
+    names += ["evaluation/kl_to_base"]
+    names += ["images/diversity"] if config.training.images_per_prompt > 1 else []
+    names += ["evaluation/diversity"] if config.evaluation.images > len(prompts) + len(unseen) else []
+    judged = config.evaluation.evaluator is not None
+    names += [f"evaluator/{name}" for name in (*SLOTS, "full") if judged]
+    names += ["evaluator/agreement"] if judged and config.captioner.path else []
+    parts = ("seen", "unseen") if unseen else ()
+    names += [f"{part}/{name}" for part in parts for name in ("reward", *(["full"] if judged else []))]
+    functions = config.reward.functions
+    return names + [f"rewards/{name}" for name in functions if len(functions) > 1]

@@ -1,0 +1,1 @@
+"""Many runs of one experiment over a space of its settings, under Ray Tune. The page is ``loop``."""

@@ -1,0 +1,125 @@
+"""The configuration of a sweep: one loop run many times over a space of its settings. Light to import."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.metric_names import better_end
+from orchestration.runs.config import ConfigError, load_config
+from orchestration.tracking.tracker import TrackingSettings
+from pipelines.storage.locations import find
+from policies.common.search_space import (
+    FRESH_SEEDS,
+    MOST_POINTS,
+    Dimension,
+    Point,
+    common_points,
+    corner_points,
+    grid_points,
+    random_points,
+    read_space,
+)
+from policies.rl.settings import Name, Settings
+
+SCHEMAS: dict[str, type[DdpoConfig] | type[MadConfig]] = {"ddpo": DdpoConfig, "mad": MadConfig}
+
+
+class SchedulerSettings(Settings):
+    """What ends or changes a trial before its last step; DDPO only."""
+
+    kind: Literal["none", "asha", "pbt"] = Field("none", description="asha stops the worse; pbt copies the better")
+    interval: int = Field(10, ge=1, description="asha: steps of a trial before it may be stopped; pbt: between copies")
+    reduction: int = Field(3, ge=2, description="asha: of so many trials that reach a rung, one goes on")
+
+
+class BudgetSettings(Settings):
+    """What a sweep may spend, over all its sessions. It stops where the first is reached, and can be continued."""
+
+    hours: float | None = Field(None, gt=0)
+    reward_queries: int | None = Field(None, ge=1, description="images scored in training; DDPO only")
+
+
+class SweepConfig(Settings):
+    """Points × seeds, each a trial: one run of the loop."""
+
+    name: Name = "sweep"
+    loop: Literal["ddpo", "mad"] = "ddpo"
+    config: str = Field("configs/ddpo/digits.yaml", description="what every trial starts from")
+    fixed: dict[str, Any] = Field({}, description="dotted keys that every trial overrides")
+    space: dict[str, Any] = Field({}, description="dotted keys and the values to try: a list, or a range")
+    search: Literal["grid", "random", "optuna"] = "random"
+    trials: int = Field(8, ge=1, le=MOST_POINTS, description="points to try; a grid has its own number")
+    seeds: int = Field(1, ge=1, le=FRESH_SEEDS, description="runs of each point")
+    seed: int = Field(0, ge=0, description="of the search")
+    scheduler: SchedulerSettings = SchedulerSettings()
+    metric: str | None = Field(None, description="what is compared; null: evaluator/full, or the family's distance")
+    mode: Literal["max", "min"] | None = Field(None, description="null: the better end of the metric")
+    confirm_seeds: int = Field(
+        0, ge=0, le=FRESH_SEEDS, description="fresh seeds on which the best point meets the unchanged config"
+    )
+    budget: BudgetSettings = BudgetSettings()
+    cpus_per_trial: int | None = Field(None, ge=1, description="null: all that one machine has")
+    gpus_per_trial: int = Field(0, ge=0)
+    register_as: str | None = Field(None, description="name of the MLflow model that the best DDPO trial becomes")
+    output_dir: str | None = Field(None, description="the sweep's directory; null: runs/<name>-<date>-<time>")
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _can_run(self) -> Self:
+        space = self.dimensions
+        if self.search == "grid":
+            grid_points(space)
+        both = sorted(set(space) & set(self.fixed))
+        if both:
+            raise ValueError(f"{both[0]} is in both space and fixed: take it out of one")
+        for key in (*self.fixed, *space):
+            if whole := next((each for each in space if key.startswith(f"{each}.")), None):
+                raise ValueError(f"space.{whole} sets all below it, so {key} would be lost: name only keys below")
+        own = sorted({"seed", "seeds", "output_dir", "tracking"} & {key.split(".")[0] for key in (*space, *self.fixed)})
+        if own:
+            raise ValueError(f"{own[0]} of a trial is set by the sweep: use the sweep's own seeds and tracking")
+        if self.scheduler.kind != "none" and self.loop == "mad":
+            raise ValueError("scheduler.kind: a MAD trial reports once, at its end, so nothing can stop it before")
+        if self.scheduler.kind == "pbt" and (self.search != "random" or self.seeds > 1 or self.trials < 4):
+            raise ValueError("scheduler.kind pbt needs search=random, seeds=1 and 4 trials or more: they are copied")
+        if self.budget.reward_queries and self.loop == "mad":
+            raise ValueError("budget.reward_queries: the MAD loop asks no reward; set budget.hours")
+        if self.register_as and self.loop == "mad":
+            raise ValueError("register_as: only DDPO trials leave a pipeline to register")
+        return self
+
+    @cached_property
+    def dimensions(self) -> dict[str, Dimension]:
+        """The space, read."""
+        return read_space(self.space)
+
+    @property
+    def points(self) -> list[Point]:
+        """What a grid or random search will try; for optuna, nothing is known before."""
+        if self.search == "optuna":
+            return []
+        grid = self.search == "grid"
+        found = grid_points(self.dimensions) if grid else random_points(self.dimensions, self.trials, self.seed)
+        return found if self.scheduler.kind == "pbt" else common_points(found)  # members of a population may be alike
+
+    @cached_property
+    def example(self) -> Any:
+        """The configuration of one trial, for what all of them share. Raises ConfigError."""
+        return self.trial_config(corner_points(self.dimensions)[0], 0)
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        """Whether larger or smaller values of the metric are better."""
+        return self.mode or better_end(self.metric or "") or ("max" if self.loop == "ddpo" else "min")
+
+    def trial_config(self, point: Point, seed: int, place: Mapping[str, Any] | None = None) -> Any:
+        """The configuration of one trial; ``place`` holds its output_dir and tracking. Raises ConfigError."""
+        path = find(self.config)
+        if path is None or not path.is_file():
+            raise ConfigError(f"config: there is no file {self.config!r}")
+        own: dict[str, Any] = {"seeds": [seed]} if self.loop == "mad" else {"seed": seed}
+        return load_config(SCHEMAS[self.loop], path, values={**self.fixed, **point, **own, **(place or {})})

@@ -1,0 +1,163 @@
+"""What a sweep leaves to look at: a table of its points, pictures, the best point's confirmation, and summary.json."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from rich.text import Text
+
+from orchestration.experiments.sweep.points import points_table
+from orchestration.experiments.sweep.run import SweepRun
+from orchestration.experiments.sweep.trial import Trial, reports
+from orchestration.runs.browse import plain_table
+from orchestration.runs.html_report import conclude
+from orchestration.runs.run import register
+from policies.common.intervals import interval, paired, scale_of
+from policies.common.search_space import FRESH_SEEDS, Point, common_points, exact
+from policies.loops.verdicts import plain
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one trial: the metric at its last report, and how it ended."""
+
+    name: str
+    point: Point
+    seed: int
+    status: str  # FINISHED, STOPPED (by the scheduler), KILLED or FAILED
+    value: float | None
+    step: int
+    images: int
+    error: str | None
+    mlflow_run_id: str | None
+
+    @classmethod
+    def of(cls, run: SweepRun, trial: Trial) -> Self:
+        """Read from the trial's directory."""
+        known, manifest, told = trial.known(), trial.manifest(), reports(run.config, trial)
+        last: dict[str, Any] = told[-1] if told else {run.metric: None, "step": 0, "images": 0}
+        status = "STOPPED" if "stopped" in known else manifest.get("status", "FAILED")
+        value = last[run.metric]
+        value = value if value is not None and math.isfinite(value) else None  # not a number: nothing to compare
+        ends = status, value, last["step"], last["images"], known.get("error")
+        return cls(trial.name, trial.point, trial.seed, *ends, manifest.get("mlflow_run_id"))
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """A point over its seeds: their mean on the metric's scale and its 95 % interval, nan where it has none."""
+
+    point: Point
+    values: list[float]
+    mean: float
+    low: float
+    high: float
+    complete: bool  # every seed has finished
+
+
+class Table:
+    """All outcomes of a sweep, and its points from best to worst."""
+
+    def __init__(self, run: SweepRun) -> None:
+        self._metric, self._better = run.metric, 1 if run.config.direction == "max" else -1
+        self.outcomes = [Outcome.of(run, trial) for trial in run.trials()]
+        self.points = self._ranked([each for each in self.outcomes if each.seed < FRESH_SEEDS])
+        self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
+        self.best = next((point for point in self.points if point.complete and point.values), None)
+
+    def searched(self, point: Point) -> list[Outcome]:
+        """The trials of a point in the search."""
+        return [each for each in self.outcomes if exact(each.point) == exact(point) and each.seed < FRESH_SEEDS]
+
+    def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
+        found = []
+        for point in common_points([each.point for each in outcomes]):
+            mine = [each for each in outcomes if exact(each.point) == exact(point)]
+            values = [each.value for each in mine if each.value is not None]
+            mean, low, high = (
+                map(float, interval(np.array(values), scale_of(self._metric))) if values else (np.nan,) * 3
+            )
+            complete = all(each.status == "FINISHED" for each in mine)
+            found.append(PointResult(point, values, mean, low, high, complete))
+        # A point that was stopped early is not compared with one that was not.
+        return sorted(found, key=lambda p: (p.complete, self._better * p.mean if p.values else -np.inf), reverse=True)
+
+    def first(self, point: Point) -> Outcome:
+        """The best trial of a point, all of which have finished."""
+        return max(self.searched(point), key=lambda each: self._better * (each.value or 0.0))
+
+    def confirmation(self) -> dict[str, Any] | None:
+        """The best point's gain over the unchanged configuration, paired by fresh seed: positive is better."""
+        means = {exact(each.point): each for each in self.fresh if each.complete and each.values}
+        if self.best is None or exact(self.best.point) not in means or "{}" not in means:
+            return None
+        best, unchanged = means[exact(self.best.point)], means["{}"]
+        ends = (best.values, unchanged.values) if self._better > 0 else (unchanged.values, best.values)
+        gain, ratio = paired(*ends, self._metric)
+        return {
+            "best": best.values,
+            "unchanged": unchanged.values,
+            "gain": {name: float(value) for name, value in gain._asdict().items()} | {"logarithm": ratio},
+            "beats_unchanged": bool(gain.low > 0 if len(best.values) > 1 else gain.mean > 0),
+        }
+
+
+def report(run: SweepRun, table: Table) -> Path:
+    """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
+    config = run.config
+    tried = [(each.point, each.value) for each in table.outcomes if each.value is not None]
+    if not tried:
+        reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
+        raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
+    figures = _draw(run, [(point, value) for point, value in tried if point])
+    confirmation = table.confirmation()
+    model = _register(run, table, confirmation) if config.register_as and table.best else None
+    content = {
+        "metric": run.metric,
+        "mode": config.direction,
+        "points": [vars(point) for point in table.points],
+        "best": vars(table.best) if table.best else None,
+        "confirmation": confirmation,
+        "model": model,
+        "trials": [vars(each) for each in table.outcomes],
+        "reward_queries": sum(each.images for each in table.outcomes),
+        "budget_spent": run.budget.spent,
+    }
+    summary = plain(content)
+    headings, rows = points_table(summary)
+    lines = plain_table(*headings)
+    for row in rows:
+        lines.add_row(*map(Text, row))
+    run.display.console.print("points, best first", lines, sep="\n")
+    return conclude(run, run.summarise(summary), figures, summary=summary)
+
+
+def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
+    from pipelines.figures.sweep import parallel_coordinates, phase_diagram, responses
+
+    figures = run.directory / "figures"
+    figures.mkdir(exist_ok=True)
+    if not tried:
+        return figures
+    space = run.config.dimensions
+    logarithmic = [key for key, dimension in space.items() if dimension.kind == "log_uniform"]
+    responses(figures / "responses.png", tried, run.metric, logarithmic)
+    parallel_coordinates(figures / "parallel_coordinates.png", tried, run.metric, logarithmic)
+    if run.config.search == "grid" and len(wide := [key for key in space if len(space[key].values) > 1]) >= 2:
+        phase_diagram(figures / "phase_diagram.png", tried, run.metric, *wide[:2])
+    return figures
+
+
+def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str:
+    """The best point's best trial as a version of an MLflow model, with the alias "best"."""
+    assert table.best is not None
+    first = table.first(table.best.point)
+    tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
+    if confirmation:
+        tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
+    name = str(run.config.register_as)
+    return register(run.directory / "trials" / first.name, name, "best", run.display.say, tags)

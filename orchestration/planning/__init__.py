@@ -1,0 +1,1 @@
+"""Time, memory and price of a DDPO run, before there is one."""

@@ -1,0 +1,181 @@
+"""What a run will be like before there is one: time, memory, price, what limits it, and how many should draw and learn;
+on the machine there is, or on GPUs there are not.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from actors.allocation import Offer, Role, cards_of, reward_roles
+from actors.settings import ActorSettings
+from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.preflight import learnable_steps, preflight, seat
+from orchestration.planning.cost_model import Cast, Cost, Forecast, Processor, Seat, Work, bottlenecks, simulate
+from orchestration.planning.memory_plan import memory_plan
+from orchestration.planning.stage_costs import StageCosts, assumed, measure
+from orchestration.runs.config import ConfigError
+from pipelines.storage.atomic import write_json
+
+COLUMNS = ("GPUs", "depth", "S : C : L", "a call", "images/s", "$/1000", "limited by")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to seat the actors, and what comes of it."""
+
+    config: DdpoConfig
+    roles: Sequence[Role]
+    offers: Sequence[Offer]
+    work: Work
+    cast: Cast
+    forecast: Forecast
+
+    @property
+    def gpus(self) -> int:
+        """How many there are."""
+        return len(self.cast.processors) - 1
+
+
+def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
+    """A step of ``config``."""
+    training, evaluation = config.training, config.evaluation
+    transitions = training.images_per_update * training.timesteps_per_image(learnable_steps(config))
+    size, found = min(config.actors.images_per_call, training.images_per_step), training.micro_batch or micro_batch
+    step = training.images_per_step, size, config.sampling.steps, transitions, training.updates, found
+    often = config.checkpoint.every, evaluation.every, evaluation.interim_images
+    return Work(*step, tuple(config.reward.weights), depth, *often)
+
+
+def cast_of(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer], coupling: float) -> Cast:
+    """The actors and what they share: each GPU, and all CPUs together."""
+    processors = {"cpu": Processor(sum(offer.get("CPU", 0) for offer in offers), coupling)}
+    functions = dict(zip(reward_roles(config.reward), config.reward.functions, strict=True))
+    seats: dict[str, list[Seat]] = {"driver": [Seat("cpu")]}
+    for role in roles:
+        if not role.gpus:
+            seats[functions.get(role.name, role.name)] = [Seat("cpu", role.threads)] * role.count
+    for number, names in enumerate(cards_of(roles, offers)):
+        processors[f"gpu {number}"] = Processor()
+        for name in names:
+            seats.setdefault(functions.get(name, name), []).append(Seat(f"gpu {number}"))
+    return Cast(seats, processors, len(offers))
+
+
+def foresee(
+    config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer], known: StageCosts, depth: int
+) -> Option:
+    """The forecast of ``config`` with these actors."""
+    work = work_of(config, known.micro_batch, depth)
+    cast = cast_of(config, roles, offers, known.coupling)
+    steps = math.lcm(work.commit_every or 1, work.evaluate_every or 1)  # each comes as often as in the long run
+    return Option(config, roles, offers, work, cast, simulate(work, known.costs, cast, min(60, max(6, steps))))
+
+
+def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Iterator[ActorSettings]:
+    """Ways to use a machine: learners and samplers on GPUs of their own, or both on each, to take turns; without GPUs,
+    numbers of samplers. With as many captioners and reward actors as keep up with the samplers."""
+    actors, costs, images = config.actors, known.costs, config.training.images_per_step
+    if not gpus:
+        yield from (actors.model_copy(update={"samplers": count}) for count in range(1, 1 + min(8, max(2, cpus))))
+        return
+    on_gpu = [costs.rewards[name] for name, options in config.reward.functions.items() if options.on_gpu]
+    scoring = [*([costs.caption] if config.captioner.path else []), *on_gpu]  # one GPU each
+    slowest = max((cost(actors.images_per_call) for cost in scoring), default=0.0)
+    drawing = config.sampling.steps * costs.sample(actors.images_per_call)
+    some = {2**power for power in range(gpus.bit_length())} | {gpus * eighth // 8 for eighth in range(1, 8)}
+    for learners, places in [(gpus, gpus), *((n, gpus - n) for n in sorted(some) if 0 < n < gpus)]:
+        scorers = max(1, math.ceil(places * slowest / (drawing + len(scoring) * slowest)))
+        samplers = places - len(scoring) * scorers if gpus > 1 else 1
+        if samplers > 0:
+            helpers = scorers if on_gpu else min(gpus, -(-images // actors.images_per_call))
+            yield actors.model_copy(
+                update={"samplers": samplers, "learners": learners}
+                | {"placement": "shared" if places == gpus else "spread"}
+                | {"replicas": {**({"captioner": scorers} if config.captioner.path else {}), "reward": helpers}}
+                | {"images_per_call": min(actors.images_per_call, -(-images // samplers))}
+            )
+
+
+def best(config: DdpoConfig, machine: Machine, known: StageCosts) -> list[Option]:
+    """The fastest split of ``machine`` at depth 0, and at depth 1. Raises ConfigError if there is none."""
+    found: list[tuple[Option, Option]] = []
+    reason = "no split leaves a GPU for a sampler"
+    for actors in splits(config, machine.gpus, machine.cpus, known):
+        chosen = config.model_copy(update={"actors": actors})
+        try:
+            roles, offers = seat(chosen, machine)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        synchronous, overlapped = (foresee(chosen, roles, offers, known, depth) for depth in (0, 1))
+        found.append((synchronous, overlapped))
+    if not found:
+        raise ConfigError(f"{machine.gpus} GPUs: {reason}")
+    return [max(each, key=lambda option: option.forecast.images_per_second) for each in zip(*found, strict=True)]
+
+
+def plan_run(
+    config: DdpoConfig, gpus: Sequence[int], given: Path | None, save: Path | None, tflops: float
+) -> tuple[list[Option], StageCosts]:
+    """The options that ``ouroboros plan`` shows, and the costs behind them: those of the file ``given``, else measured
+    here; where GPUs are asked for and there are none, assumed from ``tflops``. Raises ConfigError."""
+    config = config.model_copy(update={"output_dir": None})
+    machine = find_machine(config.actors.device)
+    one = config.actors.model_copy(update={"samplers": 1, "learners": 1, "replicas": {}}) if gpus else config.actors
+    measured = config.model_copy(update={"actors": one})
+    plan = None if gpus and (given or not machine.gpus) else preflight(measured, machine)
+    known = StageCosts.read(given, config) if given else measure(config, plan) if plan else assumed(config, tflops)
+    if save:
+        write_json(save, known.model_dump())
+    if gpus:
+        return [option for count in gpus for option in best(config, imagine_machine(count), known)], known
+    assert plan is not None
+    as_given = foresee(config, plan.roles, plan.offers, known, config.training.depth)
+    return [as_given, *best(config, machine, known)], known
+
+
+def render(options: Sequence[Option], known: StageCosts, price: float | None) -> RenderableType:
+    """Costs, a row for each option, and of the fastest on so many GPUs all there is to say."""
+    costs = {**dict(known.costs), **{f"reward {name}": cost for name, cost in known.costs.rewards.items()}}
+    calls = [f"{n} {1000 * c.call:.3g} + {1000 * c.each:.3g} n" for n, c in costs.items() if isinstance(c, Cost)]
+    fixed = [f"{name} {1000 * costs[name]:.3g}" for name in ("update", "learn", "publish", "commit", "driver")]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in COLUMNS:
+        table.add_column(heading, no_wrap=heading != COLUMNS[-1])
+    fastest: dict[int, Option] = {}
+    for option in options:
+        speed, counts = option.forecast.images_per_second, {role.name: str(role.count) for role in option.roles}
+        dollars = None if price is None else 1000 / speed / 3600 * price * max(1, option.gpus)
+        limits = bottlenecks(option.work, known.costs, option.cast)
+        table.add_row(
+            *map(str, (option.gpus, option.work.depth)),
+            " : ".join(counts.get(name, "0") for name in ("sampler", "captioner", "learner")),
+            *(str(option.work.images_per_call), f"{speed:.3g}", "–" if dollars is None else f"{dollars:.3g}"),
+            ", ".join(f"{part} {share:.0%}" for part, share in limits.items() if share > 0.15),
+        )
+        if option.gpus not in fastest or speed > fastest[option.gpus].forecast.images_per_second:
+            fastest[option.gpus] = option
+    told = f"stage costs of {known.machine}, ms a call of n: {', '.join(calls)}; ms: {', '.join(fixed)}"
+    legend = (
+        "S : C : L are samplers, captioners, learners; a call draws so many images; $ are of 1,000 reward queries; "
+    )
+    legend += "limited by: of what a part would save, the share by which a step became shorter"
+    return Group(told, "", table, legend, *(line for option in fastest.values() for line in _details(option)))
+
+
+def _details(option: Option) -> Iterator[str]:
+    actors, forecast = option.config.actors, option.forecast
+    replicas = ", ".join(f"{name}: {count}" for name, count in actors.replicas.items())
+    waits = ", ".join(f"{name} {seconds:.3g}" for name, seconds in forecast.waits.items() if seconds > 5e-4)
+    yield f"\nfastest on {option.gpus} GPUs: training.depth={option.work.depth} actors.samplers={actors.samplers} " + (
+        f"actors.learners={actors.learners} actors.placement={actors.placement} 'actors.replicas={{{replicas}}}' "
+        f"actors.images_per_call={actors.images_per_call}"
+    )
+    yield f"  a step {forecast.seconds:.3g} s; the driver waits for {waits}"
+    yield "  at work: " + ", ".join(f"{role} {share:.0%}" for role, share in forecast.busy.items())
+    yield from ("memory (estimate)", *memory_plan(option.config, option.roles, option.offers))

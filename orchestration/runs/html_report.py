@@ -1,0 +1,113 @@
+"""One page of a run for people: ``report.html``, made from what the run's directory holds, finished or not.
+
+The page needs nothing but itself: its pictures are part of it, it runs no script and asks no network, and its content
+policy forbids both. Names of arms, prompts and errors are somebody's text, and all of it is escaped.
+"""
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from orchestration.runs.config import ConfigError
+from orchestration.experiments.ddpo.evaluation import kept_evaluations, kept_step
+from orchestration.experiments.sweep.points import points_table
+from orchestration.runs.run import TEMPLATES, Run, is_free
+from orchestration.runs.browse import RunInfo, facts
+from orchestration.tracking.tracker import flatten
+from pipelines.storage.atomic import DamagedFiles, read_bytes, replace_durably
+from pipelines.storage.names import file_name
+from pipelines.pages import fill
+
+_LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
+_MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
+_STAGES = ("sample", "reward", "learn", "publish", "evaluate", "commit", "fit", "measure")  # from the bottom up
+_PICTURES = {
+    "before_after": "Before and after: same prompts, same seeds",
+    "progress": "The same prompts and seeds as the run went on",
+    "curves": "Curves",
+    "timeline": "What each actor did, over a few steps in the middle of the run",
+    "fresh_fraction": "The last generation against the share of fresh real data",
+    "precision_recall": "Quality against diversity",
+    "samples": "Samples, from the same latent seeds at every generation",
+    "classes": "Shares of the classes",
+}
+
+
+def write_report(directory: Path, status: str | None = None) -> Path:
+    """Write ``report.html`` into a run's directory and return its path.
+
+    Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
+    """
+    run = RunInfo(directory)
+    try:
+        timeline = _timeline(run)
+        content = fill(
+            TEMPLATES / "report.html",
+            run=run,
+            status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
+            facts=facts(run),
+            points=points_table(run.summary) if run.loop == "sweep" else ([], []),
+            measured=_measured(run),
+            pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
+            timeline=timeline,
+            highest=max((sum(spent.values()) for _, spent in timeline), default=0),
+            settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
+        )
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory / 'summary.json'} is not what a report is made from: {error}") from error
+    replace_durably(path := directory / "report.html", content.encode(errors="replace"))
+    return path
+
+
+def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
+    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, and
+    say what came out, by the template of its loop. Returns ``path``."""
+    for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
+        run.tracker.artifact(each)
+    text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **told)
+    for line in text.splitlines():
+        run.display.say(line)
+    return path
+
+
+def _measured(run: RunInfo) -> list[dict[str, Any]]:
+    """What the held-out measure said before the run and last, with the ``step`` after which; fewer if not yet."""
+    kept = kept_evaluations(run.directory, run.damaged)
+    return [{**kept[step], "step": step} for step in (dict.fromkeys([min(kept), kept_step(kept)]) if kept else ())]
+
+
+def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The figures, in the order of ``_PICTURES``, unknown ones last. A damaged one is left out."""
+    from PIL import Image
+
+    titles: dict[str, str] = {}
+    for stem, title in _PICTURES.items():
+        titles |= {stem: title} | {f"{stem}_{file_name(arm)}": f"{title}: {arm}" for arm in arms}
+    found = {path.stem: path for path in sorted(directory.glob("*.png"))}
+    for name in sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles)):
+        broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
+        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(found[name]))) as image:
+            image.load()
+            if max(image.size) > _LARGEST:
+                image.thumbnail((_LARGEST, _LARGEST))
+                image.save(reduced := io.BytesIO(), "PNG", optimize=True)
+                content = reduced.getvalue()
+            encoded = base64.b64encode(content).decode()
+            yield {"name": name, "title": titles.get(name, name), "size": image.size, "png": encoded}
+
+
+def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
+    """(step, seconds by stage) of a DDPO run; of a MAD experiment (generation, CPU seconds of a task of each kind)."""
+    if run.loop == "mad":
+        stages = run.summary.get("seconds_by_generation", {})
+        lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
+    else:
+        lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in run.steps()]
+    every = -(-len(lines) // _MOST_BARS) or 1
+    spent = [{stage: float(line[stage]) for stage in _STAGES if stage in line} for line in lines]
+    return list(enumerate(spent, start=1))[::every]

@@ -1,0 +1,155 @@
+"""What a run reads, by digest: prompts, models, captioner, evaluator, options and code of rewards, data.
+
+A run remembers it in its manifest, and goes on with nothing else unless a person says so. Every file is hashed once,
+at the beginning; later, one whose size and time of change are as they were is taken to be the same.
+"""
+
+import ast
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import ConfigError, about
+from orchestration.runs.manifest import has_only_begun
+from pipelines.storage.locations import find, fingerprint
+from pipelines.rewards import import_function
+from pipelines.rewards.options import OPTIONS
+
+_PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # a run's version stands for their code
+
+Inputs = dict[str, dict[str, str | None]]  # by configuration key, or "code of" a module
+
+
+def paths_of(config: DdpoConfig) -> dict[str, str]:
+    """Every path, or hub name, that a DDPO run reads, by its dotted key."""
+    found = {"prompts": config.prompts, "model.path": config.model.path, "captioner.path": config.captioner.path}
+    found["evaluation.evaluator"] = config.evaluation.evaluator
+
+    def note(key: str, value: Any) -> None:
+        if isinstance(value, str) and _is_data(value):
+            found[key] = value
+
+    for name, options in config.reward.functions.items():
+        key = f"reward.options.{name}"
+        found |= {f"{key}.{option}": path for option, path in options.model_paths.items()}
+        if name not in OPTIONS:
+            _mapped(options.model_dump(), note, key)
+    return {key: path for key, path in found.items() if path}
+
+
+def ddpo_inputs(config: DdpoConfig, held: Inputs | None = None) -> Inputs:
+    """What a DDPO run reads. Content whose stamp is that of ``held`` is not read again."""
+    code = [name for name in config.reward.functions if name not in OPTIONS]
+    return fingerprints(paths_of(config), held) | code_of(code)
+
+
+def _is_data(value: str) -> bool:
+    """Whether an option names something to read: "/" and "." hold all there is here, and are words."""
+    found = find(value)
+    return found is not None and not Path.cwd().is_relative_to(found)
+
+
+def placed(content: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Plain ``content`` of a DDPO run, with its paths as they are known from any working directory."""
+    return _mapped(content, lambda key, value: inputs[key]["path"] if key in inputs else value)
+
+
+def _mapped(content: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
+    """A copy of plain ``content`` with each value changed, by its dotted key: of lists, with its number."""
+    below = f"{key}." if key else ""
+    if isinstance(content, Mapping):
+        return {name: _mapped(value, change, f"{below}{name}") for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_mapped(value, change, f"{below}{number}") for number, value in enumerate(content)]
+    return change(key, content)
+
+
+def fingerprints(paths: Mapping[str, str], held: Inputs | None = None) -> Inputs:
+    """Of every path by its key."""
+    return {key: fingerprint(path, (held or {}).get(key)) for key, path in paths.items()}
+
+
+def code_of(names: Iterable[str]) -> Inputs:
+    """Of the modules behind import paths ``module:function``: each one's file, and those beside it that it imports."""
+    found: Inputs = {}
+    for name in names:
+        with about():
+            import_function(name)
+        found |= {f"code of {module}": fingerprint(str(file)) for module, file in _used(name.partition(":")[0])}
+    return found
+
+
+def _used(module: str) -> Iterator[tuple[str, Path]]:
+    """A module and its file, and the same of every module that it imports from its package or from beside it, and so
+    on: not of libraries, nor of this program."""
+    top = module.partition(".")[0]
+    beside = None
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        file = _file(name) if name not in seen else None
+        seen.add(name)
+        if file is None:
+            continue
+        if beside is None:
+            beside = file.parents[module.count(".") + (file.name == "__init__.py")]
+        first, installed = name.partition(".")[0], {"site-packages", "dist-packages"} & {*file.parts}
+        if first == top or (file.is_relative_to(beside) and first not in _PROGRAM and not installed):
+            yield name, file
+            package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+            waiting += _imported(file, package)
+
+
+def _file(module: str) -> Path | None:
+    with contextlib.suppress(Exception, SystemExit):  # the packages above it are imported, and may fail in any way
+        spec = importlib.util.find_spec(module)
+        return Path(spec.origin) if spec and spec.has_location and spec.origin and spec.origin.endswith(".py") else None
+    return None
+
+
+def _imported(file: Path, package: str) -> Iterator[str]:
+    """Every name that the source of a module could mean another module by."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def changed_inputs(held: Inputs, found: Inputs) -> dict[str, str]:
+    """What is not as it was, by its key, in words."""
+    words = {}
+    for key, before in held.items():
+        now = found.get(key)
+        if now is None or now["sha256"] is None:
+            words[key] = f"{before['path']} is not there"
+        elif before["sha256"] is not None and now["sha256"] != before["sha256"]:
+            place = before["path"] if now["path"] == before["path"] else f"{now['path']}, not {before['path']},"
+            words[key] = f"{place} holds something else"
+    return words
+
+
+def accept(directory: Path, manifest: dict[str, Any], held: Mapping[str, Any], found: Inputs, changes: bool) -> None:
+    """Put what a run reads now into its ``manifest``, and what has changed since ``held`` was written.
+
+    Raises ConfigError if something has, unless ``changes`` are accepted, or nothing that was committed rests on it.
+    """
+    before = held.get("inputs", {})
+    words = changed_inputs(before, found)
+    if words and not (changes or has_only_begun(directory)):
+        what = "; ".join(f"{key}: {changed}" for key, changed in words.items())
+        raise ConfigError(
+            f"{directory} would go on with other inputs than it began with: {what}. Put back what was there, or go on "
+            f"and have it recorded: ouroboros resume {directory} --accept-changes"
+        )
+    if words:
+        digests = {key: [before[key]["sha256"], found.get(key, {}).get("sha256")] for key in words}
+        note = {"step": held.get("committed_step", 0), "inputs": digests}
+        manifest["changes"] = [*manifest.get("changes", []), note]
+    manifest["inputs"] = found

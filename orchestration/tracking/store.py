@@ -1,0 +1,232 @@
+"""An MLflow store: whether it is there, what it finds, what its failures mean, and where its artifacts lie.
+
+A run's address of it is the configuration's alone; names, passwords, certificates and proxies are the environment's,
+as for MLflow's own client.
+"""
+
+import errno
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from orchestration.tracking.outbox import Away, Refused, TrackingError
+
+HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
+_HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
+_PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
+_POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: it lets nobody in, or is no MLflow
+_PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
+_PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+Found = TypeVar("Found")
+
+
+class MlflowStore:
+    """A store by its address: a server (http://…), or a database (sqlite:///…)."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        _configure_mlflow()
+        from mlflow import MlflowClient
+
+        with self.named("opening the store"):
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether there is somebody who may be away."""
+        return self.uri.startswith("http")
+
+    def check(self, seconds: float = HEALTH_SECONDS) -> None:
+        """Raise TrackingError unless the store can be asked."""
+        if self.is_server:
+            check_server(self.uri, seconds)
+
+    def find(self, run: str) -> Any:
+        """A run of the store; None if there is none, or if it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return None if found.info.lifecycle_stage == "deleted" else found
+
+    def insist(self, what: str, attempt: Callable[[], Found], say: Callable[[str], None], seconds: float) -> Found:
+        """Ask the store until it answers, for some ``seconds``. Raises TrackingError after that, and at once if it
+        will not do it."""
+        deadline, pause = time.monotonic() + seconds, 0.2
+        while True:
+            try:
+                self.check()
+                with self.named(what, refusing=True):
+                    return attempt()
+            except TrackingError as error:
+                if isinstance(error, Refused) or _POINTLESS.search(str(error)) or time.monotonic() + pause > deadline:
+                    raise
+                if pause < 0.3:
+                    say(f"warning: {error}; trying again for {seconds:.0f} seconds")
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def experiment(self, name: str, note: str | None) -> str:
+        """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""
+        from mlflow.exceptions import MlflowException
+
+        existing = self.client.get_experiment_by_name(name)
+        if existing is None:
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            place = None if self.is_server else (database.parent / "artifacts").as_uri()
+            try:
+                return self.client.create_experiment(name, artifact_location=place, tags={NOTE: note} if note else {})
+            except MlflowException:
+                existing = self.client.get_experiment_by_name(name)  # another run made it in the meantime
+                if existing is None:
+                    raise
+        if existing.lifecycle_stage == "deleted":
+            raise Refused(
+                f"MLflow at {self.uri}: experiment {name!r} was deleted; "
+                "restore it or set tracking.experiment to another"
+            )
+        return existing.experiment_id
+
+    def register(self, name: str, run: str, path: str, alias: str, tags: Mapping[str, str]) -> str:
+        """Make a run's artifacts at ``path`` its version of the model ``name``. Returns that version's address."""
+        from mlflow.exceptions import MlflowException
+
+        self.check()
+        with self.named(f"registering {name}"):
+            if not self.client.list_artifacts(run, path):
+                raise TrackingError(f"MLflow at {self.uri}: the run {run} holds no {path} to register")
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{self.client.get_run(run).info.artifact_uri}/{path}"
+            known = self.client.search_model_versions(f"name='{name}' and run_id='{run}'")
+            version = (known or [self.client.create_model_version(name, source, run, tags=dict(tags))])[0].version
+            self.client.set_registered_model_alias(name, alias, version)
+        return f"models:/{name}/{version}"
+
+    @contextmanager
+    def named(self, what: str, *, refusing: bool = False) -> Iterator[None]:
+        """Turn any failure into a TrackingError that says what failed, where, and why; into Refused if it is final."""
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            kind = Refused if refusing and _is_final(error) else TrackingError
+            raise kind(f"MLflow at {self.uri}{_way(self.uri)}: {what} failed: {reason}") from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the same call would fail again, however often."""
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in _PASSING_STATUS
+    if isinstance(error, MlflowException):
+        # Where it could not read an answer, another than MLflow may have given it.
+        status = None if isinstance(error, RestException) else re.search(r"failed with error code (\d+)", str(error))
+        return status.group(1) == "413" if status else error.error_code in _HOPELESS
+    if isinstance(error, OSError):  # of an artifact's store; requests' own are among them
+        return error.errno is not None and error.errno not in _PASSING_ERRORS
+    return isinstance(error, ImportError | ValueError | TypeError | LookupError | AttributeError | ArithmeticError)
+
+
+def check_server(uri: str, seconds: float = HEALTH_SECONDS) -> None:
+    """Raise Away unless a server answers at ``uri``, as MLflow's own client asks: with its certificates and through its
+    proxy. What it answers, the next calls will judge."""
+    _configure_mlflow()
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    ask: dict[str, Any] = {"timeout": seconds, "max_retries": 0, "raise_on_status": False}
+    try:
+        status = http_request(get_default_host_creds(uri), "/health", "GET", **ask).status_code
+        if status < 500:
+            return
+        reason = f"it answers HTTP {status}"
+    except Exception as error:
+        reason = " ".join(_root(error).split())[:400]
+    remedy = "Start it, correct tracking.uri, or set tracking.uri to null for a database in the run directory"
+    if "certificate" in reason:
+        remedy = "Name its authority's certificate in MLFLOW_TRACKING_SERVER_CERT_PATH, or correct tracking.uri"
+    raise Away(f"MLflow at {uri}{_way(uri)} cannot be reached: {reason}. {remedy}")
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of an error in words: libraries wrap it several times."""
+    below = error.__cause__ or error.__context__
+    return (below and _root(below)) or str(error)
+
+
+def _way(uri: str) -> str:
+    """The proxy that the environment puts between here and a server, in words."""
+    if not uri.startswith("http"):
+        return ""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    proxy = select_proxy(uri, get_environ_proxies(uri))
+    place = urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc.rpartition("@")[2] if proxy else ""
+    return f", through the proxy {place} of the environment," if proxy else ""
+
+
+def settle(database: Path) -> None:
+    """Make a run's own database say that its artifacts lie beside it, wherever it was when they were stored.
+
+    Raises TrackingError if it is damaged, or if a link would lead out of the directory.
+    """
+    place = database.parent / "artifacts"
+    for path in (database, place, *place.glob("*"), *place.glob("*/*")):
+        if path.is_symlink():
+            raise TrackingError(f"{path} is a link: nothing is stored through it; remove it")
+    if not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database, timeout=20)) as store, store:
+            tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
+            if not {"experiments", "runs", "model_versions"} <= tables:  # a first start was cut off
+                return
+            new, moved = place.as_uri(), "?1 || '/' || run_uuid || '/artifacts'"
+            strays = "SELECT 1 FROM experiments WHERE artifact_location IS NOT ?1 UNION ALL "
+            if not store.execute(f"{strays} SELECT 1 FROM runs WHERE artifact_uri IS NOT {moved}", (new,)).fetchone():
+                return
+            known = store.execute("SELECT DISTINCT artifact_location FROM experiments")
+            for old in [old for (old,) in known if old and old != new]:
+                for column in ("source", "storage_location"):
+                    store.execute(f"UPDATE model_versions SET {column} = replace({column}, ?, ?)", (old, new))
+            store.execute("UPDATE experiments SET artifact_location = ?1", (new,))
+            store.execute(f"UPDATE runs SET artifact_uri = {moved}", (new,))
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database} cannot be used: {error}; without it the run goes on in a new one") from error
+
+
+def _configure_mlflow() -> None:
+    """Before MLflow is imported: no telemetry, no chatter on the terminal, a call takes a minute at most."""
+    import logging
+
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import mlflow  # noqa: F401  (it sets the levels of these loggers when it is imported)
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    # Retries are told by the error in the end, and what goes wrong in a database by the one that it leads to.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

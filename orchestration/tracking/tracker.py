@@ -1,0 +1,370 @@
+"""One run in MLflow: opened once, continued after a resume, closed with the name of how it ended.
+
+A new run needs its store at the start, and asks for it a while. From then on everything goes through an outbox in the
+run's directory, so a server that is away holds up nothing and loses nothing, and what is said again after a resume is
+there once.
+"""
+
+import contextlib
+import copy
+import os
+import re
+import shlex
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from orchestration.tracking.delivery import Delivery
+from orchestration.tracking.outbox import Content, Outbox, Refused, TrackingError, undelivered
+from orchestration.tracking.store import MlflowStore, settle
+from policies.rl.settings import Settings
+
+Ending = Literal["FINISHED", "KILLED", "FAILED"]
+
+_MONITOR_SECONDS = 5  # between two system metrics
+_NEW_SECONDS, _KNOWN_SECONDS = 20.0, 3.0  # a store is asked so long whether it takes a new run, a known one
+_GOODBYE_SECONDS = 3  # at the end of a run, the longest wait for a server that does not answer
+_STOP_SECONDS = 5.0  # after Ctrl-C, the longest wait for what is still to be delivered
+_DONE_SECONDS = 30.0  # after the end, the longest wait for the next part of it
+FIRST_LOOK = "A first look"  # what matters most: a name that MLflow sorts before all others, whatever their case
+_VIEW = "?workflowType=machine_learning"  # without it, MLflow shows a new visitor its pages for agents, which are empty
+_LOOK = f"look at *Model metrics* first, which begin with *{FIRST_LOOK}*, and at `report.html` among the artifacts"
+_EXPERIMENTS = {
+    "ddpo": f"**DDPO**: a reward teaches a diffusion model. Of a run, {_LOOK}. Filter by `tags.reward`, `tags.model`.",
+    "mad": "**MAD**: generators trained on their own samples. Below a run are its arms', below these their seeds'. "
+    f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
+    "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
+}
+_KEY_IN_FILE = 100  # characters of an image's key in the names of its files
+_SMALL = 256  # pixels: what MLflow shows of an image before it is asked for all of it
+
+
+class TrackingSettings(Settings):
+    """Where a run is recorded."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    uri: str | None = Field(None, description="http://server or sqlite:///file; null: SQLite in the run directory")
+    experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
+    system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
+    parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
+
+    @field_validator("uri")
+    @classmethod
+    def _same_from_everywhere(cls, uri: str | None) -> str | None:
+        """A run is resumed from other directories than the one it was begun in."""
+        path = (uri or "").removeprefix("sqlite:///")
+        return uri if path in ("", uri) else f"sqlite:///{Path(path).absolute()}"
+
+    @model_validator(mode="after")
+    def _can_be_used(self) -> Self:
+        """Of the whole block: an error of ``uri`` alone would be shown with its value, which may hold a password."""
+        if self.uri and names_user(self.uri):
+            raise ValueError(
+                "uri is shown and stored, so it may hold no user and password: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD where the run starts"
+            )
+        if self.uri is not None and not re.match(r"https?://[^/]|sqlite:///.", self.uri):
+            raise ValueError(
+                f"uri {self.uri!r} is neither a server (http://host:port) nor a database (sqlite:///path/mlflow.db)"
+            )
+        return self
+
+
+class Tracker:
+    """One MLflow run, the same one before and after a resume.
+
+    ``directory`` is the run directory; ``run_id`` continues a run that is already in the store, or begins another in
+    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``say`` tells people of a
+    store that is away. Raises TrackingError if a new run's store cannot be reached; a known run goes on without it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: TrackingSettings,
+        run_name: str,
+        run_id: str | None = None,
+        loop: str = "ddpo",
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._directory, self._say = directory, say
+        self._store = open_store(directory, settings)
+        self.uri = self._store.uri
+        self._experiment_id, self._is_away = "", False
+        self._is_known = False  # whether the store was asked, and what it holds may hang below the run
+        experiment = settings.experiment or loop
+
+        def begin(asked_ms: int | None) -> str:
+            found = self._store.find(run_id) if run_id else None
+            if found is not None:
+                self._experiment_id = found.info.experiment_id
+                return str(found.info.run_id)
+            self._experiment_id = self._store.experiment(experiment, _EXPERIMENTS.get(loop))
+            return self._new(run_name, settings.parent, asked_ms)
+
+        known = self._open("opening the store", begin, run_id)
+        self._is_known = known == run_id  # and what hangs below it too
+        if run_id is not None and not self._is_known:
+            say(f"warning: MLflow at {self.uri} has no run {run_id} any longer: going on in a new one, {known}")
+        self._delivery = Delivery(self._store, directory, known)
+        self._outbox = Outbox(directory / "outbox", self._delivery, say)
+        self._begin(known)
+        self._monitor = _SystemMetrics(self, self._outbox.began) if settings.system_metrics else None
+
+    def child(self, name: str, run_id: str | None = None) -> "Tracker":
+        """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
+        child = copy.copy(self)
+        child._monitor = None
+        wanted = run_id if self._is_known else None  # what is below a run that is gone is not below its successor
+
+        def begin(asked_ms: int | None) -> str:
+            found = self._store.find(wanted) if wanted else None
+            return str(found.info.run_id) if found else self._new(name, self.run_id, asked_ms)
+
+        known = self._open(f"opening {name}", begin, wanted)
+        child._is_known = known == wanted
+        self._delivery.admit(known)
+        child._begin(known)
+        child._is_root = False
+        return child
+
+    def _open(self, what: str, begin: Callable[[int | None], str], run_id: str | None) -> str:
+        """The id of a run from ``begin``, which is told if it is not asked for the first time when that was, in ms. A
+        known run whose store is away is not waited for."""
+        asked: list[int] = []
+
+        def attempt() -> str:
+            asked.append(_now())
+            return begin(asked[0] if len(asked) > 1 else None)
+
+        if self._is_away and run_id is not None:
+            return run_id
+        patience = _NEW_SECONDS if self._store.is_server and run_id is None else _KNOWN_SECONDS
+        try:
+            return self._store.insist(what, attempt, self._say, patience)
+        except TrackingError as error:
+            if run_id is None or isinstance(error, Refused):
+                raise
+            self._is_away = True  # so those below it are not asked for one by one
+            return run_id
+
+    def _new(self, name: str, parent: str | None, asked_ms: int | None) -> str:
+        """Make a run, unless it was made since ``asked_ms`` and only the answer was lost."""
+        from mlflow.tracking.context.registry import resolve_tags
+
+        if asked_ms is not None:
+            since = f"attributes.start_time >= {asked_ms}"
+            for found in self._store.client.search_runs([self._experiment_id], since):
+                if found.info.run_name == name and found.data.tags.get("mlflow.parentRunId") == parent:
+                    return str(found.info.run_id)
+        tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
+        return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
+
+    def _begin(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._is_root = True
+        self._finished = False
+        self._put("status", status="RUNNING", timestamp_ms=_now())
+
+    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+        """Record what the run is: ``parameters`` under dotted names, and ``tags``.
+
+        MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
+        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
+        """
+        self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, in place of what they said."""
+        self._put("tags", tags=dict(tags))
+
+    def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
+        """Record a step's numbers. Once told they stand: the same names at the same step again add nothing."""
+        self.many_metrics([(step, values, timestamp_ms)])
+
+    def many_metrics(self, steps: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
+        """Record (step, values, timestamp_ms) of many steps at once."""
+        records = []
+        for step, values, timestamp_ms in steps:
+            if values:
+                once = f"metrics {step} {_digest(*sorted(values))}"
+                numbers = {name: float(value) for name, value in values.items()}
+                record = {"run": self.run_id, "kind": "metrics", "once": once, "step": step, "values": numbers}
+                records.append(record | {"timestamp_ms": timestamp_ms})
+        self._outbox.put(*records)
+
+    def image(self, key: str, image: np.ndarray, step: int) -> None:
+        """Put ``image`` (height, width, 3) uint8 on the dashboard's step slider, unless the step has one."""
+        once = f"image {key} {step}"
+        if self._outbox.knows(self.run_id, once):
+            return
+        from PIL import Image
+
+        name = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.run_id} {once}")
+        safe = re.sub(r"[^\w\-. ]", "~", key, flags=re.ASCII)[:_KEY_IN_FILE]
+        stem = f"{safe}+step+{step}+timestamp+{_now()}+{name}"  # as MLflow's log_image
+        picture = Image.fromarray(image)
+        picture.save(self._outbox.directory / f"{stem}.png")
+        picture.thumbnail((_SMALL, _SMALL))
+        picture.save(self._outbox.directory / f"{stem}+compressed.webp")
+        self._put("image", once=once, files=[f"{stem}.png", f"{stem}+compressed.webp"])
+
+    def artifact(self, path: Path, under: str = "") -> None:
+        """Store a file or a directory of the run's as ``under/<its name>``, in place of what was there."""
+        if not path.exists():
+            raise TrackingError(f"MLflow at {self.uri}: artifact {path.name} failed: there is no {path}")
+        inside = Path(os.path.relpath(path, self._directory))
+        if ".." in inside.parts:
+            raise TrackingError(
+                f"MLflow at {self.uri}: artifact {path.name} failed: {path} is not in the run's directory"
+            )
+        self._put("artifact", path=inside.as_posix(), under=under)
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Record what was trained on: ``digest`` identifies it, ``source`` is its place, ``profile`` what it holds."""
+        once = f"dataset {name} {digest}"
+        self._put("dataset", once=once, name=name, digest=digest, source=source, profile=dict(profile))
+
+    def drain(self, patience: float = _DONE_SECONDS) -> bool:
+        """Wait until MLflow knows all, or heard nothing for ``patience`` seconds. Returns whether it knows all."""
+        return self._outbox.drain(patience)
+
+    def finish(self, status: Ending) -> None:
+        """Close the run; if it is no child, deliver what waits, or say that it waits. Only the first call counts.
+
+        After Ctrl-C it takes seconds, whatever waits and even if the server is away.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        if self._monitor is not None:
+            self._monitor.end()
+        self._put("status", status=status, timestamp_ms=_now())
+        if not self._is_root:
+            return
+        try:
+            self._store.check(_GOODBYE_SECONDS)
+            most = float("inf") if status == "FINISHED" else _STOP_SECONDS
+            self._outbox.drain(min(_DONE_SECONDS, most), most)
+        except TrackingError:
+            pass  # the outbox has told, and what waits is told below
+        self._outbox.close()
+        if self._outbox.refused:
+            self._say(f"{self._outbox.refused} records could not be delivered; again: ouroboros sync {self._directory}")
+        if self._outbox.waiting:
+            self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
+
+    def open_command(self) -> str:
+        """What opens the dashboard: the run's page on a server, or the command that serves this store."""
+        if self._store.is_server:
+            return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
+        program = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+        return f"{program} --host 127.0.0.1 --port 5000"
+
+    def _put(self, kind: str, **content: Any) -> None:
+        self._outbox.put({"run": self.run_id, "kind": kind, **content})
+
+
+class _SystemMetrics(threading.Thread):
+    """The machine's processor, memory, disk, network and GPU, every few seconds, by MLflow's own collectors."""
+
+    def __init__(self, tracker: Tracker, began: float) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        super().__init__(name="SystemMetrics", daemon=True)
+        self._tracker, self._began, self._ended = tracker, began, threading.Event()
+        # MLflow's own thread gives up for good at the first answer that does not come.
+        self._source: Any = SystemMetricsMonitor(
+            tracker.run_id, sampling_interval=_MONITOR_SECONDS, tracking_uri=tracker.uri
+        )
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(self._source.sampling_interval):
+            self._source.collect_metrics()
+            values = {f"system/{name}": value for name, value in self._source.aggregate_metrics().items()}
+            for monitor in self._source.monitors:
+                monitor.clear_metrics()
+            step = int((time.time() - self._began) / self._source.sampling_interval)
+            with contextlib.suppress(OSError):  # on a full disk the run itself has more to say
+                self._tracker.metrics(step, values, _now())
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join(_GOODBYE_SECONDS)
+
+
+def deliver_rest(
+    directory: Path,
+    settings: TrackingSettings,
+    say: Callable[[str], None],
+    run_id: str | None,
+    more: Sequence[Content] = (),
+) -> int:
+    """Deliver what the outbox of a run that is over still holds, once more what was refused, and ``more``. ``run_id``
+    is the run in MLflow. Returns how many records are left, refused ones among them."""
+    box = directory / "outbox"
+    if run_id is None or not (more or undelivered(box) or (box / "refused.jsonl").exists()):
+        _settle(directory, settings)
+        return 0
+    outbox = Outbox(box, Delivery(open_store(directory, settings), directory, run_id), say, again=True)
+    outbox.put(*more)
+    outbox.drain(_DONE_SECONDS)
+    outbox.close()
+    return outbox.waiting + outbox.refused
+
+
+def open_store(directory: Path, settings: TrackingSettings) -> MlflowStore:
+    """The store of a run in ``directory``: a server, or a database whose folder is made if need be."""
+    if settings.uri and settings.uri.startswith("http"):
+        return MlflowStore(settings.uri.rstrip("/"))
+    database = _settle(directory, settings) or Path((settings.uri or "").removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowStore(f"sqlite:///{database}")
+
+
+def _settle(directory: Path, settings: TrackingSettings) -> Path | None:
+    """The database in a run's directory, or for a sweep's trial in the sweep's, with what it says of places set right
+    if the directory was moved; None if the run keeps none."""
+    if settings.uri is not None:
+        return None
+    home = directory.resolve()
+    if settings.parent and home.parent.name == "trials" and (home.parents[1] / "records").is_dir():
+        home = home.parents[1]
+    settle(home / "mlflow.db")
+    return home / "mlflow.db"
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def names_user(uri: str) -> bool:
+    """Whether ``uri`` names a user, as in http://user:password@host."""
+    return "@" in urlsplit(uri).netloc
+
+
+def _digest(*texts: str) -> str:
+    return sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)

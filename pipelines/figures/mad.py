@@ -1,0 +1,166 @@
+"""The pictures of a self-consuming experiment, from plain arrays: curves, trajectories, samples and class shares.
+
+A colour belongs to an arm, in the order of first appearance. Bands and bars are 95 % intervals over seeds; nan leaves a
+gap. Generations count from 1. Equal input gives equal bytes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.figures.plots import _DPI, _FAINT, _FRAME, _INK, _LINES, _dress, _save, _sheet, image_grid
+from policies.common.intervals import Scale, interval, scale_of
+
+_ARMS = (*_LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
+_BLUE = _LINES["blue"]
+_FLOOR = {"color": _FAINT, "linestyle": ":", "linewidth": 1.4, "label": "real against real"}
+_Arms = Mapping[str, np.ndarray]
+
+
+def arm_curves(
+    path: Path,
+    curves: Mapping[str, _Arms],
+    laws: Mapping[str, _Arms],
+    floors: Mapping[str, float],
+    titles: Mapping[str, str],
+) -> None:
+    """Write a PNG with a panel for each metric of ``curves``: metric → arm → (seeds, generations).
+
+    ``laws`` (metric → arm → (generations,)) are dashed over the means, ``floors`` (metric → what real data scores
+    against real data) dotted; ``titles`` head the panels.
+    """
+    colours = _colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
+    figure, panels = _sheet(len(curves), 3, 4.3, 2.9)
+    for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
+        _dress(axes, titles.get(metric, metric), "generation")
+        bands = {}
+        for name, values in arms.items():
+            mean, *bands[name] = interval(values, scale_of(metric))
+            line = "o-" if len(mean) <= 30 else "-"
+            axes.plot(np.arange(1, len(mean) + 1), mean, line, color=colours[name], label=name, lw=1.8, ms=3)
+        for name, law in laws.get(metric, {}).items():
+            axes.plot(np.arange(1, len(law) + 1), law, "--", color=0.55 * colours[name], lw=1.2, label="exact law")
+        if metric in floors:
+            axes.axhline(floors[metric], **_FLOOR)
+        _draw_bands(axes, bands, colours)
+    _finish(figure, path)
+
+
+def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a PNG of each arm's way through the recall–precision plane: arm → precision, recall (seeds, generations).
+
+    Lines are means over seeds, their dots grow with the generation; single seeds are faint.
+    """
+    colours = _colours(paths)
+    figure, (axes,) = _sheet(1, 1, 5.6, 4.9)
+    _dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
+    axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
+    axes.set_aspect("equal", adjustable="datalim")
+    for name, (precision, recall) in paths.items():
+        seeds = np.stack([recall, precision])
+        x, y = seeds.mean(axis=1)
+        axes.plot(*seeds.swapaxes(1, 2), color=colours[name], lw=0.7, alpha=0.25)
+        axes.plot(x, y, color=colours[name], lw=1.6, label=name)
+        axes.scatter(x[1:], y[1:], np.linspace(4, 34, len(x))[1:], color=colours[name], lw=0, zorder=3)
+        axes.scatter(x[:1], y[:1], 26, facecolors="white", edgecolors=colours[name], lw=1.6, zorder=4)
+    _finish(figure, path)
+
+
+def fresh_fraction_curve(
+    path: Path, fractions: np.ndarray, final: np.ndarray, floor: float | None, metric: str, scale: Scale
+) -> None:
+    """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,), in order;
+    ``scale`` is that of its seeds."""
+    mean, low, high = interval(final, scale)
+    figure, (axes,) = _sheet(1, 1, 5.6, 3.6)
+    _dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    bars = (mean - low, high - mean)
+    axes.errorbar(fractions, mean, bars, fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval")
+    axes.scatter(np.tile(fractions, len(final)), final, 18, color=_BLUE, alpha=0.3, lw=0, label="one seed")
+    if floor is not None:
+        axes.axhline(floor, **_FLOOR)
+    axes.set_ylim(bottom=0)
+    _finish(figure, path)
+
+
+def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
+    """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
+    rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
+    grid = image_grid(rgb.reshape(-1, *rgb.shape[2:]), images.shape[1])
+    figure, (axes,) = _sheet(1, 1, grid.shape[1] / _DPI + 0.8, grid.shape[0] / _DPI + 0.5)
+    axes.imshow(grid)
+    axes.set_title("each column: one latent seed", fontsize=8, color=_FAINT)
+    axes.set_xticks([])
+    axes.set_yticks(
+        (np.arange(len(labels)) + 0.5) * len(grid) / len(labels), labels, fontsize=9, color=_INK, weight="bold"
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndarray) -> None:
+    """Write a PNG with a panel for each label of ``points`` (n, 2), over the ``reference`` (n, 2) in grey.
+
+    All panels show one square, which holds 99 % of all coordinates.
+    """
+    figure, panels = _sheet(len(points), 5, 2.1, 2.3)
+    low, high = np.percentile(np.vstack([reference, *points.values()]), (0.5, 99.5))
+    view = (low - 0.08 * (high - low), high + 0.08 * (high - low))
+    for axes, (label, cloud) in zip(panels, points.items(), strict=True):
+        axes.set(xticks=[], yticks=[], xlim=view, ylim=view, aspect="equal")
+        axes.set_title(label, loc="left", fontsize=9, color=_INK, weight="bold", pad=4)
+        axes.spines[:].set_color(_FRAME)
+        for name, dots, colour in (("real", reference, _FAINT), ("generated", cloud, _BLUE)):
+            size = np.clip(4000 / len(dots), 1.5, 8)
+            axes.scatter(*dots.T, s=size, color=colour, alpha=0.5, linewidths=0, label=name)
+    _finish(figure, path, markerscale=2)
+
+
+def class_heatmap(path: Path, shares: np.ndarray) -> None:
+    """Write a PNG of the classes' ``shares`` (generations, classes)."""
+    extent = (0.5, shares.shape[0] + 0.5, -0.5, shares.shape[1] - 0.5)
+    figure, (axes,) = _sheet(1, 1, 5.6, min(0.9 + 0.26 * shares.shape[1], 7))
+    _dress(axes, "share of each class", "generation", "class")
+    axes.grid(visible=False)
+    axes.yaxis.get_major_locator().set_params(integer=True, nbins=20)
+    picture = axes.imshow(shares.T, "Blues", aspect="auto", interpolation="none", origin="lower", extent=extent, vmin=0)
+    bar = figure.colorbar(picture, format="{x:.0%}")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=_FAINT, labelsize=8, length=0)
+    _save(figure, path)
+
+
+def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Red, green and blue (3,) of each name; beyond the palette, evenly from the rainbow."""
+    from matplotlib import colormaps, colors
+
+    arms = list(dict.fromkeys(names))
+    palette = _ARMS if len(arms) <= len(_ARMS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
+    return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
+
+
+def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _Arms) -> None:
+    """Fill the intervals. The view makes room for them, but at most its own height above and below."""
+    scale = axes.yaxis.get_transform()
+    low, high = scale.transform(axes.get_ylim())
+    for name, band in bands.items():
+        x, label = np.arange(1, len(band[0]) + 1), "" if np.isnan(band).all() else "95 % interval over seeds"
+        axes.fill_between(x, *band, color=colours[name], alpha=0.14, lw=0, label=label)
+    lowest, highest = scale.transform(axes.get_ylim())
+    axes.set_ylim(*scale.inverted().transform((max(lowest, 2 * low - high), min(highest, 2 * high - low))))
+
+
+def _finish(figure: Any, path: Path, **options: Any) -> None:
+    """Save with a legend below: every label once, in rows as full as the longest allows."""
+    found = (axes.get_legend_handles_labels() for axes in figure.axes)
+    keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
+    style = {"ncols": columns, "fontsize": 7.5, "labelcolor": _INK, "frameon": False} | options
+    for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)

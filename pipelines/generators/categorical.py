@@ -1,0 +1,59 @@
+"""The categorical family: fitted by its frequencies. Its loop is the Wright–Fisher model of genetic drift.
+
+A sampling bias λ sharpens: it draws with probabilities ∝ p^(1/λ).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from pipelines.generators import Arrays, Samples
+from pipelines.generators.settings import CategoricalSettings
+from policies.common.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class CategoricalGenerator(Arrays):
+    """``probabilities`` (universes, categories) float64. Samples are category numbers, values (universes, n)."""
+
+    probabilities: np.ndarray
+
+    @staticmethod
+    def truth(settings: CategoricalSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+        """``count`` real samples a universe, from the ``start``-th on, uniform over the categories."""
+        streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
+        return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in streams]))
+
+    @classmethod
+    def fit(cls, settings: CategoricalSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+        """The (weighted) frequency of each category; nothing else changes it."""
+        universes, count = data.values.shape
+        weights = np.ones(count) if data.weights is None else data.weights
+        cell = data.values + settings.categories * np.arange(universes)[:, None]
+        totals = np.bincount(
+            cell.ravel(), np.broadcast_to(weights, cell.shape).ravel(), minlength=universes * settings.categories
+        )
+        return cls(totals.reshape(universes, -1) / weights.sum())
+
+    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+        """Draw from p^(1/λ), normalised, by inverting the cumulative distribution."""
+        with np.errstate(divide="ignore", over="ignore"):
+            logs = np.log(self.probabilities)
+            sharpened = np.exp((logs - logs.max(axis=1, keepdims=True)) / bias)  # 1 for the likeliest, however small λ
+        edges = np.cumsum(sharpened, axis=1)
+        uniform = [np.random.default_rng(seed).random(count) for seed in seeds]
+        draws = [np.searchsorted(edge, u * edge[-1], side="right") for edge, u in zip(edges, uniform, strict=True)]
+        last = np.argmax(edges, axis=1)[:, None]  # a number just below 1 is rounded to beyond it
+        return Samples(np.minimum(np.stack(draws), last))
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Distance to the truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""
+        p = self.probabilities
+        return {
+            "total_variation": np.abs(p - 1 / p.shape[1]).sum(axis=1) / 2,
+            "heterozygosity": 1 - np.sum(p**2, axis=1),
+            "entropy": -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1),
+            "categories_left": np.count_nonzero(p, axis=1).astype(np.float64),
+        }

@@ -1,0 +1,148 @@
+"""Class-conditional diffusion of small images (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2207.12598).
+
+A diffusers UNet predicts v on a cosine schedule. Some of its training labels are replaced by a null class, so that
+sampling can be biased toward what a label says: MAD's λ is a diffusers ``guidance_scale`` of 1/λ.
+"""
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from torch import Tensor
+
+from pipelines.generators import Samples
+from pipelines.generators.settings import DiffusionSettings
+from pipelines.measures.evaluator import to_network_input
+from pipelines.training import train
+from policies.rl.health import check_drawn
+
+
+class DiffusionGenerator:
+    """A fitted UNet. One universe: ``values`` are uint8 (1, n, height, width, channels), and there is one seed."""
+
+    def __init__(self, settings: DiffusionSettings, unet: Any, shares: np.ndarray | None = None) -> None:
+        self.settings = settings
+        self.unet = unet.eval().requires_grad_(False)
+        self.unet.register_to_config(_name_or_path="")  # else equal models would remember where they were loaded from
+        self.classes = unet.config.num_class_embeds - 1  # the last one is the null class
+        # Of each label in the training set, (classes,).
+        self.shares = np.full(self.classes, 1 / self.classes) if shares is None else shares
+        kind = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        self.noises = DDPMScheduler(settings.timesteps, beta_schedule="squaredcos_cap_v2", **kind)
+
+    @classmethod
+    def fit(
+        cls,
+        settings: DiffusionSettings,
+        data: Samples,
+        seeds: Sequence[int],
+        start: Self | None = None,
+        device: str = "cpu",
+    ) -> Self:
+        """Train from scratch, or on from ``start``'s weights, on batches drawn in proportion to ``data.weights``."""
+        assert data.labels is not None  # real images have them, and those of this family
+        (seed,), images, labels = seeds, to_network_input(data.values[0]), torch.from_numpy(data.labels[0])
+        weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
+        unet = deepcopy(start.unet) if start is not None else _build(settings, images, labels, seed)
+        classes = unet.config.num_class_embeds - 1
+        if labels.max() >= classes:
+            raise ValueError(f"label {labels.max()} is none of the {classes} classes: set classes higher")
+        shares = np.bincount(labels.numpy(), weights.numpy(), minlength=classes) / weights.sum().item()
+        generator = cls(settings, unet.to(device), shares)
+        generator._train(images, labels, weights, torch.Generator().manual_seed(seed))
+        return generator
+
+    def _train(self, images: Tensor, labels: Tensor, weights: Tensor, random: torch.Generator) -> None:
+        settings, noises, device = self.settings, self.noises, self.unet.device
+        unet = self.unet.train().requires_grad_(True)
+
+        def loss() -> Tensor:
+            chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=random)
+            times = torch.randint(settings.timesteps, chosen.shape, generator=random)
+            hidden = torch.rand(chosen.shape, generator=random) < settings.label_dropout
+            clean, shown = images[chosen], labels[chosen].masked_fill(hidden, self.classes)
+            noise = torch.randn(clean.shape, generator=random)
+            noisy, target = noises.add_noise(clean, noise, times), noises.get_velocity(clean, noise, times)
+            velocity = unet(noisy.to(device), times.to(device), shown.to(device)).sample
+            return torch.nn.functional.mse_loss(velocity, target.to(device))
+
+        train(unet, loss, settings.training_steps, settings.learning_rate, fused=True)
+        unet.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+        """``count`` images and the labels they were asked to show: the training set's own, in random order.
+
+        A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
+        """
+        (seed,) = seeds
+        random = torch.Generator().manual_seed(seed)
+        labels = _labels(torch.from_numpy(self.shares), count, random)
+        batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
+        return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None])
+
+    def _denoise(self, labels: Tensor, random: torch.Generator, guidance_scale: float) -> Tensor:
+        """Images (n, height, width, channels) uint8 of ``labels`` (n,)."""
+        # Ancestral sampling in so few steps shrinks the variance within a class by a third: a hidden sampling bias.
+        sampler = DPMSolverMultistepScheduler.from_config(self.noises.config, thresholding=True, sample_max_value=1.0)
+        sampler.set_timesteps(self.settings.sampling_steps)
+        shape = (len(labels), self.unet.config.in_channels, *self.unet.config.sample_size)
+        images, labels = torch.randn(shape, generator=random).to(self.unet.device), labels.to(self.unet.device)
+        for time in sampler.timesteps:
+            velocity = self.unet(images, time, labels).sample
+            if guidance_scale != 1:
+                free = self.unet(images, time, torch.full_like(labels, self.classes)).sample
+                velocity = free + guidance_scale * (velocity - free)
+            images = sampler.step(velocity, time, images).prev_sample
+        check_drawn(bool(images.isfinite().all()))
+        return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+
+    def save(self, directory: Path) -> None:
+        """The UNet as diffusers writes it, the settings and the labels' shares. Equal generators write equal bytes."""
+        self.unet.save_pretrained(directory / "unet")
+        config = {"settings": self.settings.model_dump(), "shares": self.shares.tolist()}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Self:
+        """The generator that :meth:`save` wrote."""
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        unet = UNet2DModel.from_pretrained(directory / "unet").to(device)
+        return cls(DiffusionSettings(**config["settings"]), unet, np.array(config["shares"]))
+
+
+def _labels(shares: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Labels (count,), of which every first n have each label's share of n to within about one.
+
+    The j-th of a label falls due at a random moment from j to j + 1 times the inverse of its share. Independent draws
+    would let the shares drift from generation to generation even if the model were perfect.
+    """
+    needed = torch.where(shares > 0, (count * shares).long() + 2, 0)
+    labels = torch.repeat_interleave(needed)
+    number = torch.arange(len(labels)) - (needed.cumsum(0) - needed)[labels]
+    due = (number + torch.rand(len(labels), generator=random, dtype=torch.float64)) / shares[labels]
+    return labels[due.argsort()[:count]]
+
+
+def _build(settings: DiffusionSettings, images: Tensor, labels: Tensor, seed: int) -> Any:
+    """An untrained UNet for ``images`` (n, channels, height, width) and ``labels`` (n,)."""
+    _, channels, *size = images.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DModel(
+            tuple(size),
+            channels,
+            channels,
+            down_block_types=("DownBlock2D",) * settings.levels,
+            up_block_types=("UpBlock2D",) * settings.levels,
+            block_out_channels=tuple(settings.channels * 2**level for level in range(settings.levels)),
+            layers_per_block=1,
+            add_attention=False,
+            norm_num_groups=8,
+            num_class_embeds=(settings.classes or int(labels.max()) + 1) + 1,
+        )

@@ -1,0 +1,158 @@
+"""The tasks of one chain of generations: what each depends on, and so what it is called.
+
+A task names only what its result depends on. That is why generation 1 of two arms, or any prefix on which they agree,
+is one task with one key, and is done once.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.generators.registry import CLOSED_FORM
+from pipelines.storage.tasks import Task
+from policies.loops.rules import REAL, Manifest
+from policies.loops.settings import LoopSettings
+
+
+@dataclass(frozen=True)
+class RealSource:
+    """Where real samples come from: a distribution, or images with the extractor that was trained on them."""
+
+    samples: int  # that a generation is measured with, and as many real ones
+    pool: int | None = None  # real images that models may be trained on; None: a distribution, endless
+    data: Task | None = None
+    extractor: Task | None = None
+    classes: int = 0
+
+
+def image_source(sha256: str, samples: int, pool: int, classes: int) -> RealSource:
+    """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest."""
+    data = Task("data", {"sha256": sha256, "reference": samples}, label="real data")
+    return RealSource(samples, pool, data, Task("extractor", {"classes": classes}, (data,), "extractor"), classes)
+
+
+class Chain:
+    """Task by task, the generations of one arm in some universes (seeds)."""
+
+    def __init__(
+        self,
+        name: str,
+        loop: LoopSettings,
+        family: str,
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        source: RealSource,
+    ) -> None:
+        self._name = f"{name}, seed {seeds[0]}" + (f"–{seeds[-1]}" if len(seeds) > 1 else "")
+        self._loop = loop
+        self._common = {"family": family, "settings": dict(settings), "seeds": list(seeds)}
+        self._closed_form = family in CLOSED_FORM
+        self._source = source
+        self._real = [task for task in (source.data, source.extractor) if task]
+        self._selection = _selection(loop)
+
+    def fit(self, manifest: Manifest, drawn: Mapping["Batch", Task], start: Task | None, kept: bool) -> Task:
+        """Train the model of a generation on its manifest, going on from ``start`` if there is one.
+
+        Moments of many universes are large and quick to make again, so they stay on the disk only if ``kept``.
+        """
+        parameters, inputs = self._training_set(manifest, drawn)
+        inputs += [start] if start else []
+        kept = kept or self._common["family"] not in ("gaussian", "categorical")
+        parameters["fine_tunes"] = start is not None
+        return self._task("fit", manifest.generation, parameters, inputs, kept)
+
+    def sample(self, model: Task, generation: int, start: int, stop: int) -> "Drawn":
+        """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
+        if self._closed_form:
+            return Drawn(model, start, stop)
+        inputs = [model, self._real[1]] if self._selection else [model]
+        parameters = {"selection": self._selection, "role": "training", "start": start, "count": stop - start}
+        return Drawn(self._draw(model, generation, parameters, inputs), start, stop)
+
+    def evaluation(self, model: Task, generation: int) -> Task | None:
+        """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
+        if self._closed_form:
+            return None
+        return self._draw(model, generation, {"role": "evaluation", "count": self._source.samples}, [model])
+
+    def measure(self, model: Task, evaluation: Task | None, manifest: Manifest, drawn: Mapping["Batch", Task]) -> Task:
+        """Measure a generation: its moments, or its samples beside the reference and its training set."""
+        if evaluation is None:
+            parameters: dict[str, Any] = {"samples": self._source.samples, "sampling_bias": self._loop.sampling_bias}
+            return self._task("measure", manifest.generation, self._common | parameters, [model])
+        parameters, training = self._training_set(manifest, drawn)
+        inputs = [evaluation, *self._real, *training]
+        return self._task("measure", manifest.generation, {**parameters, "classes": self._source.classes}, inputs)
+
+    def _training_set(self, manifest: Manifest, drawn: Mapping["Batch", Task]) -> tuple[dict[str, Any], list[Task]]:
+        """Parameters and inputs from which a manifest's samples can be read or drawn."""
+        inputs: list[Task] = []
+        sources: list[int | None] = []  # for each part the input that it is read or drawn from
+        parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json(), "sources": sources}
+        for part in manifest.parts:
+            if part.generation == REAL and not self._real:
+                sources.append(None)
+                continue
+            task = self._real[0] if part.generation == REAL else drawn[part.generation, part.start]
+            if part.generation != REAL and self._closed_form:
+                parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
+            if task not in inputs:
+                inputs.append(task)
+            sources.append(inputs.index(task))
+        return parameters, inputs
+
+    def _draw(self, model: Task, generation: int, parameters: dict[str, Any], inputs: Sequence[Task]) -> Task:
+        about = {"generation": generation, "checkpoint": model.key, "sampling_bias": self._loop.sampling_bias}
+        return self._task("sample", generation, self._common | about | parameters, inputs)
+
+    def _task(
+        self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task], kept: bool = True
+    ) -> Task:
+        return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}", kept)
+
+
+Batch = tuple[int, int]  # a generation, and the number of the first sample
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples ``start`` to ``stop`` of a generation: a stored set, or the model that draws them wherever needed."""
+
+    task: Task
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of one arm in some universes: its training set, its tasks, and what it drew for others."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    number: int
+    manifest: Manifest
+    fit: Task
+    drawn: tuple[Drawn, ...]  # for later generations
+    evaluation: Task | None
+    measure: Task
+
+
+def batches(manifests: Iterable[Manifest]) -> dict[int, dict[int, int]]:
+    """What each generation has to draw for later ones: where each batch begins, and where it ends."""
+    found: dict[int, dict[int, int]] = defaultdict(dict)
+    for manifest in manifests:
+        for part in manifest.parts:
+            if part.generation != REAL:
+                found[part.generation][part.start] = part.stop
+    return found
+
+
+def _selection(loop: LoopSettings) -> dict[str, Any] | None:
+    """How samples are selected, with what that depends on and nothing else."""
+    if loop.rule == "curated":
+        return {"rule": "curated", "candidates": loop.candidates, "reward": loop.reward}
+    if loop.rule == "verified":
+        return {"rule": "verified", "candidates": loop.candidates, "acceptance": loop.acceptance}
+    return None

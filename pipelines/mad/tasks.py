@@ -1,0 +1,254 @@
+"""What the tasks of a self-consuming loop do: pure functions from parameters and files to files.
+
+Closed-form families draw samples wherever they are needed: a draw is a function of (model, seed, bias, number) and
+cheaper than storing it. Families that train a network do one universe a task, and their samples are stored.
+"""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from pipelines.data.real_data import ledger_order
+from pipelines.generators import Generator, Samples
+from pipelines.generators.registry import CLOSED_FORM, SETTINGS, generator_class, load_generator, packed, unpacked
+from pipelines.mad.drawing import draw
+from pipelines.storage.atomic import Files
+from policies.common.seeding import derive_seed
+from policies.loops.rules import REAL, Manifest, Part
+
+Parameters = Mapping[str, Any]
+
+
+def perform(kind: str, parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Do one task."""
+    return _TASKS[kind](parameters, inputs, device)
+
+
+def real_data_files(images: np.ndarray, labels: np.ndarray | None, pool: np.ndarray, reference: np.ndarray) -> Files:
+    """Real images as the result of a task: the pool that models learn from, and the reference that none ever sees."""
+    arrays = {"pool": images[pool], "pool_rows": pool, "reference": images[reference], "reference_rows": reference}
+    if labels is not None:
+        arrays["pool_labels"] = labels[pool]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return {"real.npz": buffer.getvalue()}
+
+
+def read_real_data(files: Files) -> dict[str, np.ndarray]:
+    """The arrays of :func:`real_data_files`."""
+    with np.load(io.BytesIO(files["real.npz"])) as arrays:
+        return dict(arrays)
+
+
+def read_samples(files: Files) -> Samples:
+    """The stored samples of one universe."""
+    from datasets import Dataset
+
+    rows = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
+    images = np.stack([np.asarray(image, np.uint8) for image in rows["image"]])
+    images = images[..., None] if images.ndim == 3 else images
+    unlabelled = rows["label"].dtype.kind != "i"  # a column of nothing is read as numbers that are not
+    labels = None if unlabelled else rows["label"][None]
+    return Samples(images[None], labels)
+
+
+def evaluation_points(family: str, model: Generator, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 2) that the first universe's model draws for its evaluation, and as many real ones."""
+    count, seed = parameters["samples"], parameters["seeds"][0]
+    drawn = model.sample(count, [derive_seed(seed, "evaluation")], parameters["sampling_bias"])
+    return drawn.values[0], _reference_points(family, parameters)
+
+
+def _reference_points(family: str, parameters: Parameters, stream: str = "reference") -> np.ndarray:
+    settings = SETTINGS[family](**parameters["settings"])
+    truth: Samples = generator_class(family).truth(settings, [derive_seed(0, stream)], 0, parameters["samples"])
+    return truth.values[0]
+
+
+def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Train a generation's model on the samples of its manifest."""
+    family, seeds = parameters["family"], parameters["seeds"]
+    settings = SETTINGS[family](**parameters["settings"])
+    start = load_generator(family, inputs[-1], device) if parameters["fine_tunes"] else None
+    data, ids = _training_set(parameters, inputs)
+    streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
+    model = generator_class(family).fit(settings, data, streams, start=start, device=device)
+    files = packed(model.save)
+    if family not in CLOSED_FORM:
+        files["training_set.json"] = json.dumps(ids).encode()
+    return files
+
+
+def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Draw one universe's samples, for training or for evaluation. Each row says where it comes from."""
+    from datasets import Dataset, Features, Image, Value, disable_progress_bars
+
+    model = load_generator(parameters["family"], inputs[0], device)
+    count, seeds, bias = parameters["count"], parameters["seeds"], parameters["sampling_bias"]
+    if parameters["role"] == "evaluation":  # the same latent seeds at every generation: pictures can be compared
+        drawn = model.sample(count, [derive_seed(seed, "evaluation") for seed in seeds], bias)
+    else:
+        extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
+        selection, start = parameters["selection"], parameters["start"]
+        drawn = draw(model, count, seeds, parameters["generation"], bias, selection, extractor, start)
+    rows = {
+        "image": [image.squeeze(-1) if image.shape[-1] == 1 else image for image in drawn.values[0]],
+        "label": [None] * count if drawn.labels is None else drawn.labels[0].tolist(),
+        "role": [parameters["role"]] * count,
+        "generation": [parameters["generation"]] * count,
+        "seed": [seeds[0]] * count,
+        "checkpoint": [parameters["checkpoint"]] * count,
+        "sampling_bias": [bias] * count,
+    }
+    kinds = {"image": Image(), "label": Value("int64"), "role": Value("string"), "generation": Value("int32")}
+    kinds |= {"seed": Value("int64"), "checkpoint": Value("string"), "sampling_bias": Value("float64")}
+    disable_progress_bars()
+    return packed(Dataset.from_dict(rows, features=Features(kinds)).save_to_disk)
+
+
+def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Train the frozen eye of the image metrics on the pool, and show it the reference."""
+    from pipelines.measures.features import train_extractor
+
+    real = read_real_data(inputs[0])
+    seed, classes = derive_seed(0, "extractor"), parameters["classes"]
+    extractor = train_extractor(real["pool"], real["pool_labels"], classes, seed, device)
+    np.save(buffer := io.BytesIO(), extractor.features(real["reference"]))
+    about = json.dumps({"sha256": extractor.sha256}).encode()
+    return {**packed(extractor.save), "about.json": about, "reference.npy": buffer.getvalue()}
+
+
+def _load_extractor(files: Files, device: str) -> Any:
+    from pipelines.measures.features import load_extractor
+
+    return unpacked(files, lambda directory: load_extractor(directory, device))
+
+
+def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """The metrics of a generation: for each name one value a universe."""
+    family = parameters["family"]
+    if family in CLOSED_FORM:
+        model: Any = load_generator(family, inputs[0])
+        if family != "mixture":
+            return _metrics(model.measure())
+        from pipelines.generators.mixture import measure_points
+
+        return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
+    from pipelines.measures.distances import measure_images
+
+    drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
+    training, _ = _training_set(parameters, inputs[3:])
+    images, labels = drawn.values[0], None if drawn.labels is None else drawn.labels[0]
+    reference = real["reference"], np.load(io.BytesIO(inputs[2]["reference.npy"]))
+    classes = parameters["classes"]
+    return _metrics(*measure_images(images, labels, *reference, training.values[0], extractor, classes))
+
+
+def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """The real-versus-real floor: what the metrics say of real samples in place of generated ones."""
+    if parameters["family"] == "mixture":
+        from pipelines.generators.mixture import measure_points, mode_centres
+
+        real, others = (_reference_points("mixture", parameters, stream) for stream in ("floor", "reference"))
+        return _metrics(measure_points(real, others, mode_centres(parameters["settings"]["modes"])))
+    from pipelines.measures.distances import measure_images
+
+    data, extractor = read_real_data(inputs[0]), _load_extractor(inputs[1], device)
+    order = np.random.default_rng(derive_seed(0, "floor")).permutation(len(data["pool"]))
+    apart, rest = np.split(order, [len(data["reference"])])
+    pool, labels, classes = data["pool"], data["pool_labels"], parameters["classes"]
+    reference = data["reference"], np.load(io.BytesIO(inputs[1]["reference.npy"]))
+    return _metrics(*measure_images(pool[apart], labels[apart], *reference, pool[rest], extractor, classes))
+
+
+_TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
+    "fit": _fit,
+    "sample": _sample,
+    "extractor": _extractor,
+    "measure": _measure,
+    "floor": _floor,
+}
+
+
+def _metrics(values: Mapping[str, float | np.ndarray], histogram: Sequence[float] | None = None) -> Files:
+    """``values`` of one universe, or (universes,) each."""
+    metrics = {name: np.atleast_1d(value).tolist() for name, value in values.items()}
+    return {"metrics.json": json.dumps({"metrics": metrics, "class_histogram": histogram}).encode()}
+
+
+def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samples, list[dict[str, Any]]]:
+    """The samples that a manifest names, part after part; and their ids in the first universe."""
+    manifest = Manifest.from_json(parameters["manifest"])
+    parts = zip(manifest.parts, parameters["sources"], strict=True)
+    held = [_held(parameters, part, source, inputs) for part, source in parts]
+    alike = manifest.subsample is None and all(part.drawn is None for part in manifest.parts)
+    rows = [  # of each universe, for each part: a subsample takes other numbers of each in every universe
+        [row - each.first for row, each in zip(manifest.rows(seed), held, strict=True)]
+        for seed in parameters["seeds"][: 1 if alike else None]
+    ]
+
+    def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if alike:
+            return np.concatenate([array[:, row] for array, row in zip(arrays, rows[0], strict=True)], axis=1)
+        universes = [[array[u][row] for array, row in zip(arrays, mine, strict=True)] for u, mine in enumerate(rows)]
+        return np.stack([np.concatenate(parts) for parts in universes])
+
+    origin = next((each.origin for each in held if each.origin is not None), None)
+    labels = [each.samples.labels for each in held if each.samples.labels is not None]
+    weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])
+    samples = Samples(
+        joined([each.values_from(origin) for each in held]),
+        joined(labels) if len(labels) == len(held) else None,  # an unconditional model labels nothing
+        None if np.all(weights == weights[0]) else weights,
+        origin,
+    )
+    ids = [
+        {"role": part.role, "generation": part.generation, "ids": each.names[row].tolist()}
+        for part, each, row in zip(manifest.parts, held, rows[0], strict=True)
+    ]
+    return samples, ids
+
+
+class _Held(NamedTuple):
+    """What a part takes from: samples of each universe, their names, and the manifest's number for the first.
+
+    ``origin`` (universes, d), None for 0, is the point from which a Gaussian's values are counted.
+    """
+
+    samples: Samples
+    names: np.ndarray
+    first: int
+    origin: np.ndarray | None = None
+
+    def values_from(self, origin: np.ndarray | None) -> np.ndarray:
+        """The values, counted from another point."""
+        if origin is None:
+            return self.samples.values
+        shift: np.ndarray = (0 if self.origin is None else self.origin) - origin
+        return self.samples.values + shift[:, None]
+
+
+def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequence[Files]) -> _Held:
+    family, seeds = parameters["family"], parameters["seeds"]
+    if source is None:  # a distribution, which never runs out
+        settings = SETTINGS[family](**parameters["settings"])
+        drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
+        return _Held(drawn, np.arange(part.start, part.stop), part.start)
+    files = inputs[source]
+    if part.generation == REAL:
+        real = read_real_data(files)
+        order = ledger_order(len(real["pool"]), seeds[0])
+        labels = real["pool_labels"][order][None] if "pool_labels" in real else None
+        return _Held(Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0)
+    numbers = np.arange(part.start, part.stop)
+    if family not in CLOSED_FORM:
+        return _Held(read_samples(files), numbers, part.start)
+    model, bias, selection = load_generator(family, files), parameters["sampling_bias"], parameters["selection"]
+    origin = None
+    if family == "gaussian" and selection is None:  # else a spread far below its mean would be rounded away
+        model, origin = cast(Any, model).centred()
+    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=part.start)
+    return _Held(drawn, numbers, part.start, origin)

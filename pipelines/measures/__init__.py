@@ -1,0 +1,1 @@
+"""Judges that take no part in training: distances, features, the evaluator."""

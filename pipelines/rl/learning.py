@@ -1,0 +1,302 @@
+"""The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.denoisers import load_family
+from pipelines.limits import memory_limit
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.sharding import own_part, placed_as, shard, unsharded
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import (
+    Weights,
+    copied,
+    exported_adapter,
+    exported_weights,
+    fill,
+    from_numpy,
+    load_weights,
+    masters,
+    prepare,
+    swapped,
+    to_numpy,
+)
+from pipelines.settings import ModelSettings
+from pipelines.storage.checkpoint import LearnerState, WeightsKind
+from policies.rl.forward_process import negative_aware, reward_weighted
+from policies.rl.group import Group, gathered
+from policies.rl.health import SickNumbers
+from policies.rl.objectives import policy_gradient, replayed
+from policies.rl.rollouts import Network, Rollouts
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from policies.rl.update import PolicyLearner, UpdateStatistics, check_reproduced, estimated_kl
+
+OBJECTIVES = {
+    "importance_sampling": policy_gradient,
+    "score_function": policy_gradient,
+    "reward_weighted": reward_weighted,
+    "negative_aware": negative_aware,
+}
+
+_LOSS_SCALE = 2.0**16  # below 6e-8 a gradient in float16 is 0
+SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
+LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
+
+
+class DiffusionLearner:
+    """DDPO on the network of a diffusion model, alone or as one of a ``group`` whose members are all told the same.
+
+    ``sharding``: whether they share out weights, gradients and optimiser state; None: where these do not fit on one
+    device. Then weights and state are gathered: all have to ask for them, and to save, at the same time.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        sampling: SamplingSettings,
+        training: TrainingSettings,
+        seed: int,
+        device: str = "cpu",
+        group: Group | None = None,
+        sharding: bool | None = None,
+    ) -> None:
+        torch.manual_seed(seed)  # LoRA's initial weights
+        self.model = model
+        self.sampling, self.training = sampling, training
+        self.group = group = group or Group()
+        self.policy = DiffusionPolicy(model, sampling, device)
+        self.parameters = prepare(self.policy.network, model)
+        self.micro_batch = self._find_micro_batch()
+        group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
+        if group.sharded:
+            shard(self.policy.network, group.size)
+            self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
+        self.masters = masters(self.parameters)
+        scale = _LOSS_SCALE if self.policy.dtype == torch.float16 else 1.0
+        self.learner = PolicyLearner(list(self.masters.values()), training, self.micro_batch, group, scale)
+        self.learner.optimizer.register_step_post_hook(lambda *_: fill(self.parameters, self.masters))
+        self.first = copied(self.masters) if training.kl_weight else {}
+        self.average = copied(self.masters) if training.ema_decay else {}
+        self.previous: dict[str, Tensor] = {}  # at depth 1: what the version before drew with
+        self.weights_version = 0
+
+    def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
+        """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
+
+        At depth 1 they may be of the version before: it is replayed on a micro-batch of them, to give what is stored.
+        Raises ValueError on a trajectory of other weights, RatioError and SickNumbers as the policies do.
+        """
+        staleness = self.weights_version - trajectory.weights_version
+        if staleness and (staleness != 1 or not self.previous):
+            raise ValueError(
+                f"the images were drawn by weights version {trajectory.weights_version}, the learner holds "
+                f"{self.weights_version}: at depth {self.training.depth} that cannot be"
+            )
+        schedule, training = self.policy.schedule, self.training
+        before = copied(self.masters)
+        rollouts = self._rollouts(trajectory, advantage, before, seed)
+        objective = OBJECTIVES[training.objective](rollouts, training)
+        steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
+        generator, found = torch.Generator().manual_seed(seed), {}
+        if staleness and not training.on_forward_process:
+            found = self._replay(rollouts, steps, generator)
+        # An image that is as good as its prompt's others teaches nothing, but to stay near the first weights.
+        teaching = None if training.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
+        statistics = self.learner.learn(objective, len(advantage), steps, generator, teaching)
+        statistics = replace(statistics, staleness=staleness, **found)
+        pairs = [(own_part(before[name]), own_part(value)) for name, value in self.masters.items()]
+        sick = not all(torch.isfinite(after).all() for _, after in pairs)
+        *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
+        changed = sum(different)
+        if not changed and self.training.on_sick_numbers == "stop":
+            why = "check the learning rate" if np.any(advantage) else "no image is better than what it is compared with"
+            raise SickNumbers(f"the step's updates changed no tensor: {why}")
+        if sick:
+            raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
+        self.weights_version += 1
+        if training.depth:
+            self.previous = copied(self.average) if self._draws_average else before
+        for name, mean in self.average.items():
+            mean.lerp_(self.masters[name].detach(), 1 - training.ema_decay)
+        return statistics, changed
+
+    def _replay(self, rollouts: Rollouts, steps: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """What of the statistics the weights that drew tell. Raises RatioError if they do not give what is stored."""
+
+        def both(images: Tensor, steps: Tensor) -> Tensor:
+            networks = rollouts.behaviour, rollouts.network
+            return torch.stack([replayed(rollouts, network, images, steps) for network in networks], dim=1)
+
+        apart, chosen = self.learner.on_some(both, len(rollouts.advantage), steps, generator)
+        error = check_reproduced(apart[:, 0], chosen, self.training.ratio_tolerance)
+        return {"first_update_error": error, "behaviour_kl": estimated_kl(apart[:, 1])}
+
+    def _rollouts(
+        self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int
+    ) -> Rollouts:
+        """Everything of ``trajectory`` on the device, and the network with all the sets of weights."""
+        device, schedule = self.policy.device, self.policy.schedule
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
+        conditions = self.policy.embed(list(unique))
+        owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
+        guidance = 1.0 if self.training.on_forward_process else self.sampling.guidance_scale
+
+        def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
+            told = {name: table[owner[images]] for name, table in conditions.items()}
+            return self.policy.predict(latents, schedule.timesteps[steps], told, guidance)
+
+        def under(values: dict[str, Tensor]) -> Network:
+            def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
+                with torch.no_grad(), swapped(self.parameters, values):
+                    return network(latents, steps, images)
+
+            return other
+
+        latents, log_probs, weights = (
+            torch.from_numpy(np.array(each)).to(device)
+            for each in (trajectory.latents, trajectory.log_probs, advantage)
+        )
+        if self.training.log_density == "sum":
+            log_probs = log_probs * latents[0, 0].numel()
+        start = under(before)
+        stale = trajectory.weights_version != self.weights_version
+        behaviour = under(self.previous) if stale else under(self.average) if self._draws_average else start
+
+        def proximal(*of: Tensor) -> Tensor | None:
+            return start(*of) if self.learner.moved else None
+
+        tables = schedule, latents, log_probs, weights
+        networks, how = (network, under(self.first), behaviour), (seed, self.training.log_density)
+        return Rollouts(*tables, *networks, *how, proximal if stale else None, lambda: self.learner.epoch)
+
+    @property
+    def _draws_average(self) -> bool:
+        """DiffusionNFT's old policy, which draws, is the average; elsewhere the learned weights draw."""
+        return bool(self.average) and self.training.objective == "negative_aware"
+
+    def weights(self, kind: WeightsKind = "current") -> Weights:
+        """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step
+        of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
+        with self._holding(kind), unsharded(self.policy.network):
+            return exported_weights(self.policy.network)
+
+    def _holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
+        """In this block the network holds some of the weights."""
+        held = self.previous if kind == "previous" else {}
+        if kind == "averaged" or (kind == "current" and self._draws_average):
+            held = self.average
+        return swapped(self.parameters, held) if held else nullcontext()
+
+    def state(self) -> LearnerState:
+        """Trained parameters and the optimiser's moments, in float32 whatever the network computes in; of the first of
+        a group, the others' has no tensors."""
+        held: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in self.masters.items()}
+        held |= {f"average/{name}": mean for name, mean in self.average.items()}
+        held |= {f"previous/{name}": value for name, value in self.previous.items()}
+        for name, moments in zip(self.masters, self.learner.moments(), strict=True):
+            held |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
+        tensors = {}
+        for key, value in held.items():
+            whole = gathered(value)
+            if self.group.rank == 0:
+                tensors[key] = to_numpy(whole)
+        return LearnerState(tensors, self.weights_version)
+
+    def restore(self, state: LearnerState) -> None:
+        """The inverse of :meth:`state`. Raises KeyError if the state is of another model or another LoRA."""
+
+        def held(kind: str, name: str) -> Tensor:
+            like = self.masters[name]
+            return placed_as(from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
+
+        with torch.no_grad():
+            for name, parameter in self.masters.items():
+                parameter.copy_(held("parameter", name))
+            fill(self.parameters, self.masters)
+            for name, mean in self.average.items():
+                mean.copy_(held("average" if f"average/{name}" in state.tensors else "parameter", name))
+        kept = [name for name in self.parameters if self.training.depth and f"previous/{name}" in state.tensors]
+        self.previous = {name: held("previous", name) for name in kept}
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.masters}
+        for key in state.tensors:
+            if key.startswith("optimizer/"):
+                name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
+                value = from_numpy(state.tensors[key], torch.float32)  # a count of steps is no part of a sharded tensor
+                moments[name][moment] = placed_as(value, self.masters[name]) if value.dim() else value
+        self.learner.restore_moments(list(moments.values()))
+        self.weights_version = state.weights_version
+
+    def save(self, directory: str | Path) -> None:
+        """Write a diffusers directory of the averaged weights, LoRA merged, and LoRA alone in its ``lora/``, for the
+        base's. The first of a group writes.
+        """
+        weights = self.weights("averaged")
+        with self._holding("averaged"), unsharded(self.policy.network):
+            layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
+        if self.group.rank:
+            return
+        family = load_family(self.model.path, self.policy.dtype)
+        load_weights(family.network, weights)
+        family.pipeline.save_pretrained(directory, safe_serialization=True)
+        if layers and hasattr(family.pipeline, "save_lora_weights"):
+            named = {f"{family.network_name}_lora_layers": layers}
+            family.pipeline.save_lora_weights(Path(directory) / "lora", **named)
+
+    def _find_micro_batch(self) -> int:
+        """Transitions a network call: as many as fit into memory, at most a learner's part of an update or
+        ``LARGEST_MICRO_BATCH``. Gradient checkpointing is switched on where not even ``SMALL_MICRO_BATCH`` fit.
+
+        Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
+        """
+        network, given = self.policy.network, self.training.micro_batch
+        stochastic = self.policy.schedule.stochastic_steps.tolist()
+        share = self.training.timesteps_per_image(len(self.training.learnable_steps(self.sampling.steps, stochastic)))
+        transitions = -(-self.training.images_per_update * share // self.group.size)
+        fitting = self._memory() // self._activation_bytes()
+        few = fitting < min(given or SMALL_MICRO_BATCH, SMALL_MICRO_BATCH, transitions)
+        if self.group.any(few and getattr(network, "_supports_gradient_checkpointing", False))[0]:
+            network.enable_gradient_checkpointing()
+            fitting = self._memory() // self._activation_bytes()
+        calls = -(-transitions // min(max(1, fitting), LARGEST_MICRO_BATCH))
+        found = given or -(-transitions // calls)  # calls of equal size
+        return int(self.group.gather(torch.tensor([found])).min())
+
+    def _memory(self) -> int:
+        """Bytes of the device that activations may take, and that weights may with all that training adds to them."""
+        if self.policy.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.policy.device).total_memory // 2
+        return memory_limit() // 8
+
+    def _is_too_large(self) -> bool:
+        """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""
+        copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay) + self.training.depth
+        trained, network = self.parameters.values(), sum(p.nbytes for p in self.policy.network.parameters())
+        held = sum(p.numel() * torch.float32.itemsize * (copies - (p.dtype == torch.float32)) for p in trained)
+        return network + held > self._memory()
+
+    def _activation_bytes(self) -> int:
+        """Bytes that one transition more keeps for the backward pass, counted in real forward passes."""
+        device, shape = self.policy.device, self.policy.family.latent_shape
+        weights = {parameter.data_ptr() for parameter in self.policy.network.parameters()}
+        kept: list[dict[int, int]] = [{}, {}]
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in weights:
+                kept[count - 1][tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    times, told = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
+                    output = self.policy.predict(torch.zeros(count, *shape, device=device), times, told)
+            except torch.OutOfMemoryError:
+                return self._memory() + 1
+            del output
+        return max(1, sum(kept[1].values()) - sum(kept[0].values()))

@@ -1,0 +1,154 @@
+"""A diffusion model as a policy: images drawn with their trajectories, and the outputs behind their log-probabilities.
+
+An image is a function of (weights, prompt, seed): each has its own CPU generator, read in the order in which a stock
+pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.denoisers import check_guidance, load_family
+from pipelines.denoisers.family import Conditions
+from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.weights import swapped
+from pipelines.settings import ModelSettings
+from pipelines.storage.model_files import reading
+from policies.rl.health import SickNumbers
+from policies.rl.settings import SamplingSettings
+
+_KEPT_BYTES = 2**30  # of prompts' conditions, in the machine's memory
+
+
+class DiffusionPolicy:
+    """A pipeline of any family on one device, bound to its sampling settings. Raises ValueError if they do not fit."""
+
+    def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        # Kept here because diffusers' own property walks every module at every call.
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self.family = load_family(model.path, self.dtype, "meta" if device == "meta" else None)
+        check_guidance(self.family.files, sampling.guidance_scale)
+        self.network.to(self.device)  # the other parts come when they are needed
+        self.sampling = sampling
+        with reading(self.family.files.directory / "scheduler"):
+            self.schedule = self.family.schedule(sampling).to(self.device)
+        self._conditions: dict[str | None, Conditions] = {}
+
+    @property
+    def network(self) -> Any:
+        """The trained network."""
+        return self.family.network
+
+    def embed(self, prompts: Sequence[str | None]) -> Conditions:
+        """The prompts' conditions; of None: what guidance leads away from. Each is computed once, alone, so it never
+        depends on a batch; the text encoders take memory of the device only while they compute."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
+        home = "meta" if self.device.type == "meta" else "cpu"  # what has no numbers cannot be brought elsewhere
+        if unknown:
+            for encoder in self.family.text_encoders:
+                encoder.to(self.device)
+            with torch.no_grad():
+                for prompt in unknown:
+                    encoded = self.family.encode(prompt, self.device)
+                    place = self.device if prompt is None else home  # that of None is asked for at every step
+                    self._conditions[prompt] = {name: each.to(place, copy=True) for name, each in encoded.items()}
+            for encoder in self.family.text_encoders:
+                encoder.to(home)
+        known = [self._conditions[prompt] for prompt in prompts]
+        size = sum(tensor.nbytes for tensor in known[0].values()) or 1  # a model without text has empty ones
+        most = max(len(set(prompts)), _KEPT_BYTES // size)
+        for oldest in [prompt for prompt in self._conditions if prompt is not None][:-most]:
+            del self._conditions[oldest]
+        return {name: torch.stack([each[name] for each in known]).to(self.device) for name in known[0]}
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance_scale: float | None = None
+    ) -> Tensor:
+        """The network's output (batch, channels, height, width), guided if ``guidance_scale`` (by default the
+        sampling's) is above 1.
+
+        The unconditional half rides in the same call, in sampling and in training alike.
+        """
+        inputs = latents.to(self.dtype)
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        if scale == 1:
+            return self.family.forward(inputs, timesteps, conditions)
+        empty = self.embed([None])
+        both = {name: torch.cat([empty[name].expand_as(given), given]) for name, given in conditions.items()}
+        output = self.family.forward(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        unconditional, conditional = output.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
+    ) -> tuple[np.ndarray, Trajectory]:
+        """One image for each (prompt, seed): images (batch, height, width, 3) uint8 and their trajectory."""
+        family, schedule, eta = self.family, self.schedule, self.sampling.eta
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise() -> Tensor:
+            drawn = [torch.randn(family.latent_shape, generator=each, dtype=self.dtype) for each in generators]
+            return torch.stack(drawn).to(self.device)
+
+        family.schedule(self.sampling)  # a scheduler forgets its steps where another has used it
+        conditions = self.embed(prompts)
+        latents = noise() * getattr(family.pipeline.scheduler, "init_noise_sigma", 1.0)
+        stochastic = set(schedule.stochastic_steps.tolist())
+        path, log_probs = [latents], []
+        for step, timestep in enumerate(schedule.timesteps):
+            output = self.predict(latents, timestep.repeat(len(prompts)), conditions)
+            following = family.step(schedule, step, latents, output, noise(), eta)
+            if step in stochastic:
+                index = torch.full((len(prompts),), step, device=self.device)
+                log_probs.append(schedule.log_prob(latents, following, output, index))
+            else:
+                log_probs.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=self.device))
+            latents = following
+            path.append(latents)
+        taken, densities = torch.stack(path, dim=1).float().cpu().numpy(), torch.stack(log_probs, dim=1).cpu().numpy()
+        for image, finite in enumerate(np.isfinite(taken).reshape(*taken.shape[:2], -1).all(axis=2)):
+            if not finite.all():
+                when = f"after {finite.argmin()} of {len(finite) - 1} denoising steps"
+                whose = f"the image of {prompts[image]!r}, seed {seeds[image]}"
+                raise SickNumbers(f"{whose}, is NaN or infinite {when}: {self._remedy}")
+        return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
+
+    @torch.no_grad()
+    def divergence(self, trajectory: Trajectory, base: Mapping[str, Tensor]) -> np.ndarray:
+        """KL of the present policy to the one with ``base`` for some of its weights, along a trajectory (batch,): that
+        of its normal steps, summed over steps, channels and pixels, in nats an image."""
+        latents = torch.from_numpy(trajectory.latents).to(self.device, self.dtype)
+        conditions, schedule = self.embed(trajectory.prompts), self.schedule
+        steps = [step.repeat(len(latents)) for step in schedule.stochastic_steps]
+
+        def outputs() -> list[Tensor]:
+            return [self.predict(latents[:, i[0]], schedule.timesteps[i], conditions) for i in steps]
+
+        here, parameters = outputs(), dict(self.network.named_parameters())
+        with swapped({name: parameters[name] for name in base}, base):
+            there = outputs()
+        apart = [
+            schedule.divergence(latents[:, step[0]], one, other, step, "sum")
+            for step, one, other in zip(steps, here, there, strict=True)
+        ]
+        return torch.stack(apart).sum(dim=0).cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8. Raises SickNumbers."""
+        pixels = self.family.decode(latents).float()
+        if bad := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
+            raise SickNumbers(f"the autoencoder makes {bad} of {len(pixels)} images NaN or infinite: {self._remedy}")
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        return (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+
+    @property
+    def _remedy(self) -> str:
+        return f"look for such numbers among the weights of {self.family.files.directory}" + (
+            "" if self.dtype == torch.float32 else f", or for ones beyond {self.dtype} (model.dtype=float32)"
+        )

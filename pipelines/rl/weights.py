@@ -1,0 +1,130 @@
+"""What of a network is trained, what of it travels to the samplers, and how each is named, counted and verified."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.settings import ModelSettings
+
+Weights = dict[str, np.ndarray]
+
+
+def checksum(weights: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, shapes, types and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.asarray(weights[name], order="C")
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def prepare(network: nn.Module, model: ModelSettings) -> dict[str, nn.Parameter]:
+    """Make ``network`` trainable, whole or by LoRA, and return the trained parameters by name. Raises ValueError."""
+    if model.lora_rank:
+        from pipelines.rl.lora import attach
+
+        attach(network, model.lora_rank, model.lora_targets)
+    else:
+        network.requires_grad_(True)
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def masters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The float32 weights that an optimiser moves: a parameter itself, or, of one of fewer bits, in which a step of
+    1e-5 would be lost, a copy that gathers its gradients. :func:`fill` puts what the copies hold into the network."""
+    held = dict(parameters)
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            held[name] = nn.Parameter(parameter.detach().float())
+            parameter.register_post_accumulate_grad_hook(partial(_hand_over, held[name]))
+    return held
+
+
+def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
+    """Add a micro-batch's gradient to what ``master`` has, in float32."""
+    assert parameter.grad is not None
+    gradient, parameter.grad = parameter.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad + gradient
+
+
+@contextmanager
+def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """``parameters`` hold ``values`` in this block: the same network with other weights."""
+    kept = copied(parameters)
+    fill(parameters, values)
+    try:
+        yield
+    finally:
+        fill(parameters, kept)
+
+
+def copied(parameters: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
+    """What they hold now, on their own device or another."""
+    return {
+        name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+    }
+
+
+def fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Write ``values`` into ``parameters``, rounded to their type."""
+    for name, parameter in parameters.items():  # .data: autograd need not know, as all is put back before it looks
+        parameter.data.copy_(values[name])
+
+
+def lora_layers(network: nn.Module) -> dict[str, Any]:
+    """The :class:`pipelines.rl.lora.Merged` layers of ``network`` by name."""
+    if not hasattr(network, "peft_config"):
+        return {}
+    from pipelines.rl.lora import Merged
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, Merged)}
+
+
+@torch.no_grad()
+def exported_weights(network: nn.Module) -> Weights:
+    """The trained weights under the plain network's names, LoRA merged (W + BA): samplers run at full speed."""
+    if layers := lora_layers(network):
+        return {f"{name}.weight": to_numpy(layer.whole()) for name, layer in layers.items()}
+    return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def exported_adapter(network: nn.Module) -> Weights:
+    """LoRA's A and B under peft's names; alpha = rank, which is what loaders take for granted. Empty without LoRA."""
+    factors = {name: layer.factors() for name, layer in lora_layers(network).items()}
+    return {
+        f"{name}.lora_{half}.weight": to_numpy(each)
+        for name, pair in factors.items()
+        for half, each in zip("AB", pair, strict=True)
+    }
+
+
+@torch.no_grad()
+def load_weights(network: nn.Module, weights: Mapping[str, np.ndarray]) -> int:
+    """Write ``weights`` into a plain network. Returns how many tensors changed. Raises KeyError on an unknown name."""
+    parameters = dict(network.named_parameters())
+    changed = 0
+    for name, array in weights.items():
+        tensor = from_numpy(array, parameters[name].dtype).to(parameters[name].device)
+        changed += not torch.equal(parameters[name], tensor)
+        parameters[name].copy_(tensor)
+    return changed
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy on the host; bfloat16, which numpy lacks, travels as float32 without loss."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.to("cpu", copy=True).numpy()  # of a copy: FSDP frees the storage of what was gathered
+
+
+def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``dtype``. Arrays from Ray's object store are read-only, so they are copied."""
+    return torch.from_numpy(np.array(array)).to(dtype)

@@ -1,0 +1,1 @@
+"""What several experiments need: intervals, seeds, search spaces."""

@@ -1,0 +1,1 @@
+"""Samplers as Gaussian policies."""

@@ -1,0 +1,1 @@
+"""The science of self-consuming loops: data rules, exact laws, verdicts."""

@@ -1,0 +1,235 @@
+"""Data rules: what generation t of a self-consuming loop is trained on, as pure functions.
+
+A rule maps (loop, generation, sizes, ledger) to a :class:`Manifest`, which names samples without holding them: ranges
+of the real data in a seed's own order, and ranges of what an earlier generation drew. ``Manifest.rows(seed)`` resolves
+it to the exact sample ids of one universe, the same on every machine and at every repetition.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from policies.common.seeding import derive_seed
+from policies.loops.settings import LoopSettings
+
+Role = Literal["real-fixed", "real-fresh", "synthetic"]
+REAL = 0  # the "generation" of real data
+MOST_PARTS = 5_000_000  # named by the training sets of one arm: a gigabyte
+
+
+class LedgerExhausted(ValueError):  # noqa: N818
+    """A loop asks for more unseen real samples than there are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples ``start`` to ``stop`` of the real data (generation 0) or of what a generation's model draws.
+
+    A model's samples are drawn in batches; two parts with one ``start`` read the same batch.
+    """
+
+    role: Role
+    generation: int
+    start: int
+    stop: int
+    weight: float = 1.0
+    drawn: int | None = None  # so many ids drawn with replacement from the range, in place of the range itself
+
+    @property
+    def size(self) -> int:
+        """How many samples the part brings."""
+        return self.stop - self.start if self.drawn is None else self.drawn
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The training set of one generation; with ``subsample``, a uniform draw of so many from all parts."""
+
+    generation: int
+    parts: tuple[Part, ...]
+    subsample: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Samples in the training set."""
+        return sum(part.size for part in self.parts) if self.subsample is None else self.subsample
+
+    def rows(self, seed: int) -> list[np.ndarray]:
+        """For each part, the ids one universe takes from it: int64 positions in the part's source."""
+        rows = []
+        for part in self.parts:
+            if part.drawn is None:
+                rows.append(np.arange(part.start, part.stop))
+            else:
+                random = np.random.default_rng(derive_seed(seed, "ledger draw", self.generation))
+                rows.append(random.integers(part.start, part.stop, part.drawn))
+        if self.subsample is None:
+            return rows
+        random = np.random.default_rng(derive_seed(seed, "subsample", self.generation))
+        ends = np.cumsum([len(each) for each in rows])
+        chosen = np.sort(random.choice(ends[-1], self.subsample, replace=False))
+        pieces = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+        starts = ends - [len(each) for each in rows]
+        return [each[piece - start] for each, piece, start in zip(rows, pieces, starts, strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain content, from which :meth:`from_json` makes an equal manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Manifest":
+        """The manifest of :meth:`as_json`."""
+        return cls(content["generation"], tuple(Part(**part) for part in content["parts"]), content["subsample"])
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What training sets have held so far: ``used`` real samples of ``size`` (None: a distribution that never runs
+    out), and of what each generation drew (``read``)."""
+
+    size: int | None
+    used: int = 0
+    read: Mapping[int, int] = field(default_factory=dict)
+
+    def fixed(self, count: int) -> tuple[Part, "Ledger"]:
+        """The first ``count`` real samples, the same every time. Raises LedgerExhausted."""
+        self._check(count, 0)
+        return Part("real-fixed", REAL, 0, count), replace(self, used=max(self.used, count))
+
+    def fresh(self, count: int) -> tuple[Part, "Ledger"]:
+        """``count`` real samples that no generation has seen. Raises LedgerExhausted."""
+        self._check(count, self.used)
+        return Part("real-fresh", REAL, self.used, self.used + count), replace(self, used=self.used + count)
+
+    def fresh_with_replacement(self, count: int) -> tuple[Part, "Ledger"]:
+        """``count`` independent draws from the real data, which may repeat."""
+        if self.size is None:
+            return self.fresh(count)
+        return Part("real-fresh", REAL, 0, self.size, drawn=count), self
+
+    def anew(self, counts: Mapping[int, int]) -> tuple[list[Part], "Ledger"]:
+        """Of each generation in ``counts`` so many samples that no training set has held."""
+        read = {generation: self.read.get(generation, 0) for generation in counts}
+        parts = [Part("synthetic", g, read[g], read[g] + count) for g, count in counts.items()]
+        return parts, replace(self, read={**self.read, **{part.generation: part.stop for part in parts}})
+
+    def _check(self, count: int, used: int) -> None:
+        if self.size is not None and used + count > self.size:
+            raise LedgerExhausted(
+                f"{count} more real samples are needed, but {self.size - used} of {self.size} are left unseen"
+            )
+
+
+def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[Manifest, Ledger]:
+    """The training set of ``generation`` (1 to ``generations``), and the ledger after it.
+
+    Raises LedgerExhausted if unseen real samples run out, ValueError if the set cannot be drawn or is next to empty.
+    """
+    first = generation == 1 or loop.rule == "real_only"  # the control, and generation 1 of every loop: one real set
+    try:
+        if first:
+            part, after = ledger.fixed(loop.initial())
+            parts = [part]
+        else:
+            parts, after = _parts(loop, generation, generations, ledger)
+    except LedgerExhausted as error:
+        raise LedgerExhausted(
+            f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
+            f"reference, or allow repeats with real_supply=fresh_with_replacement"
+        ) from error
+    # Kazdan et al.'s draw of fixed size, without replacement, from everything so far.
+    subsample = loop.total() if loop.rule == "accumulate_subsample" and not first else None
+    whole = sum(part.size for part in parts)
+    if subsample is not None and subsample > whole:
+        raise ValueError(
+            f"generation {generation}: {subsample} samples cannot be drawn from a pool of {whole} without replacement: "
+            f"set n_total (null: n_ini) to {whole} at most, or n_real and n_synthetic higher"
+        )
+    manifest = Manifest(generation, tuple(part for part in parts if part.size), subsample)
+    if manifest.size < 2:
+        raise ValueError(f"generation {generation} would be trained on {manifest.size} samples: give larger sizes")
+    return manifest, after
+
+
+def training_sets(loop: LoopSettings, generations: int, pool: int | None) -> list[Manifest]:
+    """What every generation is trained on, given ``pool`` real samples (None: endless). Raises as :func:`mix`."""
+    looked_back_on = {"memory": loop.memory, "weighted_mixture": generations}.get(loop.rule, 1)
+    parts = generations * min(generations, generations if loop.accumulates else looked_back_on)
+    if parts > MOST_PARTS:
+        raise ValueError(
+            f"generations is {generations}: with rule {loop.rule} that is {parts} batches of samples to name"
+        )
+    ledger, manifests = Ledger(pool), []
+    for generation in range(1, generations + 1):
+        manifest, ledger = mix(loop, generation, generations, ledger)
+        manifests.append(manifest)
+    return manifests
+
+
+def _parts(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    """Real samples by the loop's supply, then synthetic ones of earlier generations; parts may be empty.
+
+    Accumulation is the one rule that reads a batch again, which is its definition (Gerstgrasser et al. 2404.01413);
+    augmentation from all generations is the same loop (Alemohammad et al. 2307.01850, on faces).
+    """
+    if loop.rule == "weighted_mixture":
+        return _weighted_mixture(loop, generation, ledger)
+    count, synthetic = loop.sizes(generation, generations)
+    real, ledger = getattr(ledger, loop.supply)(count)
+    real = replace(real, weight=loop.real_weight)
+    if loop.accumulates:
+        return [real, *(Part("synthetic", g, 0, synthetic) for g in range(1, generation))], ledger
+    drawn, ledger = ledger.anew(_synthetic(loop, generation, synthetic))
+    return [real, *drawn], ledger
+
+
+def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int]:
+    """How many new samples of which earlier generations a training set takes.
+
+    ``memory`` spreads them evenly over the last generations (Alemohammad et al. 2307.01850, figure 30). All other loops
+    take those of the previous one: the fully synthetic one (without real data), augmentation (with a fixed real set),
+    fresh data, and iterative retraining (which goes on from the last weights); in curated and verified loops it is the
+    drawing of samples that differs.
+    """
+    remembered = range(max(1, generation - loop.memory) if loop.rule == "memory" else generation - 1, generation)
+    if 0 < count < len(remembered):
+        raise ValueError(
+            f"generation {generation}: {count} synthetic samples are too few for {len(remembered)} generations: "
+            f"set memory to {count} at most"
+        )
+    return dict(zip(remembered, spread(count, len(remembered)), strict=True))
+
+
+def _weighted_mixture(loop: LoopSettings, generation: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
+    counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
+    shares = {str(source): share for source, share in (loop.shares or {}).items()}
+    counts |= largest_remainder(loop.total(), shares)
+    if nothing := [source for source, share in shares.items() if share and not counts[source]]:
+        raise ValueError(f"shares.{nothing[0]} of {loop.total()} samples rounds to none: raise it, or leave it out")
+    fixed, ledger = ledger.fixed(counts["real_fixed"])
+    fresh, ledger = ledger.fresh(counts["real_fresh"])
+    real = [replace(part, weight=loop.real_weight) for part in (fixed, fresh)]
+    if generation == 2:  # nothing earlier yet
+        drawn, ledger = ledger.anew({1: counts["previous"] + counts["earlier"]})
+    else:
+        earlier = enumerate(spread(counts["earlier"], generation - 2), start=1)
+        drawn, ledger = ledger.anew({**dict(earlier), generation - 1: counts["previous"]})
+    return [*real, *drawn], ledger
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """``total`` in ``parts`` whole numbers as even as can be, the last ones getting the rest."""
+    each, rest = divmod(total, parts)
+    return [each + (part >= parts - rest) for part in range(parts)]
+
+
+def largest_remainder(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """``total`` split by ``shares`` (they sum to 1) into whole numbers that sum to it."""
+    counts = {name: int(total * share) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: counts[name] - total * shares[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts

@@ -1,0 +1,1 @@
+"""The science of DDPO: advantages, objectives, the update."""
