@@ -231,8 +231,8 @@ def test_what_ray_would_wait_for_or_follow_is_named_and_left_out(tmp_path: Path)
     from ray._private.runtime_env import packaging
 
     tree = tmp_path / "tree"
-    (tree / "orchestration").mkdir(parents=True)
-    (tree / "orchestration" / "cli.py").write_text("cli")
+    (tree / "orchestration" / "cli").mkdir(parents=True)
+    (tree / "orchestration" / "cli" / "main.py").write_text("cli")
     (tmp_path / "secret").write_text("of another place")
     os.mkfifo(tree / "pipe")
     os.mkfifo(tree / "ignored")

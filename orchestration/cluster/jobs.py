@@ -115,7 +115,7 @@ def connect(address: str | None) -> Cluster:
 
 def packed(tree: Path) -> tuple[dict[Path, int], dict[Path, str]]:
     """What a job gets of a working tree, and what not and why. Raises ConfigError beyond Ray's limit."""
-    if not (tree / "orchestration" / "cli.py").is_file():
+    if not (tree / "orchestration" / "cli" / "main.py").is_file():
         raise ConfigError(f"{tree} is no checkout of this project: change into one, it is what a job is given")
     with about():
         files, left_out = shipped_files(tree)
