@@ -301,7 +301,7 @@ def test_memory_estimate_counts_every_actor() -> None:
 
 def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     script = (
-        "import sys; from orchestration import cli; sys.argv = ['ouroboros', 'ddpo', 'training.steps=0']\n"
+        "import sys; from orchestration.cli import main as cli; sys.argv = ['ouroboros', 'ddpo', 'training.steps=0']\n"
         "try: cli.main()\n"
         "except SystemExit as leave: print(leave.code, sorted({'ray', 'torch', 'mlflow'} & set(sys.modules)))"
     )
