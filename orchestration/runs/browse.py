@@ -19,11 +19,11 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from orchestration.experiments.ddpo.evaluation import kept_evaluations
+from orchestration.experiments.sweep.points import points_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import duration
-from orchestration.experiments.ddpo.evaluation import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
-from orchestration.experiments.sweep.points import points_table
 from orchestration.runs.run import is_free
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines

@@ -7,14 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 
-from actors.settings import ActorSettings
-from orchestration.tracking.tracker import TrackingSettings
-from pipelines.storage.checkpoint import parse_size
-from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
 from pipelines.storage.yaml_text import parse_yaml, read_yaml
-from policies.rl.settings import AdvantageSettings, Name, SamplingSettings, Settings, TrainingSettings, explain
+from policies.rl.settings import explain
 
 
 class ConfigError(ValueError):

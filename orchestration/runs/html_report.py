@@ -13,15 +13,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from orchestration.runs.config import ConfigError
 from orchestration.experiments.ddpo.evaluation import kept_evaluations, kept_step
 from orchestration.experiments.sweep.points import points_table
-from orchestration.runs.run import TEMPLATES, Run, is_free
 from orchestration.runs.browse import RunInfo, facts
+from orchestration.runs.config import ConfigError
+from orchestration.runs.run import TEMPLATES, Run, is_free
 from orchestration.tracking.tracker import flatten
+from pipelines.pages import fill
 from pipelines.storage.atomic import DamagedFiles, read_bytes, replace_durably
 from pipelines.storage.names import file_name
-from pipelines.pages import fill
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on

@@ -14,9 +14,9 @@ from typing import Any
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.manifest import has_only_begun
-from pipelines.storage.locations import find, fingerprint
 from pipelines.rewards import import_function
 from pipelines.rewards.options import OPTIONS
+from pipelines.storage.locations import find, fingerprint
 
 _PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # a run's version stands for their code
 
