@@ -1,0 +1,1 @@
+"""Experiments that are a graph of content-addressed tasks, with arms, controls and claims. The page is ``loop``."""

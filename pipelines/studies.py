@@ -1,0 +1,46 @@
+"""What a study's tasks are: plain functions from parameters and files to files, named by their import path.
+
+A task function takes ``(parameters, inputs, device)`` and returns files by relative path. Of the tasks that a study
+returns for an arm and a seed, these files are taken to people:
+
+- ``metrics.json``: an object of numbers by name, or of lists of numbers, a step each (:func:`metrics`);
+- ``images/NAME.png``: for MLflow's image panel; ``images/NAME/STEP.png`` a step on its slider;
+- ``figures/NAME.png``: for the run's ``figures`` and its report;
+- ``product/…``: a directory, such as a diffusers pipeline, put at ``RUN/products/ARM-seedN``.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipelines.rewards import import_function
+from pipelines.storage.atomic import Files
+from pipelines.storage.tasks import Task
+
+METRICS, IMAGES, FIGURES, PRODUCT = "metrics.json", "images/", "figures/", "product/"
+TaskFunction = Callable[[Mapping[str, Any], list[Files], str], Files]
+
+
+def task(
+    function: TaskFunction, parameters: Mapping[str, Any], *inputs: Task, label: str = "", kept: bool = True
+) -> Task:
+    """The task of calling ``function`` with ``parameters`` and the files of other tasks. Raises ValueError unless the
+    function can be imported by its name: a worker does so."""
+    if "<" in function.__qualname__ or "." in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} is no function of a module: a task's is found by its import path")
+    return Task(f"{function.__module__}:{function.__name__}", parameters, inputs, label or function.__name__, kept)
+
+
+def perform(kind: str, parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Do one task, whose kind is the import path of its function: only for graphs that a study's own code has made."""
+    function: TaskFunction = import_function(kind, "task", ())
+    return function(parameters, inputs, device)
+
+
+def metrics(values: Mapping[str, float | Sequence[float]]) -> Files:
+    """The file of a task's metrics: by name a number, or a list of them, a step each, of which the last counts."""
+    content = {
+        name: [float(each) for each in value] if isinstance(value, Sequence) else float(value)
+        for name, value in values.items()
+    }
+    return {METRICS: json.dumps(content).encode()}
