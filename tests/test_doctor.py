@@ -6,8 +6,8 @@ import pytest
 import typer
 
 from orchestration.cli import main as cli
-from orchestration.cluster import doctor
-from orchestration.cluster.doctor import Finding, examine
+from orchestration.planning import doctor
+from orchestration.planning.doctor import Finding, examine
 from orchestration.runs.config import ConfigError
 
 

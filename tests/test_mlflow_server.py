@@ -17,8 +17,8 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from orchestration.cluster.doctor import Finding, examine
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.planning.doctor import Finding, examine
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.tracking.server import serve
 from orchestration.tracking.store import TrackingError, check_server

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.memory_plan import counted
 from orchestration.experiments.ddpo.preflight import describe, preflight
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
-from orchestration.planning.memory_plan import counted
 from orchestration.runs.config import ConfigError, load_config, validate
 from pipelines.rehearsal import rehearse
 from pipelines.settings import CaptionerSettings, ModelSettings

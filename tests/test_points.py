@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from orchestration.experiments.sweep.points import points_table
 from orchestration.runs.browse import plain_table
 from orchestration.runs.display import Terminal
+from orchestration.runs.points import points_table
 
 
 def trial(point: dict[str, Any], seed: int, status: str = "FINISHED") -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 
 from orchestration.cluster.ray_cluster import Machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.experiments.ddpo.preflight import describe, preflight
-from orchestration.planning.memory_plan import memory_plan
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.prompts import read_prompts
 from pipelines.storage.locations import CHECKOUT

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.inputs import ddpo_inputs
 from orchestration.experiments.ddpo.rollout_queue import Ahead
 from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.experiments.sweep.config import SweepConfig
@@ -19,7 +20,7 @@ from orchestration.experiments.sweep.run import Budget, BudgetSettings, _inputs
 from orchestration.experiments.sweep.trial import Trial
 from orchestration.runs import inputs
 from orchestration.runs.config import ConfigError, load_config
-from orchestration.runs.inputs import changed_inputs, ddpo_inputs
+from orchestration.runs.inputs import changed_inputs
 from orchestration.runs.manifest import has_only_begun, open_run, write_manifest
 from orchestration.runs.run import _lock, check_output, going_on, new_directory, sync
 from pipelines.storage.atomic import commit_directory, read_lines

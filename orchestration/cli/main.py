@@ -31,6 +31,8 @@ from orchestration.cli.options import (
 )
 from orchestration.cli.runs import runs_app
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.experiment import Experiment
+from orchestration.experiments.registry import EXPERIMENTS, experiment_of
 from orchestration.runs import run as run_directories
 from orchestration.runs.browse import find_run
 from orchestration.runs.config import Config, ConfigError, about, load_config, override, visible
@@ -76,11 +78,10 @@ def ddpo(
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
     from orchestration.cluster.ray_cluster import imagine_machine
-    from orchestration.experiments.ddpo.preflight import describe, preflight
 
     settings = _read(DdpoConfig, config, overrides, tracking_uri)
     if dry_run or gpus:
-        return _print_plan(settings, describe(settings, preflight(settings, imagine_machine(gpus) if gpus else None)))
+        return _print_plan(settings, EXPERIMENTS["ddpo"].plan(settings, imagine_machine(gpus) if gpus else None))
     from orchestration.experiments.ddpo.loop import run_ddpo
 
     path = run_ddpo(settings, profile=profile)
@@ -115,50 +116,31 @@ def plan(
     Console(highlight=False).print(render(options, known, price), soft_wrap=True)
 
 
-@app.command()
-def mad(overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None) -> None:
-    """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
-    from orchestration.experiments.mad.config import MadConfig
-    from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
+def _command_of(experiment: Experiment) -> Callable[..., None]:
+    """The command of an experiment, whose docstring's first line is its help."""
 
-    settings = _read(MadConfig, config, overrides, tracking_uri)
-    if dry_run:
-        return _print_plan(settings, describe_mad(settings, preflight_mad(settings)))
-    from orchestration.experiments.mad.loop import run_mad
+    def command(
+        overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
+    ) -> None:
+        settings = _read(experiment.schema, config, overrides, tracking_uri)
+        if dry_run:
+            return _print_plan(settings, experiment.plan(settings))
+        print(experiment.run(settings))
 
-    print(run_mad(settings))
+    command.__doc__ = experiment.__doc__
+    return command
 
 
-@app.command()
-def sweep(
-    overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
-) -> None:
-    """Run a loop many times over a space of its settings. The same command again goes on with what output_dir holds."""
-    from orchestration.experiments.sweep.config import SweepConfig
-    from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
-
-    settings = _read(SweepConfig, config, overrides, tracking_uri)
-    if dry_run:
-        return _print_plan(settings, describe_sweep(settings, preflight_sweep(settings)))
-    from orchestration.experiments.sweep.loop import run_sweep
-
-    print(run_sweep(settings))
+for _experiment in EXPERIMENTS.values():
+    if _experiment.name != "ddpo":  # it has options of its own
+        app.command(_experiment.name)(_command_of(_experiment))
 
 
 @app.command()
 def resume(run: RunDirectory, trust: Trust = False, accept_changes: Changes = False) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
     run = run.expanduser()  # a job's has no shell to do it
-    loop = read_manifest(run)["loop"]
-    go_on: Callable[..., Path]
-    if loop == "mad":
-        from orchestration.experiments.mad.loop import resume_mad as go_on
-    elif loop == "sweep":
-        from orchestration.experiments.sweep.loop import resume_sweep as go_on
-    else:
-        from orchestration.experiments.ddpo.loop import resume_ddpo as go_on
-
-    print(go_on(run, trusted=trust, changes=accept_changes))
+    print(experiment_of(read_manifest(run)["loop"]).resume(run, trust, accept_changes))
 
 
 @app.command()
@@ -234,11 +216,10 @@ def submit(
 ) -> None:
     """Run one of the loops as a job of a cluster, on the code of this working tree."""
     from orchestration.cluster.jobs import Job, launch, packed
-    from orchestration.experiments.sweep.config import SCHEMAS, SweepConfig
 
-    name, schemas = words[0], {**SCHEMAS, "sweep": SweepConfig}
-    if name not in {*schemas, "resume"}:
-        raise ConfigError(f"a job runs {', '.join(schemas)} or resume, not {name!r}")
+    name = words[0]
+    if name not in {*EXPERIMENTS, "resume"}:
+        raise ConfigError(f"a job runs {', '.join(EXPERIMENTS)} or resume, not {name!r}")
     given = typer.main.get_group(app).commands[name].make_context(name, words[1:]).params
     package = packed(Path.cwd())
     if name == "resume":
@@ -247,7 +228,7 @@ def submit(
         for path in given["config"] or ():
             if path not in package[0]:
                 raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
-        settings = _read(schemas[name], given["config"], given["overrides"], given["tracking_uri"])
+        settings = _read(EXPERIMENTS[name].schema, given["config"], given["overrides"], given["tracking_uri"])
         job = Job.start(words, settings, output_root, job_id)
     raise typer.Exit(launch(job, package, address, follow))
 
@@ -272,7 +253,7 @@ def mlflow(
 @app.command()
 def doctor(address: Address = None, tracking_uri: Server = None, config: File = None) -> None:
     """Look for what a run would trip over; each line is ok, or says what to do."""
-    from orchestration.cluster.doctor import examine
+    from orchestration.planning.doctor import examine
 
     fixes = 0
     for finding in examine(address, tracking_uri, config):
@@ -331,10 +312,8 @@ def _read(
         return load_config(schema, paths, [*(overrides or []), *server])
     except ConfigError:
         if paths and not _reads(schema, paths):
-            from orchestration.experiments.sweep.config import SCHEMAS, SweepConfig
-
-            for name, other in {**SCHEMAS, "sweep": SweepConfig}.items():
-                if _reads(other, paths):
+            for name, other in EXPERIMENTS.items():
+                if _reads(other.schema, paths):
                     files = ", ".join(map(str, paths))
                     raise ConfigError(f"{files} configures {name}: give it to 'ouroboros {name}'") from None
         raise

@@ -14,9 +14,9 @@ from actors.allocation import Offer, Role, cards_of, reward_roles
 from actors.settings import ActorSettings
 from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.experiments.ddpo.preflight import learnable_steps, preflight, seat
 from orchestration.planning.cost_model import Cast, Cost, Forecast, Processor, Seat, Work, bottlenecks, simulate
-from orchestration.planning.memory_plan import memory_plan
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
 from orchestration.runs.config import ConfigError
 from pipelines.storage.atomic import write_json

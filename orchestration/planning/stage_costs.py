@@ -18,9 +18,9 @@ from actors.allocation import Role, reward_roles
 from actors.worker import keep_memory
 from orchestration.cluster.ray_cluster import ACTORS
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.memory_plan import BYTES, counted
 from orchestration.experiments.ddpo.preflight import Plan
 from orchestration.planning.cost_model import Cost, Costs
-from orchestration.planning.memory_plan import BYTES, counted
 from orchestration.runs.config import ConfigError, explain
 from pipelines.limits import cpu_limit
 from policies.rl.settings import Settings

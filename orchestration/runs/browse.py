@@ -19,11 +19,11 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from orchestration.experiments.ddpo.evaluation import kept_evaluations
-from orchestration.experiments.sweep.points import points_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import duration
+from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
+from orchestration.runs.points import points_table
 from orchestration.runs.run import is_free
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
@@ -133,7 +133,7 @@ def render_show(name: str, root: Path) -> RenderableType:
     parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
     if arms := run.summary.get("arms"):
         parts.append(_panel("generation 1 → last", _arms(arms)))
-    headings, rows = points_table(run.summary) if run.loop == "sweep" else ([], [])
+    headings, rows = points_table(run.summary)
     if rows:
         points = plain_table(*headings)
         for row in rows:

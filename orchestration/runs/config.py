@@ -1,30 +1,16 @@
 """A run's configuration: typed, read from YAML, overridden by dotted keys, every key known. Light to import."""
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from orchestration.errors import ConfigError, about
 from pipelines.storage.yaml_text import parse_yaml, read_yaml
 from policies.rl.settings import explain
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: what is wrong, where, and what to do. One line."""
-
-
-@contextlib.contextmanager
-def about(what: str = "") -> Iterator[None]:
-    """Let a ValueError of the block be a ConfigError that begins with ``what`` it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{what}: {error}" if what else str(error)) from error
-
 
 Config = TypeVar("Config", bound=BaseModel)
 _DEPTH = 50  # of blocks in blocks

@@ -13,10 +13,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from orchestration.experiments.ddpo.evaluation import kept_evaluations, kept_step
-from orchestration.experiments.sweep.points import points_table
 from orchestration.runs.browse import RunInfo, facts
 from orchestration.runs.config import ConfigError
+from orchestration.runs.evaluations import kept_evaluations, kept_step
+from orchestration.runs.points import points_table
 from orchestration.runs.run import TEMPLATES, Run, is_free
 from orchestration.tracking.tracker import flatten
 from pipelines.pages import fill
@@ -51,7 +51,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=facts(run),
-            points=points_table(run.summary) if run.loop == "sweep" else ([], []),
+            points=points_table(run.summary),
             measured=_measured(run),
             pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
             timeline=timeline,
@@ -103,8 +103,7 @@ def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:
     """(step, seconds by stage) of a DDPO run; of a MAD experiment (generation, CPU seconds of a task of each kind)."""
-    if run.loop == "mad":
-        stages = run.summary.get("seconds_by_generation", {})
+    if stages := run.summary.get("seconds_by_generation"):
         lines = [dict(zip(stages, each, strict=True)) for each in zip(*stages.values(), strict=True)]
     else:
         lines = [{key.removeprefix("seconds/"): value for key, value in line.items()} for line in run.steps()]

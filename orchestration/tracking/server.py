@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from orchestration.runs.config import ConfigError
+from orchestration.errors import ConfigError
 
 _PUBLIC_PASSWORD = "password1234"  # what MLflow came with before it came with none
 _QUIET = "--uvicorn-opts=--log-level=warning --timeout-graceful-shutdown=5"  # s

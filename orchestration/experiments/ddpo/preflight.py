@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from actors.allocation import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster.ray_cluster import Machine, find_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.planning.memory_plan import memory_plan
+from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from actors.worker import Account
-from orchestration.experiments.ddpo.evaluation import Evaluation, kept_evaluations, kept_step
+from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.run import DdpoRun, first_look
+from orchestration.runs.evaluations import kept_evaluations, kept_step
 from orchestration.runs.html_report import conclude
 from orchestration.runs.run import TEMPLATES
 from orchestration.runs.timeline import middle_of, read_spans

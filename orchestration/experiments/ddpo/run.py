@@ -15,9 +15,10 @@ from typing import Any, Self
 from actors.allocation import Role
 from actors.worker import Account
 from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.inputs import ddpo_inputs, placed
 from orchestration.experiments.ddpo.preflight import preflight
 from orchestration.runs.config import ConfigError, override, validate
-from orchestration.runs.inputs import accept, changed_inputs, ddpo_inputs, placed
+from orchestration.runs.inputs import accept, changed_inputs
 from orchestration.runs.manifest import ids, new_manifest, open_run, write_manifest
 from orchestration.runs.run import Run, new_directory
 from orchestration.runs.timeline import append_spans

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.experiment import SweptExperiment
 from orchestration.experiments.metric_names import better_end
+from orchestration.experiments.registry import SWEPT
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.tracking.tracker import TrackingSettings
 from pipelines.storage.locations import find
@@ -24,8 +24,6 @@ from policies.common.search_space import (
     read_space,
 )
 from policies.rl.settings import Name, Settings
-
-SCHEMAS: dict[str, type[DdpoConfig] | type[MadConfig]] = {"ddpo": DdpoConfig, "mad": MadConfig}
 
 
 class SchedulerSettings(Settings):
@@ -47,7 +45,7 @@ class SweepConfig(Settings):
     """Points × seeds, each a trial: one run of the loop."""
 
     name: Name = "sweep"
-    loop: Literal["ddpo", "mad"] = "ddpo"
+    loop: str = Field("ddpo", description="the experiment that is run many times")
     config: str = Field("configs/ddpo/digits.yaml", description="what every trial starts from")
     fixed: dict[str, Any] = Field({}, description="dotted keys that every trial overrides")
     space: dict[str, Any] = Field({}, description="dotted keys and the values to try: a list, or a range")
@@ -68,6 +66,13 @@ class SweepConfig(Settings):
     output_dir: str | None = Field(None, description="the sweep's directory; null: runs/<name>-<date>-<time>")
     tracking: TrackingSettings = TrackingSettings()
 
+    @field_validator("loop")
+    @classmethod
+    def _can_be_swept(cls, loop: str) -> str:
+        if loop not in SWEPT:
+            raise ValueError(f"no experiment that can be swept; there are {' and '.join(SWEPT)}")
+        return loop
+
     @model_validator(mode="after")
     def _can_run(self) -> Self:
         space = self.dimensions
@@ -82,15 +87,20 @@ class SweepConfig(Settings):
         own = sorted({"seed", "seeds", "output_dir", "tracking"} & {key.split(".")[0] for key in (*space, *self.fixed)})
         if own:
             raise ValueError(f"{own[0]} of a trial is set by the sweep: use the sweep's own seeds and tracking")
-        if self.scheduler.kind != "none" and self.loop == "mad":
+        if self.scheduler.kind != "none" and not self.experiment.reports_steps:
             raise ValueError("scheduler.kind: a MAD trial reports once, at its end, so nothing can stop it before")
         if self.scheduler.kind == "pbt" and (self.search != "random" or self.seeds > 1 or self.trials < 4):
             raise ValueError("scheduler.kind pbt needs search=random, seeds=1 and 4 trials or more: they are copied")
-        if self.budget.reward_queries and self.loop == "mad":
+        if self.budget.reward_queries and not self.experiment.asks_rewards:
             raise ValueError("budget.reward_queries: the MAD loop asks no reward; set budget.hours")
-        if self.register_as and self.loop == "mad":
+        if self.register_as and not self.experiment.leaves_pipeline:
             raise ValueError("register_as: only DDPO trials leave a pipeline to register")
         return self
+
+    @property
+    def experiment(self) -> SweptExperiment:
+        """What is run."""
+        return SWEPT[self.loop]
 
     @cached_property
     def dimensions(self) -> dict[str, Dimension]:
@@ -114,12 +124,12 @@ class SweepConfig(Settings):
     @property
     def direction(self) -> Literal["max", "min"]:
         """Whether larger or smaller values of the metric are better."""
-        return self.mode or better_end(self.metric or "") or ("max" if self.loop == "ddpo" else "min")
+        return self.mode or better_end(self.metric or "") or self.experiment.end
 
     def trial_config(self, point: Point, seed: int, place: Mapping[str, Any] | None = None) -> Any:
         """The configuration of one trial; ``place`` holds its output_dir and tracking. Raises ConfigError."""
         path = find(self.config)
         if path is None or not path.is_file():
             raise ConfigError(f"config: there is no file {self.config!r}")
-        own: dict[str, Any] = {"seeds": [seed]} if self.loop == "mad" else {"seed": seed}
-        return load_config(SCHEMAS[self.loop], path, values={**self.fixed, **point, **own, **(place or {})})
+        own = self.experiment.seeded(seed)
+        return load_config(self.experiment.schema, path, values={**self.fixed, **point, **own, **(place or {})})

@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from orchestration.cluster.ray_cluster import Machine, find_machine
-from orchestration.experiments.metric_names import MAD, better_end, ddpo_metrics
+from orchestration.experiments.metric_names import better_end
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.trial import metric_of, period
 from orchestration.runs.config import ConfigError, about
@@ -22,8 +22,7 @@ def preflight_sweep(config: SweepConfig) -> Machine:
     """Check every point that is known, or the ends of every dimension, as its own run would be checked. Returns what
     the cluster has. Raises ConfigError naming the point."""
     base = config.example
-    device = base.actors.device if config.loop == "ddpo" else base.workers.device
-    machine = find_machine(device)
+    machine = find_machine(config.experiment.device(base))
     cpus, gpus = config.cpus_per_trial or machine.cpus, config.gpus_per_trial
     if cpus > machine.cpus or gpus > machine.gpus:
         raise ConfigError(
@@ -33,10 +32,11 @@ def preflight_sweep(config: SweepConfig) -> Machine:
     for point in _points(config):
         with about(f"at {point or 'the unchanged configuration'}"):
             _check(config, point, Machine(cpus, gpus))
-    if config.loop == "ddpo" and config.scheduler.kind != "none" and period(config) >= base.training.steps:
+    steps = config.experiment.steps(base)
+    if config.scheduler.kind != "none" and period(config) >= steps:
         raise ConfigError(
             f"scheduler.kind {config.scheduler.kind} has nothing to compare: {metric_of(config)} is committed every "
-            f"{period(config)} of {base.training.steps} steps; lower evaluation.every and checkpoint.every"
+            f"{period(config)} of {steps} steps; lower evaluation.every and checkpoint.every"
         )
     return machine
 
@@ -50,35 +50,22 @@ def _points(config: SweepConfig) -> list[Point]:
 def _rehearse(config: SweepConfig, machine: Machine) -> int:
     """Try out so many choices of models, those first that name one for the first time. Returns how many choices the
     points make. Raises ConfigError naming the point."""
-    from orchestration.experiments.ddpo.preflight import describe, preflight
-    from orchestration.runs.inputs import paths_of
-
-    seen: set[tuple[str, str]] = set()
+    experiment, seen = config.experiment, frozenset[Any]()
     choices: dict[Any, tuple[bool, Point, Any]] = {}
-    for point in _points(config) if config.loop == "ddpo" else ():
+    for point in _points(config):
         settings = config.trial_config(point, 0)
-        models = frozenset(paths_of(settings).items()) - {("prompts", settings.prompts)}
+        if not (models := experiment.models(settings)):
+            continue
         choices.setdefault(models, (models <= seen, point, settings))
         seen |= models
     for _, point, settings in sorted(choices.values(), key=itemgetter(0))[:_REHEARSED]:
         with about(f"at {point or 'the unchanged configuration'}"):
-            describe(settings, preflight(settings, machine))
+            experiment.plan(settings, machine)
     return len(choices)
 
 
 def _check(config: SweepConfig, point: Point, machine: Machine) -> None:
-    settings = config.trial_config(point, 0)
-    if config.loop == "ddpo":
-        from orchestration.experiments.ddpo.preflight import preflight
-
-        plan = preflight(settings, machine)
-        return _check_metric(config, ddpo_metrics(settings, plan.prompts, plan.unseen))
-    from orchestration.experiments.mad.preflight import preflight_mad
-
-    if len(settings.resolved_arms) > 1:
-        raise ConfigError(f"{config.config} has several arms: a trial runs one, so put what differs into space")
-    preflight_mad(settings, machine)
-    _check_metric(config, MAD[settings.family])
+    _check_metric(config, config.experiment.check(config.trial_config(point, 0), machine))
 
 
 def _check_metric(config: SweepConfig, known: Sequence[str]) -> None:

@@ -10,11 +10,11 @@ from typing import Any, Self
 import numpy as np
 from rich.text import Text
 
-from orchestration.experiments.sweep.points import points_table
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
 from orchestration.runs.browse import plain_table
 from orchestration.runs.html_report import conclude
+from orchestration.runs.points import points_table
 from orchestration.runs.run import register
 from policies.common.intervals import interval, paired, scale_of
 from policies.common.search_space import FRESH_SEEDS, Point, common_points, exact

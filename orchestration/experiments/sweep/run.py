@@ -11,7 +11,7 @@ from orchestration.experiments.sweep.config import BudgetSettings, SweepConfig
 from orchestration.experiments.sweep.trial import Trial, metric_of, reports, trials_in
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import Row
-from orchestration.runs.inputs import Inputs, accept, code_of, fingerprints, paths_of
+from orchestration.runs.inputs import Inputs, accept, code_of, fingerprints
 from orchestration.runs.manifest import new_manifest, open_run
 from orchestration.runs.run import Run, new_directory, sync
 from orchestration.tracking.outbox import undelivered
@@ -127,14 +127,12 @@ class SweepRun(Run):
 
 def _inputs(config: SweepConfig, held: Inputs | None) -> Inputs:
     """What the trials read, those of every listed value: whichever of them begins later reads the same."""
-    read, code = {"config": config.config}, set()
+    read, code = {"config": config.config}, set[str]()
     for point in corner_points(config.dimensions):
-        trial = config.trial_config(point, 0)
-        paths = paths_of(trial) if config.loop == "ddpo" else {"data.source": trial.data.source}
+        paths, own = config.experiment.reads(config.trial_config(point, 0))
         for key, path in paths.items():
             name = f"trials.{key}"
             read[name if read.get(name, path) == path else f"{name} {path}"] = path
-        arms = trial.resolved_arms.values() if config.loop == "mad" else ()
-        code |= {arm.reward for arm in arms if arm.rule == "curated"} if arms else {*trial.reward.functions}
+        code |= own
     found = {key: path for key, path in read.items() if find(path)}
-    return fingerprints(found, held) | code_of(sorted(name for name in code if ":" in name))
+    return fingerprints(found, held) | code_of(sorted(code))

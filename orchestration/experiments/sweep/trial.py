@@ -4,9 +4,9 @@ The directory is named by the point and the seed, so a trial that is asked for a
 one that is done answers from what it left. What a trial tells is what its journal holds, in the same order each time.
 """
 
+import contextlib
 import fcntl
 import hashlib
-import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.run import DdpoRun
-from orchestration.experiments.metric_names import EVALUATED, MAD
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.runs.config import ConfigError
-from orchestration.runs.manifest import known_manifest, read_summary
+from orchestration.runs.manifest import known_manifest
 from orchestration.runs.run import is_free
-from pipelines.storage.atomic import DamagedFiles, read_json, read_lines, write_json
+from pipelines.storage.atomic import DamagedFiles, read_json, write_json
 from policies.common.search_space import FRESH_SEEDS, Point, exact, short
 
 _PREDECESSOR_SECONDS = 120.0  # a killed trial's processes let go of its directory within this
@@ -93,40 +90,25 @@ class Trial:
 
 
 def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
-    """What a trial has to tell so far: the metric at each commit that measured it, with steps and images so far."""
-    metric, manifest = metric_of(sweep), trial.manifest()
-    if sweep.loop == "mad":
-        if manifest.get("status") != "FINISHED":
-            return []
-        (arm,) = read_summary(trial.directory)["arms"].values()
-        values = arm["metrics"][metric]["mean"]
-        return [{metric: values[-1], "step": len(values), "images": 0, "trial": trial.name}]
-    lines = read_lines(trial.directory / "metrics.jsonl", ["step"])
-    committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
-    each = manifest["config"]["training"]["images_per_step"] if lines else 0
-    last = manifest["config"]["training"]["steps"] if lines else 0
-    due = [line for line in committed if metric in line and (line["step"] % period(sweep) == 0 or line["step"] == last)]
-    return [
-        {metric: line[metric], "step": line["step"], "images": line["step"] * each, "trial": trial.name} for line in due
-    ]
+    """What a trial has to report so far: the metric, steps and images at each commit that measured it."""
+    manifest = trial.manifest()
+    found = sweep.experiment.reports(trial.directory, manifest, metric_of(sweep))
+    due = [each for each in found if each["step"] % period(sweep) == 0 or each["step"] == manifest["total_steps"]]
+    return [{**each, "trial": trial.name} for each in due]
 
 
 def period(sweep: SweepConfig) -> int:
-    """Steps between two reports of a DDPO trial: what it reports is measured and committed."""
-    config: DdpoConfig = sweep.example
-    measured = config.evaluation.every or config.training.steps
-    return math.lcm(config.checkpoint.every, measured if metric_of(sweep).startswith(EVALUATED) else 1)
+    """Steps between two reports of a trial."""
+    return sweep.experiment.period(sweep.example, metric_of(sweep))
 
 
 def metric_of(sweep: SweepConfig) -> str:
     """The metric that a sweep compares."""
-    if sweep.metric or sweep.loop == "ddpo":
-        return sweep.metric or "evaluator/full"
-    return MAD[sweep.example.family][0]
+    return sweep.metric or sweep.experiment.default_metric(sweep.example)
 
 
 def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], changes: bool = False) -> None:
-    """In a Tune worker: do what is left of the trial, and tell Tune. Tune ends it inside a report if it wishes."""
+    """In a Tune worker: do what is left of the trial, and report to Tune. Tune ends it inside a report if it wishes."""
     from ray import tune
 
     trial.wait_until_free()
@@ -138,40 +120,24 @@ def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], cha
         return
     trial.note(error=None)
     # A member of a population takes weights from others: its own past is no measure of it.
-    own = {"evaluation.patience": 0} if copies and sweep.loop == "ddpo" else {}
+    own = {"evaluation.patience": 0} if copies else {}
     place = {"output_dir": str(trial.directory), "tracking": {**tracking}}
     config = sweep.trial_config(trial.point, trial.seed, own | place)
-    try:
-        if sweep.loop == "mad":
-            from orchestration.experiments.mad.loop import run_mad
 
-            run_mad(config, trusted=True, changes=changes)  # the sweep was typed
-        else:
-            _run_ddpo(sweep, trial, config, copies, changes)
+    def committed(step: int, commit: Path) -> None:
+        found = reports(sweep, trial)
+        if found and found[-1]["step"] == step:
+            tune.report(found[-1], checkpoint=tune.Checkpoint.from_directory(str(commit)) if copies else None)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            given = tune.get_checkpoint()
+            copied = Path(stack.enter_context(given.as_directory())) if given else None
+            sweep.experiment.run_trial(config, bool(trial.manifest()), changes, committed, copied)
     except Exception as error:
         trial.note(error=f"{type(error).__name__}: {error}")
         raise
     tune.report(reports(sweep, trial)[-1])
-
-
-def _run_ddpo(sweep: SweepConfig, trial: Trial, config: DdpoConfig, copies: bool, changes: bool) -> None:
-    from ray import tune
-
-    from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
-
-    def watch(run: DdpoRun) -> None:
-        found = reports(sweep, trial)
-        if found and found[-1]["step"] == run.step < config.training.steps:  # the last step is told once all is done
-            commit = tune.Checkpoint.from_directory(str(run.store.path(run.step))) if copies else None
-            tune.report(found[-1], checkpoint=commit)
-
-    if (copied := tune.get_checkpoint()) is not None:
-        with copied.as_directory() as source:
-            DdpoRun.adopt(config, Path(source))
-    if trial.manifest():
-        resume_ddpo(trial.directory, trusted=True, changes=changes, watch=watch)
-    else:
-        run_ddpo(config, watch)
 
 
 def trials_in(root: Path) -> Iterator[Trial]:

@@ -1,0 +1,97 @@
+"""What commands, jobs, sweeps and reports ask of a kind of experiment. Light to import: methods import the rest."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from orchestration.cluster.ray_cluster import Machine
+
+
+class Experiment(ABC):
+    """A kind of experiment: its configuration, and how it is planned, run and resumed."""
+
+    name: ClassVar[str]  # its command, and ``loop`` in the manifest of its runs
+
+    @property
+    @abstractmethod
+    def schema(self) -> type[BaseModel]:
+        """The type of its configuration."""
+
+    @abstractmethod
+    def plan(self, config: Any, machine: Machine | None = None) -> str:
+        """Check everything that can be checked before a run, and describe the run: what a dry run prints.
+
+        ``machine``: the one to run on, by default what is found. Raises ConfigError.
+        """
+
+    @abstractmethod
+    def run(self, config: Any) -> Path:
+        """Run it. Returns the path of summary.json. Raises ConfigError before anything is started."""
+
+    @abstractmethod
+    def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
+        """Go on with the run in ``directory``. Raises ConfigError if another person began it and it is not ``trusted``,
+        or if its inputs have changed and no ``changes`` are accepted."""
+
+
+class SweptExperiment(Experiment):
+    """An experiment whose settings a sweep can search; each trial is one of its runs."""
+
+    end: ClassVar[Literal["max", "min"]]  # of the default metric: which is better
+    reports_steps: ClassVar[bool]  # False: a trial reports once, at its end, so that nothing can stop or copy it before
+    asks_rewards: ClassVar[bool]
+    leaves_pipeline: ClassVar[bool]
+
+    @abstractmethod
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """The settings of a trial with this one seed."""
+
+    @abstractmethod
+    def device(self, config: Any) -> str:
+        """The device that a trial asks for: auto, cpu or cuda."""
+
+    @abstractmethod
+    def default_metric(self, config: Any) -> str:
+        """What trials are compared by if the sweep does not say."""
+
+    @abstractmethod
+    def check(self, config: Any, machine: Machine) -> Sequence[str]:
+        """Check a trial's configuration. Returns the metrics that it reports. Raises ConfigError."""
+
+    @abstractmethod
+    def reads(self, config: Any) -> tuple[dict[str, str], set[str]]:
+        """The paths that a trial reads, by key, and the import paths of a user's own code."""
+
+    def models(self, config: Any) -> frozenset[Any]:
+        """The models that a trial loads, as a dry run has to try them out; empty if there is nothing to try."""
+        return frozenset()
+
+    def period(self, config: Any, metric: str) -> int:
+        """Steps between two reports of ``metric``."""
+        return self.steps(config)
+
+    def steps(self, config: Any) -> int:
+        """Steps of a trial."""
+        return 1
+
+    @abstractmethod
+    def reports(self, directory: Path, manifest: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+        """What a trial has committed so far: ``metric``, "step" and "images", in order."""
+
+    @abstractmethod
+    def run_trial(
+        self,
+        config: Any,
+        begun: bool,
+        changes: bool,
+        committed: Callable[[int, Path], None],
+        copied: Path | None,
+    ) -> None:
+        """In a trial's process: run it, or go on with one that has ``begun``.
+
+        ``committed(step, commit)`` is called after each step but the last; ``copied`` is a commit of another trial to
+        start from.
+        """

@@ -1,0 +1,86 @@
+"""MAD as commands, jobs and sweeps see it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.experiment import SweptExperiment
+from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.metric_names import MAD
+from orchestration.runs.config import ConfigError
+from orchestration.runs.manifest import read_summary
+
+
+class Mad(SweptExperiment):
+    """Train generators on their own samples (MAD). The same command again goes on with what output_dir holds."""
+
+    name = "mad"
+    schema = MadConfig
+    end = "min"
+    reports_steps = asks_rewards = leaves_pipeline = False
+
+    def plan(self, config: MadConfig, machine: Machine | None = None) -> str:
+        """See :class:`Experiment`."""
+        from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
+
+        return describe_mad(config, preflight_mad(config, machine))
+
+    def run(self, config: MadConfig) -> Path:
+        """See :class:`Experiment`."""
+        from orchestration.experiments.mad.loop import run_mad
+
+        return run_mad(config)
+
+    def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
+        """See :class:`Experiment`."""
+        from orchestration.experiments.mad.loop import resume_mad
+
+        return resume_mad(directory, trusted, changes)
+
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """See :class:`SweptExperiment`."""
+        return {"seeds": [seed]}
+
+    def device(self, config: MadConfig) -> str:
+        """See :class:`SweptExperiment`."""
+        return config.workers.device
+
+    def default_metric(self, config: MadConfig) -> str:
+        """See :class:`SweptExperiment`: the distance of the family."""
+        return MAD[config.family][0]
+
+    def check(self, config: MadConfig, machine: Machine) -> Sequence[str]:
+        """See :class:`SweptExperiment`."""
+        from orchestration.experiments.mad.preflight import preflight_mad
+
+        if len(config.resolved_arms) > 1:
+            raise ConfigError("the configuration has several arms: a trial runs one, so put what differs into space")
+        preflight_mad(config, machine)
+        return MAD[config.family]
+
+    def reads(self, config: MadConfig) -> tuple[dict[str, str], set[str]]:
+        """See :class:`SweptExperiment`."""
+        rewards = {arm.reward for arm in config.resolved_arms.values() if arm.rule == "curated" and ":" in arm.reward}
+        return {"data.source": config.data.source}, rewards
+
+    def reports(self, directory: Path, manifest: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+        """See :class:`SweptExperiment`: the last generation's, once the experiment is finished."""
+        if manifest.get("status") != "FINISHED":
+            return []
+        (arm,) = read_summary(directory)["arms"].values()
+        values = arm["metrics"][metric]["mean"]
+        return [{metric: values[-1], "step": len(values), "images": 0}]
+
+    def run_trial(
+        self,
+        config: MadConfig,
+        begun: bool,
+        changes: bool,
+        committed: Callable[[int, Path], None],
+        copied: Path | None,
+    ) -> None:
+        """See :class:`SweptExperiment`."""
+        from orchestration.experiments.mad.loop import run_mad
+
+        run_mad(config, trusted=True, changes=changes)  # the sweep was typed
