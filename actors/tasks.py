@@ -14,8 +14,8 @@ from ray import ObjectRef
 
 from actors.allocation import mark
 from actors.failures import ActorLost, result
-from actors.patrol import Patrol
 from actors.pool import POLL_SECONDS
+from actors.stuck_workers import StuckWorkerMonitor
 from actors.worker import end_if_lost
 from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import Task, TaskStore, in_order
@@ -34,7 +34,7 @@ class TaskRunner:
     ) -> None:
         self._store = store
         self._timeout = timeout
-        self.patrol = Patrol()  # for whoever waits to send round
+        self.monitor = StuckWorkerMonitor()  # for whoever waits to send round
         self._device = "cuda" if gpus else "cpu"
         remote: Any = ray.remote(_perform)
         taken = {"num_cpus": cpus, "num_gpus": gpus, "resources": mark(nodes)}

@@ -14,7 +14,7 @@ class Chunk:
     seeds: list[int]
     images: ObjectRef
     trajectory: ObjectRef
-    drawn_with: Any = None  # the Published weights: kept, as a sampler that was started again asks for them
+    drawn_with: Any = None  # the PolicyVersion weights: kept, as a sampler that was started again asks for them
     captions: ObjectRef | None = None
     scores: dict[str, ObjectRef] = field(default_factory=dict)  # by the reward's name
     verdicts: ObjectRef | None = None

@@ -18,7 +18,7 @@ import psutil
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.loop import run_ddpo
 from orchestration.experiments.ddpo.run import DdpoRun
-from orchestration.experiments.ddpo.worker_group import Crew
+from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.config import load_config
 from orchestration.runs.manifest import git_commit
 
@@ -29,11 +29,11 @@ SHORT += ["evaluation.images=32", "evaluation.interim_images=32", "actors.images
 
 def settled() -> float:
     """Bytes in the object store, once Ray reports the same twice: what is in flight at depth 1 is drawn by then."""
-    before, now = -1.0, Crew.footprint()["object_store_bytes"]
+    before, now = -1.0, WorkerGroup.footprint()["object_store_bytes"]
     deadline = time.monotonic() + 30
     while now != before and time.monotonic() < deadline:
         time.sleep(0.5)
-        before, now = now, Crew.footprint()["object_store_bytes"]
+        before, now = now, WorkerGroup.footprint()["object_store_bytes"]
     return now
 
 

@@ -288,7 +288,7 @@ def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_s
     assert summary(tmp_path / "run")["reward_before"] == summary(tmp_path / "run")["reward_after"]
     stops = DdpoRun.create(configure(overrides, f"output_dir={tmp_path / 'stopped'}"))
     with pytest.raises(SickNumbers, match="all rewards are alike"):
-        stops.spare(SickNumbers("all rewards are alike"))
+        stops.skip_update(SickNumbers("all rewards are alike"))
 
 
 def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(
@@ -342,7 +342,7 @@ def test_two_learners_go_on_where_one_stood_and_when_one_of_them_is_killed(
         assert len(learners) == 2
         learners[1].kill()
 
-    resume_ddpo(directory, watch=kill_one_when_all_is_learned)
+    resume_ddpo(directory, on_step=kill_one_when_all_is_learned)
     said = capsys.readouterr().out
     assert "from step 4 on learners is 2, no longer 1" in said
     assert "going back to step 4" in said

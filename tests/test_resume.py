@@ -13,7 +13,7 @@ import pytest
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.inputs import ddpo_inputs
-from orchestration.experiments.ddpo.rollout_queue import Ahead
+from orchestration.experiments.ddpo.rollout_queue import RolloutQueue
 from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.run import Budget, BudgetSettings, _inputs
@@ -293,11 +293,11 @@ def test_a_fork_to_depth_0_learns_from_what_the_present_weights_draw() -> None:
     asked: list[int] = []
     for depth in (0, 1):
         run: Any = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(depth=depth)))
-        crew: Any = SimpleNamespace(samplers=SimpleNamespace(published=SimpleNamespace(version=7)))
-        crew.drawing_with = lambda which: __import__("contextlib").nullcontext()
-        ahead = Ahead(run, crew, prompts=None)  # type: ignore[arg-type]
-        ahead._ask = lambda step, depth=depth: asked.append(depth)  # type: ignore[method-assign]
-        ahead.redo(5, drawn_by=6)
+        workers: Any = SimpleNamespace(samplers=SimpleNamespace(policy=SimpleNamespace(version=7)))
+        workers.drawing_with = lambda which: __import__("contextlib").nullcontext()
+        queue = RolloutQueue(run, workers, prompts=None)  # type: ignore[arg-type]
+        queue._ask = lambda step, depth=depth: asked.append(depth)  # type: ignore[method-assign]
+        queue.redo(5, drawn_by=6)
     assert asked == [1]
 
 

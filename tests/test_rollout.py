@@ -9,7 +9,7 @@ import ray
 import torch
 from diffusers import StableDiffusionPipeline
 
-from actors.roles.sampler import Published, Sampler
+from actors.roles.sampler import PolicyVersion, Sampler
 from pipelines.captioner import Captioner
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
@@ -178,13 +178,13 @@ def test_the_divergence_from_the_base_is_that_of_its_normal_steps(
     model = ModelSettings(path=str(tiny_v_pipeline))
     base, sampler = DiffusionPolicy(model, sampling), Sampler(model, sampling, "cpu", 1)
     prompts, seeds = BATCH * 3, list(range(24))
-    _, untouched = sampler.rollout(Published(), prompts, seeds)
-    np.testing.assert_array_equal(sampler.divergence(Published(), untouched), np.zeros(16))
+    _, untouched = sampler.rollout(PolicyVersion(), prompts, seeds)
+    np.testing.assert_array_equal(sampler.divergence(PolicyVersion(), untouched), np.zeros(16))
 
     weights = {name: 1.2 * to_numpy(each) for name, each in base.network.named_parameters()}
     assert sampler.set_weights(1, weights).changed_tensors > 10
-    _, trajectory = sampler.rollout(Published(1), prompts, seeds)
-    divergences, schedule = sampler.divergence(Published(1), trajectory), base.schedule
+    _, trajectory = sampler.rollout(PolicyVersion(1), prompts, seeds)
+    divergences, schedule = sampler.divergence(PolicyVersion(1), trajectory), base.schedule
     latents, conditions = torch.from_numpy(trajectory.latents), base.embed(prompts)
     taken, there = trajectory.log_probs, np.full((24, 5), np.nan)
     for step in schedule.stochastic_steps:
@@ -200,7 +200,7 @@ def test_the_divergence_from_the_base_is_that_of_its_normal_steps(
 
     restarted = Sampler(model, sampling, "cpu", 1)  # as Ray does it between the chunk and its measure
     monkeypatch.setattr(ray, "get", lambda sent: sent)
-    sent = Published(1, checksum(weights), weights)
+    sent = PolicyVersion(1, checksum(weights), weights)
     np.testing.assert_array_equal(restarted.divergence(sent, trajectory), divergences)
     assert sampler.set_weights(2, weights).changed_tensors == 0  # they are there again
 

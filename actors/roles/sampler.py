@@ -24,7 +24,7 @@ class DamagedWeightsError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Acknowledgement:
+class WeightReceipt:
     """A sampler's receipt for new weights."""
 
     checksum: str
@@ -32,7 +32,7 @@ class Acknowledgement:
 
 
 @dataclass(frozen=True)
-class Published:
+class PolicyVersion:
     """The weights that samplers are to draw with. Version 0 is what the model's files hold, and is not sent; −v is the
     average of the versions up to v."""
 
@@ -52,7 +52,7 @@ class Sampler(Worker):
         self.version = 0
         self.base: dict[str, Any] = {}  # what the first weights from elsewhere replaced
 
-    def set_weights(self, version: int, weights: Mapping[str, np.ndarray]) -> Acknowledgement:
+    def set_weights(self, version: int, weights: Mapping[str, np.ndarray]) -> WeightReceipt:
         """Take new weights. The checksum is computed here, from what arrived."""
         from pipelines.rl.weights import checksum, copied, load_weights
 
@@ -61,9 +61,9 @@ class Sampler(Worker):
             self.base = copied({name: known[name] for name in weights}, "cpu")
         changed = load_weights(self.policy.network, weights)
         self.version = version
-        return Acknowledgement(checksum(weights), changed)
+        return WeightReceipt(checksum(weights), changed)
 
-    def rollout(self, source: Published, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
+    def rollout(self, source: PolicyVersion, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
         """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``.
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
@@ -71,13 +71,13 @@ class Sampler(Worker):
         self._take(source)
         return self.policy.rollout(prompts, seeds, source.version)
 
-    def divergence(self, source: Published, trajectory: Trajectory) -> np.ndarray:
+    def divergence(self, source: PolicyVersion, trajectory: Trajectory) -> np.ndarray:
         """How far ``source``, which drew the trajectory, is from the base model: KL of the first images (≤ 16,) in
         nats an image. Raises DamagedWeightsError as :meth:`rollout` does."""
         self._take(source)
         return self.policy.divergence(trajectory.first(_COMPARED), self.base)
 
-    def _take(self, source: Published) -> None:
+    def _take(self, source: PolicyVersion) -> None:
         """Hold exactly ``source``: a sampler that was started again holds the model's files, whatever it was sent."""
         if source.version != self.version:
             receipt = self.set_weights(source.version, ray.get(source.weights))
@@ -105,7 +105,7 @@ class Samplers(Pool):
     def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
         super().__init__(seats, Sampler, model, sampling)
         self.images_per_call = images_per_call
-        self.published = Published()
+        self.policy = PolicyVersion()
 
     def rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Chunk]:
         """One image for each (prompt, seed), in order, as chunks still being drawn."""
@@ -113,12 +113,12 @@ class Samplers(Pool):
         for start in range(0, len(prompts), self.images_per_call):
             part = slice(start, start + self.images_per_call)
             chunk_prompts, chunk_seeds = list(prompts[part]), list(seeds[part])
-            images, trajectory = self.submit("rollout", self.published, chunk_prompts, chunk_seeds, returns=2)
-            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory, self.published))
+            images, trajectory = self.submit("rollout", self.policy, chunk_prompts, chunk_seeds, returns=2)
+            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory, self.policy))
         return chunks
 
-    def publish(self, published: Published) -> list[ObjectRef]:
+    def update_weights(self, published: PolicyVersion) -> list[ObjectRef]:
         """Send new weights to every sampler. Work submitted from now on asks for this version, that before it for its
         own: a sampler takes up what it was given in order."""
-        self.published = published
+        self.policy = published
         return self.everyone("set_weights", published.version, published.weights)

@@ -1,6 +1,6 @@
 """Is a run being fooled by its reward? What it is trained on goes up, and what it is not trained on comes down.
 
-Gao et al. 2022 (2210.10760) call this over-optimisation. Two looks at a run are compared image by image, prompt and
+Gao et al. 2022 (2210.10760) call this over-optimisation. Two points at a run are compared image by image, prompt and
 seed being the same, which tells far smaller differences than their means do.
 """
 
@@ -13,7 +13,7 @@ _ERRORS = 2.0  # standard errors of the paired difference that count as lower
 
 
 @dataclass(frozen=True)
-class Look:
+class EvaluationPoint:
     """A run after ``step``: the held-out measure of each of some images (images,), and their mean reward."""
 
     step: int
@@ -25,36 +25,36 @@ class Look:
         return float(self.held_out.mean())
 
 
-def best_look(looks: Sequence[Look]) -> Look | None:
-    """The look with the highest held-out measure, the earliest of equals; None of none."""
-    return max(looks, key=lambda look: (look.mean, -look.step), default=None)
+def best_point(points: Sequence[EvaluationPoint]) -> EvaluationPoint | None:
+    """The evaluation with the highest held-out measure, the earliest of equals; None of none."""
+    return max(points, key=lambda point: (point.mean, -point.step), default=None)
 
 
-def is_lower(look: Look, best: Look) -> bool:
-    """Whether ``look`` is worse than ``best`` by more than chance."""
-    size = min(len(look.held_out), len(best.held_out))
-    drop = best.held_out[:size] - look.held_out[:size]
+def is_lower(point: EvaluationPoint, best: EvaluationPoint) -> bool:
+    """Whether ``point`` is worse than ``best`` by more than chance."""
+    size = min(len(point.held_out), len(best.held_out))
+    drop = best.held_out[:size] - point.held_out[:size]
     return bool(drop.mean() > max(_ERRORS * drop.std() / np.sqrt(size), 1e-12))
 
 
-def look_to_keep(looks: Sequence[Look]) -> Look | None:
-    """The last look, unless the best one is better by more than chance; None of none."""
-    best = best_look(looks)
-    return best if best is None or is_lower(looks[-1], best) else looks[-1]
+def point_to_keep(points: Sequence[EvaluationPoint]) -> EvaluationPoint | None:
+    """The last evaluation, unless the best one is better by more than chance; None of none."""
+    best = best_point(points)
+    return best if best is None or is_lower(points[-1], best) else points[-1]
 
 
-def over_optimised(looks: Sequence[Look], patience: int) -> str | None:
-    """Why to stop, in words, if the last ``patience`` looks were each lower than the best one; else None.
+def over_optimised(points: Sequence[EvaluationPoint], patience: int) -> str | None:
+    """Why to stop, in words, if the last ``patience`` points were each lower than the best one; else None.
 
     It is over-optimisation if the reward kept more of its gain than the held-out measure did, else a collapse.
     """
-    best = best_look(looks)
+    best = best_point(points)
     if not patience or best is None:
         return None
-    since = [look for look in looks if look.step > best.step][-patience:]
-    if len(since) < patience or not all(is_lower(look, best) for look in since):
+    since = [point for point in points if point.step > best.step][-patience:]
+    if len(since) < patience or not all(is_lower(point, best) for point in since):
         return None
-    now, first = since[-1], looks[0]
+    now, first = since[-1], points[0]
     kept, kept_reward = _kept(first.mean, best.mean, now.mean), _kept(first.reward, best.reward, now.reward)
     name, but = ("over-optimisation", "while") if kept_reward > kept else ("collapse", "and")
     return (

@@ -100,13 +100,13 @@ class Ddpo(SweptExperiment):
         from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
         from orchestration.experiments.ddpo.run import DdpoRun
 
-        def watch(run: DdpoRun) -> None:
+        def on_step(run: DdpoRun) -> None:
             if run.step < config.training.steps:
                 committed(run.step, run.store.path(run.step))
 
         if copied is not None:
             DdpoRun.adopt(config, copied)
         if begun or copied is not None:
-            resume_ddpo(Path(str(config.output_dir)), trusted=True, changes=changes, watch=watch)
+            resume_ddpo(Path(str(config.output_dir)), trusted=True, changes=changes, on_step=on_step)
         else:
-            run_ddpo(config, watch)
+            run_ddpo(config, on_step)

@@ -1,12 +1,11 @@
-"""The DDPO loop: sample → caption → reward → learn → publish, round and round (Black et al., 2305.13301).
+"""The DDPO loop: rollout → score → train → update_weights, round and round (Black et al., 2305.13301).
 
-Everything between actors is an object reference; chunks are captioned and scored while the next ones are drawn. The
-driver owns every actor, and a step's state is committed as a whole or not at all.
+Everything between actors is an object reference; chunks of images are captioned and scored while the next ones are
+drawn. The driver owns every actor. A step's state is committed as a whole or not at all: a run that is resumed, or that
+lost an actor, goes on from its last commit to the weights that an undisturbed run has.
 """
 
 from pathlib import Path
-
-import numpy as np
 
 from actors.failures import ActorLost
 from orchestration.experiments.ddpo.config import DdpoConfig
@@ -15,61 +14,59 @@ from orchestration.experiments.ddpo.metrics import step_metrics
 from orchestration.experiments.ddpo.preflight import Plan, preflight, replan
 from orchestration.experiments.ddpo.report import Report
 from orchestration.experiments.ddpo.reward_check import calibrate, fitting_images
-from orchestration.experiments.ddpo.rollout_queue import Ahead
-from orchestration.experiments.ddpo.run import DdpoRun, Watch, ignore
-from orchestration.experiments.ddpo.worker_group import Crew
+from orchestration.experiments.ddpo.rollout_queue import RolloutQueue
+from orchestration.experiments.ddpo.run import DdpoRun, StepCallback, ignore
+from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.run import going_on
-from pipelines.storage.checkpoint import LearnerState
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics, advantages
 from policies.rl.health import SickNumbers
-from policies.rl.over_optimisation import look_to_keep
+from policies.rl.over_optimisation import point_to_keep
 
 
-def run_ddpo(config: DdpoConfig, watch: Watch = ignore, profile: bool = False) -> Path:
+def run_ddpo(config: DdpoConfig, on_step: StepCallback = ignore, profile: bool = False) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
     plan = preflight(config)
-    return _loop(DdpoRun.create(config, profile), plan, watch)
+    return _loop(DdpoRun.create(config, profile), plan, on_step)
 
 
-def resume_ddpo(directory: Path, trusted: bool = False, changes: bool = False, watch: Watch = ignore) -> Path:
+def resume_ddpo(directory: Path, trusted: bool = False, changes: bool = False, on_step: StepCallback = ignore) -> Path:
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
     with going_on(directory, DdpoConfig, trusted) as (manifest, config):
         run = DdpoRun.resume(manifest, config, changes)
-        return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), watch)
+        return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), on_step)
 
 
-def _loop(run: DdpoRun, plan: Plan, watch: Watch) -> Path:
+def _loop(run: DdpoRun, plan: Plan, on_step: StepCallback) -> Path:
     with run:
         while True:
             try:
-                with Crew(run.config, plan, run.display, run.profile) as crew:
-                    return _train(run, crew, plan, watch)
+                with WorkerGroup(run.config, plan, run.display, run.profile) as workers:
+                    return _train(run, workers, plan, on_step)
             except ActorLost as lost:  # one that cannot be replaced: the learner, or several with their node
                 run.roll_back(lost)
                 plan = replan(run.config, plan)
 
 
-def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
+def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback) -> Path:
     config, training = run.config, run.config.training
-    ahead = Ahead(run, crew, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
+    queue = RolloutQueue(run, workers, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
     history = PromptStatistics(config.advantage.history_size)
     held_out_prompts, held_out_seeds = fixed_work([*plan.prompts, *plan.unseen], config.evaluation.images)
     report = Report(run, held_out_prompts)
 
     def evaluate(images: int) -> Evaluation:
         with run.stage("evaluate"):
-            return crew.evaluate(held_out_prompts[:images], held_out_seeds[:images])
+            return workers.evaluate(held_out_prompts[:images], held_out_seeds[:images])
 
     if run.checkpoint is None:
-        micro_batch = crew.wait(crew.learner.everyone("micro_batch"), "micro-batch")[0]
-        run.describe(plan.prompts, plan.roles, micro_batch)
+        run.describe(plan.prompts, plan.roles, workers.micro_batch())
         before = evaluate(config.evaluation.images)
-        report.before(before, calibrate(crew, *fitting_images(config, before)))
+        report.before(before, calibrate(workers, *fitting_images(config, before)))
     else:
-        crew.restore(LearnerState(run.checkpoint.tensors, run.checkpoint.state["weights_version"]))
+        workers.restore(run.checkpoint)
         history.restore(run.checkpoint.state["prompt_statistics"])
-        ahead.redo(run.step, run.checkpoint.state.get("drawn_by"))
+        queue.redo(run.step, run.checkpoint.state.get("drawn_by"))
         run.display.say(f"resumed after step {run.step}")
 
     held_out: Evaluation | None = None
@@ -77,44 +74,37 @@ def _train(run: DdpoRun, crew: Crew, plan: Plan, watch: Watch) -> Path:
         if report.over_optimised():
             break
         with run.stage("sample"):
-            chunks = ahead.step(step)  # at depth 1 the next step is drawn from here on, while this one is learned from
-            images = np.concatenate(crew.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling"))
-            step_prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
-            crew.acknowledge()
+            rollout = queue.rollout(step)  # at depth 1 the next step is drawn while this one is trained on
         try:
             with run.stage("reward"):
-                scores = crew.rewarded(chunks, f"step {step + 1}: rewards")
-                advantage = advantages(scores, step_prompts, config.advantage, history)
-        except SickNumbers as sick:
-            metrics = run.spare(sick)
+                rewards = workers.score(rollout)
+                advantage = advantages(rewards, rollout.prompts, config.advantage, history)
+        except SickNumbers as degenerate:
+            metrics = run.skip_update(degenerate)
         else:
             with run.stage("learn"):
-                learned, weights = crew.learner.learn(chunks, advantage, derive_seed(config.seed, "timesteps", step))
-                update = crew.wait(learned, f"step {step + 1}: learning")[0]
+                update, weights = workers.train(rollout, advantage, derive_seed(config.seed, "timesteps", step))
             with run.stage("publish"):
-                crew.publish(update, weights, expect_change=training.on_sick_numbers == "stop")
-            metrics = step_metrics(scores, advantage, update, images, step_prompts)
+                workers.update_weights(update, weights, expect_change=training.on_sick_numbers == "stop")
+            metrics = step_metrics(rewards, advantage, update, rollout.images, rollout.prompts)
 
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None
-        run.record(step, metrics | crew.footprint() | (held_out.metrics() if held_out else {}))
+        run.record(step, metrics | workers.footprint() | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
             report.progress(step + 1, held_out)
 
         if run.commit_due():
             with run.stage("commit"):
                 run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
-                state = crew.wait(crew.learner.everyone("state"), "the learner's state")[0]
-                known = {"prompt_statistics": history.state(), "drawn_by": ahead.drawn_by}
-                run.commit(state, known, crew.accounts())
-        watch(run)
+                known = {"prompt_statistics": history.state(), "drawn_by": queue.drawn_by}
+                run.commit(workers.state(), known, workers.accounts())
+        on_step(run)
 
-    kept = report.best_step(look_to_keep)
+    kept = report.best_step(point_to_keep)
     if kept not in (None, run.step):  # the last weights do worse than others did, where nothing is trained
-        best, held_out = run.store.load(kept), None
-        crew.restore(LearnerState(best.tensors, best.state["weights_version"]))
+        workers.restore(run.store.load(kept))
+        held_out = None
     whole = held_out is not None and len(held_out.images) == config.evaluation.images
     after = held_out if held_out and whole else evaluate(config.evaluation.images)
-    update = crew.wait(crew.learner.weights("averaged")[0], "the final weights")[0]
-    files = crew.wait(crew.learner.everyone("pipeline"), "the pipeline")[0]
-    return report.finish(after, update.checksum, files, crew.accounts())
+    return report.finish(after, *workers.export(), workers.accounts())

@@ -30,7 +30,7 @@ from pipelines.storage.atomic import (
     write_durably,
     write_json,
 )
-from policies.rl.over_optimisation import Look, best_look, look_to_keep, over_optimised
+from policies.rl.over_optimisation import EvaluationPoint, best_point, over_optimised, point_to_keep
 
 _RESULTS = {  # of the summary, each before and after
     "reward": "evaluation/reward",
@@ -74,29 +74,29 @@ class Report:
         """An interim measure."""
         self._keep(step, evaluation, evaluation.metrics())
 
-    def looks(self) -> list[Look]:
+    def points(self) -> list[EvaluationPoint]:
         """The evaluations up to the present step, the base's first."""
         return [
-            Look(step, np.array(told["measure"]), told["measured_reward"])
+            EvaluationPoint(step, np.array(told["measure"]), told["measured_reward"])
             for step, told in self._kept().items()
             if step <= self.run.step and {"measure", "measured_reward"} <= told.keys()  # older runs have none
         ]
 
-    def best_step(self, of: Callable[[Sequence[Look]], Look | None] = best_look) -> int | None:
-        """The step that is best by the held-out measure, of those evaluated and committed; with ``look_to_keep``, the
+    def best_step(self, of: Callable[[Sequence[EvaluationPoint]], EvaluationPoint | None] = best_point) -> int | None:
+        """The step that is best by the held-out measure, of those evaluated and committed; with ``point_to_keep``, the
         one whose weights are the run's result. None if nothing was evaluated, or the last weights are wanted."""
         if not self.run.config.evaluation.patience:
             return None
         committed = {self.run.step, *self.run.store.steps()}
-        best = of([look for look in self.looks() if look.step and look.step in committed])
+        best = of([point for point in self.points() if point.step and point.step in committed])
         return best.step if best else None
 
     def over_optimised(self) -> bool:
         """Whether the run has to stop, as the last evaluations were below the best one. Says so, and shows images."""
-        looks = self.looks()
-        if not looks or looks[-1].step != self.run.step:
+        points = self.points()
+        if not points or points[-1].step != self.run.step:
             return False
-        if reason := over_optimised(looks, self.run.config.evaluation.patience):
+        if reason := over_optimised(points, self.run.config.evaluation.patience):
             self.run.display.say(f"warning: stopped after step {self.run.step}: {reason}")
             self.run.display.say(f"look at {draw(self.run.directory, self.run.display.say) / 'progress.png'}")
             self.stopped = reason
@@ -106,7 +106,7 @@ class Report:
     def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
-        best = self.best_step(look_to_keep) or run.step
+        best = self.best_step(point_to_keep) or run.step
         self._keep(best, after, {**values, "kept": True})
         figures = draw(run.directory, say := run.display.say)
         before = self._kept().get(0, {})

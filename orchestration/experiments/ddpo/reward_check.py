@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
-from orchestration.experiments.ddpo.worker_group import Crew
+from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 
@@ -20,15 +20,15 @@ _PROMPTS, _IMAGES = 24, 8  # of a check: prompts, and images of each
 _CHANCE = 2.0  # standard errors
 
 
-def calibrate(crew: Crew, prompts: Sequence[str], images: np.ndarray) -> dict[str, float]:
+def calibrate(workers: WorkerGroup, prompts: Sequence[str], images: np.ndarray) -> dict[str, float]:
     """calibration/true, /shuffled and /noise of the reward for ``images`` (n, height, width, 3) uint8 that fit."""
-    cases = compared(crew, prompts, images, crew.rewards.weights)
-    weights = crew.rewards.weights
+    cases = compared(workers, prompts, images, workers.rewards.weights)
+    weights = workers.rewards.weights
     return {f"calibration/{name}": float(weighted_sum(scores, weights).mean()) for name, scores in cases.items()}
 
 
 def compared(
-    crew: Crew, prompts: Sequence[str], images: np.ndarray, names: Mapping[str, Any]
+    workers: WorkerGroup, prompts: Sequence[str], images: np.ndarray, names: Mapping[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Scores (n,) by function of the images with their prompts (true), with others' (shuffled), and of noise."""
     rng = np.random.default_rng(derive_seed(0, "calibration"))
@@ -40,9 +40,9 @@ def compared(
     }
     found = {}
     for name, (pictures, words) in cases.items():
-        chunks = crew.put(pictures, words)
-        crew.score(chunks, names)
-        found[name] = crew.scores(chunks, f"calibration: {name}")
+        chunks = workers.put(pictures, words)
+        workers.begin_scoring(chunks, names)
+        found[name] = workers.scores(chunks, f"calibration: {name}")
     return found
 
 
@@ -97,23 +97,23 @@ def check(config: DdpoConfig) -> dict[str, Finding]:
     asked = [prompt for prompt in prompts for _ in range(_IMAGES)]
     seeds = [derive_seed(config.seed, "reward check", number) for number in range(len(asked))]
     plan = Plan(plan.prompts, plan.unseen, roles, plan.offers)
-    with Display("reward check", 0, 0) as display, Crew(config, plan, display) as crew:
-        drawn = crew.measure(crew.samplers.rollout(asked, seeds), asked)
-        cases = compared(crew, *fitting_images(config, drawn), crew.rewards.pools)
+    with Display("reward check", 0, 0) as display, WorkerGroup(config, plan, display) as workers:
+        drawn = workers.measure(workers.samplers.rollout(asked, seeds), asked)
+        cases = compared(workers, *fitting_images(config, drawn), workers.rewards.pools)
         return {
-            name: _finding(crew, name, drawn, {case: scores[name] for case, scores in cases.items()})
-            for name in crew.rewards.pools
+            name: _finding(workers, name, drawn, {case: scores[name] for case, scores in cases.items()})
+            for name in workers.rewards.pools
         }
 
 
-def _finding(crew: Crew, name: str, drawn: Evaluation, cases: dict[str, np.ndarray]) -> Finding:
+def _finding(workers: WorkerGroup, name: str, drawn: Evaluation, cases: dict[str, np.ndarray]) -> Finding:
     scores = drawn.by_function[name].reshape(-1, _IMAGES)
     gain = cases["true"] - cases["shuffled"]
     judged = drawn.measure.reshape(-1, _IMAGES) if drawn.fulfilled is not None else None
-    one, all_of_them = _seconds(crew, name, drawn, 1), _seconds(crew, name, drawn, None)
+    one, all_of_them = _seconds(workers, name, drawn, 1), _seconds(workers, name, drawn, None)
     return Finding(
         {case: float(each.mean()) for case, each in cases.items()},
-        crew.config.reward.functions[name].needs_captions,
+        workers.config.reward.functions[name].needs_captions,
         bool(gain.mean() > _CHANCE * gain.std() / np.sqrt(len(gain))),
         float(scores.std(axis=1).mean()),
         None if judged is None else _rank_correlation(scores, judged),
@@ -130,12 +130,12 @@ def _rank_correlation(scores: np.ndarray, judged: np.ndarray) -> float:
     return float(np.nan_to_num(spearmanr(*apart).statistic))
 
 
-def _seconds(crew: Crew, name: str, drawn: Evaluation, chunks: int | None) -> float:
+def _seconds(workers: WorkerGroup, name: str, drawn: Evaluation, chunks: int | None) -> float:
     """Seconds an image to caption and score so many pieces of work, or all that were drawn."""
-    work = crew.put(drawn.images, drawn.prompts)[:chunks]
+    work = workers.put(drawn.images, drawn.prompts)[:chunks]
     begun = time.monotonic()
-    crew.score(work, [name])
-    crew.scores(work, f"timing {name}")
+    workers.begin_scoring(work, [name])
+    workers.scores(work, f"timing {name}")
     return (time.monotonic() - begun) / sum(len(chunk.prompts) for chunk in work)
 
 

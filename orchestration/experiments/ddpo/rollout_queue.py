@@ -1,29 +1,34 @@
 """The steps that are being drawn, up to ``training.depth`` further than the one that is learned from."""
 
+import numpy as np
+
 from actors.work import Chunk
 from orchestration.experiments.ddpo.run import DdpoRun
-from orchestration.experiments.ddpo.worker_group import Crew
+from orchestration.experiments.ddpo.worker_group import Rollout, WorkerGroup
 from policies.common.seeding import PromptSchedule, derive_seed
 
 
-class Ahead:
+class RolloutQueue:
     """Gives out a run's steps in order, drawn, captioned and scored or on the way to it.
 
     Step k is asked for when step k − depth begins, with the weights that samplers hold then: at depth 0 those that are
     learned from, at depth 1 exactly the version before. Prompts and seeds follow from the step alone.
     """
 
-    def __init__(self, run: DdpoRun, crew: Crew, prompts: PromptSchedule) -> None:
-        self._run, self._crew, self._prompts = run, crew, prompts
+    def __init__(self, run: DdpoRun, workers: WorkerGroup, prompts: PromptSchedule) -> None:
+        self._run, self._workers, self._prompts = run, workers, prompts
         self._asked: dict[int, list[Chunk]] = {}
 
-    def step(self, step: int) -> list[Chunk]:
-        """The chunks of ``step``. Those of the steps after it are on their way from now on, too."""
+    def rollout(self, step: int) -> Rollout:
+        """What ``step`` is trained on, drawn. What the steps after it need is on its way from now on, too."""
         training = self._run.config.training
         for following in range(step, min(step + training.depth + 1, training.steps)):
             if following not in self._asked:
                 self._ask(following)
-        return self._asked.pop(step)
+        chunks = self._asked.pop(step)
+        images = self._workers.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling")
+        self._workers.check_receipts()
+        return Rollout(step, chunks, [prompt for chunk in chunks for prompt in chunk.prompts], np.concatenate(images))
 
     @property
     def drawn_by(self) -> int | None:
@@ -33,14 +38,14 @@ class Ahead:
     def redo(self, step: int, drawn_by: int | None) -> None:
         """Ask again, in a resumed run, for a step that was on its way when the run was committed; not at depth 0, where
         a fork of one that drew ahead learns from what the present weights draw."""
-        if self._run.config.training.depth and drawn_by not in (None, self._crew.samplers.published.version):
-            with self._crew.drawing_with("previous"):
+        if self._run.config.training.depth and drawn_by not in (None, self._workers.samplers.policy.version):
+            with self._workers.drawing_with("previous"):
                 self._ask(step)
 
     def _ask(self, step: int) -> None:
         config = self._run.config
         prompts = [prompt for prompt in self._prompts.batch(step) for _ in range(config.training.images_per_prompt)]
         seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(prompts))]
-        self._asked[step] = chunks = self._crew.samplers.rollout(prompts, seeds)
-        self._crew.score(chunks)
+        self._asked[step] = chunks = self._workers.samplers.rollout(prompts, seeds)
+        self._workers.begin_scoring(chunks)
         self._run.manifest["asked_steps"] = step + 1

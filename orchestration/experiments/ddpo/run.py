@@ -27,7 +27,7 @@ from pipelines.storage.atomic import append_durably, as_lines, cut_lines, read_l
 from pipelines.storage.checkpoint import CheckpointStore, LearnerState
 from policies.rl.health import SickNumbers
 
-Watch = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
+StepCallback = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
 _FIRST_LOOK = {"accuracy": "evaluator/full", "diversity": "images/diversity", "reward": "reward/mean"}
 
@@ -225,7 +225,7 @@ class DdpoRun(Run):
                 self.display.say(f"{change}: what follows is equal up to rounding")
         self.display.step(self.step, line)
 
-    def spare(self, sick: SickNumbers) -> dict[str, float]:
+    def skip_update(self, sick: SickNumbers) -> dict[str, float]:
         """Metrics of a step whose numbers allow no update. Raises ``sick`` unless such steps are to be skipped."""
         if self.config.training.on_sick_numbers == "stop":
             raise sick

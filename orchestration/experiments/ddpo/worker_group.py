@@ -2,20 +2,21 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from ray import ObjectRef
 
 from actors.allocation import cards_of
-from actors.patrol import Patrol
 from actors.placement import Room
 from actors.pool import Pool, wait_for
 from actors.roles.captioner import CaptionerActor
 from actors.roles.evaluator import EvaluatorActor
 from actors.roles.learner import Learner, Update
 from actors.roles.reward import Rewards
-from actors.roles.sampler import Published, Samplers
+from actors.roles.sampler import PolicyVersion, Samplers
+from actors.stuck_workers import StuckWorkerMonitor
 from actors.work import Chunk
 from actors.worker import Account
 from orchestration.cluster.ray_cluster import connected
@@ -23,17 +24,29 @@ from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.preflight import Plan
 from orchestration.runs.display import Display
-from pipelines.storage.checkpoint import LearnerState, WeightsKind
+from pipelines.storage.atomic import Files
+from pipelines.storage.checkpoint import Checkpoint, LearnerState, WeightsKind
 from pipelines.storage.locations import portable
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 
 
-class PublishError(RuntimeError):
+class WeightSyncError(RuntimeError):
     """Samplers did not receive what the learner sent, or received nothing new."""
 
 
-class Crew:
+@dataclass(frozen=True)
+class Rollout:
+    """What a step is trained on: n images (n, height, width, 3) uint8 and their prompts, in chunks as they were drawn
+    (references to trajectories and scores)."""
+
+    step: int
+    chunks: list[Chunk]
+    prompts: list[str]
+    images: np.ndarray
+
+
+class WorkerGroup:
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
     def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
@@ -41,7 +54,7 @@ class Crew:
         self.plan = plan
         self._display, self._profile = display, profile
         self._stack = ExitStack()
-        self._patrol = Patrol()
+        self._monitor = StuckWorkerMonitor()
         self._receipts: tuple[list[ObjectRef], bool] = [], False
 
     def __enter__(self) -> Self:
@@ -77,7 +90,7 @@ class Crew:
         self.evaluators = Pool(seats["evaluator"], EvaluatorActor, judge) if "evaluator" in seats and judge else None
         others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
-        self._stack.callback(self._patrol.end)
+        self._stack.callback(self._monitor.end)
         self._stack.callback(self._end_actors)
         self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
         if self._profile:
@@ -97,12 +110,12 @@ class Crew:
     def _look_after(self) -> None:
         """While waiting: show what each actor does, end those that are stopped, and see that their nodes are there."""
         self._display.activity({name: state for pool in self.pools for name, state in pool.activity().items()})
-        for ended in self._patrol():
+        for ended in self._monitor():
             self._display.say(f"{ended} had stopped: it was ended, to be replaced")
         if self.config.actors.on_node_loss == "continue":
             self._room.check()
 
-    def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
+    def begin_scoring(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
         """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
         on: references only, nothing waits."""
         if self.captioners is not None:
@@ -117,44 +130,64 @@ class Crew:
         size = len(chunks)
         return {name: np.concatenate(values[i * size : (i + 1) * size]) for i, name in enumerate(names)}
 
-    def rewarded(self, chunks: Sequence[Chunk], what: str) -> np.ndarray:
-        """The reward (n,): the weighted sum of what is trained on."""
-        return weighted_sum(self.scores(chunks, what), self.rewards.weights)
+    def score(self, rollout: Rollout) -> np.ndarray:
+        """The reward (n,): the weighted sum of what is trained on. The images were sent to be scored as they came."""
+        return weighted_sum(self.scores(rollout.chunks, f"step {rollout.step + 1}: rewards"), self.rewards.weights)
 
-    def publish(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
-        """Give every sampler the learner's weights. Raises PublishError unless all came whole and changed something;
+    def train(self, rollout: Rollout, advantage: np.ndarray, seed: int) -> tuple[Update, ObjectRef]:
+        """A step's updates of the learner from what was drawn and its ``advantage`` (n,), and the new weights."""
+        learned, weights = self.learner.learn(rollout.chunks, advantage, seed)
+        return self.wait(learned, f"step {rollout.step + 1}: learning")[0], weights
+
+    def micro_batch(self) -> int:
+        """Transitions a network call of the learner."""
+        found: int = self.wait(self.learner.everyone("micro_batch"), "micro-batch")[0]
+        return found
+
+    def state(self) -> LearnerState:
+        """What another learner goes on from."""
+        found: LearnerState = self.wait(self.learner.everyone("state"), "the learner's state")[0]
+        return found
+
+    def export(self) -> tuple[str, Files]:
+        """The checksum of the final weights, averaged if they are, and a diffusers directory of them."""
+        update: Update = self.wait(self.learner.weights("averaged")[0], "the final weights")[0]
+        return update.checksum, self.wait(self.learner.everyone("pipeline"), "the pipeline")[0]
+
+    def update_weights(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
+        """Give every sampler the learner's weights. Raises WeightSyncError unless all came whole and changed something;
         rounded to half precision, a small step need not."""
         expect_change = expect_change and self.config.model.dtype == "float32"
-        self._send(Published(update.version, update.checksum, weights), expect_change)
+        self._send(PolicyVersion(update.version, update.checksum, weights), expect_change)
 
-    def _send(self, sent: Published, expect_change: bool = False) -> None:
-        self.acknowledge()
-        self._receipts = self.samplers.publish(sent), expect_change
+    def _send(self, sent: PolicyVersion, expect_change: bool = False) -> None:
+        self.check_receipts()
+        self._receipts = self.samplers.update_weights(sent), expect_change
         if not self.config.training.depth:  # else samplers are drawing; what they do next waits for the weights anyway
-            self.acknowledge()
+            self.check_receipts()
 
-    def acknowledge(self) -> None:
-        """Wait for every sampler's receipt of what was sent last. Raises PublishError."""
-        (references, expect_change), sent = self._receipts, self.samplers.published
+    def check_receipts(self) -> None:
+        """Wait for every sampler's receipt of what was sent last. Raises WeightSyncError."""
+        (references, expect_change), sent = self._receipts, self.samplers.policy
         for number, receipt in enumerate(self.wait(references, "sending weights")):
             if receipt.checksum != sent.checksum:
-                raise PublishError(f"sampler {number} received other weights than version {sent.version}")
+                raise WeightSyncError(f"sampler {number} received other weights than version {sent.version}")
             if expect_change and not receipt.changed_tensors:
-                raise PublishError(f"weights version {sent.version} changed no tensor of sampler {number}")
+                raise WeightSyncError(f"weights version {sent.version} changed no tensor of sampler {number}")
         self._receipts = [], False
 
     @contextmanager
     def drawing_with(self, kind: WeightsKind) -> Iterator[None]:
         """In this block samplers are asked to draw with other weights of the learner's than those published."""
-        usual, (learned, weights) = self.samplers.published, self.learner.weights(kind)
+        usual, (learned, weights) = self.samplers.policy, self.learner.weights(kind)
         other: Update = self.wait(learned, f"{kind} weights")[0]
-        self._send(Published(-other.version if kind == "averaged" else other.version, other.checksum, weights))
+        self._send(PolicyVersion(-other.version if kind == "averaged" else other.version, other.checksum, weights))
         yield
         self._send(usual)
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
         """Draw, caption, score and judge one image for each fixed (prompt, seed), with averaged weights if they are."""
-        others = self.config.training.ema_decay and self.samplers.published.version
+        others = self.config.training.ema_decay and self.samplers.policy.version
         with self.drawing_with("averaged") if others else nullcontext():
             chunks = self.samplers.rollout(prompts, seeds)
             return self.measure(
@@ -165,7 +198,7 @@ class Crew:
         self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
     ) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""
-        self.score(chunks, self.rewards.pools)
+        self.begin_scoring(chunks, self.rewards.pools)
         if self.evaluators is not None:
             for chunk in chunks:
                 chunk.verdicts = self.evaluators.submit("judge", chunk.images, chunk.prompts)
@@ -186,13 +219,16 @@ class Crew:
             self.wait(divergences, "evaluation: divergence"),
         )
 
-    def restore(self, saved: LearnerState) -> None:
-        """Go on from a learner's state: it is the samplers' too."""
+    def restore(self, commit: Checkpoint) -> None:
+        """Go on from a commit: its learner's state is the samplers' too."""
         import ray
 
+        saved = LearnerState(commit.tensors, commit.state["weights_version"])
         self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
         learned, weights = self.learner.weights("current")
-        self.publish(self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0)
+        self.update_weights(
+            self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0
+        )
 
     def accounts(self) -> dict[str, Account]:
         """What each actor has used so far, and the driver, whose spans are its run's."""

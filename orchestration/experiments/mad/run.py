@@ -137,7 +137,7 @@ class MadRun(Run):
     def watch(self, runner: TaskRunner) -> None:
         """Called while tasks run: show what runs, and send what has come in."""
         self.display.activity(runner.activity())
-        for ended in runner.patrol():
+        for ended in runner.monitor():
             self.display.say(f"{ended} had stopped: it was ended, to be replaced")
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()

@@ -67,7 +67,7 @@ class Watchman:
         return job == self._job
 
 
-class Patrol:
+class StuckWorkerMonitor:
     """The driver's watchmen, one on every node. Called again and again by whoever waits."""
 
     def __init__(self) -> None:
