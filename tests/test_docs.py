@@ -1,0 +1,66 @@
+"""What the documents name is there: files, modules, commands with their options, and settings with their keys."""
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+import typer
+import yaml
+
+from orchestration.cli.main import app
+from orchestration.experiments.registry import EXPERIMENTS
+from orchestration.runs.config import load_config
+from pipelines.storage.locations import CHECKOUT
+
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+COMMAND = re.compile(r"^(?:    |\$ )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?ouroboros (.*?)(?: +#.*)?$", re.M)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every whole command of a page; those with an ellipsis stand for others."""
+    lines = [found[1] for found in COMMAND.finditer(text.replace("\\\n", " ")) if "…" not in found[1]]
+    return [words for line in lines if (words := shlex.split(line)) and not {"|", ">"} & {*words}]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_a_page_names_is_there(name: str) -> None:
+    page = next(page for page in PAGES if page.name == name)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", TEXTS[name]):
+        assert (page.parent / target).exists(), target
+    tops = "orchestration|actors|pipelines|policies|tests|benchmarks|configs|docs"
+    for path in re.findall(rf"`((?:{tops})/[\w./-]+)`", TEXTS[name]):
+        assert (CHECKOUT / path).exists() or path.startswith("configs/mine"), path
+    for module in re.findall(r"python -m ((?:benchmarks|tests|orchestration|pipelines)[\w.]*)", TEXTS[name]):
+        assert importlib.util.find_spec(module), module
+
+
+def parse(words: list[str]) -> None:
+    """Raises what the command line library does for a command, an option or an argument that there is not."""
+    command, rest = typer.main.get_group(app), words
+    while hasattr(command, "commands"):
+        assert rest[0] in command.commands, words
+        command, rest = command.commands[rest[0]], rest[1:]
+    with command.make_context(words[0], list(rest)) as context:
+        assert not context.args, words
+        if words[0] == "submit":
+            parse(context.params["words"])
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if commands(text)])
+def test_commands_of_a_page_have_these_options(name: str) -> None:
+    for words in commands(TEXTS[name]):
+        parse(words)
+
+
+def test_every_configuration_file_is_of_an_experiment() -> None:
+    for path in sorted((CHECKOUT / "configs").glob("*/*.yaml")):
+        schema = EXPERIMENTS.get({"sweeps": "sweep", "studies": "study"}.get(path.parent.name, path.parent.name))
+        if schema is not None:
+            load_config(schema.schema, path)
+        else:
+            assert path.parent.name in ("scale", "recipes"), path  # parts of a DDPO configuration
+            base = CHECKOUT / "configs/ddpo/digits.yaml"
+            load_config(EXPERIMENTS["ddpo"].schema, [base, path])
+        assert yaml.safe_load(path.read_text(encoding="utf-8")), path
