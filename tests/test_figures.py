@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.figures import plots as figures
+from pipelines.figures import style
 from pipelines.figures.plots import before_after, curves, image_grid
 
 PROMPTS = ["a red seven on a black background", "a blue two on a white background", "a green one on a blue background"]
@@ -61,8 +62,8 @@ def test_pairs_show_every_pixel_of_small_images(images: np.ndarray, tmp_path: Pa
     page = picture(tmp_path / "pairs.png")
     for image in images:
         assert any(shown(page, image, side) for side in range(200, 225))
-    assert not has_colour(page, figures._RIGHT)
-    assert not has_colour(page, figures._WRONG)
+    assert not has_colour(page, style.RIGHT)
+    assert not has_colour(page, style.WRONG)
 
 
 def test_captions_are_green_where_right_and_red_where_wrong(tmp_path: Path) -> None:
@@ -71,9 +72,7 @@ def test_captions_are_green_where_right_and_red_where_wrong(tmp_path: Path) -> N
     before_after(tmp_path / "wrong.png", grey, grey, PROMPTS, PROMPTS[::-1], None)
     before_after(tmp_path / "none.png", grey, grey, PROMPTS, ["x"] * 3, ["y"] * 3)
     colours = {
-        name: tuple(
-            has_colour(picture(tmp_path / f"{name}.png"), colour) for colour in (figures._RIGHT, figures._WRONG)
-        )
+        name: tuple(has_colour(picture(tmp_path / f"{name}.png"), colour) for colour in (style.RIGHT, style.WRONG))
         for name in ("right", "wrong", "none")
     }
     assert colours == {"right": (True, False), "wrong": (True, True), "none": (False, True)}
@@ -119,8 +118,8 @@ def test_curves_have_a_panel_for_each_thing_measured(steps: int, tmp_path: Path)
     curves(tmp_path / "curves.png", [{"step": 0, "reward/mean": 0.0}, *history(steps)])
     page = picture(tmp_path / "curves.png")
     assert page.shape == (928, 2064, 3)
-    assert has_colour(page, figures._LINES["red"])
-    assert has_colour(page, figures._LINES["green"]) == (steps >= 5)
+    assert has_colour(page, style.LINES["red"])
+    assert has_colour(page, style.LINES["green"]) == (steps >= 5)
 
 
 def test_curves_leave_out_what_is_missing(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from pipelines.figures.mad import (
     points_grid,
     precision_recall_paths,
 )
-from pipelines.figures.plots import _save, image_grid
+from pipelines.figures.plots import image_grid
+from pipelines.figures.style import save
 from policies.common.intervals import interval
 
 RNG = np.random.default_rng(0)
@@ -28,7 +29,7 @@ VALUES = 1 + RNG.random((4, 6))  # seeds, generations
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, in order; they are saved all the same."""
     seen: list[Any] = []
-    monkeypatch.setattr(mad_figures, "_save", lambda figure, path: (seen.append(figure), _save(figure, path)))
+    monkeypatch.setattr(mad_figures, "save", lambda figure, path: (seen.append(figure), save(figure, path)))
     return seen
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.figures.plots import _DPI, _FAINT, _FRAME, _INK, _LINES, _dress, _save, _sheet, image_grid
+from pipelines.figures.plots import image_grid
+from pipelines.figures.style import DPI, FAINT, FRAME, INK, LINES, dress, panel_figure, save
 from policies.common.intervals import Scale, interval, scale_of
 
-_ARMS = (*_LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
-_BLUE = _LINES["blue"]
-_FLOOR = {"color": _FAINT, "linestyle": ":", "linewidth": 1.4, "label": "real against real"}
+ARM_COLOURS = (*LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
+_BLUE = LINES["blue"]
+_FLOOR = {"color": FAINT, "linestyle": ":", "linewidth": 1.4, "label": "real against real"}
 _Arms = Mapping[str, np.ndarray]
 
 
@@ -32,9 +33,9 @@ def arm_curves(
     against real data) dotted; ``titles`` head the panels.
     """
     colours = _colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
-    figure, panels = _sheet(len(curves), 3, 4.3, 2.9)
+    figure, panels = panel_figure(len(curves), 3, 4.3, 2.9)
     for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
-        _dress(axes, titles.get(metric, metric), "generation")
+        dress(axes, titles.get(metric, metric), "generation")
         bands = {}
         for name, values in arms.items():
             mean, *bands[name] = interval(values, scale_of(metric))
@@ -54,8 +55,8 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
     Lines are means over seeds, their dots grow with the generation; single seeds are faint.
     """
     colours = _colours(paths)
-    figure, (axes,) = _sheet(1, 1, 5.6, 4.9)
-    _dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
+    figure, (axes,) = panel_figure(1, 1, 5.6, 4.9)
+    dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
     axes.set_aspect("equal", adjustable="datalim")
     for name, (precision, recall) in paths.items():
@@ -74,8 +75,8 @@ def fresh_fraction_curve(
     """Write a PNG of the last generation's distance ``final`` (seeds, k) against the fresh fractions (k,), in order;
     ``scale`` is that of its seeds."""
     mean, low, high = interval(final, scale)
-    figure, (axes,) = _sheet(1, 1, 5.6, 3.6)
-    _dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
+    figure, (axes,) = panel_figure(1, 1, 5.6, 3.6)
+    dress(axes, f"{metric} of the last generation", "fresh real data in a training set", integer=False)
     axes.xaxis.set_major_formatter("{x:.0%}")
     bars = (mean - low, high - mean)
     axes.errorbar(fractions, mean, bars, fmt="o-", ms=4, capsize=3, color=_BLUE, label="mean, 95 % interval")
@@ -90,16 +91,16 @@ def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> N
     """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
     rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
     grid = image_grid(rgb.reshape(-1, *rgb.shape[2:]), images.shape[1])
-    figure, (axes,) = _sheet(1, 1, grid.shape[1] / _DPI + 0.8, grid.shape[0] / _DPI + 0.5)
+    figure, (axes,) = panel_figure(1, 1, grid.shape[1] / DPI + 0.8, grid.shape[0] / DPI + 0.5)
     axes.imshow(grid)
-    axes.set_title("each column: one latent seed", fontsize=8, color=_FAINT)
+    axes.set_title("each column: one latent seed", fontsize=8, color=FAINT)
     axes.set_xticks([])
     axes.set_yticks(
-        (np.arange(len(labels)) + 0.5) * len(grid) / len(labels), labels, fontsize=9, color=_INK, weight="bold"
+        (np.arange(len(labels)) + 0.5) * len(grid) / len(labels), labels, fontsize=9, color=INK, weight="bold"
     )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndarray) -> None:
@@ -107,14 +108,14 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
 
     All panels show one square, which holds 99 % of all coordinates.
     """
-    figure, panels = _sheet(len(points), 5, 2.1, 2.3)
+    figure, panels = panel_figure(len(points), 5, 2.1, 2.3)
     low, high = np.percentile(np.vstack([reference, *points.values()]), (0.5, 99.5))
     view = (low - 0.08 * (high - low), high + 0.08 * (high - low))
     for axes, (label, cloud) in zip(panels, points.items(), strict=True):
         axes.set(xticks=[], yticks=[], xlim=view, ylim=view, aspect="equal")
-        axes.set_title(label, loc="left", fontsize=9, color=_INK, weight="bold", pad=4)
-        axes.spines[:].set_color(_FRAME)
-        for name, dots, colour in (("real", reference, _FAINT), ("generated", cloud, _BLUE)):
+        axes.set_title(label, loc="left", fontsize=9, color=INK, weight="bold", pad=4)
+        axes.spines[:].set_color(FRAME)
+        for name, dots, colour in (("real", reference, FAINT), ("generated", cloud, _BLUE)):
             size = np.clip(4000 / len(dots), 1.5, 8)
             axes.scatter(*dots.T, s=size, color=colour, alpha=0.5, linewidths=0, label=name)
     _finish(figure, path, markerscale=2)
@@ -123,15 +124,15 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
 def class_heatmap(path: Path, shares: np.ndarray) -> None:
     """Write a PNG of the classes' ``shares`` (generations, classes)."""
     extent = (0.5, shares.shape[0] + 0.5, -0.5, shares.shape[1] - 0.5)
-    figure, (axes,) = _sheet(1, 1, 5.6, min(0.9 + 0.26 * shares.shape[1], 7))
-    _dress(axes, "share of each class", "generation", "class")
+    figure, (axes,) = panel_figure(1, 1, 5.6, min(0.9 + 0.26 * shares.shape[1], 7))
+    dress(axes, "share of each class", "generation", "class")
     axes.grid(visible=False)
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=20)
     picture = axes.imshow(shares.T, "Blues", aspect="auto", interpolation="none", origin="lower", extent=extent, vmin=0)
     bar = figure.colorbar(picture, format="{x:.0%}")
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=_FAINT, labelsize=8, length=0)
-    _save(figure, path)
+    bar.ax.tick_params(colors=FAINT, labelsize=8, length=0)
+    save(figure, path)
 
 
 def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -139,7 +140,7 @@ def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
     from matplotlib import colormaps, colors
 
     arms = list(dict.fromkeys(names))
-    palette = _ARMS if len(arms) <= len(_ARMS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
+    palette = ARM_COLOURS if len(arms) <= len(ARM_COLOURS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
     return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
 
 
@@ -160,7 +161,7 @@ def _finish(figure: Any, path: Path, **options: Any) -> None:
     keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
     figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
-    style = {"ncols": columns, "fontsize": 7.5, "labelcolor": _INK, "frameon": False} | options
+    style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
     for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
         text.set_parse_math(False)
-    _save(figure, path)
+    save(figure, path)

@@ -4,7 +4,6 @@ Images are uint8 RGB, ``(batch, height, width, 3)``. Small ones are enlarged wit
 16-pixel image is seen as it is; large ones are reduced. Nothing here touches the display.
 """
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -12,19 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.figures.style import (
+    FAINT,
+    FRAME,
+    INK,
+    LINES,
+    RIGHT,
+    WRONG,
+    dress,
+    figure_of,
+    legend,
+    save,
+    write,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 _Draw = Callable[["Axes", "DataFrame"], None]
 
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
-_DPI = 160
 _GUTTER = 170  # grey of the gutters, seen between white images as between black ones
 
-_INK, _FAINT, _FRAME, _RIGHT, _WRONG = "#1f2430", "#8b93a1", "#cfd5de", "#1a7f4b", "#c0392b"
-_LINES = {"blue": "#3b6fd4", "green": "#1a9e77", "orange": "#e0822f", "purple": "#8757c7", "red": "#cf4a5a"}
 _STAGES = {
     "sample": "#3b6fd4",
     "reward": "#e9b44c",
@@ -76,23 +85,23 @@ def before_after(
     columns = next((number for number in (4, 5, 3) if len(prompts) % number == 0), min(4, len(prompts)))
     rows = -(-len(prompts) // columns)
     width, height = 3.0 * columns, 2.36 * rows + 0.4  # inches
-    figure = _figure(width, height)
-    figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=_FAINT)
+    figure = figure_of(width, height)
+    figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=FAINT)
     edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.95 / height}
     places = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.75, **edges)
     looks = {"before": (before, captions_before), "after": (after, captions_after)}
     for index, prompt in enumerate(prompts):
         pair: Any = places[index].subgridspec(1, 2, wspace=0.05).subplots()
-        _write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=_INK, va="bottom", weight="bold")
+        write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")
         for axes, (name, (images, captions)) in zip(pair, looks.items(), strict=True):
             axes.imshow(images[index])
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_color(_FRAME)
-            axes.set_title(name, fontsize=6.5, color=_FAINT, pad=3)
+            axes.spines[:].set_color(FRAME)
+            axes.set_title(name, fontsize=6.5, color=FAINT, pad=3)
             if captions:
-                colour = _RIGHT if captions[index].strip() == prompt.strip() else _WRONG
-                _write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
-    _save(figure, path)
+                colour = RIGHT if captions[index].strip() == prompt.strip() else WRONG
+                write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
+    save(figure, path)
 
 
 def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -106,11 +115,11 @@ def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     table = pandas.DataFrame(list(history), dtype=float).replace([np.inf, -np.inf], np.nan)
     table = table.set_index("step").dropna(axis="columns", how="all")
     measured = [panel for key, panel in _PANELS.items() if any(name.startswith(key) for name in table)]
-    figure, sheet = _sheet(len(measured), 3, 4.3, 2.9)
+    figure, sheet = panel_figure(len(measured), 3, 4.3, 2.9)
     for axes, (title, draw) in zip(sheet, measured, strict=True):
-        _dress(axes, title, "step", ticks=6)
+        dress(axes, title, "step", ticks=6)
         draw(axes, table)
-    _save(figure, path)
+    save(figure, path)
 
 
 def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]) -> None:
@@ -122,34 +131,34 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     steps = [span for spans in lanes.values() for span in spans if span[0] == "step"]
     begin, end = min(span[1] for span in steps), max(span[2] for span in steps)
     kinds = dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")
-    figure, (axes,) = _sheet(1, 1, 9, 1.3 + 0.3 * len(shown))
-    _dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
+    figure, (axes,) = panel_figure(1, 1, 9, 1.3 + 0.3 * len(shown))
+    dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
     labels = []
     for row, (name, spans) in enumerate(shown.items()):
         done = [(what, (start - begin, stop - start)) for what, start, stop in spans if what != "step"]
-        colours = [_KINDS.get(what, _FAINT) for what, _ in done]
+        colours = [_KINDS.get(what, FAINT) for what, _ in done]
         axes.broken_barh([bar for _, bar in done], (row - 0.38, 0.76), color=colours)
         busy = min(1.0, sum(length for _, (_, length) in done) / (end - begin))
         labels.append(f"{name}  {'waiting' if name == 'driver' else 'busy'} {busy:.0%}, {1 - busy:.0%} idle")
     for _, start, _ in steps:
-        axes.axvline(start - begin, color=_INK, linewidth=0.6, linestyle=":")
+        axes.axvline(start - begin, color=INK, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(shown)), labels)
     axes.set(xlim=(0, end - begin), ylim=(len(shown) - 0.4, -0.6))
-    for colour in dict.fromkeys([*_KINDS.values(), _FAINT]):
-        if alike := ", ".join(kind for kind in kinds if _KINDS.get(kind, _FAINT) == colour):
+    for colour in dict.fromkeys([*_KINDS.values(), FAINT]):
+        if alike := ", ".join(kind for kind in kinds if _KINDS.get(kind, FAINT) == colour):
             axes.plot([], [], "s", color=colour, label=alike)
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:
     slots = [key for key in table if key.startswith("evaluator/") and not key.endswith(("/full", "/agreement"))]
     for colour, key in zip(cycle(("orange", "purple", "red", "blue")), slots, strict=False):
-        axes.plot(table[key].dropna(), color=_LINES[colour], linewidth=1, alpha=0.75, label=key.split("/", 1)[1])
+        axes.plot(table[key].dropna(), color=LINES[colour], linewidth=1, alpha=0.75, label=key.split("/", 1)[1])
     for key, style, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
         if key in table:
-            axes.plot(table[key].dropna(), style, color=_LINES["green"], linewidth=2, markersize=3, label=label)
-    _legend(axes)
+            axes.plot(table[key].dropna(), style, color=LINES["green"], linewidth=2, markersize=3, label=label)
+    legend(axes)
 
 
 def _course(
@@ -161,16 +170,16 @@ def _course(
     def draw(axes: "Axes", table: "DataFrame") -> None:
         values, marker = table[key].dropna(), "o"
         if len(values) >= 20:
-            axes.plot(values, color=_LINES[colour], linewidth=1, alpha=0.35)
+            axes.plot(values, color=LINES[colour], linewidth=1, alpha=0.35)
             reach = max(3, len(values) // 16)  # neighbours on either side; at the ends there are fewer
             values, marker = values.rolling(2 * reach + 1, center=True, min_periods=1).mean(), ""
-        axes.plot(values, marker=marker, markersize=3, linewidth=2, color=_LINES[colour], label="mean")
+        axes.plot(values, marker=marker, markersize=3, linewidth=2, color=LINES[colour], label="mean")
         if spread in table:
             both = table[[key, spread]].dropna()
             band = both[key] - both[spread], both[key] + both[spread]
             label = "± one standard deviation"
-            axes.fill_between(both.index, *band, color=_LINES[colour], alpha=0.13, linewidth=0, label=label)
-            _legend(axes)
+            axes.fill_between(both.index, *band, color=LINES[colour], alpha=0.13, linewidth=0, label=label)
+            legend(axes)
         if logarithmic and table[key].min() > 0 and table[key].max() > 50 * table[key].min():
             axes.set_yscale("log")
         if form:
@@ -189,7 +198,7 @@ def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
     axes.stackplot(spent.index, spent.T.to_numpy(), colors=colours, **look)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
-    _legend(axes, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend(axes, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 _PANELS: dict[str, tuple[str, _Draw]] = {  # what its metrics' names begin with → title, and what draws them
@@ -203,51 +212,3 @@ _PANELS: dict[str, tuple[str, _Draw]] = {  # what its metrics' names begin with 
     "policy/gradient_norm": ("gradient norm", _course("policy/gradient_norm", "red", logarithmic=True)),
     "seconds/": ("seconds a step", _draw_seconds),
 }
-
-
-def _sheet(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels of this size (inches), at most so many in a row."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    columns = min(most, count)
-    rows = -(-count // columns)
-    figure = _figure(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
-
-
-def _dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:
-    """The looks that all panels share; ``below`` and ``beside`` name the axes."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(title, loc="left", fontsize=10, color=_INK, weight="bold", pad=8)
-    axes.set_xlabel(below, fontsize=8, color=_FAINT)
-    axes.set_ylabel(beside, fontsize=8, color=_FAINT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=integer, nbins=ticks, steps=[1, 2, 5, 10]))
-    axes.tick_params(colors=_FAINT, labelsize=8, length=0)
-    axes.grid(axis="y", color="#e8ebf0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_FRAME)
-
-
-def _legend(axes: "Axes", **options: Any) -> None:
-    axes.legend(fontsize=7.5, labelcolor=_INK, edgecolor="none", framealpha=0.7, **options)
-
-
-def _write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **style: Any) -> None:
-    """Centre ``text`` at a place relative to the axes, in at most two lines of so many ``letters``."""
-    lines = "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))
-    axes.text(*place, lines, transform=axes.transAxes, ha="center", linespacing=1.15, parse_math=False, **style)
-
-
-def _figure(width: float, height: float, **options: Any) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **options)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    """Write the PNG without matplotlib's version in it, so that equal pictures are equal files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})

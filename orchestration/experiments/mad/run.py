@@ -22,7 +22,7 @@ from orchestration.runs.inputs import accept, code_of
 from orchestration.runs.manifest import new_manifest, open_run
 from orchestration.runs.run import Run, ending, new_directory
 from orchestration.tracking.tracker import FIRST_LOOK, Tracker
-from pipelines.figures.mad import _ARMS
+from pipelines.figures.mad import ARM_COLOURS
 from pipelines.mad.drawing import BUILT_IN
 from pipelines.mad.graph import Generation
 from pipelines.mad.tasks import read_real_data, read_samples
@@ -100,7 +100,7 @@ class MadRun(Run):
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
         self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
         self._trackers: dict[str, Tracker] = {}
-        for (name, arm), colour in zip(config.resolved_arms.items(), cycle(_ARMS), strict=False):
+        for (name, arm), colour in zip(config.resolved_arms.items(), cycle(ARM_COLOURS), strict=False):
             parent = self._trackers[_key(name)] = self.tracker.child(name, known.get(_key(name)))
             tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family}
             tags["git_commit"] = self.manifest["git_commit"]
