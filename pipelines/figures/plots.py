@@ -21,6 +21,7 @@ from pipelines.figures.style import (
     dress,
     figure_of,
     legend,
+    panel_figure,
     save,
     write,
 )
