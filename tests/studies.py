@@ -1,6 +1,7 @@
 """A study in one file, of a toy: shrinking numbers, numpy only."""
 
 import io
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class Shrink(Study):
     name: str = "shrink"
     arms: tuple[str, ...] = ("shrunk", "untouched")
     factor: float = Field(0.5, gt=0, le=1, description="what the numbers are multiplied by")
+    seconds: float = Field(0.0, ge=0, description="how long measuring takes")
 
     def preflight(self) -> None:
         """Shrinking by nothing is the control."""
@@ -32,7 +34,7 @@ class Shrink(Study):
         """Draw numbers, which the arms have in common, shrink them, measure them."""
         drawn = task(draw, {"seed": seed, "count": 100}, label=f"numbers of seed {seed}")
         changed = task(shrink, {"factor": self.factor if arm == "shrunk" else 1.0}, drawn)
-        return [changed, task(measure, {}, changed, label=f"{arm}, seed {seed}")]
+        return [changed, task(measure, {"seconds": self.seconds}, changed, label=f"{arm}, seed {seed}")]
 
     def claims(self) -> Sequence[Claim]:
         """One that is kept, one that is missed."""
@@ -56,6 +58,7 @@ def shrink(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> F
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Their mean size, and how they look."""
+    time.sleep(parameters["seconds"])
     numbers = np.frombuffer(inputs[0]["product/numbers"])
     Image.fromarray((255 * numbers.reshape(10, 10)).astype(np.uint8)).save(png := io.BytesIO(), "PNG")
     files = {"images/numbers.png": png.getvalue(), "figures/numbers.png": png.getvalue()}

@@ -3,10 +3,11 @@
 from orchestration.experiments.ddpo.experiment import Ddpo
 from orchestration.experiments.experiment import Experiment, SweptExperiment
 from orchestration.experiments.mad.experiment import Mad
+from orchestration.experiments.study.experiment import Studies
 from orchestration.experiments.sweep.experiment import Sweep
 from orchestration.runs.config import ConfigError
 
-EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (Ddpo(), Mad(), Sweep())}
+EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (Ddpo(), Mad(), Studies(), Sweep())}
 SWEPT = {name: each for name, each in EXPERIMENTS.items() if isinstance(each, SweptExperiment)}
 
 

@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from orchestration.runs.claims import arms_table, claims_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import duration
 from orchestration.runs.evaluations import kept_evaluations
@@ -131,14 +132,15 @@ def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
     parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
-    if arms := run.summary.get("arms"):
+    if (arms := run.summary.get("arms")) and run.summary.get("claims") is None:
         parts.append(_panel("generation 1 → last", _arms(arms)))
-    headings, rows = points_table(run.summary)
-    if rows:
-        points = plain_table(*headings)
-        for row in rows:
-            points.add_row(*map(Text, row))
-        parts.append(_panel("points, best first", points))
+    tables = {"claims": claims_table, "means over seeds": arms_table, "points, best first": points_table}
+    for title, (headings, rows) in ((title, made(run.summary)) for title, made in tables.items()):
+        if rows:
+            table = plain_table(*map(escape, headings))
+            for row in rows:
+                table.add_row(*map(Text, row))
+            parts.append(_panel(title, table))
     for title, values in (
         ("seconds by stage", run.summary.get("seconds_by_stage")),
         ("resolved by the program", run.manifest.get("resolved")),

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from orchestration.runs.browse import RunInfo, facts
+from orchestration.runs.claims import arms_table, claims_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.evaluations import kept_evaluations, kept_step
 from orchestration.runs.points import points_table
@@ -27,6 +28,7 @@ _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
 _STAGES = ("sample", "reward", "learn", "publish", "evaluate", "commit", "fit", "measure")  # from the bottom up
 _PICTURES = {
+    "arms": "Every arm: its seeds, their mean and its 95 % interval",
     "before_after": "Before and after: same prompts, same seeds",
     "progress": "The same prompts and seeds as the run went on",
     "curves": "Curves",
@@ -36,6 +38,9 @@ _PICTURES = {
     "samples": "Samples, from the same latent seeds at every generation",
     "classes": "Shares of the classes",
 }
+
+
+_TABLES = {"Claims": claims_table, "Means over seeds": arms_table, "Points, best first": points_table}
 
 
 def write_report(directory: Path, status: str | None = None) -> Path:
@@ -51,7 +56,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=facts(run),
-            points=points_table(run.summary),
+            tables={title: made(run.summary) for title, made in _TABLES.items()},
             measured=_measured(run),
             pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
             timeline=timeline,

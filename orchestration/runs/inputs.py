@@ -7,6 +7,7 @@ at the beginning; later, one whose size and time of change are as they were is t
 import ast
 import contextlib
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ def fingerprints(paths: Mapping[str, str], held: Inputs | None = None) -> Inputs
 
 
 def code_of(names: Iterable[str]) -> Inputs:
-    """Of the modules behind import paths ``module:function``: each one's file, and those beside it that it imports."""
+    """Of the modules behind import paths ``module:function``: each one's file, and those beside it that it imports.
+    Of this program's own there is nothing to say."""
     found: Inputs = {}
     for name in names:
+        if re.match(rf"({'|'.join(_PROGRAM)})\.", name):
+            continue
         with about():
             import_function(name)
         found |= {f"code of {module}": fingerprint(str(file)) for module, file in _used(name.partition(":")[0])}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -95,6 +95,27 @@ class Manifest(_Said):
     real_images: RealImages | None = None
 
 
+class SaidClaim(BaseModel):
+    """A claim of a study, and what became of it over its seeds; what is null was not to be had."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    sentence: str
+    metric: str
+    arm: str
+    direction: Literal["at most", "at least"]
+    bound: float
+    control: str | None
+    kind: Literal["absolute", "difference", "ratio"]
+    scale: str | None = Field(description="of the interval, where it is not the metric's own")
+    outcome: Literal["kept", "missed", "undecided"]
+    value: float | None
+    low: float | None
+    high: float | None
+    seeds: Count
+    reason: str
+
+
 class Summary(_Said):
     """summary.json: what came out of a run that is done."""
 
@@ -112,8 +133,10 @@ class Summary(_Said):
     kept_step: Count | None = None
     weights_sha256: str | None = None
     pipeline: str | None = None
-    seeds: list[int] | None = Field(None, description="MAD")
+    seeds: list[int] | None = Field(None, description="MAD and studies")
     arms: dict[str, dict[str, Any]] | None = None
+    study: str | None = None
+    claims: list[SaidClaim] | None = Field(None, description="studies")
     points: list[dict[str, Any]] | None = Field(None, description="sweeps, best first")
     trials: list[dict[str, Any]] | None = None
 

@@ -42,6 +42,8 @@ _EXPERIMENTS = {
     "ddpo": f"**DDPO**: a reward teaches a diffusion model. Of a run, {_LOOK}. Filter by `tags.reward`, `tags.model`.",
     "mad": "**MAD**: generators trained on their own samples. Below a run are its arms', below these their seeds'. "
     f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
+    "study": "**Studies**: arms and controls, below a run, and their seeds, below these. What a study claims, and what "
+    f"became of it, are the run's tags `claim/…`. Of an arm, {_LOOK} of its study.",
     "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
 }
 _KEY_IN_FILE = 100  # characters of an image's key in the names of its files

@@ -87,6 +87,23 @@ def fresh_fraction_curve(
     _finish(figure, path)
 
 
+def arm_values(path: Path, metrics: Mapping[str, _Arms]) -> None:
+    """Write a PNG with a panel for each of ``metrics``: metric → arm → (seeds,). Seeds are dots."""
+    colours = _colours(name for arms in metrics.values() for name in arms)
+    figure, panels = panel_figure(len(metrics), 3, 4.3, 2.9)
+    for axes, (metric, arms) in zip(panels, metrics.items(), strict=True):
+        dress(axes, metric, "")
+        for place, (name, values) in enumerate(arms.items()):
+            mean, low, high = interval(values, scale_of(metric))
+            axes.scatter(np.full(len(values), place), values, 18, color=colours[name], alpha=0.35, lw=0)
+            ends = [[mean - low], [high - mean]]
+            axes.errorbar([place], [mean], ends, fmt="D", ms=5, capsize=4, color=colours[name], label=name)
+        axes.set_xticks([])
+        axes.set_xlim(-0.5, len(arms) - 0.5)
+        axes.title.set_parse_math(False)
+    _finish(figure, path)
+
+
 def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
     """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
     rgb = np.broadcast_to(images, (*images.shape[:-1], 3))

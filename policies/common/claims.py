@@ -14,6 +14,7 @@ import numpy as np
 from policies.common.intervals import Scale, interval, paired_ratio, scale_of
 
 Outcome = Literal["kept", "missed", "undecided"]
+OUTCOMES: tuple[Outcome, ...] = ("kept", "missed", "undecided")
 Kind = Literal["absolute", "difference", "ratio"]
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # arm → metric → a value a seed, in the same order in every arm
 

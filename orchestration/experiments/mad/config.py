@@ -3,11 +3,10 @@
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from actors.settings import WorkerSettings
+from orchestration.experiments.settings import TaskRunSettings
 from orchestration.runs.config import about
-from orchestration.tracking.tracker import TrackingSettings
 from pipelines.data.real_data import DataSettings
 from pipelines.generators import settings as families
 from pipelines.generators.registry import CLOSED_FORM, SETTINGS
@@ -62,29 +61,14 @@ class DeriveSettings(Settings):
     largest_admissible: bool = Field(False, description="the largest n_s with n_e/n_r ≥ 1, by bisection")
 
 
-class MadConfig(ArmSettings):
+class MadConfig(ArmSettings, TaskRunSettings):
     """A MAD experiment: arms × seeds × generations."""
 
     name: Name = "mad"
     generations: int = Field(10, ge=1, le=100_000)
-    seeds: int | tuple[int, ...] = Field(3, description="how many, from 0 on; or a list of them")
-    output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>")
     arms: dict[str, dict[str, Any]] = Field({}, description="by name, the keys in which an arm differs; none: one arm")
     data: DataSettings = DataSettings()
     derive: DeriveSettings = DeriveSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    workers: WorkerSettings = WorkerSettings()
-
-    @field_validator("seeds")
-    @classmethod
-    def _some_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        counted = isinstance(seeds, int) and 0 < seeds <= 1_000_000
-        listed = not isinstance(seeds, int) and 0 < len(set(seeds)) == len(seeds) and min(seeds) >= 0
-        if not (counted or listed):
-            raise ValueError(
-                "give a number of seeds from 1 on, a million at most, or a list of different ones from 0 on"
-            )
-        return seeds
 
     @model_validator(mode="after")
     def _arms_can_run(self) -> Self:
@@ -120,8 +104,3 @@ class MadConfig(ArmSettings):
             except ValidationError as error:
                 raise ValueError(f"arms.{name}: {explain(ArmSettings, error)}") from error
         return resolved
-
-    @property
-    def seed_list(self) -> list[int]:
-        """The seeds, each one universe."""
-        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)

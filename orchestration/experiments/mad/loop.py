@@ -8,9 +8,6 @@ each other, the measuring of one generation beside the training of the next. The
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from actors.failures import ActorLost
-from actors.tasks import TaskRunner
-from orchestration.cluster.ray_cluster import connected
 from orchestration.experiments.mad.config import ArmSettings, MadConfig
 from orchestration.experiments.mad.preflight import Experiment, preflight_mad
 from orchestration.experiments.mad.report import report
@@ -30,18 +27,7 @@ def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> 
     generations = unroll(config, experiment)
     wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
     with MadRun(config, experiment, generations, trusted, changes) as run:
-        while True:
-            try:
-                return _perform_all(run, [*experiment.floors.values(), *wanted])
-            except ActorLost as lost:
-                run.go_on(lost)
-
-
-def _perform_all(run: MadRun, wanted: Sequence[Task]) -> Path:
-    with connected(run.experiment.gpus, run.display.remedy):
-        runner = TaskRunner(perform, run.store, **run.experiment.resources)
-        for task in runner.run(wanted, lambda: run.watch(runner)):
-            run.record(task)
+        run.perform(perform, [*experiment.floors.values(), *wanted], experiment.gpus, experiment.resources)
         return report(run)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.allocation import check_kind
 from orchestration.cluster.ray_cluster import Machine, find_machine
 from orchestration.experiments.mad.config import ArmSettings, MadConfig
+from orchestration.experiments.settings import task_resources
 from orchestration.runs.config import about, validate
 from orchestration.runs.manifest import has_only_begun, known_manifest
 from orchestration.runs.run import TEMPLATES, check_output
@@ -66,7 +66,8 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
                 _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
                 _check_reward(arm, real)
         machine = machine or find_machine(config.workers.device)
-        gpus, resources = _resources(config, machine, [arm.family for arm in arms.values()])
+        on_gpu = any(arm.family not in CLOSED_FORM for arm in arms.values())
+        gpus, resources = task_resources(config.workers, machine, on_gpu)
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
     return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources, found)
@@ -235,18 +236,6 @@ def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -
     else:
         size = 1
     return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
-
-
-def _resources(config: MadConfig, machine: Machine, families: list[str]) -> tuple[int, dict[str, Any]]:
-    workers = config.workers
-    if workers.cpus_per_task > machine.cpus:
-        raise ValueError(f"workers.cpus_per_task is {workers.cpus_per_task}, there are {machine.cpus} CPUs")
-    check_kind("workers.nodes", workers.nodes, machine.offers)
-    if workers.device == "cuda" and not machine.gpus:
-        raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
-    on_gpu = machine.gpus > 0 and workers.device != "cpu" and any(family not in CLOSED_FORM for family in families)
-    taken = {"cpus": workers.cpus_per_task, "gpus": 1 / workers.tasks_per_gpu if on_gpu else 0.0}
-    return machine.gpus if on_gpu else 0, taken | {"timeout": workers.timeout_seconds, "nodes": workers.nodes}
 
 
 def _check_output(config: MadConfig) -> None:

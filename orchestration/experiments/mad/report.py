@@ -36,8 +36,8 @@ def report(run: MadRun) -> Path:
     path = run.summarise(summary, indent=None)  # it has a number a universe and generation
     run.flush()
     for name, arm in summary["arms"].items():
-        if arm["verdict"]:
-            run.tag(name, {"goes_mad": arm["verdict"]["goes_mad"]})
+        if arm["verdict"] and (tracker := run.tracker_of(name)):
+            tracker.tags({"goes_mad": arm["verdict"]["goes_mad"]})
     return conclude(run, path, draw(run), summary=summary)
 
 

@@ -1,36 +1,27 @@
-"""A MAD run: its store of tasks, the values that come in, and their way to the terminal and to MLflow.
-
-The store is the truth. A rerun reads what is there, in whatever order it was made; MLflow drops points it knows, so
-each is there once.
-"""
+"""A MAD run: the values that come in, and what of them goes to the terminal and to MLflow."""
 
 import json
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import cycle
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from actors.tasks import TaskRunner
 from orchestration.experiments.mad.analysis import laws
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.preflight import Experiment, contents
+from orchestration.experiments.task_run import TaskRun
 from orchestration.runs.display import Row
 from orchestration.runs.inputs import accept, code_of
 from orchestration.runs.manifest import new_manifest, open_run
-from orchestration.runs.run import Run, ending, new_directory
+from orchestration.runs.run import new_directory
 from orchestration.tracking.tracker import FIRST_LOOK, Tracker
-from pipelines.figures.mad import ARM_COLOURS
 from pipelines.mad.drawing import BUILT_IN
 from pipelines.mad.graph import Generation
 from pipelines.mad.tasks import read_real_data, read_samples
 from pipelines.storage.locations import portable
-from pipelines.storage.tasks import Task, TaskStore
+from pipelines.storage.tasks import Task
 from policies.common.intervals import interval, scale_of
 
-MOST_SEED_RUNS = 20  # beyond this many seeds, MLflow gets the arms' means and summary.json the rest
 _ROWS = (
     Row("fid", "FID", "FID {}", colour="red"),
     Row("frechet", "Fréchet distance", "distance {}", colour="red"),
@@ -40,12 +31,11 @@ _ROWS = (
     Row("recall", "recall", "recall {}", colour="blue"),
 )
 _GRID_IMAGES, _GRID_COLUMNS = 36, 6  # square: MLflow shows it 256 pixels wide
-_FLUSH_SECONDS = 2.0
 
 Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where there is nothing yet
 
 
-class MadRun(Run):
+class MadRun(TaskRun):
     """One MAD experiment, new or the one that ``output_dir`` holds: its directory appears when it is made, nothing
     before. ``values`` holds every metric, by arm."""
 
@@ -74,7 +64,6 @@ class MadRun(Run):
         super().__init__(directory, config, manifest, len(generations), rows=_ROWS, unit="generation")
         self.experiment = experiment
         self.generations = generations
-        self.store = TaskStore(directory / "tasks")
         if images and images.data and self.store.to_do([images.data]):
             self.store.commit(images.data, experiment.real_files[images.data.key], {})
         self.laws = {name: laws(arm, config.generations) for name, arm in config.resolved_arms.items()}
@@ -85,78 +74,39 @@ class MadRun(Run):
         for generation in generations:
             self._waiting[generation.measure.key].append(generation)
         self._measured: dict[tuple[str, int], int] = defaultdict(int)  # seeds by (arm, generation)
-        self._unsent: dict[str, list[tuple[int, Mapping[str, float], int]]] = defaultdict(list)  # by tracker
-        self._flushed_at = time.monotonic()
-        self._done = 0
-        self._recorded: set[str] = set()  # keys
 
     def opened(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
-        config, known = self.config, self.manifest.setdefault("mlflow_children", {})
+        config = self.config
         flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
         arms = config.resolved_arms.values()
         kinds = {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
         size = f"{len(arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations"
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
         self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
-        self._trackers: dict[str, Tracker] = {}
-        for (name, arm), colour in zip(config.resolved_arms.items(), cycle(ARM_COLOURS), strict=False):
-            parent = self._trackers[_key(name)] = self.tracker.child(name, known.get(_key(name)))
-            tags = {"loop": "mad", "arm": name, "rule": arm.rule, "family": arm.family}
-            tags["git_commit"] = self.manifest["git_commit"]
-            as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
-            parent.describe(arm.model_dump(mode="json", exclude={"gan", "diffusion"}), tags | as_in_figures)
-            for each in self.generations:
-                if each.arm == name and each.seeds[0] == config.seed_list[0]:
-                    key, about = each.fit.key, {"training set": contents(each.manifest), "samples": each.manifest.size}
-                    parent.dataset(f"generation {each.number:03d}", key, str(self.store.path(key)), about)
-            for seed in config.seed_list if len(config.seed_list) <= MOST_SEED_RUNS else []:
-                key = _key(name, seed)
-                child = self._trackers[key] = parent.child(f"{name} · seed {seed}", known.get(key))
-                child.describe({"seed": seed}, {**tags, "seed": str(seed)})
-        known.update({key: tracker.run_id for key, tracker in self._trackers.items()})
-        self._status("RUNNING")
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            if error[0] is None:  # else the next session sends everything, and this one has to end now
-                self.flush()
-            for tracker in self._trackers.values():
-                tracker.finish(ending(error[0]))
-        finally:
-            super().__exit__(*error)
+        self.open_arms(
+            {
+                name: (
+                    arm.model_dump(mode="json", exclude={"gan", "diffusion"}),
+                    {"rule": arm.rule, "family": arm.family},
+                )
+                for name, arm in config.resolved_arms.items()
+            },
+            config.seed_list,
+        )
+        for each in self.generations:
+            if each.seeds[0] == config.seed_list[0] and (tracker := self.tracker_of(each.arm)):
+                key, about = each.fit.key, {"training set": contents(each.manifest), "samples": each.manifest.size}
+                tracker.dataset(f"generation {each.number:03d}", key, str(self.store.path(key)), about)
 
     def progress(self) -> str:
         """How many generations are measured."""
         return f"{self._done} of {len(self.generations)} generations are measured"
 
-    def tag(self, arm: str, tags: Mapping[str, str]) -> None:
-        """Set tags on the run of an arm."""
-        self._trackers[_key(arm)].tags(tags)
-
-    def watch(self, runner: TaskRunner) -> None:
-        """Called while tasks run: show what runs, and send what has come in."""
-        self.display.activity(runner.activity())
-        for ended in runner.monitor():
-            self.display.say(f"{ended} had stopped: it was ended, to be replaced")
-        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
-            self.flush()
-
-    def record(self, task: Task) -> None:
-        """Take in the result of a task, once: show it, and note it for MLflow."""
-        if task.key in self._recorded:
-            return
-        self._recorded.add(task.key)
-        about = self.store.about(task.key)
-        for name in ("wall", "cpu"):
-            self.seconds_by_stage[f"{task.kind}/{name}"] += about.get(f"{name}_seconds", 0.0)
+    def taken(self, task: Task, timestamp_ms: int) -> None:
+        """The values of the generations that a task measures."""
         for generation in self._waiting.get(task.key, []):
-            self._record_measure(generation, about["finished_at_ms"])
-
-    def go_on(self, lost: Exception) -> None:
-        """After a loss, with what is stored. Raises ``lost`` if the run comes no further."""
-        self.withstand(lost, at=len(self._recorded))
-        self.display.say(f"{lost}; going on with what is stored")
+            self._record_measure(generation, timestamp_ms)
 
     def metrics_of(self, task: Task) -> dict[str, list[float]]:
         """For each metric one value a universe, as a measuring task left them."""
@@ -173,19 +123,17 @@ class MadRun(Run):
         for index, seed in enumerate(generation.seeds):
             if result["class_histogram"]:
                 self.histograms[arm][seed, number] = result["class_histogram"]
-            if (key := _key(arm, seed)) in self._trackers:
-                mine = {metric: values[index] for metric, values in result["metrics"].items()}
-                self._unsent[key].append((number, _finite(mine), timestamp_ms))
-                self._send_grid(self._trackers[key], generation)
+            of_seed = {metric: values[index] for metric, values in result["metrics"].items()}
+            self.note(arm, seed, number, of_seed, timestamp_ms)
+            if tracker := self.tracker_of(arm, seed):
+                self._send_grid(tracker, generation)
         self._measured[arm, number] += len(generation.seeds)
         if self._measured[arm, number] == len(self._row):
-            self._unsent[_key(arm)].append((number, self._means(arm, number), timestamp_ms))
-        self._done += 1
-        self.manifest["committed_step"] = self._done
+            self.note(arm, None, number, self._means(arm, number), timestamp_ms)
         shown = {metric: float(np.mean(values)) for metric, values in result["metrics"].items()}
         first, last = generation.seeds[0], generation.seeds[-1]
         seeds = f"seed {first}" if first == last else f"seeds {first}–{last}"
-        self.display.step(self._done, shown, note=f"{arm}, {seeds}, G{number}")
+        self.advance(shown, f"{arm}, {seeds}, G{number}")
 
     def _send_grid(self, tracker: Tracker, generation: Generation) -> None:
         """The first evaluation images, the same latent seeds at every generation, on the dashboard's step slider.
@@ -214,21 +162,4 @@ class MadRun(Run):
             found |= {metric: float(mean), **ends}
         first = {f"{FIRST_LOOK}/{row.key}": found[row.key] for row in _ROWS if row.key in found}
         theory = {f"exact/{metric}": float(values[number - 1]) for metric, values in self.laws[arm].items()}
-        return _finite(first | found | theory)
-
-    def flush(self) -> None:
-        """Send what has come in to MLflow, and note in the manifest how far the run is."""
-        for key, steps in self._unsent.items():
-            self._trackers[key].many_metrics(steps)
-        self._unsent.clear()
-        self._status("RUNNING")
-        self._flushed_at = time.monotonic()
-
-
-def _key(arm: str, seed: int | None = None) -> str:
-    """What the MLflow run of an arm, or of one of its seeds, is known by here: no two by the same."""
-    return f"{'' if seed is None else seed}/{arm}"
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if np.isfinite(value)}
+        return first | found | theory

@@ -4,6 +4,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from inspect import isabstract
 from typing import Any, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
@@ -90,4 +91,6 @@ def find_study(name: str) -> type[Study]:
     found = import_function(known.get(name, name), "study", list(known))
     if not (isinstance(found, type) and issubclass(found, Study)):
         raise ValueError(f"study {name!r} is no class that extends orchestration.experiments.study.config.Study")
+    if isabstract(found):
+        raise ValueError(f"study {name!r} has no {' and no '.join(sorted(found.__abstractmethods__))}: write it")
     return found
