@@ -6,10 +6,12 @@ returns for an arm and a seed, these files are taken to people:
 - ``metrics.json``: an object of numbers by name, or of lists of numbers, a step each (:func:`metrics`);
 - ``images/NAME.png``: for MLflow's image panel; ``images/NAME/STEP.png`` a step on its slider;
 - ``figures/NAME.png``: for the run's ``figures`` and its report;
-- ``product/…``: a directory, such as a diffusers pipeline, put at ``RUN/products/ARM-seedN``.
+- ``product/…``: a directory, such as a diffusers pipeline, put at ``RUN/products/ARM-seedN``; if there are no files but
+  in sub-directories, each of these is a product, put at ``RUN/products/ARM-seedN/NAME``.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,3 +46,15 @@ def metrics(values: Mapping[str, float | Sequence[float]]) -> Files:
         for name, value in values.items()
     }
     return {METRICS: json.dumps(content).encode()}
+
+
+def products(files: Files) -> dict[str, Files]:
+    """The products among a task's files, by name: one without a name, unless all are in directories of their own."""
+    found = {path.removeprefix(PRODUCT): content for path, content in files.items() if path.startswith(PRODUCT)}
+    if not found or any("/" not in path for path in found):
+        return {"": found} if found else {}
+    named: dict[str, Files] = defaultdict(dict)
+    for path, content in found.items():
+        name, _, rest = path.partition("/")
+        named[name][rest] = content
+    return named

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.experiments.study.config import Study, find_study
 from orchestration.experiments.study.preflight import describe_study, preflight_study
 from orchestration.runs.browse import RunInfo, render_list, render_show
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.html_report import write_report
-from pipelines.studies import task
+from pipelines.studies import products, task
 from tests import studies
 from tests.processes import start, wait_until
 from tests.schemas import checked
@@ -143,6 +144,18 @@ def test_products_and_figures_are_in_the_runs_directory(finished: Path) -> None:
     assert names == {"arms.png"} | {f"numbers_{arm}-seed{s}.png" for arm in numbers for s in range(3)}
 
 
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["metrics.json"], {}),
+        (["product/model_index.json", "product/unet/config.json"], {"": ["model_index.json", "unet/config.json"]}),
+        (["product/red/a", "product/red/unet/b", "product/three/a"], {"red": ["a", "unet/b"], "three": ["a"]}),
+    ],
+)
+def test_a_product_is_a_directory_or_several_by_name(paths: list[str], found: dict[str, list[str]]) -> None:
+    assert {name: list(files) for name, files in products(dict.fromkeys(paths, b"")).items()} == found
+
+
 def test_mlflow_holds_the_claims_and_arms_and_seeds_below_them(finished: Path) -> None:
     from mlflow import MlflowClient
 
@@ -170,10 +183,14 @@ def test_mlflow_holds_the_claims_and_arms_and_seeds_below_them(finished: Path) -
     assert any("numbers" in each.path for each in client.list_artifacts(child.info.run_id, "images"))
 
 
-def test_what_is_shown_needs_no_code_of_the_study(finished: Path, tmp_path: Path) -> None:
+def test_a_strangers_study_is_shown_and_none_of_its_code_imported(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     for name in ("manifest.json", "summary.json"):
-        (copy / name).write_text((copy / name).read_text().replace("tests.studies", "gone.studies"))
+        (copy / name).write_text((copy / name).read_text().replace("tests.studies", "strange_study"))
+    shutil.copy(studies.__file__, tmp_path / "strange_study.py")
+    monkeypatch.syspath_prepend(tmp_path)
     text = text_of(render_show("copy", tmp_path))
     assert "kept" in text
     assert "missed" in text
@@ -184,6 +201,9 @@ def test_what_is_shown_needs_no_code_of_the_study(finished: Path, tmp_path: Path
     assert '<span class="badge kept">kept</span>' in page
     assert "Does it go MAD?" not in page
     assert "shrinking makes numbers smaller" in page
+    with pytest.raises(ConfigError, match="--trust"):
+        EXPERIMENTS["study"].resume(copy, trusted=False, changes=False)
+    assert "strange_study" not in sys.modules
 
 
 @pytest.mark.parametrize(

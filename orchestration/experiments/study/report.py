@@ -28,7 +28,9 @@ def report(run: StudyRun) -> Path:
     run.tracker.tags({f"claim/{number:02d}": line for number, line in enumerate(lines, 1)})
     counts = Counter(claim["outcome"] for claim in summary["claims"])
     run.tracker.metrics(0, {f"claims/{outcome}": counts[outcome] for outcome in OUTCOMES}, int(1000 * time.time()))
-    return conclude(run, path, draw(run), lines=lines, products=sorted(run.products.values()))
+    return conclude(
+        run, path, draw(run), lines=lines, products=sorted(path for of_arm in run.products.values() for path in of_arm)
+    )
 
 
 def draw(run: StudyRun) -> Path:
@@ -52,7 +54,7 @@ def summarise(run: StudyRun) -> dict[str, Any]:
     arms = {
         arm: {
             "metrics": {name: _metric(name, of_seeds) for name, of_seeds in values[arm].items()},
-            "products": [run.products[arm, seed] for seed in run.config.seed_list if (arm, seed) in run.products],
+            "products": sorted(run.products[arm]),
         }
         for arm in run.config.arms
     }

@@ -19,7 +19,7 @@ from orchestration.tracking.tracker import FIRST_LOOK
 from pipelines.storage.atomic import DamagedFiles, Files, commit_directory, read_directory, replace_durably
 from pipelines.storage.names import file_name
 from pipelines.storage.tasks import Task
-from pipelines.studies import FIGURES, IMAGES, METRICS, PRODUCT
+from pipelines.studies import FIGURES, IMAGES, METRICS, products
 from policies.common.intervals import interval, scale_of
 
 _MOST_ROWS = 6  # of metrics on the display
@@ -42,7 +42,7 @@ class StudyRun(TaskRun):
         super().__init__(directory, config, manifest, len(plan.order), rows=rows, unit="task")
         self.plan = plan
         self.courses: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(dict)
-        self.products: dict[tuple[str, int], str] = {}  # relative to the run's directory
+        self.products: dict[str, list[str]] = defaultdict(list)  # by arm, relative to the run's directory
         self._waiting: dict[str, list[tuple[str, int]]] = defaultdict(list)  # by task: whose it is
         for pair, tasks in plan.tasks.items():
             for key in (task.key for task in tasks):
@@ -103,10 +103,15 @@ class StudyRun(TaskRun):
             path = self.directory / "figures" / f"{file_name(f'{name}_{place}')}.png"
             path.parent.mkdir(exist_ok=True)
             replace_durably(path, content)
-        if product := {name.removeprefix(PRODUCT): files[name] for name in files if name.startswith(PRODUCT)}:
-            self.products[arm, seed] = f"products/{place}"
-            target = self.directory / "products" / place
-            target.parent.mkdir(exist_ok=True)
+        for name, product in products(files).items():
+            target = self.directory / "products" / place / (file_name(name) if name else "")
+            there = str(target.relative_to(self.directory))
+            if any(f"{each}/".startswith(f"{there}/") or there.startswith(f"{each}/") for each in self.products[arm]):
+                raise ValueError(
+                    f"task {task.label}: its product would replace another's at {there}: use product/NAME/"
+                )
+            self.products[arm].append(there)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 same = read_directory(target)[0] == product
             except DamagedFiles:
