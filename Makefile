@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUIETLY := --quiet --disable-pip-version-check
 
 .PHONY: demo test check suite lock clean
 
@@ -10,7 +11,7 @@ demo: $(READY)  ## the main job: reinforcement learning on the default models
 	$(BIN)/ouroboros ddpo --config configs/ddpo/digits.yaml
 
 test: $(READY)  ## every check that CI runs
-	$(MAKE) --no-print-directory --jobs=2 check suite
+	@began=$$(date +%s) && $(MAKE) --no-print-directory --jobs=2 check suite && echo "tests: $$(($$(date +%s) - began)) s"
 
 check: $(READY)  ## style, layers and types
 	$(BIN)/ruff check .
@@ -19,15 +20,18 @@ check: $(READY)  ## style, layers and types
 	$(BIN)/mypy
 
 suite: $(READY)  ## two files at a time: most of a test with Ray is waiting for processes
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lock: $(READY)  ## write requirements.lock from what is installed
 	{ echo "# Written by 'make lock'; installed by 'make demo' and 'make test'."; \
 	  $(BIN)/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/; s/^torch @.*/torch==2.13.0/'; } > requirements.lock
 
-# Rebuilt when a requirement changes, and only then.
+# Rebuilt when a requirement changes, and only then. Unpacking and compiling take two cores; what the lock leaves out (pip
+# freezes no setuptools, and a build of torch may need more than another) comes in the third step.
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	grep -v '^#' requirements.lock | sort -r | xargs -n 20 -P 2 $(BIN)/pip install $(QUIETLY) --no-deps --no-compile
+	$(BIN)/pip install $(QUIETLY) --no-compile --requirement requirements.lock
+	$(BIN)/python -m compileall -q -j 2 -x /tests/ $(VENV)/lib*/python*/site-packages || true  # some packages ship old templates
+	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
 	touch $(READY)

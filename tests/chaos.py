@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from orchestration.runs.manifest import git_commit
+from tests import prefork
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.nodes import Nodes, environment
 from tests.processes import start, wait_until
@@ -271,7 +272,7 @@ def hit(stage: Stage, process: subprocess.Popen[bytes], strike: Strike) -> bool:
 
 def _one_of(stage: Stage, process: subprocess.Popen[bytes], title: str) -> int | None:
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in prefork.family(psutil.Process(process.pid)):
         with suppress(psutil.Error, IndexError):
             if child.cmdline()[0].startswith(title) or child.name() == title:
                 found.append(child.pid)

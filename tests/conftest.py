@@ -19,6 +19,14 @@ from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
 
+# The files that take minutes come first, so that no worker is left with one of them when the others are done.
+LONG = ("faults", "multinode", "mad", "loop", "sweep", "jobs", "remote_rewards", "listeners", "overlap")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{each}" for each in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
 
 def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:
     """Ray's threads read the environment, and the C library guards nobody who reads while another writes: as long as
@@ -75,15 +83,16 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _preloaded() -> Iterator[None]:
-    from tests.prefork import preloaded
+def preloaded() -> Iterator[None]:
+    """Workers of a Ray that is started in this process, or by a command that is, are forks."""
+    from tests import prefork
 
-    with preloaded():
+    with prefork.preloaded():
         yield
 
 
 @pytest.fixture(scope="module")
-def ray_session(_preloaded: None) -> Iterator[None]:
+def ray_session(preloaded: None) -> Iterator[None]:
     """One Ray for the runs of this process; a run leaves a Ray that it did not start as it was."""
     import ray
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import psutil
 
+from tests import prefork
+
 # One node, as ``ray start`` and Ray's own test cluster make them, but on loopback alone. It ends with its input.
 _NODE = """
 import json, sys
@@ -60,7 +62,7 @@ class Nodes:
             role = {"include_dashboard": False, "no_monitor": True}
         # The path of a Unix socket has to be short, and pytest's own are long.
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
-        settings = {**_COMMON, **role, "temp_dir": directory, "resources": {name: 1}}
+        settings = {**_COMMON, **role, "temp_dir": directory, "resources": {name: 1}, **prefork.settings(directory)}
         command = [*self._apart, *([directory] if self._apart else []), sys.executable, "-c", _NODE]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         process = subprocess.Popen([*command, json.dumps(settings)], env=environment(None), **pipes)
@@ -72,7 +74,7 @@ class Nodes:
 
     def family(self, name: str) -> list[psutil.Process]:
         """Every process of a node but the one that started it: its raylet, agents and workers."""
-        return psutil.Process(self._processes[name].pid).children(recursive=True)
+        return prefork.family(psutil.Process(self._processes[name].pid))
 
     def lose(self, name: str) -> None:
         """SIGKILL for a node's raylet: what lived by it ends as it does when a machine is gone."""

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage.locations import CHECKOUT
+from tests import prefork
 
 
-def start(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(
+    arguments: list[str], log: Path, environment: Mapping[str, str] | None = None, afresh: bool = False
+) -> subprocess.Popen[bytes]:
     """``ouroboros`` in a process group of its own, as a shell would start it; with a Ray of its own, unless
-    ``environment`` says otherwise."""
+    ``environment`` says otherwise. ``afresh``: also if the workers of other Rays are forks."""
     if environment is None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    if not afresh:
+        environment = prefork.environment(environment)
     return subprocess.Popen(
         [sys.executable, "-m", "orchestration.cli", *arguments],
         stdout=log.open("ab"),

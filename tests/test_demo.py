@@ -12,7 +12,7 @@ from pipelines.storage.locations import CHECKOUT
 
 
 @pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_directory(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from orchestration.experiments.ddpo.loop import run_ddpo
 
     directory = tmp_path_factory.mktemp("demo") / "run"

@@ -14,6 +14,8 @@ import pytest
 from tests import chaos
 from tests.servers import MlflowServer, mlflow_server
 
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:

@@ -25,6 +25,7 @@ from orchestration.cluster.jobs import packed
 from orchestration.cluster.package import excludes
 from orchestration.runs.config import ConfigError
 from pipelines.storage.locations import CHECKOUT
+from tests import prefork
 from tests.network import Tunnel, free_port, listeners
 from tests.processes import wait_until
 from tests.test_config import command
@@ -71,7 +72,7 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     directory = tmp_path_factory.mktemp("head")
     (directory / "runs").mkdir()
     (directory / "token").write_text(TOKEN)
@@ -93,7 +94,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 *(f"--{name}={port}" for name, port in ports.items()),
                 f"--temp-dir={short}",
             ],
-            env={**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+            env=prefork.environment({**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
             stdout=(directory / "head.log").open("wb"),
             stderr=subprocess.STDOUT,
         )

@@ -24,7 +24,9 @@ def beyond(process: psutil.Process) -> set[tuple[str, int]]:
 
 def test_a_default_run_listens_on_loopback_alone(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    run = start(["mad", "n_ini=20", "n_synthetic=20", "generations=3", f"output_dir={tmp_path / 'run'}"], log)
+    run = start(
+        ["mad", "n_ini=20", "n_synthetic=20", "generations=3", f"output_dir={tmp_path / 'run'}"], log, afresh=True
+    )
     seen: set[tuple[str, int]] = set()
     try:
         process = psutil.Process(run.pid)

@@ -551,7 +551,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
     log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"
     own = ["ddpo", *overrides, "tracking.uri=null"]
     neighbour = start([*own, f"output_dir={neighbour_directory}"], neighbour_log)
-    process = start([*own, f"output_dir={directory}"], log)
+    process = start([*own, f"output_dir={directory}"], log, afresh=True)
     try:
         wait_until((directory / "manifest.json").exists, 300, "the beginning of the run")
         second = tmp_path / "second.txt"
@@ -596,7 +596,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
 
 def test_ctrl_c_while_ray_starts_leaves_no_process(overrides: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    process = start(["ddpo", *overrides, "tracking.uri=null", f"output_dir={tmp_path / 'run'}"], log)
+    process = start(["ddpo", *overrides, "tracking.uri=null", f"output_dir={tmp_path / 'run'}"], log, afresh=True)
 
     def raylet_runs() -> bool:
         return any("raylet" in child.name() for child in psutil.Process(process.pid).children(recursive=True))

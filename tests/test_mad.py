@@ -244,9 +244,11 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
     assert again["arms"] == told["arms"]
     assert again["mlflow_run_id"] != told["mlflow_run_id"]  # a copy is a run of its own
 
-    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3"))
+    fewer = {name: ARMS[name] for name in ("fresh", "fine-tuned", "gan")}  # anew, from a copy, another family
+    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3", arms=fewer))
     after = tasks(directory)
     assert {key: after[key] for key in before} == before
+    assert summary(directory)["arms"].keys() == fewer.keys()
     for name, arm in summary(directory)["arms"].items():
         values = np.array(arm["metrics"]["fid"]["values"])
         assert values.shape == (3, GENERATIONS + 1)
@@ -289,7 +291,7 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, tmp_path: Path) -> Non
         return [key for key, finished_at in kept.items() if held[key]["finished_at_ms"] != finished_at]
 
     for reached in (between, inside):
-        process = start(command, log)
+        process = start(command, log, afresh=reached is between)
         over = process.poll
         wait_until(lambda reached=reached, over=over: reached() or over() is not None, 600, "the moment", pause=0.01)
         assert over() is None, f"it ended before the moment came: {log.read_text()}"

@@ -66,7 +66,7 @@ def ouroboros(*words: str, address: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def nodes(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """A head with the resource ``first``; the other node has ``second``."""
     if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system lets nobody have a file system view of one's own")

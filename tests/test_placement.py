@@ -107,7 +107,7 @@ HALF = Role("half", 2, 0.5, 0.0, 1, "cpu")
 
 
 @pytest.fixture(scope="module")
-def ray_session(_preloaded: None) -> Iterator[None]:
+def ray_session(preloaded: None) -> Iterator[None]:
     """A private Ray with eight cards, which nothing here uses; Ray counts them."""
     from orchestration.cluster import ray_cluster as cluster
 

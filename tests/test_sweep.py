@@ -253,7 +253,7 @@ def test_a_dry_run_names_every_point() -> None:
     assert "w2_squared, minimum" in text
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_where_it_was(preloaded: None, tmp_path: Path) -> None:
     config = written(tmp_path, PHASE)
     directory = tmp_path / "sweep"
     command = ["sweep", "--config", str(config), f"output_dir={directory}"]
