@@ -214,7 +214,8 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
     """A run with faults, resumed as often as its driver ends by one. Returns what it leaves."""
     log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
     cluster = environment(stage.nodes.address) if stage.nodes else None
-    process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster)
+    # A stopped worker is ended by who looks among the children of its raylet, which forks are not.
+    process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster, afresh=True)
     coming, struck, stood = list(strikes), 0.0, 0
     while process.poll() is None or process.poll() in _ends(stage.strikes):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
