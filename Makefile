@@ -32,6 +32,6 @@ $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -v '^#' requirements.lock | sort -r | xargs -n 20 -P 2 $(BIN)/pip install $(QUIETLY) --no-deps --no-compile
 	$(BIN)/pip install $(QUIETLY) --no-compile --requirement requirements.lock
-	$(BIN)/python -m compileall -q -j 2 -x /tests/ $(VENV)/lib*/python*/site-packages || true  # some packages ship old templates
+	$(BIN)/python -m compileall -q -j 2 -x /tests/ $(VENV)/lib/python*/site-packages || true  # some packages ship old templates
 	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
 	touch $(READY)
