@@ -265,14 +265,14 @@ def test_a_killed_study_of_ones_own_file_loses_nothing(finished: Path, own_file:
         return {path.parent.name: json.loads(path.read_text()) for path in places}
 
     process = start(command, log, here)
-    wait_until(lambda: len(stored()) > 8 or process.poll() is not None, 120, "some tasks", pause=0.01)
+    wait_until(lambda: len(stored()) > 8 or process.poll() is not None, 300, "some tasks", pause=0.01)
     assert process.poll() is None, log.read_text()
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=10)
     before = stored()
     assert 8 < len(before) < 15
 
-    assert start(["resume", str(directory)], log, here).wait(timeout=120) == 0, log.read_text()
+    assert start(["resume", str(directory)], log, here).wait(timeout=300) == 0, log.read_text()
     after = stored()
     assert len(after) == 15
     assert all(after[key] == about for key, about in before.items())  # none was done again: not even its clock differs
