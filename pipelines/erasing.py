@@ -1,0 +1,253 @@
+"""Erasing a concept that words name from a Stable Diffusion pipeline (:mod:`policies.erasing`), and what is left of it.
+
+Everything is a function of the pipeline, the settings and the seed; on one machine a repeat gives the same bytes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipelines.captioner import Captioner
+from pipelines.denoisers import load_family
+from pipelines.generators.registry import packed, unpacked
+from pipelines.measures.evaluator import load_evaluator
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.storage.atomic import Files
+from pipelines.storage.locations import find, resolve_model
+from pipelines.storage.model_files import ModelFilesError, read_json
+from pipelines.studies import metrics
+from policies.common.seeding import derive_seed
+from policies.erasing import ErasingSettings, Variant, esd_target, trained_modules, uce_weight
+from policies.rl.settings import SamplingSettings
+
+_PIPELINE = "StableDiffusionPipeline"
+
+
+def _place(concept: str, text: str) -> re.Match[str] | None:
+    return re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", text, re.IGNORECASE)
+
+
+def is_named(concept: str, text: str) -> bool:
+    """Whether ``text`` holds the words of ``concept``, in any case."""
+    return _place(concept, text) is not None
+
+
+def renamed(text: str, concept: str, word: str) -> str:
+    """``text`` with another word for the concept."""
+    found = _place(concept, text)
+    return text if found is None else text[: found.start()] + word + text[found.end() :]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that name a concept, or the concept by itself where none does, and the ``others``.
+
+    ``instead``: words that stand in its place in neutral prompts. Without any ∅ is neutral, as in the papers.
+    """
+
+    concept: str
+    named: tuple[str, ...]
+    others: tuple[str, ...]
+    instead: tuple[str, ...]
+
+    @classmethod
+    def of(cls, concept: str, prompts: Sequence[str], instead: Sequence[str] = ()) -> "Prompts":
+        """Those of ``prompts``."""
+        named = tuple(each for each in prompts if is_named(concept, each))
+        others = tuple(each for each in prompts if not is_named(concept, each))
+        return cls(concept, named or (concept,), others, tuple(instead))
+
+    def neutral(self, prompt: str) -> list[str | None]:
+        """What one that names the concept is to be answered as."""
+        return [renamed(prompt, self.concept, word) for word in self.instead] or [None]
+
+
+def check_erasable(path: str) -> None:
+    """Raise ModelFilesError unless ``path`` is a directory of Stable Diffusion 1.x or 2.x."""
+    directory = find(path)
+    if directory is None or not directory.is_dir():
+        raise ModelFilesError(f"path: there is no directory {path!r}; name one that save_pretrained wrote")
+    kind = read_json(directory / "model_index.json").get("_class_name")
+    if kind != _PIPELINE:
+        raise ModelFilesError(f"path: {path!r} is a {kind}, and what is erased here is a {_PIPELINE}'s cross-attention")
+
+
+class Eraser:
+    """A pipeline whose network is edited, beside the frozen network as it came."""
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        check_erasable(path)
+        self.device = torch.device(device)
+        self.family = load_family(path, torch.float32)
+        self.network: nn.Module = self.family.network.to(self.device)
+        self.frozen = deepcopy(self.network)
+        for encoder in self.family.text_encoders:
+            encoder.to(self.device)
+        self._states: dict[str | None, Tensor] = {}
+
+    @property
+    def pipeline(self) -> Any:
+        """The product: a stock ``StableDiffusionPipeline`` with the edited network."""
+        return self.family.pipeline
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str | None]) -> Tensor:
+        """Text states (prompts, tokens, width); of None those of ∅, encoded as guidance's empty prompt is."""
+        for prompt in prompts:
+            if prompt not in self._states:
+                self._states[prompt] = self.family.encode(prompt, self.device)["encoder_hidden_states"]
+        return torch.stack([self._states[prompt] for prompt in prompts])
+
+    def esd(self, prompts: Prompts, variant: Variant, settings: ErasingSettings, seed: int) -> list[float]:
+        """Train until the prompts that name the concept are answered as neutral ones. Returns the loss of each update.
+
+        In each round the frozen or the edited network draws images by guided DDIM, and updates follow on their x_t.
+        """
+        schedule = self.family.schedule(SamplingSettings(steps=settings.steps))
+        weights = [each for _, module in trained_modules(self.network, variant) for each in module.parameters()]
+        optimizer = torch.optim.Adam((each.requires_grad_(True) for each in weights), lr=settings.learning_rate)
+        count = settings.rounds * settings.updates
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / count)
+        random = torch.Generator().manual_seed(derive_seed(seed, "erasing"))
+        losses = []
+        for _ in range(settings.rounds):
+            states, latents, targets = self._draw(prompts, settings, schedule, random)
+            for _ in range(settings.updates):
+                image = torch.randint(settings.images, (settings.batch,), generator=random)
+                step = torch.randint(settings.steps, (settings.batch,), generator=random)
+                answer = self._ask(self.network, latents[step, image], schedule.timesteps[step], states[image])
+                loss = (answer - targets[step, image]).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                falling.step()
+                losses.append(loss.item())
+        for each in weights:
+            each.requires_grad_(False)
+        return losses
+
+    @torch.no_grad()
+    def _draw(
+        self, prompts: Prompts, settings: ErasingSettings, schedule: Any, random: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Text states (images, tokens, width); x_t and what is to be answered there, each (steps, images, …)."""
+
+        def pick(among: Sequence[str], count: int) -> list[str]:
+            return [among[each] for each in torch.randint(len(among), (count,), generator=random).tolist()]
+
+        kept = round(settings.retain * settings.images) if prompts.others else 0
+        named = pick(prompts.named, settings.images - kept)  # the first images are those of the concept
+        asked = [*named, *(pick(prompts.others, kept) if kept else [])]
+        states = self.states(asked)
+        both = torch.cat([self.states([None] * len(asked)), states])
+        latents = torch.randn((len(asked), *self.family.latent_shape), generator=random).to(self.device)
+        seen, targets = [], []
+        for step, time in enumerate(schedule.timesteps):
+            empty, answer = self._ask(self.frozen, latents.repeat(2, 1, 1, 1), time, both).chunk(2)
+            free = empty[: len(named)]
+            if prompts.instead:
+                words = pick(prompts.instead, len(named))
+                neutral = [renamed(each, prompts.concept, word) for each, word in zip(named, words, strict=True)]
+                free = self._ask(self.frozen, latents[: len(named)], time, self.states(neutral))
+            seen.append(latents)
+            targets.append(torch.cat([esd_target(free, answer[: len(named)], settings.eta), answer[len(named) :]]))
+            if settings.sampler == "edited":
+                empty, answer = self._ask(self.network, latents.repeat(2, 1, 1, 1), time, both).chunk(2)
+            output = empty + settings.guidance_scale * (answer - empty)
+            latents = self.family.step(schedule, step, latents, output, torch.zeros_like(latents), 0.0)
+        return states, torch.stack(seen), torch.stack(targets)
+
+    @torch.no_grad()
+    def uce(self, prompts: Prompts, stiffness: float) -> None:
+        """Map the concept's states, from its last token on, to those of neutral prompts at the same places, and keep
+        all states of other prompts. (A causal encoder hands a word on to every token behind it.)"""
+        concepts, guides = [], []
+        for prompt in prompts.named:
+            found = _place(prompts.concept, prompt)
+            assert found is not None  # it is named
+            last = len(self.pipeline.tokenizer(prompt[: found.end()]).input_ids) - 2  # the end token comes after it
+            concepts.append(self.states([prompt])[0, last:])
+            guides.append(self.states(prompts.neutral(prompt)).mean(dim=0)[last:])
+        kept = self.states(prompts.others).flatten(0, 1) if prompts.others else concepts[0][:0]
+        for _, module in trained_modules(self.network, "uce"):
+            weight = module.get_parameter("weight")
+            weight.copy_(uce_weight(weight, torch.cat(concepts), torch.cat(guides), kept, stiffness))
+
+    def _ask(self, network: nn.Module, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+        """The output of ``network`` at ``times``, one for all or one each."""
+        return network(latents, times.to(self.device).expand(len(latents)), states, return_dict=False)[0]
+
+
+def erase(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Task: the pipeline without the concept in ``product/KEY/``, and the losses."""
+    eraser, key = Eraser(parameters["path"], device), parameters["key"]
+    settings = ErasingSettings(**parameters["settings"])
+    prompts = Prompts.of(parameters["concept"], parameters["prompts"], parameters["instead"])
+    losses = []
+    if parameters["variant"] == "uce":
+        eraser.uce(prompts, settings.stiffness)
+    else:
+        losses = eraser.esd(prompts, parameters["variant"], settings, parameters["seed"])
+    pipeline = eraser.pipeline.to("cpu")
+    for part in (pipeline, *pipeline.components.values()):  # else equal products would say where they came from
+        if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
+            part.register_to_config(_name_or_path="")
+    files = packed(lambda directory: pipeline.save_pretrained(directory, safe_serialization=True))
+    return {f"product/{key}/{name}": content for name, content in files.items()} | metrics(
+        {f"{key}/loss": losses} if losses else {}
+    )
+
+
+def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Task: what is left of a concept in the erased pipeline, or, without one, in the pipeline as it came.
+
+    Of images for all prompts. The evaluator says how many show the concept where it is named (``target``), how many
+    show what other prompts ask for in its slot (``others``) and in each other slot, and so where it is named
+    (``SLOT_where_named``). The captioner says how many captions hold the word there (``mentioned``), and elsewhere.
+    """
+    concept, key, path = parameters["concept"], parameters["key"], parameters["path"]
+    asked = list(parameters["prompts"]) * parameters["images_per_prompt"]
+    seeds = [derive_seed(parameters["seed"], "judged", number) for number in range(len(asked))]
+    sampling = SamplingSettings(steps=parameters["steps"], guidance_scale=parameters["guidance_scale"])
+    if inputs:
+        start = f"product/{key}/"
+        product = {name.removeprefix(start): each for name, each in inputs[0].items() if name.startswith(start)}
+        policy = unpacked(product, lambda at: DiffusionPolicy(ModelSettings(path=str(at)), sampling, device))
+    else:
+        policy = DiffusionPolicy(ModelSettings(path=path), sampling, device)
+    batches = [slice(first, first + parameters["batch"]) for first in range(0, len(asked), parameters["batch"])]
+    images = np.concatenate([policy.rollout(asked[each], seeds[each])[0] for each in batches])
+    named = np.array([is_named(concept, prompt) for prompt in asked])
+    found: dict[str, Any] = {}
+    if parameters["evaluator"]:
+        judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
+        own = next(slot for slot, words in judge.classes.items() if concept in words)
+        right = judge.judge(images, asked)
+        found |= {"target": right[own][named], "others": right[own][~named]}
+        for slot in judge.classes.keys() - {own}:
+            found |= {slot: right[slot][~named], f"{slot}_where_named": right[slot][named]}
+    if parameters["captioner"]:
+        captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
+        captions = [text for each in batches for text in captioner.caption(images[each])]
+        says = np.array([is_named(concept, text) for text in captions])
+        found |= {"mentioned": says[named], "mentioned_elsewhere": says[~named]}
+    series = metrics({f"{key}/{name}": float(np.mean(each)) for name, each in sorted(found.items())})
+    return series | {f"images/{key}.png": _grid(images[named][:48])}
+
+
+def _grid(images: np.ndarray, columns: int = 12) -> bytes:
+    """A PNG of images (n, height, width, 3) in rows; what does not fill the last row is white."""
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
+    rows = np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:])
+    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    Image.fromarray(picture).save(file := BytesIO(), "PNG")
+    return file.getvalue()
