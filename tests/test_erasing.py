@@ -1,4 +1,4 @@
-"""Erasing a concept: ESD's target and gradient by hand, UCE exactly, repeats byte for byte, stock products, the study."""
+"""Erasing a concept: ESD's target and gradient by hand, UCE exactly, equal repeats, stock products, the study."""
 
 import json
 from pathlib import Path
@@ -162,11 +162,11 @@ def test_two_updates_of_stable_diffusions_shape(tmp_path: Path) -> None:
     """Stable Diffusion 1.5's blocks, four levels with cross-attention in three, at a tenth of the width."""
     from diffusers import UNet2DConditionModel
 
-    from benchmarks.erased_revived import sd15_shape
+    from benchmarks.erase_sd15 import UNET
     from tests.models import build_tiny_pipeline
 
     path = build_tiny_pipeline(tmp_path / "model")
-    shape = {**sd15_shape(), "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 16, "sample_size": 8}
+    shape = {**UNET, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 16, "sample_size": 8}
     torch.manual_seed(0)
     UNet2DConditionModel(**shape).save_pretrained(path / "unet")
     eraser = Eraser(str(path))
