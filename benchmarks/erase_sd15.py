@@ -65,7 +65,7 @@ def main() -> None:
         build(arguments.directory)
     start = time.perf_counter()
     settings = ErasingSettings(images=1, batch=1, updates=2, steps=2, eta=1.0, learning_rate=5e-5)
-    losses = Eraser(str(arguments.directory), arguments.device).esd(Prompts.of("red", []), "esd-x", settings, seed=0)
+    losses = Eraser(str(arguments.directory), arguments.device).erase(Prompts.of("red", []), "esd-x", settings, seed=0)
     seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"commit {git_commit()}: losses {losses}, {seconds:.0f} s with loading, {memory:.1f} GiB at most")
 

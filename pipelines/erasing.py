@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.captioner import Captioner
 from pipelines.denoisers import load_family
+from pipelines.figures.plots import image_grid
 from pipelines.generators.registry import packed, unpacked
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rl.policy import DiffusionPolicy
@@ -107,11 +108,15 @@ class Eraser:
                 self._states[prompt] = self.family.encode(prompt, self.device)["encoder_hidden_states"]
         return torch.stack([self._states[prompt] for prompt in prompts])
 
-    def esd(self, prompts: Prompts, variant: Variant, settings: ErasingSettings, seed: int) -> list[float]:
-        """Train until the prompts that name the concept are answered as neutral ones. Returns the loss of each update.
+    def erase(self, prompts: Prompts, variant: Variant, settings: ErasingSettings, seed: int) -> list[float]:
+        """Train until the prompts that name the concept are answered as neutral ones; UCE solves for it. Returns the
+        loss of each update.
 
         In each round the frozen or the edited network draws images by guided DDIM, and updates follow on their x_t.
         """
+        if variant == "uce":
+            self._solve(prompts, settings.stiffness)
+            return []
         schedule = self.family.schedule(SamplingSettings(steps=settings.steps))
         weights = [each for _, module in trained_modules(self.network, variant) for each in module.parameters()]
         optimizer = torch.optim.Adam((each.requires_grad_(True) for each in weights), lr=settings.learning_rate)
@@ -167,7 +172,7 @@ class Eraser:
         return states, torch.stack(seen), torch.stack(targets)
 
     @torch.no_grad()
-    def uce(self, prompts: Prompts, stiffness: float) -> None:
+    def _solve(self, prompts: Prompts, stiffness: float) -> None:
         """Map the concept's states, from its last token on, to those of neutral prompts at the same places, and keep
         all states of other prompts. (A causal encoder hands a word on to every token behind it.)"""
         concepts, guides = [], []
@@ -192,19 +197,14 @@ def erase(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     eraser, key = Eraser(parameters["path"], device), parameters["key"]
     settings = ErasingSettings(**parameters["settings"])
     prompts = Prompts.of(parameters["concept"], parameters["prompts"], parameters["instead"])
-    losses = []
-    if parameters["variant"] == "uce":
-        eraser.uce(prompts, settings.stiffness)
-    else:
-        losses = eraser.esd(prompts, parameters["variant"], settings, parameters["seed"])
+    losses = eraser.erase(prompts, parameters["variant"], settings, parameters["seed"])
     pipeline = eraser.pipeline.to("cpu")
     for part in (pipeline, *pipeline.components.values()):  # else equal products would say where they came from
         if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
             part.register_to_config(_name_or_path="")
     files = packed(lambda directory: pipeline.save_pretrained(directory, safe_serialization=True))
-    return {f"product/{key}/{name}": content for name, content in files.items()} | metrics(
-        {f"{key}/loss": losses} if losses else {}
-    )
+    series = metrics({f"{key}/loss": losses} if losses else {})
+    return series | {f"product/{key}/{name}": content for name, content in files.items()}
 
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -240,14 +240,6 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
         captions = [text for each in batches for text in captioner.caption(images[each])]
         says = np.array([is_named(concept, text) for text in captions])
         found |= {"mentioned": says[named], "mentioned_elsewhere": says[~named]}
+    Image.fromarray(image_grid(images[named][:48], columns=12)).save(grid := BytesIO(), "PNG")
     series = metrics({f"{key}/{name}": float(np.mean(each)) for name, each in sorted(found.items())})
-    return series | {f"images/{key}.png": _grid(images[named][:48])}
-
-
-def _grid(images: np.ndarray, columns: int = 12) -> bytes:
-    """A PNG of images (n, height, width, 3) in rows; what does not fill the last row is white."""
-    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
-    rows = np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:])
-    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    Image.fromarray(picture).save(file := BytesIO(), "PNG")
-    return file.getvalue()
+    return series | {f"images/{key}.png": grid.getvalue()}

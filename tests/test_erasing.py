@@ -79,7 +79,7 @@ def test_gradient_is_that_of_the_equation(model: str, request: pytest.FixtureReq
         return ask(network, *inputs)
 
     eraser._ask = watched  # type: ignore[method-assign]
-    (loss,) = eraser.esd(prompts, "esd-x-strict", settings, seed=1)
+    (loss,) = eraser.erase(prompts, "esd-x-strict", settings, seed=1)
     latents, time, states = seen["inputs"][0]
     assert torch.equal(states[0], plain.family.encode(PROMPTS[0], torch.device("cpu"))["encoder_hidden_states"])
     nothing = plain.pipeline.encode_prompt("", "cpu", 1, False)[0]  # as guidance's unconditional half is
@@ -134,7 +134,8 @@ def test_uce_edits_from_the_concepts_last_token_on(tiny_pipeline: Path) -> None:
     eraser = Eraser(str(tiny_pipeline))
     prompt = PROMPTS[0]  # "a red seven …": tokens start, a, red, seven
     before, empty = eraser.states([prompt])[0], eraser.states([None])[0]
-    eraser.uce(Prompts("red", (prompt,), (), ()), stiffness=1e-7)
+    settings = SMALL.model_copy(update={"stiffness": 1e-7})
+    eraser.erase(Prompts("red", (prompt,), (), ()), "uce", settings, seed=0)
     name, module = next(trained_modules(eraser.network, "uce"))
     old = eraser.frozen.get_submodule(name).get_parameter("weight")
     new = module.get_parameter("weight")
@@ -170,7 +171,7 @@ def test_two_updates_of_stable_diffusions_shape(tmp_path: Path) -> None:
     torch.manual_seed(0)
     UNet2DConditionModel(**shape).save_pretrained(path / "unet")
     eraser = Eraser(str(path))
-    losses = eraser.esd(Prompts.of("red", PROMPTS), "esd-x", SMALL, seed=0)
+    losses = eraser.erase(Prompts.of("red", PROMPTS), "esd-x", SMALL, seed=0)
     assert len(losses) == 2
     assert all(np.isfinite(losses))
     assert len(list(trained_modules(eraser.network, "esd-x"))) == 16 * 4  # 16 cross-attentions: q, k, v and out

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from orchestration.experiments.study.config import Study
 from pipelines.data.prompts import read_prompts
@@ -65,19 +65,14 @@ class Erase(Study):
     judging: Judging = Judging()
     harm: float = Field(0.05, gt=0, lt=1, description="claimed: other accuracies fall by no more than this")
 
-    @field_validator("concepts")
-    @classmethod
-    def _distinct(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
-        if len({each.key for each in concepts}) < len(concepts):
-            raise ValueError("give each concept once")
-        return concepts
-
     def preflight(self) -> None:
         """The pipeline is one that can be erased from, and the judges know the concepts."""
         from pipelines.erasing import Prompts, check_erasable
 
         check_erasable(self.path)
         texts, slots = read_prompts(self.prompts)[0], self._slots()
+        if len({each.key for each in self.concepts}) < len(self.concepts):
+            raise ValueError("concepts: give each once")
         for concept in self.concepts:
             prompts = Prompts.of(concept.word, texts)
             if prompts.named == (concept.word,) or not prompts.others:
@@ -121,8 +116,9 @@ class Erase(Study):
         """Which concept is erased from which prompts, and how."""
         from pipelines.erasing import renamed
 
-        settings = self.erasing.model_dump() | {
-            "learning_rate": self.learning_rates.get(arm, self.erasing.learning_rate)
+        settings = {
+            **self.erasing.model_dump(),
+            "learning_rate": self.learning_rates.get(arm, self.erasing.learning_rate),
         }
         word, instead = concept.word, list(concept.instead)
         if arm == "esd-x-paper":
@@ -137,34 +133,28 @@ class Erase(Study):
         return [claim for concept in self.concepts for claim in self._claims(concept) if claim.arm in self.arms]
 
     def _claims(self, concept: Concept) -> Iterator[Claim]:
-        slots = self._slots()
+        word, key, slots = concept.word, concept.key, self._slots()
         judges = {"target": "the evaluator sees"} if slots else {}
         judges |= {"mentioned": "captions name"} if self.judging.captioner else {}
-        own = next((slot for slot, words in slots.items() if concept.word in words), None)
-        kept = {"others": f"other prompts' {own}s"} if slots else {}
-        kept |= {slot: f"other prompts' {slot}s" for slot in slots if slot != own}
+        kept = {"others" if word in words else slot: slot for slot, words in slots.items()}
         for arm in (*ERASED, "esd-x-paper"):
             for metric, says in judges.items():
-                sentence, metric = (
-                    f"{arm} erases {concept.word}: where it is asked for, {says} it",
-                    f"{concept.key}/{metric}",
-                )
+                sentence = f"{arm} erases {word}: where it is asked for, {says} it"
                 if concept.relative:
-                    yield Claim(f"{sentence} less", metric, arm, "at most", concept.left, "base", "ratio")
+                    yield Claim(f"{sentence} less", f"{key}/{metric}", arm, "at most", concept.left, "base", "ratio")
                 else:
-                    yield Claim(f"{sentence} seldom", metric, arm, "at most", concept.left, scale="share")
-            for metric, what in kept.items():
-                sentence, metric = f"{arm}, {concept.word}: {what} stay as right", f"{concept.key}/{metric}"
-                yield Claim(sentence, metric, arm, "at least", -self.harm, "base", "difference")
+                    yield Claim(f"{sentence} seldom", f"{key}/{metric}", arm, "at most", concept.left, scale="share")
+            for metric, slot in kept.items():
+                sentence = f"{arm} of {word}: each {slot} that other prompts ask for stays"
+                yield Claim(sentence, f"{key}/{metric}", arm, "at least", -self.harm, "base", "difference")
         for metric in judges:
-            sentence = f"control: erasing {concept.unused!r} leaves {concept.word} ({metric})"
-            yield Claim(sentence, f"{concept.key}/{metric}", "unused", "at least", -self.harm, "base", "difference")
+            sentence = f"control: erasing {concept.unused!r} leaves {word} ({metric})"
+            yield Claim(sentence, f"{key}/{metric}", "unused", "at least", -self.harm, "base", "difference")
 
     def _slots(self) -> dict[str, list[str]]:
         """What the evaluator tells apart, by slot."""
         if self.judging.evaluator is None:
             return {}
-        check_model(self.judging.evaluator, "config.json", "judging.evaluator")
         found = find(self.judging.evaluator)
         classes = read_json(found / "config.json").get("classes") if found else None
         if not isinstance(classes, dict):
