@@ -16,11 +16,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from orchestration.runs.manifest import git_commit
-from pipelines.generators import Samples
-from pipelines.generators.diffusion import DiffusionGenerator
-from pipelines.generators.gan import GanGenerator, critic_loss, pairing_loss
-from pipelines.generators.settings import DiffusionSettings, GanSettings
+from pipelines.generators.diffusion import DiffusionGenerator, DiffusionSettings
+from pipelines.generators.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
 from pipelines.measures.evaluator import to_network_input
+from policies.loops.samples import Samples
 
 
 def diffusion(data: Samples, steps: int) -> tuple[Callable[[], object], Callable[[], object]]:

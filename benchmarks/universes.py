@@ -27,7 +27,7 @@ from pipelines.mad.tasks import perform
 from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import in_order
 from policies.common.seeding import derive_seed
-from policies.loops.rules import training_sets
+from policies.loops.training_sets import training_sets
 
 METRICS = ("w2_squared", "variance", "mean_square", "log_det")
 LOOPS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ LOOPS: dict[str, dict[str, Any]] = {
 def as_tasks(arm: ArmSettings, generations: int, universes: int) -> np.ndarray:
     """Metrics (4, universes, generations) as the tasks of a run make them."""
     together = []
-    for seeds in seed_blocks(list(range(universes)), arm, training_sets(arm, generations, None)):
+    for seeds in seed_blocks(list(range(universes)), arm, training_sets(arm.loop, generations, None)):
         results: dict[str, Files] = {}
         found = []
         for generation in chain("arm", arm, seeds, generations, RealSource(100)):
@@ -60,7 +60,7 @@ def as_loop(arm: ArmSettings, generations: int, universes: int) -> np.ndarray:
     for seed in range(universes):
         mean, covariance, used = np.zeros(0), np.zeros(0), 0
         for number in range(1, generations + 1):
-            real, drawn = (arm.initial(), 0) if number == 1 else arm.sizes(number, generations)
+            real, drawn = (arm.loop.initial(), 0) if number == 1 else arm.loop.sizes(number, generations)
             parts = []
             if real:
                 stream = np.random.default_rng(derive_seed(seed, "real", used))

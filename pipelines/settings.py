@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.rewards.options import OPTIONS, RewardOptions, parse_options
+from pipelines.rewards import REWARDS, Reward, parse_options
 from policies.rl.settings import Settings
 
 
@@ -32,7 +32,7 @@ class RewardSettings(Settings):
 
     function: str | dict[str, float] = Field(
         "sentence_cosine",
-        description=f"one of {', '.join(OPTIONS)}, or an import path 'module:function'; or several with their weights",
+        description=f"{', '.join(REWARDS.built_in)}, or an import path 'module:function'; or several with weights",
     )
     options: dict[str, dict[str, Any]] = Field({}, description="of each function by its name: docs/rewards.md")
     held_out: tuple[str, ...] = Field((), description="functions that evaluations measure and nothing is trained on")
@@ -50,7 +50,7 @@ class RewardSettings(Settings):
         return " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
 
     @property
-    def functions(self) -> dict[str, RewardOptions]:
+    def functions(self) -> dict[str, Reward]:
         """Every function, trained on or held out, with its options."""
         return {name: parse_options(name, self.options.get(name, {})) for name in (*self.weights, *self.held_out)}
 

@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.rewards import import_function
 from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import Task
+from policies.common.user_code import import_function
 
 METRICS, IMAGES, FIGURES, PRODUCT = "metrics.json", "images/", "figures/", "product/"
 TaskFunction = Callable[[Mapping[str, Any], list[Files], str], Files]

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.generators import Samples
-from pipelines.generators.categorical import CategoricalGenerator
-from pipelines.generators.gaussian import GaussianGenerator
-from pipelines.generators.mixture import MixtureGenerator, measure_points, mode_centres
-from pipelines.generators.settings import CategoricalSettings, GaussianSettings, MixtureSettings
+from pipelines.generators.categorical import CategoricalGenerator, CategoricalSettings
+from pipelines.generators.gaussian import GaussianGenerator, GaussianSettings
+from pipelines.generators.mixture import MixtureGenerator, MixtureSettings, measure_points, mode_centres
+from policies.loops.samples import Samples
 
 FAMILIES = {
     "gaussian": (GaussianGenerator, GaussianSettings(dimension=3)),

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.loops.rules import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
-from policies.loops.settings import FreshSchedule, LoopSettings
+from policies.loops import rules
+from policies.loops.rules import FreshSchedule, Rule
+from policies.loops.training_sets import REAL, LedgerExhausted, Manifest, largest_remainder, training_sets
 
 POOL = 1000
 
 
-def loop(rule: str, **settings: Any) -> LoopSettings:
-    made = LoopSettings(rule=rule, **settings)
+def loop(rule: str, **settings: Any) -> Rule:
+    made = rules.RULES.find(rule)(**settings)
     made.check()
     return made
 
@@ -197,7 +198,7 @@ def test_largest_remainder() -> None:
 )
 def test_impossible_loops_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LoopSettings(**settings).check()
+        loop(**settings)
 
 
 def test_a_list_of_fractions_must_fit_the_generations() -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.generators import Samples
 from pipelines.generators.diffusion import DiffusionGenerator, DiffusionSettings
+from policies.loops.samples import Samples
 from policies.rl.health import SickNumbers
 
 TINY = DiffusionSettings(channels=8, training_steps=3, batch_size=4, timesteps=10, sampling_steps=2)

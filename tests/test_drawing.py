@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.generators import Samples
 from pipelines.generators.gaussian import GaussianGenerator
 from pipelines.mad.drawing import draw
-from policies.loops.selection import curate, verify
+from policies.loops.rules.curated import curate
+from policies.loops.rules.verified import verify
+from policies.loops.samples import Samples
 
 MODEL = GaussianGenerator(np.zeros((2, 1)), np.ones((2, 1, 1)))
 

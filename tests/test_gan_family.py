@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.generators import Samples
 from pipelines.generators.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
+from policies.loops.samples import Samples
 from policies.rl.health import SickNumbers
 
 TINY = GanSettings(width=4, latent=6, steps=3, batch_size=8)

@@ -15,8 +15,8 @@ from transformers import (
     CLIPModel,
 )
 
-from pipelines.rewards import RewardError, load_reward, score
-from pipelines.rewards.options import VqaOptions, parse_options
+from pipelines.rewards import RewardError, load_reward, parse_options, score
+from pipelines.rewards.images import VqaOptions
 from pipelines.settings import RewardSettings
 from pipelines.storage.locations import check_model
 from tests.models import PROMPTS, build_tiny_clip, build_tiny_vqa

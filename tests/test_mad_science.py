@@ -7,12 +7,12 @@ import numpy as np
 from orchestration.experiments.mad.analysis import comparisons
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.runs.config import load_config
-from policies.loops.rules import training_sets
+from policies.loops.training_sets import training_sets
 
 
 def compared(*overrides: str, metric: str = "w2_squared") -> dict[str, Any]:
     config = load_config(MadConfig, None, ["generations=4", "seeds=3", *overrides])
-    manifests = {name: training_sets(arm, 4, None) for name, arm in config.resolved_arms.items()}
+    manifests = {name: training_sets(arm.loop, 4, None) for name, arm in config.resolved_arms.items()}
     rng = np.random.default_rng(0)
     values = {name: {metric: rng.lognormal(size=(3, 4))} for name in manifests}
     return comparisons(config, values, manifests)

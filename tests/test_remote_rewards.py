@@ -27,15 +27,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.rewards import (
     NonsenseError,
+    Reward,
     RewardError,
     RewardFunction,
     TooSlowError,
     UnreachableError,
     load_reward,
+    parse_options,
     score,
     server,
 )
-from pipelines.rewards.options import RewardOptions, parse_options
 from pipelines.rewards.server import build_app
 from pipelines.rewards.writing import vetoed
 from tests import processes
@@ -58,7 +59,7 @@ def reads_everything(images: np.ndarray, prompts: Sequence[str], captions: Seque
 
 @contextmanager
 def reference(
-    function: RewardFunction, name: str = "mine", options: RewardOptions | None = None, token: str | None = None
+    function: RewardFunction, name: str = "mine", options: Reward | None = None, token: str | None = None
 ) -> Iterator[str]:
     """The address at which the reference server answers with ``function``."""
     port = free_port()
@@ -609,7 +610,7 @@ def test_words_of_the_prompt_in_the_image_are_a_veto() -> None:
 
 
 def test_a_veto_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.rewards.options.find_spec", lambda name: None)
+    monkeypatch.setattr("pipelines.rewards.writing.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("options of no_writing: text in images is read by")) as refused:
         parse_options("no_writing", {})
     assert "pip install 'ouroboros-rl[ocr]'" in str(refused.value)

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from pipelines.rewards import RewardError, load_reward, score
+from pipelines.rewards import RewardError, load_reward, parse_options, score
 from pipelines.rewards.jpeg import jpeg_kilobytes
-from pipelines.rewards.options import BertScoreOptions, CosineOptions, parse_options
-from pipelines.rewards.text import BertScore, SentenceCosine
+from pipelines.rewards.text import BertScore, BertScoreOptions, CosineOptions, SentenceCosine
 from policies.rl.health import SickNumbers
 from tests.models import build_tiny_encoder
 
@@ -199,7 +198,7 @@ def test_own_reward_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("sentence_cosinus", "neither one of sentence_cosine"),
+        ("sentence_cosinus", "neither one of blip_vqa"),
         ("tests.rewards:", "neither one of"),
         (":redness", "neither one of"),
         ("no_such_module:redness", "module 'no_such_module' cannot be imported"),

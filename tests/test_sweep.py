@@ -154,14 +154,13 @@ def test_a_metric_that_no_trial_reports_is_refused_before_it_starts(
 
 
 def test_the_metrics_of_closed_form_families_are_those_that_they_measure() -> None:
-    from pipelines.generators import settings
-    from pipelines.generators.categorical import CategoricalGenerator
-    from pipelines.generators.gaussian import GaussianGenerator
+    from pipelines.generators.categorical import CategoricalGenerator, CategoricalSettings
+    from pipelines.generators.gaussian import GaussianGenerator, GaussianSettings
     from pipelines.generators.mixture import measure_points, mode_centres
 
     for name, kind, own in (
-        ("gaussian", GaussianGenerator, settings.GaussianSettings()),
-        ("categorical", CategoricalGenerator, settings.CategoricalSettings()),
+        ("gaussian", GaussianGenerator, GaussianSettings()),
+        ("categorical", CategoricalGenerator, CategoricalSettings()),
     ):
         model: Any = kind
         assert tuple(model.fit(own, model.truth(own, [0], 0, 50), [0]).measure()) == MAD[name]

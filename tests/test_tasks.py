@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.generators.registry import packed
+from pipelines.storage.atomic import packed
 from pipelines.storage.tasks import Task, TaskStore, in_order
 from tests.damage import damaged
 

@@ -12,10 +12,9 @@ from actors.placement import Seats
 from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker
-from pipelines.generators.registry import packed
 from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Files, packed
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from policies.rl.settings import SamplingSettings, TrainingSettings
 

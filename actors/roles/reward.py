@@ -10,7 +10,7 @@ from actors.placement import Seats
 from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker, device_is_lost, is_short_of_memory
-from pipelines.rewards.options import RewardOptions
+from pipelines.rewards import Reward, load_reward
 from pipelines.settings import RewardSettings
 
 _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what it asks may be away for a moment
@@ -19,10 +19,8 @@ _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what
 class RewardActor(Worker):
     """The actor: a reward function and whatever model it holds."""
 
-    def __init__(self, name: str, options: RewardOptions, device: str, threads: int) -> None:
+    def __init__(self, name: str, options: Reward, device: str, threads: int) -> None:
         super().__init__(threads, uses_torch=options.needs_captions or options.on_gpu)  # another may do without
-        from pipelines.rewards import load_reward
-
         self.function = load_reward(name, options, device)
 
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:

@@ -284,8 +284,7 @@ def serve_reward(
 ) -> None:
     """Answer the reward 'http' of runs elsewhere with a reward of this machine."""
     from orchestration.tracking.server import reaches_only_this_machine
-    from pipelines.rewards import check_own, load_reward
-    from pipelines.rewards.options import parse_options
+    from pipelines.rewards import load_reward, parse_options
     from pipelines.rewards.server import HOW_TO_MAKE_ONE, TOKEN_VARIABLE, read_token, serve
 
     given: dict[str, Any] = {}
@@ -297,7 +296,7 @@ def serve_reward(
             raise ConfigError(
                 f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
             )
-        check_own(name, told)
+        told.resolved(name).check_call(name)
         function = load_reward(name, told, device)
     whom = " those who have the token" if token else ""
     print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)

@@ -4,17 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pipelines.data.digits import SLOTS
+from pipelines.generators import GENERATORS, NEIGHBOURS
 
 EVALUATED = ("evaluator/", "evaluation/", "seen/", "unseen/", "rewards/")  # what only evaluations measure
-_BALLS = ("precision", "recall", "density", "coverage")
-_IMAGES = ("fid", *_BALLS, "class_entropy", "memorisation")
-MAD = {  # by family; trials are compared by the first of them if none is named
-    "gaussian": ("w2_squared", "variance", "mean_square", "log_det"),
-    "categorical": ("total_variation", "heterozygosity", "entropy", "categories_left"),
-    "mixture": ("frechet", *_BALLS, "modes_covered", "mode_entropy", "in_mode"),
-    "gan": _IMAGES,
-    "diffusion": (*_IMAGES, "label_accuracy"),
-}
 _STEPS = {
     "reward": ("mean", "std", "min", "max"),
     "advantage": ("mean", "std", "absolute_max"),
@@ -24,9 +16,19 @@ _STEPS = {
 }
 _RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")
 _LOWER = {"w2_squared", "mean_square", "total_variation", "frechet", "fid", "memorisation", "discarded_images"}
-_HIGHER = {*_BALLS, "heterozygosity", "entropy", "categories_left", "modes_covered", "mode_entropy", "in_mode"}
+_HIGHER = {*NEIGHBOURS, "heterozygosity", "entropy", "categories_left", "modes_covered", "mode_entropy", "in_mode"}
 _HIGHER |= {"class_entropy", "label_accuracy", "images_per_second", "images/diversity", "evaluation/diversity"}
 _HIGHER |= {"reward/mean", "reward/min", "reward/max", "evaluation/reward"}
+
+
+class _OfFamilies(dict[str, tuple[str, ...]]):
+    """The metrics of a generator, by its name."""
+
+    def __missing__(self, family: str) -> tuple[str, ...]:
+        return GENERATORS.find(family).metrics
+
+
+MAD = _OfFamilies()  # trials are compared by the first of them if none is named
 
 
 def better_end(metric: str) -> Literal["max", "min"] | None:

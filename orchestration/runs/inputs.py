@@ -14,8 +14,9 @@ from typing import Any
 
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.manifest import has_only_begun
-from pipelines.rewards import import_function
+from pipelines.rewards import REWARDS
 from pipelines.storage.locations import fingerprint
+from policies.common.user_code import import_function
 
 _PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # a run's version stands for their code
 
@@ -35,7 +36,7 @@ def code_of(names: Iterable[str]) -> Inputs:
         if re.match(rf"({'|'.join(_PROGRAM)})\.", name):
             continue
         with about():
-            import_function(name)
+            import_function(name, "reward.function", REWARDS.all_names)
         found |= {f"code of {module}": fingerprint(str(file)) for module, file in _used(name.partition(":")[0])}
     return found
 

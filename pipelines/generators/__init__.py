@@ -1,54 +1,120 @@
-"""Generator families of the self-consuming loop, one file each, behind one small protocol.
+"""Generators of the self-consuming loop, one file each, settings included.
 
-Whatever a family is, the loop only fits it, draws from it, saves it and loads it. Families whose fit is arithmetic
-do thousands of *universes* (seeds) in one call; families that train a network do one.
+Whatever a generator is, the loop only fits it, draws from it, saves it and loads it. Those whose fit is arithmetic do
+thousands of *universes* (seeds) in one call; those that train a network do one. One's own is a class derived from
+:class:`Generator`, named in a configuration by its import path, ``family=my_module:MyGenerator``. What is built in is
+importable without torch, which is imported where it is needed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from pipelines.storage.atomic import Files, unpacked
+from policies.common.user_code import Named, Registry
+from policies.loops.laws import Laws
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
+from policies.loops.training_sets import Manifest
+from policies.rl.settings import Settings
 
-@dataclass(frozen=True)
-class Samples:
-    """Samples of several universes side by side.
-
-    ``values`` (universes, n, …): float64 points, or uint8 images (1, n, height, width, channels). ``labels``
-    (universes, n) int64, where there are labels. ``weights`` (n,) float64, None for equal ones: how much each sample
-    counts in a fit. ``origin`` (universes, d), None for 0: the point from which the Gaussian family counts its values.
-    """
-
-    values: np.ndarray
-    labels: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    origin: np.ndarray | None = None
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
 
-class Generator(Protocol):
-    """A fitted generator of one family. ``seeds`` holds one seed a universe; equal seeds give equal results."""
+class Generator(Named):
+    """A fitted generator of images, and what the loop has to know of its class. ``settings`` is a ``schema``, ``seeds``
+    holds one seed a universe; equal seeds give equal results."""
+
+    schema: ClassVar[type[Settings]] = Settings
+    flat: ClassVar[bool] = False  # built in: whether its keys are an arm's own, in place of a block of its name
+    closed_form: ClassVar[bool] = False  # the truth is a distribution, and a draw cheaper than a file
+    many_universes: ClassVar[bool] = False  # fitted side by side in one task, and measured by their parameters
+    conditional: ClassVar[bool] = False  # whether it needs labels
+    least_side: ClassVar[int] = 1  # of images, in pixels
+    metrics: ClassVar[tuple[str, ...]] = ("fid", *NEIGHBOURS, "class_entropy", "memorisation")  # the first one compares
 
     @classmethod
     def fit(
         cls, settings: Any, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
     ) -> Self:
-        """Train from scratch on ``data``, or go on from ``start``. ``settings`` is the family's own block."""
+        """Train from scratch on ``data``, or go on from ``start``."""
+        raise NotImplementedError
 
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """``count`` samples a universe; ``bias`` in (0, 1] trades diversity for quality, 1 is unbiased (MAD's λ)."""
+        raise NotImplementedError
 
     def save(self, directory: Path) -> None:
         """Write everything that :meth:`load` needs. Equal generators write equal bytes."""
+        raise NotImplementedError
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
+        raise NotImplementedError
+
+    @classmethod
+    def settled(cls, settings: Any, classes: int) -> Any:
+        """``settings`` for real images of so many ``classes``."""
+        return settings
+
+    @classmethod
+    def check(cls, settings: Any, loop: Rule) -> None:
+        """Raise ValueError if the settings cannot be used, or not with this loop."""
+
+    @classmethod
+    def check_sets(cls, settings: Any, loop: Rule, manifests: Sequence[Manifest]) -> None:
+        """Raise ValueError if it cannot be fitted to these training sets."""
+
+    @classmethod
+    def check_classes(cls, settings: Any, classes: int) -> None:
+        """Raise ValueError if it cannot be fitted to images of so many classes."""
+
+    @classmethod
+    def side_multiple(cls, settings: Any) -> int:
+        """Sides of images must be multiples of this."""
+        return 1
+
+    @classmethod
+    def numbers(cls, settings: Any, size: int, image: int = 1) -> int:
+        """How many numbers ``size`` samples (each image of ``image``) and the model of them hold, at least."""
+        return size * image
+
+    @classmethod
+    def laws(cls, settings: Any, loop: Rule, generations: int) -> Laws:
+        """The exact expectations of metrics, (generations,) each; empty where no law is known."""
+        return {}
+
+    @classmethod
+    def underivable(cls, settings: Any, loop: Rule, generations: int, largest: bool) -> str | None:
+        """What n_e, or the ``largest`` admissible n_s, needs and this loop lacks; None if it can be found."""
+        return "family=gaussian with rule=fresh, or with rule=memory and real_supply=fresh"
 
 
-class Arrays:
-    """A generator that is nothing but the arrays which its dataclass names."""
+class ClosedForm(Generator):
+    """A generator that is nothing but the arrays which its dataclass names, of a truth that is a distribution."""
+
+    closed_form = True
+
+    @classmethod
+    def truth(cls, settings: Any, seeds: Sequence[int], start: int, count: int) -> Samples:
+        """``count`` real samples a universe, from the ``start``-th on."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """With ``many_universes``, the metrics by the parameters; each (universes,)."""
+        raise NotImplementedError
+
+    @classmethod
+    def compare(cls, settings: Any, generated: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        """Without ``many_universes``, the metrics of points (n, 2) against as many real ones."""
+        raise NotImplementedError
+
+    def centred(self) -> tuple[Self, np.ndarray | None]:
+        """The same spread around 0, and the mean (universes, d) that it was around; None: it stays where it is."""
+        return self, None
 
     def save(self, directory: Path) -> None:
         """Write them. Equal generators write equal bytes."""
@@ -62,3 +128,11 @@ class Arrays:
         from safetensors.numpy import load_file
 
         return cls(**load_file(directory / "model.safetensors"))
+
+
+GENERATORS = Registry(Generator, __name__, "ouroboros.generators", "family")
+
+
+def load_generator(family: str, files: Files, device: str = "cpu") -> Any:
+    """The fitted generator that ``packed(generator.save)`` holds."""
+    return unpacked(files, lambda directory: GENERATORS.find(family).load(directory, device))

@@ -8,26 +8,43 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from pipelines.generators import Arrays, Samples
-from pipelines.generators.settings import CategoricalSettings
+from pipelines.generators import ClosedForm
 from policies.common.seeding import derive_seed
+from policies.loops.laws import Laws
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
+from policies.rl.settings import Settings
+
+
+class CategoricalSettings(Settings):
+    """A categorical distribution fitted by its frequencies; the truth is uniform."""
+
+    categories: int = Field(10, ge=2, le=1_000_000, description="categorical: how many")
 
 
 @dataclass(frozen=True)
-class CategoricalGenerator(Arrays):
+class CategoricalGenerator(ClosedForm):
     """``probabilities`` (universes, categories) float64. Samples are category numbers, values (universes, n)."""
+
+    names = ("categorical",)
+    schema = CategoricalSettings
+    flat = many_universes = True
+    metrics = ("total_variation", "heterozygosity", "entropy", "categories_left")
 
     probabilities: np.ndarray
 
-    @staticmethod
-    def truth(settings: CategoricalSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    @classmethod
+    def truth(cls, settings: CategoricalSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on, uniform over the categories."""
         streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
         return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in streams]))
 
     @classmethod
-    def fit(cls, settings: CategoricalSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+    def fit(
+        cls, settings: CategoricalSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+    ) -> Self:
         """The (weighted) frequency of each category; nothing else changes it."""
         universes, count = data.values.shape
         weights = np.ones(count) if data.weights is None else data.weights
@@ -47,6 +64,16 @@ class CategoricalGenerator(Arrays):
         draws = [np.searchsorted(edge, u * edge[-1], side="right") for edge, u in zip(edges, uniform, strict=True)]
         last = np.argmax(edges, axis=1)[:, None]  # a number just below 1 is rounded to beyond it
         return Samples(np.minimum(np.stack(draws), last))
+
+    @classmethod
+    def numbers(cls, settings: CategoricalSettings, size: int, image: int = 1) -> int:
+        """Samples, or frequencies."""
+        return max(size, settings.categories)
+
+    @classmethod
+    def laws(cls, settings: CategoricalSettings, loop: Rule, generations: int) -> Laws:
+        """Genetic drift."""
+        return loop.categorical_law(generations, [1 / settings.categories] * settings.categories)
 
     def measure(self) -> dict[str, np.ndarray]:
         """Distance to the truth, heterozygosity 1 − Σp², entropy in nats, categories left; each (universes,)."""

@@ -8,24 +8,55 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from pipelines.generators import Samples
-from pipelines.generators.settings import DiffusionSettings
-from pipelines.measures.evaluator import to_network_input
-from pipelines.training import train
+from pipelines.generators import Generator
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
 from policies.rl.health import check_drawn
+from policies.rl.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 
 
-class DiffusionGenerator:
+class DiffusionSettings(Settings):
+    """The network, its training and its sampler."""
+
+    classes: int | None = Field(None, ge=1, description="number of labels; null: the largest label in the data + 1")
+    channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
+    levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
+    training_steps: int = Field(400, ge=1, description="optimiser updates of one fit, annealed to rate 0")
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(8e-3, gt=0, description="peak of the one-cycle schedule")
+    timesteps: int = Field(200, ge=2, description="noise levels in training")
+    sampling_steps: int = Field(20, ge=1, description="steps of the sampler, DPM-Solver++(2M); timesteps at most")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels hidden in training, for guidance")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.sampling_steps > self.timesteps:
+            raise ValueError(f"sampling_steps ({self.sampling_steps}) must be at most timesteps ({self.timesteps})")
+        return self
+
+
+class DiffusionGenerator(Generator):
     """A fitted UNet. One universe: ``values`` are uint8 (1, n, height, width, channels), and there is one seed."""
 
+    names = ("diffusion",)
+    schema = DiffusionSettings
+    conditional = True
+    metrics = (*Generator.metrics, "label_accuracy")
+
     def __init__(self, settings: DiffusionSettings, unet: Any, shares: np.ndarray | None = None) -> None:
+        from diffusers import DDPMScheduler
+
         self.settings = settings
         self.unet = unet.eval().requires_grad_(False)
         self.unet.register_to_config(_name_or_path="")  # else equal models would remember where they were loaded from
@@ -45,6 +76,10 @@ class DiffusionGenerator:
         device: str = "cpu",
     ) -> Self:
         """Train from scratch, or on from ``start``'s weights, on batches drawn in proportion to ``data.weights``."""
+        import torch
+
+        from pipelines.measures.evaluator import to_network_input
+
         assert data.labels is not None  # real images have them, and those of this family
         (seed,), images, labels = seeds, to_network_input(data.values[0]), torch.from_numpy(data.labels[0])
         weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
@@ -57,11 +92,15 @@ class DiffusionGenerator:
         generator._train(images, labels, weights, torch.Generator().manual_seed(seed))
         return generator
 
-    def _train(self, images: Tensor, labels: Tensor, weights: Tensor, random: torch.Generator) -> None:
+    def _train(self, images: "Tensor", labels: "Tensor", weights: "Tensor", random: "torch.Generator") -> None:
+        import torch
+
+        from pipelines.training import train
+
         settings, noises, device = self.settings, self.noises, self.unet.device
         unet = self.unet.train().requires_grad_(True)
 
-        def loss() -> Tensor:
+        def loss() -> "Tensor":
             chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=random)
             times = torch.randint(settings.timesteps, chosen.shape, generator=random)
             hidden = torch.rand(chosen.shape, generator=random) < settings.label_dropout
@@ -74,20 +113,25 @@ class DiffusionGenerator:
         train(unet, loss, settings.training_steps, settings.learning_rate, fused=True)
         unet.eval().requires_grad_(False)
 
-    @torch.inference_mode()
     def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
         """``count`` images and the labels they were asked to show: the training set's own, in random order.
 
         A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
         """
+        import torch
+
         (seed,) = seeds
         random = torch.Generator().manual_seed(seed)
         labels = _labels(torch.from_numpy(self.shares), count, random)
-        batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
+        with torch.inference_mode():
+            batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
         return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None])
 
-    def _denoise(self, labels: Tensor, random: torch.Generator, guidance_scale: float) -> Tensor:
+    def _denoise(self, labels: "Tensor", random: "torch.Generator", guidance_scale: float) -> "Tensor":
         """Images (n, height, width, channels) uint8 of ``labels`` (n,)."""
+        import torch
+        from diffusers import DPMSolverMultistepScheduler
+
         # Ancestral sampling in so few steps shrinks the variance within a class by a third: a hidden sampling bias.
         sampler = DPMSolverMultistepScheduler.from_config(self.noises.config, thresholding=True, sample_max_value=1.0)
         sampler.set_timesteps(self.settings.sampling_steps)
@@ -111,17 +155,49 @@ class DiffusionGenerator:
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Self:
         """The generator that :meth:`save` wrote."""
+        from diffusers import UNet2DModel
+
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         unet = UNet2DModel.from_pretrained(directory / "unet").to(device)
         return cls(DiffusionSettings(**config["settings"]), unet, np.array(config["shares"]))
 
+    @classmethod
+    def settled(cls, settings: DiffusionSettings, classes: int) -> DiffusionSettings:
+        """Of as many classes as there are, as a small training set may lack the last one."""
+        return settings.model_copy(update={"classes": settings.classes or classes})
 
-def _labels(shares: Tensor, count: int, random: torch.Generator) -> Tensor:
+    @classmethod
+    def check(cls, settings: DiffusionSettings, loop: Rule) -> None:
+        """A sampling bias is guidance."""
+        if loop.sampling_bias < 1:
+            if not settings.label_dropout:
+                raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
+            if loop.sampling_bias * _MOST_GUIDANCE < 1:
+                raise ValueError(
+                    f"sampling_bias {loop.sampling_bias:g} is guidance of scale {1 / loop.sampling_bias:.3g}: "
+                    f"at most {_MOST_GUIDANCE}"
+                )
+
+    @classmethod
+    def check_classes(cls, settings: DiffusionSettings, classes: int) -> None:
+        """Each has an embedding."""
+        if classes > (settings.classes or classes):
+            raise ValueError(f"diffusion.classes is {settings.classes}, the images have {classes}: set it to null")
+
+    @classmethod
+    def side_multiple(cls, settings: DiffusionSettings) -> int:
+        """A resolution is half of the one above."""
+        return 2 ** (settings.levels - 1)
+
+
+def _labels(shares: "Tensor", count: int, random: "torch.Generator") -> "Tensor":
     """Labels (count,), of which every first n have each label's share of n to within about one.
 
     The j-th of a label falls due at a random moment from j to j + 1 times the inverse of its share. Independent draws
     would let the shares drift from generation to generation even if the model were perfect.
     """
+    import torch
+
     needed = torch.where(shares > 0, (count * shares).long() + 2, 0)
     labels = torch.repeat_interleave(needed)
     number = torch.arange(len(labels)) - (needed.cumsum(0) - needed)[labels]
@@ -129,8 +205,11 @@ def _labels(shares: Tensor, count: int, random: torch.Generator) -> Tensor:
     return labels[due.argsort()[:count]]
 
 
-def _build(settings: DiffusionSettings, images: Tensor, labels: Tensor, seed: int) -> Any:
+def _build(settings: DiffusionSettings, images: "Tensor", labels: "Tensor", seed: int) -> Any:
     """An untrained UNet for ``images`` (n, channels, height, width) and ``labels`` (n,)."""
+    import torch
+    from diffusers import UNet2DModel
+
     _, channels, *size = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,33 +3,58 @@
 The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad et al. 2307.01850, section 3).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from pipelines.generators import Arrays, Samples
-from pipelines.generators.settings import GaussianSettings
+from pipelines.generators import ClosedForm
 from policies.common.seeding import derive_seed
 from policies.loops.effective_samples import wasserstein_squared
+from policies.loops.laws import Covariance, Laws, real_only
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
+from policies.loops.training_sets import REAL, Manifest
+from policies.rl.settings import Settings
+
+MOST_DIMENSIONS = 500  # of simulations for n_e
+MOST_BISECTED, MOST_BIAS = 50, 0.99  # dimensions and bias of those for the largest admissible n_s: minutes, not hours
+
+
+class GaussianSettings(Settings):
+    """A Gaussian fitted by its mean and covariance; the truth is N(0, I)."""
+
+    dimension: int = Field(1, ge=1, description="gaussian: d")
+    covariance: Covariance = Field(
+        "unbiased", description="gaussian: divide by N − 1 or by N (mle), or fit the mean only (known)"
+    )
 
 
 @dataclass(frozen=True)
-class GaussianGenerator(Arrays):
+class GaussianGenerator(ClosedForm):
     """``mean`` (universes, d) and ``covariance`` (universes, d, d), float64."""
+
+    names = ("gaussian",)
+    schema = GaussianSettings
+    flat = many_universes = True
+    metrics = ("w2_squared", "variance", "mean_square", "log_det")
 
     mean: np.ndarray
     covariance: np.ndarray
 
-    @staticmethod
-    def truth(settings: GaussianSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    @classmethod
+    def truth(cls, settings: GaussianSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on, of N(0, I)."""
         streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
         return Samples(np.stack([stream.standard_normal((count, settings.dimension)) for stream in streams]))
 
     @classmethod
-    def fit(cls, settings: GaussianSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+    def fit(
+        cls, settings: GaussianSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+    ) -> Self:
         """Mean and covariance of the data. A closed form has one optimum: nothing else changes it."""
         universes, count, dimension = data.values.shape
         weights = np.full(count, 1 / count) if data.weights is None else data.weights / data.weights.sum()
@@ -64,6 +89,73 @@ class GaussianGenerator(Arrays):
             "mean_square": np.mean(self.mean**2, axis=1),
             "log_det": np.where(singular, np.nan, np.log(np.where(eigenvalues > 0, eigenvalues, 1)).sum(axis=1)),
         }
+
+    @classmethod
+    def numbers(cls, settings: GaussianSettings, size: int, image: int = 1) -> int:
+        """Samples, or a covariance."""
+        return settings.dimension * max(size, settings.dimension)
+
+    @classmethod
+    def check_sets(cls, settings: GaussianSettings, loop: Rule, manifests: Sequence[Manifest]) -> None:
+        """A variance has to be a number that can be held."""
+        from scipy.special import digamma, polygamma
+
+        if settings.covariance == "known" or loop.accumulates:
+            return
+        # Of each generation, the log variance: mean and variance over universes. Real samples set it anew.
+        levels: dict[int, tuple[float, float]] = {}
+        # A selection's samples are not counted from their mean, so that a spread far below it would be rounded away.
+        least = math.log(1e-300 if loop.selection() is None else 1e-28)
+        for manifest in manifests:
+            number, size = manifest.generation, manifest.size
+            levels[number] = 0.0, 0.0
+            parts = {part.generation: part.size for part in manifest.parts}
+            if REAL in parts:
+                continue
+            level, doubt = max((levels[g][0] + math.log(count / size), levels[g][1]) for g, count in parts.items())
+            level += math.log(loop.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
+            doubt += polygamma(1, (size - 1) / 2)
+            levels[number] = level, doubt
+            if level - 6 * math.sqrt(doubt) < least:
+                raise ValueError(
+                    f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
+                    "to hold: use fewer generations, more samples or a larger sampling_bias"
+                )
+
+    @classmethod
+    def laws(cls, settings: GaussianSettings, loop: Rule, generations: int) -> Laws:
+        """The loop's own; with one generation, that of real data."""
+        if loop.real_weight != 1:
+            return {}
+        known, dimension = settings.covariance == "known", settings.dimension
+        how: Any = {"generations": generations, "dimension": dimension, "covariance": settings.covariance}
+        if generations == 1:
+            found = real_only(n_ini=loop.initial(), sampling_bias=loop.sampling_bias, **how)
+        else:
+            found = loop.gaussian_law(**how)
+        if known and found:  # nothing but the mean is away from the truth
+            found |= {"w2_squared": dimension * found["mean_square"], "log_det": np.zeros(generations)}
+        return found
+
+    @classmethod
+    def underivable(cls, settings: GaussianSettings, loop: Rule, generations: int, largest: bool) -> str | None:
+        """New real samples, as many each time, and a simulation of minutes."""
+        if not loop.effective or loop.supply == "fixed":
+            return super().underivable(settings, loop, generations, largest)
+        sizes = set(loop.later_sizes(generations))
+        n_real = sizes.pop()[0] if len(sizes) == 1 else 0
+        if n_real < 1:
+            return "as many new real samples (1 or more) at every generation from 2 on"
+        if settings.dimension > MOST_DIMENSIONS and settings.covariance != "known":
+            return f"a dimension of {MOST_DIMENSIONS} at most, or covariance=known"
+        simulated = loop.simulated and settings.covariance == "unbiased" and loop.real_weight == 1 and n_real > 1
+        bisected = settings.dimension <= MOST_BISECTED and loop.sampling_bias <= MOST_BIAS
+        if largest and not (simulated and (loop.sampling_bias == 1 or bisected)):
+            return (
+                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a dimension of "
+                f"{MOST_BISECTED} and a sampling_bias of {MOST_BIAS} at most (or 1, where every n_s is admissible)"
+            )
+        return None
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

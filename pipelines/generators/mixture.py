@@ -10,27 +10,42 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from pydantic import Field
 
-from pipelines.generators import Arrays, Samples
-from pipelines.generators.settings import MixtureSettings
+from pipelines.generators import NEIGHBOURS, ClosedForm
 from policies.common.seeding import derive_seed
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
+from policies.loops.training_sets import Manifest
+from policies.rl.settings import Settings
 
 SPACING, SPREAD = 1.0, 0.1  # between neighbouring modes; standard deviation of a mode
 NEAR = 3.0  # standard deviations within which a sample belongs to a mode
 _ITERATIONS, _TOLERANCE, _LEAST_VARIANCE = 50, 1e-3, 1e-9
 
 
+class MixtureSettings(Settings):
+    """A two-dimensional Gaussian mixture fitted by expectation–maximisation; the truth has modes on a square grid."""
+
+    modes: int = Field(25, ge=4, le=10_000, description="mixture: of the truth and of the fit; a square number")
+
+
 @dataclass(frozen=True)
-class MixtureGenerator(Arrays):
+class MixtureGenerator(ClosedForm):
     """``weights`` (universes, k), ``means`` (universes, k, 2), ``variances`` (universes, k); the truth's ``modes``."""
+
+    names = ("mixture",)
+    schema = MixtureSettings
+    flat = True
+    metrics = ("frechet", *NEIGHBOURS, "modes_covered", "mode_entropy", "in_mode")
 
     weights: np.ndarray
     means: np.ndarray
     variances: np.ndarray
     modes: np.ndarray
 
-    @staticmethod
-    def truth(settings: MixtureSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    @classmethod
+    def truth(cls, settings: MixtureSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on: a uniform mode, a Gaussian around it."""
         centres = mode_centres(settings.modes)
 
@@ -44,7 +59,9 @@ class MixtureGenerator(Arrays):
         return Samples(np.stack([draw(seed) for seed in seeds]))
 
     @classmethod
-    def fit(cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], **_: Any) -> Self:
+    def fit(
+        cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+    ) -> Self:
         """Maximise the likelihood by EM from k-means++; weighted samples are resampled by their weights."""
         universes = zip(data.values, seeds, strict=True)
         fitted = [_fit_one(settings, points, data.weights, seed) for points, seed in universes]
@@ -60,6 +77,28 @@ class MixtureGenerator(Arrays):
             spread = np.sqrt(bias * variances[chosen])[:, None]
             drawn.append(means[chosen] + spread * stream.standard_normal((count, 2)))
         return Samples(np.stack(drawn))
+
+    @classmethod
+    def compare(cls, settings: MixtureSettings, generated: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        """See :func:`measure_points`."""
+        return measure_points(generated, reference, mode_centres(settings.modes))
+
+    @classmethod
+    def numbers(cls, settings: MixtureSettings, size: int, image: int = 1) -> int:
+        """Points in two dimensions."""
+        return size * 2
+
+    @classmethod
+    def check(cls, settings: MixtureSettings, loop: Rule) -> None:
+        """Modes are a square."""
+        mode_centres(settings.modes)
+
+    @classmethod
+    def check_sets(cls, settings: MixtureSettings, loop: Rule, manifests: Sequence[Manifest]) -> None:
+        """A component needs a sample."""
+        for each in manifests:
+            if each.size < settings.modes:
+                raise ValueError(f"generation {each.generation} has {each.size} samples for {settings.modes} modes")
 
 
 def _fit_one(

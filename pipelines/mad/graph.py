@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.generators.registry import CLOSED_FORM
+from pipelines.generators import GENERATORS
 from pipelines.storage.tasks import Task
-from policies.loops.rules import REAL, Manifest
-from policies.loops.settings import LoopSettings
+from policies.loops.rules import Rule
+from policies.loops.training_sets import REAL, Manifest
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Chain:
     def __init__(
         self,
         name: str,
-        loop: LoopSettings,
+        loop: Rule,
         family: str,
         settings: Mapping[str, Any],
         seeds: Sequence[int],
@@ -47,10 +47,10 @@ class Chain:
         self._name = f"{name}, seed {seeds[0]}" + (f"–{seeds[-1]}" if len(seeds) > 1 else "")
         self._loop = loop
         self._common = {"family": family, "settings": dict(settings), "seeds": list(seeds)}
-        self._closed_form = family in CLOSED_FORM
+        self._generator = GENERATORS.find(family)
         self._source = source
         self._real = [task for task in (source.data, source.extractor) if task]
-        self._selection = _selection(loop)
+        self._selection = loop.selection()
 
     def fit(self, manifest: Manifest, drawn: Mapping["Batch", Task], start: Task | None, kept: bool) -> Task:
         """Train the model of a generation on its manifest, going on from ``start`` if there is one.
@@ -59,13 +59,13 @@ class Chain:
         """
         parameters, inputs = self._training_set(manifest, drawn)
         inputs += [start] if start else []
-        kept = kept or self._common["family"] not in ("gaussian", "categorical")
+        kept = kept or not self._generator.many_universes
         parameters["fine_tunes"] = start is not None
         return self._task("fit", manifest.generation, parameters, inputs, kept)
 
     def sample(self, model: Task, generation: int, start: int, stop: int) -> "Drawn":
         """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
-        if self._closed_form:
+        if self._generator.closed_form:
             return Drawn(model, start, stop)
         inputs = [model, self._real[1]] if self._selection else [model]
         parameters = {"selection": self._selection, "role": "training", "start": start, "count": stop - start}
@@ -73,7 +73,7 @@ class Chain:
 
     def evaluation(self, model: Task, generation: int) -> Task | None:
         """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
-        if self._closed_form:
+        if self._generator.closed_form:
             return None
         return self._draw(model, generation, {"role": "evaluation", "count": self._source.samples}, [model])
 
@@ -96,7 +96,7 @@ class Chain:
                 sources.append(None)
                 continue
             task = self._real[0] if part.generation == REAL else drawn[part.generation, part.start]
-            if part.generation != REAL and self._closed_form:
+            if part.generation != REAL and self._generator.closed_form:
                 parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
             if task not in inputs:
                 inputs.append(task)
@@ -147,12 +147,3 @@ def batches(manifests: Iterable[Manifest]) -> dict[int, dict[int, int]]:
             if part.generation != REAL:
                 found[part.generation][part.start] = part.stop
     return found
-
-
-def _selection(loop: LoopSettings) -> dict[str, Any] | None:
-    """How samples are selected, with what that depends on and nothing else."""
-    if loop.rule == "curated":
-        return {"rule": "curated", "candidates": loop.candidates, "reward": loop.reward}
-    if loop.rule == "verified":
-        return {"rule": "verified", "candidates": loop.candidates, "acceptance": loop.acceptance}
-    return None

@@ -7,17 +7,17 @@ cheaper than storing it. Families that train a network do one universe a task, a
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipelines.data.real_data import ledger_order
-from pipelines.generators import Generator, Samples
-from pipelines.generators.registry import CLOSED_FORM, SETTINGS, generator_class, load_generator, packed, unpacked
+from pipelines.generators import GENERATORS, Generator, load_generator
 from pipelines.mad.drawing import draw
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Files, packed, unpacked
 from policies.common.seeding import derive_seed
-from policies.loops.rules import REAL, Manifest, Part
+from policies.loops.samples import Samples
+from policies.loops.training_sets import REAL, Manifest, Part
 
 Parameters = Mapping[str, Any]
 
@@ -55,29 +55,34 @@ def read_samples(files: Files) -> Samples:
     return Samples(images[None], labels)
 
 
-def evaluation_points(family: str, model: Generator, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_points(model: Generator, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
     """Points (n, 2) that the first universe's model draws for its evaluation, and as many real ones."""
     count, seed = parameters["samples"], parameters["seeds"][0]
     drawn = model.sample(count, [derive_seed(seed, "evaluation")], parameters["sampling_bias"])
-    return drawn.values[0], _reference_points(family, parameters)
+    return drawn.values[0], _reference_points(parameters)
 
 
-def _reference_points(family: str, parameters: Parameters, stream: str = "reference") -> np.ndarray:
-    settings = SETTINGS[family](**parameters["settings"])
-    truth: Samples = generator_class(family).truth(settings, [derive_seed(0, stream)], 0, parameters["samples"])
+def _reference_points(parameters: Parameters, stream: str = "reference") -> np.ndarray:
+    kind, settings = _generator(parameters)
+    truth: Samples = kind.truth(settings, [derive_seed(0, stream)], 0, parameters["samples"])
     return truth.values[0]
+
+
+def _generator(parameters: Parameters) -> tuple[Any, Any]:
+    """The class of a task's generator, and its settings."""
+    kind = GENERATORS.find(parameters["family"])
+    return kind, kind.schema(**parameters["settings"])
 
 
 def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """Train a generation's model on the samples of its manifest."""
-    family, seeds = parameters["family"], parameters["seeds"]
-    settings = SETTINGS[family](**parameters["settings"])
-    start = load_generator(family, inputs[-1], device) if parameters["fine_tunes"] else None
+    (kind, settings), seeds = _generator(parameters), parameters["seeds"]
+    start = load_generator(parameters["family"], inputs[-1], device) if parameters["fine_tunes"] else None
     data, ids = _training_set(parameters, inputs)
     streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
-    model = generator_class(family).fit(settings, data, streams, start=start, device=device)
+    model = kind.fit(settings, data, streams, start=start, device=device)
     files = packed(model.save)
-    if family not in CLOSED_FORM:
+    if not kind.closed_form:
         files["training_set.json"] = json.dumps(ids).encode()
     return files
 
@@ -129,14 +134,12 @@ def _load_extractor(files: Files, device: str) -> Any:
 
 def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """The metrics of a generation: for each name one value a universe."""
-    family = parameters["family"]
-    if family in CLOSED_FORM:
-        model: Any = load_generator(family, inputs[0])
-        if family != "mixture":
+    kind, settings = _generator(parameters)
+    if kind.closed_form:
+        model = load_generator(parameters["family"], inputs[0])
+        if kind.many_universes:
             return _metrics(model.measure())
-        from pipelines.generators.mixture import measure_points
-
-        return _metrics(measure_points(*evaluation_points(family, model, parameters), model.modes))
+        return _metrics(kind.compare(settings, *evaluation_points(model, parameters)))
     from pipelines.measures.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
@@ -149,11 +152,10 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
 
 def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """The real-versus-real floor: what the metrics say of real samples in place of generated ones."""
-    if parameters["family"] == "mixture":
-        from pipelines.generators.mixture import measure_points, mode_centres
-
-        real, others = (_reference_points("mixture", parameters, stream) for stream in ("floor", "reference"))
-        return _metrics(measure_points(real, others, mode_centres(parameters["settings"]["modes"])))
+    if not inputs:
+        kind, settings = _generator(parameters)
+        points = (_reference_points(parameters, stream) for stream in ("floor", "reference"))
+        return _metrics(kind.compare(settings, *points))
     from pipelines.measures.distances import measure_images
 
     data, extractor = read_real_data(inputs[0]), _load_extractor(inputs[1], device)
@@ -232,10 +234,9 @@ class _Held(NamedTuple):
 
 
 def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequence[Files]) -> _Held:
-    family, seeds = parameters["family"], parameters["seeds"]
+    (kind, settings), seeds = _generator(parameters), parameters["seeds"]
     if source is None:  # a distribution, which never runs out
-        settings = SETTINGS[family](**parameters["settings"])
-        drawn = generator_class(family).truth(settings, seeds, part.start, part.size)
+        drawn = kind.truth(settings, seeds, part.start, part.size)
         return _Held(drawn, np.arange(part.start, part.stop), part.start)
     files = inputs[source]
     if part.generation == REAL:
@@ -244,11 +245,11 @@ def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequen
         labels = real["pool_labels"][order][None] if "pool_labels" in real else None
         return _Held(Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0)
     numbers = np.arange(part.start, part.stop)
-    if family not in CLOSED_FORM:
+    if not kind.closed_form:
         return _Held(read_samples(files), numbers, part.start)
-    model, bias, selection = load_generator(family, files), parameters["sampling_bias"], parameters["selection"]
+    model, selection = load_generator(parameters["family"], files), parameters["selection"]
     origin = None
-    if family == "gaussian" and selection is None:  # else a spread far below its mean would be rounded away
-        model, origin = cast(Any, model).centred()
-    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=part.start)
+    if selection is None:  # else a spread far below its mean would be rounded away
+        model, origin = model.centred()
+    drawn = draw(model, part.size, seeds, part.generation, parameters["sampling_bias"], selection, start=part.start)
     return _Held(drawn, numbers, part.start, origin)

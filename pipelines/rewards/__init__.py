@@ -1,28 +1,25 @@
-"""Rewards: how well an image, or what the captioner says of it, fits its prompt.
+"""Rewards: how well an image, or what the captioner says of it, fits its prompt. One class a reward, options included.
 
 A reward is a function ``(images, prompts, captions) → scores`` with images (batch, height, width, 3) uint8, one
 prompt and one caption (or None, if there is no captioner) an image, and one finite float an image, higher being
-better. One's own is named by its import path, ``reward.function=my_module:my_function``.
+better. One's own is named by its import path, ``reward.function=my_module:my_function``: a function, a class whose
+instances are called, or a class derived from :class:`Reward`. Importable without torch, which is imported where it is
+needed.
 """
 
-import difflib
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, ValidationError
 
-from pipelines.rewards.options import OPTIONS, RewardOptions
-from pipelines.user_code import described
-from policies.rl.health import check_finite
+from policies.common.user_code import Named, Registry, check_function, described, import_function
+from policies.rl.health import RewardError, check_finite
+from policies.rl.settings import Settings, explain
 
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
-
-
-class RewardError(RuntimeError):
-    """A reward function failed or did not return one number an image. It is never scored as zero."""
+_SETTING, _ASKED = "reward.function", ("images", "prompts", "captions")
 
 
 class UnreachableError(RewardError):
@@ -37,100 +34,88 @@ class NonsenseError(RewardError):
     """A reward's server answered what cannot be scores, or refused the question."""
 
 
-def load_reward(name: str, options: RewardOptions, device: str = "cpu") -> RewardFunction:
-    """The reward function ``name`` with its options. Raises ValueError if an import path leads nowhere."""
-    if name not in OPTIONS:
-        own, given = import_function(name), options.model_dump()
+class Reward(Named, Settings):
+    """A reward: its options, ``reward.options.<name>.<option>``, what it asks of a run, and the function itself."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    needs_captions: ClassVar[bool] = False
+    models: ClassVar[dict[str, str]] = {}  # option that names a model → a file that its directory holds; "" → a file
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it takes a share of a GPU where there is one: if a model is named (the default encoder is small)."""
+        return bool(self.model_paths)
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """The models that are named, by option."""
+        return {option: path for option in self.models if (path := getattr(self, option))}
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """The function, with whatever models it needs on ``device``; ``name`` is that of ``names`` which was asked for.
+
+        Called where images are scored. Raises ValueError or RewardError."""
+        raise NotImplementedError
+
+    def resolved(self, name: str) -> "Reward":
+        """The reward with its options typed, for which one's own is imported. Raises ValueError."""
+        return self
+
+    def check_call(self, name: str) -> None:
+        """Raise ValueError if the function cannot be called as a reward."""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError if ``prompts`` cannot be scored, as far as that is known without loading a model."""
+
+
+REWARDS = Registry(Reward, __name__, "ouroboros.rewards", _SETTING, besides=["server"])
+
+
+class OwnReward(Reward):
+    """Whatever one's own function takes as keywords."""
+
+    model_config = ConfigDict(extra="allow", strict=False)
+
+    def resolved(self, name: str) -> Reward:
+        """Typed, if the import path leads to a class derived from :class:`Reward`."""
+        own = self._found(name)
+        return _parsed(own, name, self.model_dump()) if isinstance(own, type) and issubclass(own, Reward) else self
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """The function that an import path leads to, given these options."""
+        own, given = self._found(name), self.model_dump()
         if isinstance(own, type):
             try:
-                return own(**given)  # a class holds what it needs, and is called
+                made: RewardFunction = own(**given)  # a class holds what it needs, and is called
+                return made
             except (Exception, SystemExit) as error:
                 raise RewardError(f"{name} could not be made: {described(error)}") from error
         return functools.partial(own, **given) if given else own
-    told: Any = options  # each name has options of its own kind
-    if name == "sentence_cosine":
-        from pipelines.rewards.text import SentenceCosine
 
-        return SentenceCosine(told, device)
-    if name.startswith("bertscore_"):
-        from pipelines.rewards.text import BertScore
+    def check_call(self, name: str) -> None:
+        """It takes what a reward is given, and these options."""
+        check_function(REWARDS.path(name) or name, _SETTING, _ASKED, self.model_dump(), REWARDS.all_names)
 
-        return BertScore(told, name.removeprefix("bertscore_"), device)
-    if name == "strict":
-        from pipelines.rewards.text import Strict
-
-        return Strict(told)
-    if name in ("blip_vqa", "clip_score", "aesthetic"):
-        from pipelines.rewards.images import Aesthetic, ClipScore, Vqa
-
-        return {"blip_vqa": Vqa, "clip_score": ClipScore, "aesthetic": Aesthetic}[name](told, device)
-    if name.startswith("jpeg_"):
-        from pipelines.rewards.jpeg import jpeg_kilobytes
-
-        sign = 1 if name == "jpeg_incompressibility" else -1
-        return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
-    if name == "no_writing":
-        from pipelines.rewards.writing import vetoed
-
-        return lambda images, prompts, captions: -vetoed(images, prompts).astype(np.float64)
-    from pipelines.rewards.remote import HttpReward, Judge
-
-    return HttpReward(told) if name == "http" else Judge(told)
+    def _found(self, name: str) -> Any:
+        return import_function(REWARDS.path(name) or name, _SETTING, REWARDS.all_names)
 
 
-def check_own(name: str, options: RewardOptions) -> None:
-    """Raise ValueError if the reward ``name`` is one's own and cannot be called as a reward, with its ``options``."""
-    if name not in OPTIONS:
-        check_function(name, "reward.function", ("images", "prompts", "captions"), options.model_dump(), list(OPTIONS))
+def parse_options(name: str, given: Mapping[str, Any]) -> Reward:
+    """The reward ``name`` with its typed options, those of an import path untyped as yet. Raises ValueError naming the
+    option."""
+    return _parsed(REWARDS.built_in.get(name, OwnReward), name, given)
 
 
-def import_function(path: str, setting: str = "reward.function", built_in: Sequence[str] = tuple(OPTIONS)) -> Any:
-    """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
-    module_name, separator, function_name = path.partition(":")
-    if not (separator and module_name and function_name):
-        raise ValueError(
-            f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:function'"
-        )
+def load_reward(name: str, reward: Reward, device: str = "cpu") -> RewardFunction:
+    """The function of the reward ``name``. Raises ValueError if an import path leads nowhere."""
+    return reward.resolved(name).load(name, device)
+
+
+def _parsed(kind: type[Reward], name: str, given: Mapping[str, Any]) -> Reward:
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # an imported module may fail in any way
-        reason = f"module {module_name!r} cannot be imported: {described(error)}"
-        raise ValueError(f"{setting} {path!r}: {reason}") from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
-    if not callable(function):
-        raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
-    return function
-
-
-def check_function(
-    path: str, setting: str, asked: Sequence[str], options: Mapping[str, Any] | None, built_in: Sequence[str]
-) -> None:
-    """Raise ValueError unless what ``module:function`` leads to can be called with the arguments ``asked`` and
-    ``options``. Those of a class make the instance that is called; None: no class is wanted. Nothing is called."""
-    own, given = import_function(path, setting, built_in), dict(options or {})
-    if isinstance(own, type) and options is None:
-        raise ValueError(f"{setting} {path!r} is a class: name a function of {', '.join(asked)}")
-    steps = [(own, asked, given)]
-    if isinstance(own, type):
-        if "__call__" not in dir(own):
-            raise ValueError(f"{setting} {path!r}: the class has no __call__(self, {', '.join(asked)})")
-        steps = [(own, (), given), (functools.partial(own.__call__, None), asked, {})]
-    for function, positional, keywords in steps:
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(inspect.unwrap(function)):
-            raise ValueError(f"{setting} {path!r} is async or yields: it has to return its numbers")
-        try:
-            signature = inspect.signature(function)
-        except (TypeError, ValueError):  # written in C, some say nothing of their arguments
-            continue
-        try:
-            signature.bind(*positional, **keywords)
-        except TypeError as error:
-            unknown = [name for name in keywords if name not in signature.parameters]
-            near = difflib.get_close_matches(unknown[0], signature.parameters, n=1) if unknown else []
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{setting} {path!r} takes {signature}: {error}{hint}") from error
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        raise ValueError(f"options of {name}: {explain(kind, error, shows_input=False)}") from error
 
 
 def score(

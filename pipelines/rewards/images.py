@@ -3,19 +3,68 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-import torch
-import transformers
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional
+from annotated_types import Len
+from pydantic import Field, TypeAdapter
 
-from pipelines.rewards.options import AestheticOptions, ClipScoreOptions, VqaOptions
-from pipelines.storage.locations import resolve_model
+from pipelines.rewards import Reward, RewardFunction
+from pipelines.rewards.text import Template
+from pipelines.storage.locations import find, resolve_model
 from pipelines.storage.model_files import ModelFilesError, load_tokenizer, load_whole, reading
+from pipelines.storage.yaml_text import read_yaml
+from policies.rl.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Question(Settings):
+    question: str
+    answer: str
+
+
+class VqaOptions(Reward):
+    """Probability of an answer about the image, by a BlipForQuestionAnswering."""
+
+    names = ("blip_vqa",)
+    models: ClassVar = {"model": "config.json", "questions": ""}
+    model: str = Field(description="directory or hub name")
+    question: Template = "does the image show {prompt}?"
+    answer: str = Field("yes", min_length=1)
+    questions: str | None = Field(
+        None, description="YAML file of each prompt's own questions: prompt → list of {question, answer}"
+    )
+
+    def asked(self, prompt: str) -> list[tuple[str, str]]:
+        """Questions about an image of ``prompt``, and their answers. Raises ValueError if there is none."""
+        if self.questions is None:
+            return [(self.question.format(prompt=prompt), self.answer)]
+        if prompt not in self._own:
+            raise ValueError(f"{self.questions} holds no question for the prompt {prompt!r}")
+        return [(pair.question, pair.answer) for pair in self._own[prompt]]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """The file holds a question for each prompt."""
+        for prompt in prompts:
+            self.asked(prompt)
+
+    @cached_property
+    def _own(self) -> dict[str, list[_Question]]:
+        path = self.questions or ""
+        try:
+            held = read_yaml(find(path) or Path(path), words=True)  # an answer is never a truth value or a number
+            return TypeAdapter(dict[str, Annotated[list[_Question], Len(1)]]).validate_python(held)
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{path} is not a mapping of prompts to lists of {{question, answer}}: {why}") from error
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """BLIP."""
+        return Vqa(self, device)
 
 
 class Vqa:
@@ -26,26 +75,33 @@ class Vqa:
     """
 
     def __init__(self, options: VqaOptions, device: str = "cpu") -> None:
+        import torch
+        import transformers
+
         path = resolve_model(options.model)
         self.model = load_whole(transformers.BlipForQuestionAnswering, path, device, dtype=torch.float32)
         self.processor: Any = transformers.BlipImageProcessorPil.from_pretrained(path)
         self.tokenizer: Any = load_tokenizer(path)
         self.options = options
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
-        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
-        seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        import torch
+
         rows, scores = defaultdict(list), np.zeros(len(prompts))
         for row, prompt in enumerate(prompts):
             rows[prompt].append(row)
-        for prompt, same in rows.items():  # questions of one prompt need no padding
-            answers = [self._probabilities(seen[same], *pair) for pair in self.options.asked(prompt)]
-            scores[same] = torch.stack(answers).mean(dim=0).cpu().numpy()
+        with torch.inference_mode():
+            pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+            seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
+            for prompt, same in rows.items():  # questions of one prompt need no padding
+                answers = [self._probabilities(seen[same], *pair) for pair in self.options.asked(prompt)]
+                scores[same] = torch.stack(answers).mean(dim=0).cpu().numpy()
         return scores
 
-    def _probabilities(self, seen: Tensor, question: str, answer: str) -> Tensor:
+    def _probabilities(self, seen: "Tensor", question: str, answer: str) -> "Tensor":
         """Of ``answer`` (batch,), given the image embeddings (batch, patches, width) and ``question``."""
+        import torch
+
         config = self.model.config.text_config
         words = self.tokenizer(question, truncation=True, return_tensors="pt")["input_ids"]
         said = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -63,16 +119,47 @@ class Vqa:
         return logits.log_softmax(dim=-1).gather(2, labels[:, 1:, None]).sum(dim=(1, 2)).exp()
 
 
+class ClipScoreOptions(Reward):
+    """Cosine of a CLIPModel's embeddings of image and prompt."""
+
+    names = ("clip_score",)
+    models: ClassVar = {"model": "config.json"}
+    model: str = Field(description="directory or hub name")
+    template: Template = Field("{prompt}", description="what the image is compared with")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """CLIP, image and text."""
+        return ClipScore(self, device)
+
+
+class AestheticOptions(Reward):
+    """LAION's aesthetic predictor on a CLIPModel's embedding of the image."""
+
+    names = ("aesthetic",)
+    models: ClassVar = {"model": "config.json", "head": ""}
+    model: str = Field(description="directory or hub name")
+    head: str = Field(description="safetensors file of the head's linear layers")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """CLIP's image side, and the head."""
+        return Aesthetic(self, device)
+
+
 class _Clip:
     """A ``CLIPModel`` with its image processor."""
 
     def __init__(self, options: ClipScoreOptions | AestheticOptions, device: str = "cpu") -> None:
+        import torch
+        import transformers
+
         self.path = resolve_model(options.model)
         self.model = load_whole(transformers.CLIPModel, self.path, device, dtype=torch.float32)
         self.processor: Any = transformers.CLIPImageProcessorPil.from_pretrained(self.path)
 
-    def embed(self, images: np.ndarray) -> Tensor:
+    def embed(self, images: np.ndarray) -> "Tensor":
         """Unit embeddings (batch, width) of images."""
+        from torch.nn import functional
+
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
         return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
@@ -85,13 +172,17 @@ class ClipScore(_Clip):
         self.template, self.tokenizer = options.template, load_tokenizer(self.path)
         self._text = lru_cache(4096)(self._embed_text)
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
-        texts = torch.stack([self._text(self.template.format(prompt=prompt)) for prompt in prompts])
-        return (self.embed(images) * texts).sum(dim=-1).cpu().numpy()
+        import torch
 
-    def _embed_text(self, text: str) -> Tensor:
+        with torch.inference_mode():
+            texts = torch.stack([self._text(self.template.format(prompt=prompt)) for prompt in prompts])
+            return (self.embed(images) * texts).sum(dim=-1).cpu().numpy()
+
+    def _embed_text(self, text: str) -> "Tensor":
         """The unit embedding (width,) of a text; what is longer than CLIP reads is cut off."""
+        from torch.nn import functional
+
         tokens = self.tokenizer(text, truncation=True, return_tensors="pt").to(self.model.device)
         return functional.normalize(self.model.get_text_features(**tokens).pooler_output[0], dim=-1)
 
@@ -104,6 +195,8 @@ class Aesthetic(_Clip):
 
     def __init__(self, options: AestheticOptions, device: str = "cpu") -> None:
         super().__init__(options, device)
+        from safetensors.torch import load_file
+
         with reading(options.head):
             held = load_file(resolve_model(options.head), device="cpu" if device == "meta" else device)
         numbered = (re.fullmatch(r"(.*?(\d+))\.weight", key) for key in held)
@@ -115,9 +208,11 @@ class Aesthetic(_Clip):
                 f"{options.head}: layers {shapes} do not lead from the {width} numbers of CLIP to one"
             )
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
-        values = self.embed(images)
-        for weight, bias in self.layers:
-            values = functional.linear(values, weight, bias)
-        return values[:, 0].cpu().numpy()
+        import torch
+
+        with torch.inference_mode():
+            values = self.embed(images)
+            for weight, bias in self.layers:
+                values = torch.nn.functional.linear(values, weight, bias)
+            return values[:, 0].cpu().numpy()

@@ -4,7 +4,20 @@ import io
 
 import numpy as np
 
+from pipelines.rewards import Reward, RewardFunction
+
 JPEG_QUALITY = 95  # Black et al. 2023, appendix on compressibility
+
+
+class JpegOptions(Reward):
+    """Size as JPEG."""
+
+    names = ("jpeg_compressibility", "jpeg_incompressibility")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """More is better, or less."""
+        sign = 1 if name == "jpeg_incompressibility" else -1
+        return lambda images, prompts, captions: sign * jpeg_kilobytes(images)
 
 
 def jpeg_kilobytes(images: np.ndarray) -> np.ndarray:

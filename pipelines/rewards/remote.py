@@ -7,18 +7,18 @@ NonsenseError; nothing that a server does becomes a score of zero. Redirects are
 
 import base64
 import io
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
-import requests
-from pydantic import AliasPath, Base64Bytes, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, AliasPath, Base64Bytes, BaseModel, Field, ValidationError
 
-from pipelines.rewards import NonsenseError, TooSlowError, UnreachableError
-from pipelines.rewards.options import HttpOptions, JudgeOptions
+from pipelines.rewards import NonsenseError, Reward, RewardFunction, TooSlowError, UnreachableError
 
 MAX_ANSWER = 2**20  # bytes: forty thousand scores, or a judge who cannot stop
 MAX_IMAGES = 1024
@@ -47,6 +47,66 @@ class _Completion(BaseModel):
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def _web_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{url!r} is no web address such as http://127.0.0.1:8100/score")
+    if "@" in parts.netloc or re.search(r"(?i)(token|key|secret|password|signature)=", parts.query):
+        raise ValueError("leave passwords and keys out of the address, which is stored: see api_key_variable")
+    return url
+
+
+class HttpOptions(Reward):
+    """Whatever the server at ``url`` computes."""
+
+    names = ("http",)
+    url: Annotated[str, AfterValidator(_web_address)] = Field(description="what is asked, such as that of reward serve")
+    timeout_seconds: float = Field(60, gt=0, description="for the whole answer to one chunk of images")
+    api_key_variable: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="variable of the actors' environment with a key; null: none",
+    )
+
+    @property
+    def key(self) -> str:
+        """What the variable holds here: sent to ``url`` alone, and stored nowhere. Raises ValueError if it is unfit."""
+        found = os.environ.get(self.api_key_variable or "", "").strip()
+        if not (found.isascii() and found.isprintable()):
+            raise ValueError(f"the environment's {self.api_key_variable} holds what cannot be sent as a key")
+        return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """The key that is named is there, unless the actors' environment is that of another machine."""
+        named = self.api_key_variable if "api_key_variable" in self.model_fields_set else None
+        if named and not self.key and "RAY_ADDRESS" not in os.environ:
+            raise ValueError(f"the environment has no {named}: export it")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """Asks for each chunk."""
+        return HttpReward(self)
+
+
+class JudgeOptions(HttpOptions):
+    """A vision–language model behind an endpoint of OpenAI's form: its number from 0 to ``scale``, divided by that."""
+
+    names = ("judge",)
+    model: str = Field(description="its name there")
+    question: str = Field(
+        'How well does this image show "{prompt}"? Answer with one number from 0 (not at all) to {scale} (perfectly), '
+        "and nothing else.",
+        pattern=r"\{prompt\}",
+        description="may hold {scale}; the first number of the answer counts",
+    )
+    scale: float = Field(10, gt=0, description="the largest number of an answer")
+    api_key_variable: str | None = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_]\w*$", description="sent if it is set")
+    parallel: int = Field(8, ge=1, le=64, description="images asked about at once")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """Asks for each image."""
+        return Judge(self)
 
 
 class HttpReward:
@@ -125,6 +185,8 @@ def _ask(options: HttpOptions, url: str, query: Mapping[str, Any], schema: type[
 
 
 def _exchange(url: str, query: Mapping[str, Any], schema: type[Answer], seconds: float, key: str) -> Answer:
+    import requests
+
     # A second more, so that the bound of the whole is what is met; and passwords in ~/.netrc are for other uses.
     how: dict[str, Any] = {"timeout": seconds + 1, "allow_redirects": False, "auth": lambda request: request}
     headers = {"Authorization": f"Bearer {key}"} if key else {}

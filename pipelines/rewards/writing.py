@@ -8,11 +8,31 @@ import os
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from pydantic import model_validator
+
+from pipelines.rewards import Reward, RewardFunction
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+class WritingOptions(Reward):
+    """A veto: −1 for an image that has a word of its prompt written in it, else 0."""
+
+    names = ("no_writing",)
+
+    @model_validator(mode="after")
+    def _can_read(self) -> "WritingOptions":
+        if find_spec("rapidocr_onnxruntime") is None:
+            raise ValueError("text in images is read by rapidocr-onnxruntime: pip install 'ouroboros-rl[ocr]'")
+        return self
+
+    def load(self, name: str, device: str) -> RewardFunction:
+        """A reader of this process."""
+        return lambda images, prompts, captions: -vetoed(images, prompts).astype(np.float64)
 
 
 @cache

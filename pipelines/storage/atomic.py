@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,22 @@ def _flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def packed(save: Callable[[Path], Any]) -> Files:
+    """The files that ``save(directory)`` writes."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        save(directory)
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def unpacked(files: Files, load: Callable[[Path], Any]) -> Any:
+    """What ``load(directory)`` makes of ``files``."""
+    with tempfile.TemporaryDirectory() as name:
+        for path, content in files.items():
+            target = Path(name) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        return load(Path(name))

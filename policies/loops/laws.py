@@ -18,12 +18,25 @@ from typing import Literal
 
 import numpy as np
 
-from policies.loops.rules import spread
+from policies.loops.training_sets import spread
 
 Laws = dict[str, np.ndarray]
 Covariance = Literal["unbiased", "mle", "known"]
 """The covariance of a fit to N points is their scatter divided by N − 1 (unbiased) or by N (maximum likelihood), or the
 real distribution's own (known): then the mean alone is fitted, and V = 1 in every law."""
+
+
+def real_only(*, generations: int, n_ini: int, dimension: int, covariance: Covariance, sampling_bias: float) -> Laws:
+    """Every model is fitted to the same ``n_ini`` real samples, so that each generation is a first one."""
+    first = fully_synthetic(
+        generations=1,
+        n_ini=n_ini,
+        n_synthetic=n_ini,
+        dimension=dimension,
+        sampling_bias=sampling_bias,
+        covariance=covariance,
+    )
+    return {metric: np.repeat(values, generations) for metric, values in first.items()}
 
 
 def fully_synthetic(

@@ -9,6 +9,10 @@ import numpy as np
 ROUNDING = 1e-12
 
 
+class RewardError(RuntimeError):
+    """A reward function failed or did not return one number an image. It is never scored as zero."""
+
+
 class SickNumbers(RuntimeError):  # noqa: N818
     """Rewards, captions or gradients from which no update should be made."""
 

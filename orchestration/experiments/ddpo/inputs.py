@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.inputs import Inputs, code_of, fingerprints
-from pipelines.rewards.options import OPTIONS
+from pipelines.rewards import REWARDS
 from pipelines.storage.locations import find
 
 
@@ -22,14 +22,14 @@ def paths_of(config: DdpoConfig) -> dict[str, str]:
     for name, options in config.reward.functions.items():
         key = f"reward.options.{name}"
         found |= {f"{key}.{option}": path for option, path in options.model_paths.items()}
-        if name not in OPTIONS:
+        if name not in REWARDS.built_in:
             _mapped(options.model_dump(), note, key)
     return {key: path for key, path in found.items() if path}
 
 
 def ddpo_inputs(config: DdpoConfig, held: Inputs | None = None) -> Inputs:
     """What a DDPO run reads. Content whose stamp is that of ``held`` is not read again."""
-    code = [name for name in config.reward.functions if name not in OPTIONS]
+    code = [path for name in config.reward.functions if (path := REWARDS.path(name))]
     return fingerprints(paths_of(config), held) | code_of(code)
 
 

@@ -87,15 +87,14 @@ def learnable_steps(config: DdpoConfig) -> int:
 
 
 def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
-    from pipelines.rewards import check_own
-
-    for name, options in settings.functions.items():
+    for name, given in settings.functions.items():
+        options = given.resolved(name)
         for option, path in options.model_paths.items():
             marker = options.models[option]
             check_model(path, marker, f"reward.options.{name}.{option}")
             if marker and (found := find(path)):
                 (encoder_parts if marker == "modules.json" else weight_shapes)(found)
-        check_own(name, options)
+        options.check_call(name)
         with about(f"reward.function {name}"):
             options.check(prompts)
 

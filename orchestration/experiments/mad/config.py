@@ -1,57 +1,104 @@
 """The configuration of a MAD experiment: one loop, or several arms that differ from it. Light to import."""
 
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
 from orchestration.experiments.settings import TaskRunSettings
 from orchestration.runs.config import about
 from pipelines.data.real_data import DataSettings
-from pipelines.generators import settings as families
-from pipelines.generators.registry import CLOSED_FORM, SETTINGS
-from policies.loops.settings import LoopSettings
+from pipelines.generators import GENERATORS
+from policies.loops.rules import RULES, Rule
 from policies.rl.settings import Name, Settings, explain
 
-MOST_DIMENSIONS = 500  # of simulations for n_e
-MOST_BISECTED, MOST_BIAS = 50, 0.99  # dimensions and bias of those for the largest admissible n_s: minutes, not hours
-Family = Literal["gaussian", "categorical", "mixture", "gan", "diffusion"]
+Made = TypeVar("Made", bound=Settings)
+# The keys in which an arm can be described: of every rule, of every generator's own, or a block of its name.
+_RULES: list[type[Rule]] = [Rule, *RULES.built_in.values()]
+_OF_RULES = {key: field for rule in _RULES for key, field in rule.model_fields.items()}
+_SCHEMAS = [each.schema for each in GENERATORS.built_in.values() if each.flat]
+_FLAT = {key: field for schema in _SCHEMAS for key, field in schema.model_fields.items()}
+BLOCKS = {name: each.schema for name, each in GENERATORS.built_in.items() if not each.flat}
+GENERATOR_KEYS = {*_FLAT, *BLOCKS}
+_KEYS: Any = create_model(
+    "_KEYS",
+    __base__=Settings,
+    **{key: (field.annotation, field) for key, field in (_OF_RULES | _FLAT).items()},  # type: ignore[call-overload]
+    **{name: (schema, schema()) for name, schema in BLOCKS.items()},
+)
 
 
-class ArmSettings(families.MixtureSettings, families.CategoricalSettings, families.GaussianSettings, LoopSettings):
+class ArmSettings(_KEYS, Settings):
     """What arms can differ in: the loop, and the generator that runs through it."""
 
-    family: Family = "gaussian"
-    gan: families.GanSettings = families.GanSettings()
-    diffusion: families.DiffusionSettings = families.DiffusionSettings()
+    rule: Annotated[str, AfterValidator(RULES.check)] = Field(
+        "fully_synthetic", description="what a generation's training set is made of"
+    )
+    family: Annotated[str, AfterValidator(GENERATORS.check)] = Field("gaussian", description="the generator")
+    options: dict[str, dict[str, Any]] = Field({}, description="of a rule or a generator of one's own, by its name")
+
+    @cached_property
+    def loop(self) -> Rule:
+        """The data rule with its settings. Raises ValueError."""
+        kind = RULES.find(self.rule)
+        given = {key: getattr(self, key) for key in kind.model_fields if key in _OF_RULES}
+        return _made(kind, given, self.rule, self.options)
+
+    @cached_property
+    def generator(self) -> Any:
+        """The generator's class. Raises ValueError."""
+        return GENERATORS.find(self.family)
+
+    @cached_property
+    def generator_settings(self) -> Any:
+        """The generator's settings. Raises ValueError."""
+        schema = self.generator.schema
+        place = getattr(self, self.family) if self.family in BLOCKS else self
+        known = schema.model_fields if self.family in GENERATORS.built_in else ()
+        return _made(schema, {key: getattr(place, key) for key in known}, self.family, self.options)
+
+    @property
+    def foreign(self) -> list[str]:
+        """Import paths of a rule and a generator that are imported when they are first used."""
+        return [name for name in (self.rule, self.family) if ":" in name]
+
+    @property
+    def code(self) -> list[str]:
+        """Import paths of all that is not this program's own."""
+        paths = [RULES.path(self.rule), GENERATORS.path(self.family), *self.loop.functions]
+        return [path for path in paths if path]
+
+    def check(self, generations: int) -> None:
+        """Raise ValueError unless the rule has what it needs, at every generation."""
+        self.loop.check()
+        self.loop.later_sizes(generations)
+        _ = self.generator_settings
 
     def underivable(self, generations: int, largest: bool = False) -> str | None:
         """What n_e, or the ``largest`` admissible n_s, needs and this arm lacks; None if it can be found."""
-        if self.family != "gaussian" or self.rule not in ("fresh", "memory") or self.supply == "fixed":
-            return "family=gaussian with rule=fresh, or with rule=memory and real_supply=fresh"
-        sizes = {self.sizes(generation, generations) for generation in range(2, generations + 1)}
-        n_real = sizes.pop()[0] if len(sizes) == 1 else 0
-        if n_real < 1:
-            return "as many new real samples (1 or more) at every generation from 2 on"
-        if self.dimension > MOST_DIMENSIONS and self.covariance != "known":
-            return f"a dimension of {MOST_DIMENSIONS} at most, or covariance=known"
-        simulated = self.rule == "fresh" and self.covariance == "unbiased" and self.real_weight == 1 and n_real > 1
-        quick = self.sampling_bias == 1 or (self.dimension <= MOST_BISECTED and self.sampling_bias <= MOST_BIAS)
-        if largest and not (simulated and quick):
-            return (
-                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a dimension of "
-                f"{MOST_BISECTED} and a sampling_bias of {MOST_BIAS} at most (or 1, where every n_s is admissible)"
-            )
-        return None
+        found: str | None = self.generator.underivable(self.generator_settings, self.loop, generations, largest)
+        return found
 
     def family_settings(self, classes: int = 0) -> dict[str, Any]:
         """The settings of this arm's family, as plain content; ``classes`` is how many the real images have."""
-        if self.family in CLOSED_FORM:
-            return self.model_dump(mode="json", include=set(SETTINGS[self.family].model_fields))
-        content: dict[str, Any] = getattr(self, self.family).model_dump(mode="json")
-        if self.family == "diffusion":  # a small training set may lack the last class
-            content["classes"] = content["classes"] or classes
+        content: dict[str, Any] = self.generator.settled(self.generator_settings, classes).model_dump(mode="json")
         return content
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The settings as plain content, without the blocks of generators."""
+        return self.model_dump(mode="json", exclude=set(BLOCKS))
+
+
+def _made(schema: type[Made], given: dict[str, Any], name: str, options: dict[str, dict[str, Any]]) -> Made:
+    """``schema`` with the settings ``given``, and those of the ``options`` that stand under its ``name``."""
+    own = options.get(name, {})
+    if twice := [key for key in own if key in given]:
+        raise ValueError(f"options of {name}: give {twice[0]} as a key of its own")
+    try:
+        return schema.model_validate(own | given)
+    except ValidationError as error:
+        raise ValueError(f"options of {name}: {explain(schema, error)}") from error
 
 
 class DeriveSettings(Settings):
@@ -72,18 +119,24 @@ class MadConfig(ArmSettings, TaskRunSettings):
 
     @model_validator(mode="after")
     def _arms_can_run(self) -> Self:
+        if not any(arm.foreign for arm in self.resolved_arms.values()):  # a stranger's run may name these
+            self.check_arms()
+        return self
+
+    def check_arms(self) -> None:
+        """Raise ValueError if an arm's sizes are none, or nothing can be derived of any. Imports what arms name."""
         for name, arm in self.resolved_arms.items():
             with about(f"arms.{name}" if self.arms else ""):
-                arm.check()
-                for generation in range(2, self.generations + 1):
-                    arm.sizes(generation, self.generations)
+                arm.check(self.generations)
+        named = {name for arm in self.resolved_arms.values() for name in (arm.rule, arm.family)}
+        if unused := [name for arm in self.resolved_arms.values() for name in arm.options if name not in named]:
+            raise ValueError(f"options: {unused[0]!r} is neither the rule nor the family of an arm")
         for name, wanted in self.derive:
             lacking = [
                 arm.underivable(self.generations, name == "largest_admissible") for arm in self.resolved_arms.values()
             ]
             if wanted and all(lacking):
                 raise ValueError(f"derive.{name} needs {lacking[0]}")
-        return self
 
     @cached_property
     def resolved_arms(self) -> dict[str, ArmSettings]:

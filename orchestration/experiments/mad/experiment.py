@@ -61,8 +61,7 @@ class Mad(SweptExperiment):
 
     def reads(self, config: MadConfig) -> tuple[dict[str, str], set[str]]:
         """See :class:`SweptExperiment`."""
-        rewards = {arm.reward for arm in config.resolved_arms.values() if arm.rule == "curated" and ":" in arm.reward}
-        return {"data.source": config.data.source}, rewards
+        return {"data.source": config.data.source}, {path for arm in config.resolved_arms.values() for path in arm.code}
 
     def reports(self, directory: Path, manifest: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
         """See :class:`SweptExperiment`: the last generation's, once the experiment is finished."""

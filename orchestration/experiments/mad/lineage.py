@@ -13,10 +13,10 @@ from orchestration.experiments.mad.preflight import contents, seed_blocks
 from orchestration.runs.browse import plain_table
 from orchestration.runs.config import ConfigError, validate
 from orchestration.runs.manifest import check_links, read_manifest
-from pipelines.generators.registry import CLOSED_FORM
+from orchestration.runs.seal import check_seal
 from pipelines.mad.graph import Generation, RealSource, image_source
 from pipelines.storage.tasks import TaskStore
-from policies.loops.rules import REAL, training_sets
+from policies.loops.training_sets import REAL, training_sets
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,14 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
     config = validate(MadConfig, manifest["config"])
     name, seed, number, row = _parse(sample, config)
     arm = config.resolved_arms[name]
+    if arm.foreign:  # which is imported
+        check_seal(directory, manifest, trusted)
     source = RealSource(config.data.reference)
-    if arm.family not in CLOSED_FORM:
+    if not arm.generator.closed_form:
         if not manifest.get("real_images"):
             raise ConfigError(f"{directory / 'manifest.json'} does not say which real images were used")
         source = image_source(**manifest["real_images"])
-    blocks = seed_blocks(config.seed_list, arm, training_sets(arm, config.generations, source.pool))
+    blocks = seed_blocks(config.seed_list, arm, training_sets(arm.loop, config.generations, source.pool))
     seeds = next(block for block in blocks if seed in block)
     generations = list(chain(name, arm, seeds, config.generations, source))[:number]
     store, last = TaskStore(directory / "tasks"), generations[-1]
@@ -74,7 +76,7 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
         batch = next((batch for batch in last.drawn if batch.start <= row < batch.stop), None)
         if batch is None:
             raise ConfigError(f"{sample}: generation {number} drew {last.drawn[-1].stop} samples, counted from 0")
-        how = f"drawn by model {last.fit.key}, sampling bias {arm.sampling_bias:g}, "
+        how = f"drawn by model {last.fit.key}, sampling bias {arm.loop.sampling_bias:g}, "
         how += f"stream sampling/{number}/{batch.start}, number {row - batch.start} of it"
         again = batch.task is last.fit
         stored = "drawn again where it is read" if again else f"stored in {store.path(batch.task.key)}"

@@ -16,7 +16,7 @@ from orchestration.runs.run import going_on
 from pipelines.mad.graph import Batch, Chain, Generation, RealSource, batches
 from pipelines.mad.tasks import perform
 from pipelines.storage.tasks import Task
-from policies.loops.rules import training_sets
+from policies.loops.training_sets import training_sets
 
 
 def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> Path:
@@ -51,14 +51,14 @@ def chain(
     name: str, arm: ArmSettings, seeds: Sequence[int], generations: int, source: RealSource
 ) -> Iterator[Generation]:
     """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
-    tasks = Chain(name, arm, arm.family, arm.family_settings(source.classes), seeds, source)
-    manifests = training_sets(arm, generations, source.pool)
+    tasks = Chain(name, arm.loop, arm.family, arm.family_settings(source.classes), seeds, source)
+    manifests = training_sets(arm.loop, generations, source.pool)
     read = batches(manifests)
     drawn: dict[Batch, Task] = {}
     model = None
     for manifest in manifests:
         number = manifest.generation
-        model = tasks.fit(manifest, drawn, start=model if arm.fine_tunes else None, kept=number == generations)
+        model = tasks.fit(manifest, drawn, start=model if arm.loop.fine_tunes else None, kept=number == generations)
         evaluation = tasks.evaluation(model, number)
         measure = tasks.measure(model, evaluation, manifest, drawn)
         new = tuple(tasks.sample(model, number, *ends) for ends in read[number].items())

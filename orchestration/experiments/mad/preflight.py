@@ -1,31 +1,27 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestration.cluster.ray_cluster import Machine, find_machine
-from orchestration.experiments.mad.config import ArmSettings, MadConfig
+from orchestration.experiments.mad.config import GENERATOR_KEYS, ArmSettings, MadConfig
 from orchestration.experiments.settings import task_resources
 from orchestration.runs.config import about, validate
 from orchestration.runs.manifest import has_only_begun, known_manifest
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.real_data import RealData
-from pipelines.generators.registry import CLOSED_FORM, CONDITIONAL, SETTINGS, generator_class
-from pipelines.mad.drawing import BUILT_IN, score
 from pipelines.mad.graph import RealSource, image_source
 from pipelines.pages import fill
 from pipelines.rewards import RewardError
 from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import Task
-from policies.loops.rules import REAL, Manifest, training_sets
-from policies.loops.settings import LoopSettings
+from policies.common.user_code import calling
+from policies.loops.training_sets import Manifest, training_sets
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
 _MOST_NUMBERS = 2**28  # in one training set: 2 GB
-_MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 _MOST_UNIVERSES = 1000
 _LEAST_REFERENCE, _MOST_REFERENCE = 20, 20_000  # precision and recall look at 5 neighbours, and at every pair
 
@@ -47,26 +43,27 @@ class Experiment:
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
     """Check ``config`` against the real data and a machine, by default the one it would run on. Raises ConfigError."""
     arms = config.resolved_arms
-    with about():
+    with about(), calling(sorted({name for arm in arms.values() for name in arm.foreign})):
+        config.check_arms()
         for name, arm in arms.items():
             with about(f"arms.{name}" if config.arms else ""):
                 _check_arm(arm)
         _check_output(config)
         images, real, real_files, found = None, None, dict[str, Files](), list[str]()
-        if any(arm.family not in ("gaussian", "categorical") for arm in arms.values()):
+        if not all(arm.generator.many_universes for arm in arms.values()):
             _check_reference(config)
-        if any(arm.family not in CLOSED_FORM for arm in arms.values()):
+        if not all(arm.generator.closed_form for arm in arms.values()):
             real, images, real_files, found = _image_source(config)
         points = RealSource(config.data.reference)
         sources, manifests = {}, {}
         for name, arm in arms.items():
-            sources[name] = points if images is None or arm.family in CLOSED_FORM else images
+            sources[name] = points if images is None or arm.generator.closed_form else images
             with about(f"arms.{name}" if config.arms else ""):
-                manifests[name] = training_sets(arm, config.generations, sources[name].pool)
+                manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
                 _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
                 _check_reward(arm, real)
         machine = machine or find_machine(config.workers.device)
-        on_gpu = any(arm.family not in CLOSED_FORM for arm in arms.values())
+        on_gpu = not all(arm.generator.closed_form for arm in arms.values())
         gpus, resources = task_resources(config.workers, machine, on_gpu)
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
@@ -88,80 +85,30 @@ def contents(manifest: Manifest) -> str:
 
 
 def _check_arm(arm: ArmSettings) -> None:
-    if arm.family == "mixture":
-        from pipelines.generators.mixture import mode_centres
-
-        mode_centres(arm.modes)
-    if arm.rule == "verified" and arm.family in CLOSED_FORM:
-        raise ValueError(f"rule verified needs images, as its verifier is a classifier: family {arm.family} has none")
-    if arm.rule == "curated" and arm.reward not in BUILT_IN:
-        from pipelines.rewards import check_function
-
-        check_function(arm.reward, "reward", ("values", "labels"), None, BUILT_IN)
-    if arm.family == "diffusion" and arm.sampling_bias < 1:
-        if not arm.diffusion.label_dropout:
-            raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
-        if arm.sampling_bias * _MOST_GUIDANCE < 1:
-            raise ValueError(
-                f"sampling_bias {arm.sampling_bias:g} is guidance of scale {1 / arm.sampling_bias:.3g}: "
-                f"at most {_MOST_GUIDANCE}"
-            )
-    if arm.rule == "curated" and arm.reward == "confidence" and arm.family in CLOSED_FORM:
-        raise ValueError(f"reward confidence needs images: for family {arm.family} set reward=first_coordinate")
+    arm.generator.check(arm.generator_settings, arm.loop)
+    arm.loop.check_family(arm.family, draws_images=not arm.generator.closed_form)
 
 
 def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> None:
-    """A mixture needs a sample for each of its components, a training set memory, and a variance a number."""
-    from scipy.special import digamma, polygamma
-
-    # Of each generation's Gaussian, the log variance: mean and variance over universes. Real samples set it anew.
-    levels: dict[int, tuple[float, float]] = {}
-    # A selection's samples are not counted from their mean, so that a spread far below it would be rounded away.
-    least = math.log(1e-28 if arm.rule == "curated" else 1e-300)
+    """A training set needs memory, and what its generator asks for."""
     for manifest in manifests:
         number, size = manifest.generation, manifest.size
-        if arm.family == "mixture" and size < arm.modes:
-            raise ValueError(f"generation {number} has {size} samples for {arm.modes} modes")
-        if (held := _numbers(arm, size, image)) > _MOST_NUMBERS:
+        if (held := arm.generator.numbers(arm.generator_settings, size, image)) > _MOST_NUMBERS:
             raise ValueError(f"generation {number} has {size} samples, {held:.1e} numbers: {_MOST_NUMBERS:.1e} at most")
-        levels[number] = 0.0, 0.0
-        parts = {part.generation: part.size for part in manifest.parts}
-        if REAL in parts or arm.family != "gaussian" or arm.covariance == "known" or arm.accumulates:
-            continue
-        level, doubt = max((levels[g][0] + math.log(count / size), levels[g][1]) for g, count in parts.items())
-        level += math.log(arm.sampling_bias) + digamma((size - 1) / 2) - math.log(size / 2)
-        doubt += polygamma(1, (size - 1) / 2)
-        levels[number] = level, doubt
-        if level - 6 * math.sqrt(doubt) < least:
-            raise ValueError(
-                f"generation {number}: its variance, about 1e{level / math.log(10):.0f}, is too small for a number "
-                "to hold: use fewer generations, more samples or a larger sampling_bias"
-            )
-
-
-def _numbers(arm: ArmSettings, size: int, image: int = 1) -> int:
-    """How many numbers a training set of ``size`` samples and the model of it hold, at least."""
-    if arm.family == "gaussian":
-        return arm.dimension * max(size, arm.dimension)
-    return (
-        max(size, arm.categories) if arm.family == "categorical" else size * (2 if arm.family == "mixture" else image)
-    )
+    arm.generator.check_sets(arm.generator_settings, arm.loop, manifests)
 
 
 def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
-    """One's own reward has to answer for two real samples."""
-    if arm.rule != "curated" or arm.reward in BUILT_IN:
+    """One's own functions have to answer for two real samples."""
+    if not arm.loop.functions:
         return
-    if real is None or arm.family in CLOSED_FORM:
-        truth = generator_class(arm.family).truth(SETTINGS[arm.family](**arm.family_settings()), [0], 0, 2)
-        values, labels = truth.values[0], None
+    if real is None or arm.generator.closed_form:
+        values, labels = arm.generator.truth(arm.generator_settings, [0], 0, 2).values[0], None
     else:
-        values, labels = (
-            real.images[:2],
-            real.labels[:2] if arm.family in CONDITIONAL and real.labels is not None else None,
-        )
+        values, labels = real.images[:2], real.labels
+        labels = labels[:2] if arm.generator.conditional and labels is not None else None
     try:
-        score(arm.reward, values, labels)
+        arm.loop.probe(values, labels)
     except RewardError as error:
         raise ValueError(f"of two real samples: {error}") from error
 
@@ -181,17 +128,21 @@ def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Fi
     real = load_real_data(config.data)
     arms = config.resolved_arms.values()
     for arm in arms:
-        multiple = {"gan": 4, "diffusion": 2 ** (arm.diffusion.levels - 1)}.get(arm.family, 1)
+        if arm.generator.closed_form:
+            continue
+        least, multiple = arm.generator.least_side, arm.generator.side_multiple(arm.generator_settings)
         height, width = real.images.shape[1:3]
-        if arm.family == "gan" and min(height, width) < 8:
-            raise ValueError(f"family gan needs sides of 8 pixels at least, not {height}×{width}: set data.image_size")
+        if min(height, width) < least:
+            raise ValueError(
+                f"family {arm.family} needs sides of {least} pixels at least, not {height}×{width}: set data.image_size"
+            )
         if height % multiple or width % multiple:
             raise ValueError(
                 f"family {arm.family} needs sides that are multiples of {multiple}, not {height}×{width}: "
                 "set data.image_size"
             )
     if real.labels is None:
-        conditional = next((arm.family for arm in arms if arm.family in CONDITIONAL), None)
+        conditional = next((arm.family for arm in arms if arm.generator.conditional), None)
         who = f"family {conditional} is class-conditional" if conditional else "the metrics' extractor is a classifier"
         raise ValueError(
             f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
@@ -209,8 +160,7 @@ def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Fi
     if classes < 2:
         raise ValueError(f"data.source {config.data.source} has one class: the metrics' classifier needs two or more")
     for arm in arms:
-        if arm.family == "diffusion" and classes > (arm.diffusion.classes or classes):
-            raise ValueError(f"diffusion.classes is {arm.diffusion.classes}, the images have {classes}: set it to null")
+        arm.generator.check_classes(arm.generator_settings, classes)
     source = image_source(real.sha256, len(reference), len(pool), classes)
     assert source.data is not None
     apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
@@ -222,16 +172,16 @@ def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
     """The task that measures real samples in place of generated ones."""
     if source.data is not None and source.extractor is not None:
         return Task("floor", {"family": "images", "classes": source.classes}, (source.data, source.extractor), "floor")
-    if arm.family == "mixture":
-        parameters = {"family": "mixture", "settings": arm.family_settings(), "samples": source.samples}
+    if not arm.generator.many_universes:
+        parameters = {"family": arm.family, "settings": arm.family_settings(), "samples": source.samples}
         return Task("floor", parameters, (), "floor")
     return None
 
 
 def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
     """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
-    if arm.family in ("gaussian", "categorical"):
-        numbers = max(_numbers(arm, manifest.size) for manifest in manifests)
+    if arm.generator.many_universes:
+        numbers = max(arm.generator.numbers(arm.generator_settings, manifest.size) for manifest in manifests)
         size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
     else:
         size = 1
@@ -264,4 +214,5 @@ def _check_output(config: MadConfig) -> None:
 
 def _essence(arm: ArmSettings) -> dict[str, Any]:
     """What an arm's results depend on."""
-    return arm.model_dump(include={"family", *LoopSettings.model_fields}) | arm.family_settings()
+    shown = arm.model_dump(exclude=GENERATOR_KEYS)
+    return shown if ":" in arm.family else shown | arm.family_settings()  # a stranger's is not imported

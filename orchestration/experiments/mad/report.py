@@ -11,7 +11,6 @@ from orchestration.experiments.mad.analysis import DISTANCES, comparisons, effec
 from orchestration.experiments.mad.config import DeriveSettings
 from orchestration.experiments.mad.run import MadRun
 from orchestration.runs.html_report import conclude
-from pipelines.generators.registry import CLOSED_FORM
 from pipelines.storage.names import file_name
 from policies.common.intervals import interval, scale_of
 from policies.loops.verdicts import plain
@@ -48,7 +47,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
     for name, arm in config.resolved_arms.items():
         exact, values = run.laws[name], run.values[name]
         arms[name] = {
-            "settings": arm.model_dump(mode="json", exclude={"gan", "diffusion"}) | arm.family_settings(),
+            "settings": arm.described | arm.family_settings(),
             "sizes": [[m.size - (s := _synthetic(m)), s] for m in run.experiment.manifests[name]],
             "metrics": {metric: _metric(metric, values[metric], exact.get(metric)) for metric in values},
             "verdict": verdict(values),
@@ -96,24 +95,24 @@ def draw(run: MadRun) -> Path:
 def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     """The first seed's samples, generation by generation, from the same latent seeds; and its class histogram."""
     from pipelines.figures import mad as mad_figures
-    from pipelines.generators.registry import load_generator
+    from pipelines.generators import load_generator
     from pipelines.mad.tasks import evaluation_points, read_samples
 
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
     picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
     file = file_name(name)
-    if arm.family not in CLOSED_FORM:
+    if not arm.generator.closed_form:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
         rows = np.stack([images[:_GRID_COLUMNS] for images in sets])
         mad_figures.generations_grid(directory / f"samples_{file}.png", rows, [f"G{each.number}" for each in picked])
         shares = np.array(_mean_histograms(run, name))
         mad_figures.class_heatmap(directory / f"classes_{file}.png", shares)
-    if arm.family == "mixture":
+    elif not arm.generator.many_universes:
         points = {}
         for each in picked:
-            model = load_generator("mixture", run.store.load(each.fit.key))
-            points[f"G{each.number}"], real = evaluation_points("mixture", model, each.measure.parameters)
+            model = load_generator(arm.family, run.store.load(each.fit.key))
+            points[f"G{each.number}"], real = evaluation_points(model, each.measure.parameters)
         mad_figures.points_grid(directory / f"samples_{file}.png", points, real)
 
 

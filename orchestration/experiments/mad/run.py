@@ -15,7 +15,6 @@ from orchestration.runs.inputs import accept, code_of
 from orchestration.runs.manifest import new_manifest, open_run
 from orchestration.runs.run import new_directory
 from orchestration.tracking.tracker import FIRST_LOOK, Tracker
-from pipelines.mad.drawing import BUILT_IN
 from pipelines.mad.graph import Generation
 from pipelines.mad.tasks import read_real_data, read_samples
 from pipelines.storage.locations import portable
@@ -54,7 +53,7 @@ class MadRun(TaskRun):
         manifest = new_manifest("mad", config, held)
         manifest |= {"total_steps": len(generations), "committed_step": 0}
         arms = config.resolved_arms.values()
-        inputs = code_of(arm.reward for arm in arms if arm.rule == "curated" and arm.reward not in BUILT_IN)
+        inputs = code_of(path for arm in arms for path in arm.code)
         images = next((source for source in experiment.sources.values() if source.data), None)
         if images and images.data:
             found = {"sha256": images.data.parameters["sha256"], "samples": images.samples}
@@ -87,7 +86,7 @@ class MadRun(TaskRun):
         self.open_arms(
             {
                 name: (
-                    arm.model_dump(mode="json", exclude={"gan", "diffusion"}),
+                    arm.described,
                     {"rule": arm.rule, "family": arm.family},
                 )
                 for name, arm in config.resolved_arms.items()

@@ -10,9 +10,9 @@ from typing import Any, Self
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from orchestration.experiments.settings import TaskRunSettings
-from pipelines.rewards import import_function
 from pipelines.storage.tasks import Task
 from policies.common.claims import Claim
+from policies.common.user_code import import_function
 from policies.rl.settings import Name, explain
 
 STUDIES: dict[str, str] = {"erase": "orchestration.experiments.erase:Erase"}  # name → import path

@@ -1,18 +1,21 @@
-"""Data rules: what generation t of a self-consuming loop is trained on, as pure functions.
+"""Training sets of a self-consuming loop, by name: which real and which generated samples each generation gets.
 
-A rule maps (loop, generation, sizes, ledger) to a :class:`Manifest`, which names samples without holding them: ranges
-of the real data in a seed's own order, and ranges of what an earlier generation drew. ``Manifest.rows(seed)`` resolves
-it to the exact sample ids of one universe, the same on every machine and at every repetition.
+A data rule (``policies/loops/rules``) and a :class:`Ledger` give a :class:`Manifest`, which names samples without
+holding them: ranges of the real data in a seed's own order, and ranges of what an earlier generation drew.
+``Manifest.rows(seed)`` resolves it to the exact sample ids of one universe, the same on every machine and at every
+repetition.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from policies.common.seeding import derive_seed
-from policies.loops.settings import LoopSettings
+
+if TYPE_CHECKING:
+    from policies.loops.rules import Rule
 
 Role = Literal["real-fixed", "real-fresh", "synthetic"]
 REAL = 0  # the "generation" of real data
@@ -122,25 +125,23 @@ class Ledger:
             )
 
 
-def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[Manifest, Ledger]:
+def mix(loop: "Rule", generation: int, generations: int, ledger: Ledger) -> tuple[Manifest, Ledger]:
     """The training set of ``generation`` (1 to ``generations``), and the ledger after it.
 
     Raises LedgerExhausted if unseen real samples run out, ValueError if the set cannot be drawn or is next to empty.
     """
-    first = generation == 1 or loop.rule == "real_only"  # the control, and generation 1 of every loop: one real set
     try:
-        if first:
+        if generation == 1:
             part, after = ledger.fixed(loop.initial())
             parts = [part]
         else:
-            parts, after = _parts(loop, generation, generations, ledger)
+            parts, after = loop.parts(generation, generations, ledger)
     except LedgerExhausted as error:
         raise LedgerExhausted(
             f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
             f"reference, or allow repeats with real_supply=fresh_with_replacement"
         ) from error
-    # Kazdan et al.'s draw of fixed size, without replacement, from everything so far.
-    subsample = loop.total() if loop.rule == "accumulate_subsample" and not first else None
+    subsample = loop.subsample() if generation > 1 else None
     whole = sum(part.size for part in parts)
     if subsample is not None and subsample > whole:
         raise ValueError(
@@ -153,71 +154,18 @@ def mix(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -
     return manifest, after
 
 
-def training_sets(loop: LoopSettings, generations: int, pool: int | None) -> list[Manifest]:
+def training_sets(loop: "Rule", generations: int, pool: int | None) -> list[Manifest]:
     """What every generation is trained on, given ``pool`` real samples (None: endless). Raises as :func:`mix`."""
-    looked_back_on = {"memory": loop.memory, "weighted_mixture": generations}.get(loop.rule, 1)
-    parts = generations * min(generations, generations if loop.accumulates else looked_back_on)
+    parts = generations * min(generations, loop.looks_back(generations))
     if parts > MOST_PARTS:
         raise ValueError(
-            f"generations is {generations}: with rule {loop.rule} that is {parts} batches of samples to name"
+            f"generations is {generations}: with rule {loop.name()} that is {parts} batches of samples to name"
         )
     ledger, manifests = Ledger(pool), []
     for generation in range(1, generations + 1):
         manifest, ledger = mix(loop, generation, generations, ledger)
         manifests.append(manifest)
     return manifests
-
-
-def _parts(loop: LoopSettings, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
-    """Real samples by the loop's supply, then synthetic ones of earlier generations; parts may be empty.
-
-    Accumulation is the one rule that reads a batch again, which is its definition (Gerstgrasser et al. 2404.01413);
-    augmentation from all generations is the same loop (Alemohammad et al. 2307.01850, on faces).
-    """
-    if loop.rule == "weighted_mixture":
-        return _weighted_mixture(loop, generation, ledger)
-    count, synthetic = loop.sizes(generation, generations)
-    real, ledger = getattr(ledger, loop.supply)(count)
-    real = replace(real, weight=loop.real_weight)
-    if loop.accumulates:
-        return [real, *(Part("synthetic", g, 0, synthetic) for g in range(1, generation))], ledger
-    drawn, ledger = ledger.anew(_synthetic(loop, generation, synthetic))
-    return [real, *drawn], ledger
-
-
-def _synthetic(loop: LoopSettings, generation: int, count: int) -> dict[int, int]:
-    """How many new samples of which earlier generations a training set takes.
-
-    ``memory`` spreads them evenly over the last generations (Alemohammad et al. 2307.01850, figure 30). All other loops
-    take those of the previous one: the fully synthetic one (without real data), augmentation (with a fixed real set),
-    fresh data, and iterative retraining (which goes on from the last weights); in curated and verified loops it is the
-    drawing of samples that differs.
-    """
-    remembered = range(max(1, generation - loop.memory) if loop.rule == "memory" else generation - 1, generation)
-    if 0 < count < len(remembered):
-        raise ValueError(
-            f"generation {generation}: {count} synthetic samples are too few for {len(remembered)} generations: "
-            f"set memory to {count} at most"
-        )
-    return dict(zip(remembered, spread(count, len(remembered)), strict=True))
-
-
-def _weighted_mixture(loop: LoopSettings, generation: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
-    """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
-    counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
-    shares = {str(source): share for source, share in (loop.shares or {}).items()}
-    counts |= largest_remainder(loop.total(), shares)
-    if nothing := [source for source, share in shares.items() if share and not counts[source]]:
-        raise ValueError(f"shares.{nothing[0]} of {loop.total()} samples rounds to none: raise it, or leave it out")
-    fixed, ledger = ledger.fixed(counts["real_fixed"])
-    fresh, ledger = ledger.fresh(counts["real_fresh"])
-    real = [replace(part, weight=loop.real_weight) for part in (fixed, fresh)]
-    if generation == 2:  # nothing earlier yet
-        drawn, ledger = ledger.anew({1: counts["previous"] + counts["earlier"]})
-    else:
-        earlier = enumerate(spread(counts["earlier"], generation - 2), start=1)
-        drawn, ledger = ledger.anew({**dict(earlier), generation - 1: counts["previous"]})
-    return [*real, *drawn], ledger
 
 
 def spread(total: int, parts: int) -> list[int]:

@@ -1,0 +1,160 @@
+"""Code that is found by name: this program's own parts, installed plug-ins, and import paths ``module:Name``."""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_PLACES = 3
+
+
+def described(error: BaseException) -> str:
+    """An exception that was raised by code called from here, in a line: what, and where in whose file, last first."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith("<")]
+    places = []
+    for frame in frames[: -_PLACES - 1 : -1]:
+        file = Path(frame.filename)
+        shown = file.relative_to(_CHECKOUT) if file.is_relative_to(_CHECKOUT) else file
+        places.append(f"{shown}:{frame.lineno} in {frame.name}")
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{said} (at {', called at '.join(places)})" if places else said
+
+
+def import_function(path: str, setting: str, built_in: Iterable[str], what: str = "function") -> Any:
+    """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
+    module_name, separator, function_name = path.partition(":")
+    if not (separator and module_name and function_name):
+        raise ValueError(
+            f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:{what}'"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # an imported module may fail in any way
+        reason = f"module {module_name!r} cannot be imported: {described(error)}"
+        raise ValueError(f"{setting} {path!r}: {reason}") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
+    if not callable(function):
+        raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
+    return function
+
+
+def check_function(
+    path: str, setting: str, asked: Sequence[str], options: Mapping[str, Any] | None, built_in: Iterable[str]
+) -> None:
+    """Raise ValueError unless what ``module:function`` leads to can be called with the arguments ``asked`` and
+    ``options``. Those of a class make the instance that is called; None: no class is wanted. Nothing is called."""
+    own, given = import_function(path, setting, built_in), dict(options or {})
+    if isinstance(own, type) and options is None:
+        raise ValueError(f"{setting} {path!r} is a class: name a function of {', '.join(asked)}")
+    steps = [(own, asked, given)]
+    if isinstance(own, type):
+        if "__call__" not in dir(own):
+            raise ValueError(f"{setting} {path!r}: the class has no __call__(self, {', '.join(asked)})")
+        steps = [(own, (), given), (functools.partial(own.__call__, None), asked, {})]
+    for function, positional, keywords in steps:
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(inspect.unwrap(function)):
+            raise ValueError(f"{setting} {path!r} is async or yields: it has to return its numbers")
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # written in C, some say nothing of their arguments
+            continue
+        try:
+            signature.bind(*positional, **keywords)
+        except TypeError as error:
+            unknown = [name for name in keywords if name not in signature.parameters]
+            near = difflib.get_close_matches(unknown[0], signature.parameters, n=1) if unknown else []
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{setting} {path!r} takes {signature}: {error}{hint}") from error
+
+
+@contextlib.contextmanager
+def calling(names: Sequence[str]) -> Iterator[None]:
+    """Let any failure of the block, which calls code of the import paths ``names``, be a ValueError that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) or not names:
+            raise
+        raise ValueError(f"{' or '.join(names)} failed: {described(error)}") from error
+
+
+class Named:
+    """What a configuration names: a class with ``names`` is found by them, any other by its import path."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def name(cls) -> str:
+        """The first of its names, or its import path."""
+        return cls.names[0] if vars(cls).get("names") else f"{cls.__module__}:{cls.__qualname__}"
+
+
+Kind = TypeVar("Kind", bound=Named)
+
+
+class Registry(Generic[Kind]):
+    """All classes derived from ``base``: those of the modules of ``package``, by their names; those that installed
+    packages offer as entry points of ``group``; and any other by its import path ``module:Name``.
+
+    A class in a new module of the package is found without being entered anywhere. Nothing foreign is imported before
+    it is asked for with :meth:`find`.
+    """
+
+    def __init__(self, base: type[Kind], package: str, group: str, setting: str, besides: Sequence[str] = ()) -> None:
+        self.base, self.group, self.setting = base, group, setting
+        self._package, self._besides = package, besides
+
+    @cached_property
+    def built_in(self) -> dict[str, type[Kind]]:
+        """This program's own, by name."""
+        found: dict[str, type[Kind]] = {}
+        for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+            if module.name in self._besides:
+                continue
+            held = vars(importlib.import_module(f"{self._package}.{module.name}"))
+            kinds = [each for each in held.values() if isinstance(each, type) and issubclass(each, self.base)]
+            found |= {name: kind for kind in kinds for name in vars(kind).get("names", ())}
+        return found
+
+    @cached_property
+    def installed(self) -> dict[str, EntryPoint]:
+        """Entry points of other packages, by name."""
+        return {each.name: each for each in entry_points(group=self.group) if each.name not in self.built_in}
+
+    @property
+    def all_names(self) -> list[str]:
+        """Every name but import paths."""
+        return [*self.built_in, *self.installed]
+
+    def check(self, name: str) -> str:
+        """``name`` as it is. Raises ValueError if it is neither known nor of the form of an import path."""
+        if name not in self.all_names and not all(name.partition(":")):
+            known = ", ".join(map(repr, self.all_names))
+            raise ValueError(f"Input should be {known} or an import path 'module:Name'")
+        return name
+
+    def path(self, name: str) -> str | None:
+        """The import path of what is not this program's own."""
+        return None if name in self.built_in else self.installed[name].value if name in self.installed else name
+
+    def find(self, name: str) -> type[Kind]:
+        """The class. Raises ValueError if an import path leads to none."""
+        path = self.path(name)
+        if path is None:
+            return self.built_in[name]
+        kind = import_function(path, self.setting, self.all_names, "Name")
+        if not (isinstance(kind, type) and issubclass(kind, self.base)):
+            wanted = f"{self.base.__module__}.{self.base.__name__}"
+            raise ValueError(f"{self.setting} {name!r} is not a class derived from {wanted}")
+        return kind

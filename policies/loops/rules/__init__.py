@@ -1,0 +1,226 @@
+"""Data rules: what a generation of a self-consuming loop is trained on, one class a file, settings included.
+
+Names and meanings follow Alemohammad et al., "Self-Consuming Generative Models Go MAD" (2307.01850). A rule of one's
+own is a class derived from :class:`Rule`, named in a configuration by its import path, ``rule=my_module:MyRule``.
+Importable without torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from policies.common.user_code import Named, Registry
+from policies.loops.laws import Covariance, Laws
+from policies.loops.samples import Samples
+from policies.loops.training_sets import Ledger, Part
+from policies.rl.settings import Settings
+
+Supply = Literal["fixed", "fresh", "fresh_with_replacement"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Draw = Callable[..., Samples]  # of how many samples a universe, and, if it is not the batch's, of the first's number
+
+
+class Classifier(Protocol):
+    """What selection may ask about images."""
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Of each image (n, height, width, channels) uint8, the probability of each class: (n, classes)."""
+
+
+class FreshSchedule(Settings):
+    """A fresh fraction that goes linearly from ``first`` at generation 2 to ``last`` at the last generation."""
+
+    first: Share
+    last: Share
+
+
+class Rule(Named, Settings):
+    """A data rule and its settings. Sizes are given as ``n_real`` and ``n_synthetic``, or as ``n_total`` and
+    ``fresh_fraction``. As it stands: real samples by ``supply``, then new samples of the previous generation.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    supplied: ClassVar[bool] = False  # whether real samples may be other than one fixed set
+    fine_tunes: ClassVar[bool] = False  # whether a generation goes on from the last one's weights
+    effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
+    simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
+
+    n_ini: int | None = Field(None, ge=2, description="real samples of generation 1; null: the size of later sets")
+    n_real: int | None = Field(None, ge=0, description="real samples of every later generation")
+    n_synthetic: int | None = Field(None, ge=0, description="synthetic samples of every later generation")
+    n_total: int | None = Field(None, ge=2, description="size N of every later training set; null: n_ini")
+    fresh_fraction: Share | tuple[Share, ...] | FreshSchedule | None = Field(
+        None, description="share of real data in a later set: a number, one a generation from 2 on, or {first, last}"
+    )
+    sampling_bias: float = Field(1.0, gt=0, le=1, description="MAD's λ: 1 is unbiased, less is quality over diversity")
+    real_supply: Supply | None = Field(None, description="where later real samples come from; null: the rule's own")
+    real_weight: float = Field(1.0, ge=1e-6, le=1e6, description="of a real sample in a fit; a synthetic one has 1")
+
+    def check(self) -> None:
+        """Raise ValueError unless the rule has what it needs and nothing that contradicts it."""
+        counts = {"n_real": self.n_real, "n_synthetic": self.n_synthetic}
+        given = [name for name, value in counts.items() if value is not None]
+        total = sum(value for value in counts.values() if value is not None)
+        if self.fresh_fraction is not None and given:
+            raise ValueError(
+                f"sizes are given both ways: fresh_fraction with {' and '.join(given)}; "
+                f"keep n_total and fresh_fraction, or n_real and n_synthetic (set the others to null)"
+            )
+        if self.n_total not in (None, total) and self.is_sized_by(given):
+            raise ValueError(f"n_total is {self.n_total}, but {' + '.join(given)} is {total}: leave one of them out")
+        if problem := self.contradiction():
+            raise ValueError(problem)
+        if self.real_supply not in (None, "fixed") and not self.supplied:
+            raise ValueError(f"rule {self.name()} uses one fixed real set: leave real_supply out, or use rule=fresh")
+        if missing := self.missing():
+            raise ValueError(f"rule {self.name()} needs {missing}")
+
+    def is_sized_by(self, given: Sequence[str]) -> bool:
+        """Whether ``given``, of n_real and n_synthetic, sum to the one size of all later training sets."""
+        return len(given) == 2
+
+    def contradiction(self) -> str | None:
+        """What of the settings the rule has no use for, as a message."""
+        return None
+
+    def missing(self) -> str | None:
+        """What the rule cannot do without, in words."""
+        fraction = self.fresh_fraction is not None and (self.n_ini is not None or self.n_total is not None)
+        counts = self.n_real is not None and self.n_synthetic is not None
+        return None if counts or fraction else "n_real and n_synthetic, or n_total and fresh_fraction"
+
+    def check_family(self, family: str, draws_images: bool) -> None:
+        """Raise ValueError if the rule cannot be applied to samples of the ``family``."""
+
+    @property
+    def functions(self) -> list[str]:
+        """Import paths of a person's own functions that the rule calls."""
+        return []
+
+    def probe(self, values: np.ndarray, labels: np.ndarray | None) -> None:
+        """Call the ``functions`` on two real samples. Raises ValueError or RewardError if they cannot be used."""
+
+    @property
+    def supply(self) -> Supply:
+        """Where the real samples of later generations come from: one fixed set, if nothing else is set."""
+        return self.real_supply or "fixed"
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a generation is trained on all that was drawn before."""
+        return False
+
+    def looks_back(self, generations: int) -> int:
+        """How many earlier generations a training set reads at most."""
+        return generations if self.accumulates else 1
+
+    def initial(self) -> int:
+        """n_ini: the real samples of generation 1."""
+        return self.n_ini if self.n_ini is not None else self.first_size()
+
+    def first_size(self) -> int:
+        """What n_ini is if it is null."""
+        return first_of(self.n_total, first_of(self.n_real, 0) + first_of(self.n_synthetic, 0))
+
+    def total(self) -> int:
+        """N of a rule whose later training sets have one size."""
+        return first_of(self.n_total, self.initial())
+
+    def sizes(self, generation: int, generations: int) -> tuple[int, int]:
+        """(n_real, n_synthetic) of a generation ≥ 2. Raises ValueError for a fraction that is missing or too small."""
+        if self.fresh_fraction is None:
+            return first_of(self.n_real, 0), first_of(self.n_synthetic, 0)
+        fraction, total = self._fraction(generation, generations), self.total()
+        real = round(fraction * total)
+        passing = isinstance(self.fresh_fraction, FreshSchedule) and 2 < generation < generations
+        if 0 < fraction < 1 and real in (0, total) and not passing:
+            raise ValueError(
+                f"generation {generation}: fresh_fraction {fraction:g} of {total} samples rounds to "
+                f"{'none of them real' if real == 0 else 'all of them real'}: one sample is {1 / total:.3g}"
+            )
+        return real, total - real
+
+    def later_sizes(self, generations: int) -> list[tuple[int, int]]:
+        """(n_real, n_synthetic) of generations 2, 3, …"""
+        return [self.sizes(generation, generations) for generation in range(2, generations + 1)]
+
+    def parts(self, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+        """What a generation ≥ 2 is trained on, and the ledger after it; parts may be empty.
+
+        Raises LedgerExhausted, or ValueError if the set cannot be drawn.
+        """
+        count, synthetic = self.sizes(generation, generations)
+        real, ledger = getattr(ledger, self.supply)(count)
+        real = replace(real, weight=self.real_weight)
+        if self.accumulates:
+            return [real, *(Part("synthetic", g, 0, synthetic) for g in range(1, generation))], ledger
+        drawn, ledger = ledger.anew(self.synthetic(generation, synthetic))
+        return [real, *drawn], ledger
+
+    def synthetic(self, generation: int, count: int) -> dict[int, int]:
+        """Of which earlier generations a training set takes how many of its ``count`` new samples."""
+        return {generation - 1: count}
+
+    def subsample(self) -> int | None:
+        """How many samples of its parts a training set draws; None: it is all of them."""
+        return None
+
+    def selection(self) -> dict[str, Any] | None:
+        """How samples are selected, with what that depends on and nothing else: part of the names of tasks, and what
+        :meth:`select` is given. It holds the rule's name as ``rule``. None: samples are drawn plainly."""
+        return None
+
+    @classmethod
+    def select(
+        cls,
+        selection: Mapping[str, Any],
+        draw: Draw,
+        count: int,
+        streams: Sequence[np.random.Generator],
+        classifier: Classifier | None,
+    ) -> Samples:
+        """``count`` selected samples a universe, each of which has one of ``streams``."""
+        raise NotImplementedError
+
+    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+        """What the Gaussian family does on average, for two generations or more; empty where no law is known."""
+        return {}
+
+    def categorical_law(self, generations: int, probabilities: Sequence[float]) -> Laws:
+        """What the categorical family does on average; empty where no law is known."""
+        return {}
+
+    def fresh_supplies(self) -> tuple[Supply, ...]:
+        """The series of arms, by their supply, in which it is one value of the fresh fraction."""
+        return ()
+
+    def once(self, generations: int) -> int | None:
+        """n_synthetic, if all generations have the first one's real set and as many synthetic samples."""
+        sizes = set(self.later_sizes(generations))
+        n_real, n_synthetic = next(iter(sizes)) if len(sizes) == 1 else (None, None)
+        return n_synthetic if n_real == self.initial() and self.supply == "fixed" else None
+
+    def _fraction(self, generation: int, generations: int) -> float:
+        fraction = self.fresh_fraction
+        if isinstance(fraction, FreshSchedule):
+            way = (generation - 2) / max(1, generations - 2)
+            return fraction.first + (fraction.last - fraction.first) * way
+        if isinstance(fraction, tuple):
+            if len(fraction) != generations - 1:
+                raise ValueError(
+                    f"fresh_fraction lists {len(fraction)} values, but {generations} generations need "
+                    f"{generations - 1}: one for each from generation 2 on"
+                )
+            return fraction[generation - 2]
+        return fraction or 0.0
+
+
+def first_of(*sizes: int | None) -> int:
+    """The first that is given. 0 is: not to be confused with null."""
+    return next(size for size in sizes if size is not None)
+
+
+RULES = Registry(Rule, __name__, "ouroboros.rules", "rule")

@@ -1,0 +1,95 @@
+"""A curated loop: of several candidates the one that a reward prefers is likelier to be kept.
+
+Ferbach et al. 2024 (2407.09499), the K-choose-1 model of human curation.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from policies.common.user_code import check_function, described, import_function
+from policies.loops.rules import Classifier, Draw, Rule
+from policies.loops.samples import Samples
+from policies.rl.health import RewardError
+
+BUILT_IN = ("confidence", "first_coordinate")
+
+
+class Curated(Rule):
+    """Real samples by the supply, beside samples of the previous generation curated by a reward."""
+
+    names = ("curated",)
+    supplied = True
+
+    candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
+    reward: str = Field("confidence", description="curated: confidence, first_coordinate, or module:function")
+
+    @property
+    def functions(self) -> list[str]:
+        """The reward, if it is one's own."""
+        return [] if self.reward in BUILT_IN else [self.reward]
+
+    def check_family(self, family: str, draws_images: bool) -> None:
+        """Confidence is a classifier's; one's own reward can be called."""
+        if self.functions:
+            check_function(self.reward, "reward", ("values", "labels"), None, BUILT_IN)
+        if self.reward == "confidence" and not draws_images:
+            raise ValueError(f"reward confidence needs images: for family {family} set reward=first_coordinate")
+
+    def probe(self, values: np.ndarray, labels: np.ndarray | None) -> None:
+        """One's own reward has to answer."""
+        score(self.reward, values, labels)
+
+    def selection(self) -> dict[str, Any]:
+        """The reward and the number of candidates."""
+        return {"rule": "curated", "candidates": self.candidates, "reward": self.reward}
+
+    @classmethod
+    def select(
+        cls,
+        selection: Mapping[str, Any],
+        draw: Draw,
+        count: int,
+        streams: Sequence[np.random.Generator],
+        classifier: Classifier | None,
+    ) -> Samples:
+        """Of the candidates for each sample keep one, by its reward."""
+        drawn, kept = draw(count * selection["candidates"]), []
+        for universe, stream in enumerate(streams):
+            labels = None if drawn.labels is None else drawn.labels[universe]
+            scores = score(selection["reward"], drawn.values[universe], labels, classifier)
+            # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for various labels.
+            choice = curate(scores.reshape(-1, count).T, stream)
+            kept.append(choice * count + np.arange(count))
+        return drawn.take(np.stack(kept))
+
+
+def curate(scores: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+    """Of each row of ``scores`` (n, K), the index (n,) of the one kept: i with probability ∝ exp(score_i), by the
+    Gumbel-max trick."""
+    return np.argmax(scores + stream.gumbel(size=scores.shape), axis=1)
+
+
+def score(
+    reward: str, values: np.ndarray, labels: np.ndarray | None, classifier: Classifier | None = None
+) -> np.ndarray:
+    """One finite reward a sample, float64 (n,). Raises ValueError, or RewardError if one's own function fails."""
+    if reward == "first_coordinate":
+        return values.reshape(len(values), -1)[:, 0].astype(np.float64)
+    if reward == "confidence":
+        assert classifier is not None  # as of all images
+        probabilities = classifier.probabilities(values)
+        sure = probabilities.max(axis=1) if labels is None else probabilities[np.arange(len(labels)), labels]
+        return np.log(np.clip(sure, 1e-12, None))
+    own = import_function(reward, "reward", BUILT_IN)
+    try:
+        scores = np.asarray(own(values, labels), np.float64)
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {reward} failed: {described(error)}") from error
+    if scores.shape != (len(values),) or not np.isfinite(scores).all():
+        raise ValueError(
+            f"reward {reward} must return one finite number a sample, ({len(values)},), not {scores.shape}"
+        )
+    return scores

@@ -1,0 +1,38 @@
+"""The fresh data loop: new real samples at every generation, beside samples of the previous one."""
+
+from policies.loops.laws import Covariance, Laws, fresh
+from policies.loops.rules import Rule, Supply
+
+
+class Fresh(Rule):
+    """n_real new real samples and n_synthetic new synthetic ones."""
+
+    names = ("fresh",)
+    supplied = effective = simulated = True
+
+    def contradiction(self) -> str | None:
+        """A fixed real set."""
+        if self.real_supply != "fixed":
+            return None
+        return "rule fresh draws new real data: for the same real set each time use rule=augmentation"
+
+    @property
+    def supply(self) -> Supply:
+        """Unseen samples, if nothing else is set."""
+        return self.real_supply or "fresh"
+
+    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+        """Known for any sizes."""
+        n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
+        return fresh(
+            generations=generations,
+            n_ini=self.initial(),
+            n_real=n_real,
+            n_synthetic=n_synthetic,
+            sampling_bias=self.sampling_bias,
+            covariance=covariance,
+        )
+
+    def fresh_supplies(self) -> tuple[Supply, ...]:
+        """Its own."""
+        return (self.supply,)

@@ -1,0 +1,54 @@
+"""Any mixture of old and new real data with the previous generation and those before it."""
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from policies.loops.rules import Rule, Share
+from policies.loops.training_sets import Ledger, Part, largest_remainder, spread
+
+Source = Literal["real_fixed", "real_fresh", "previous", "earlier"]
+
+
+class WeightedMixture(Rule):
+    """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
+
+    names = ("weighted_mixture",)
+
+    shares: dict[Source, Share] | None = Field(None, description="weighted_mixture: each source's share of n_total")
+
+    def is_sized_by(self, given: object) -> bool:
+        """Never: by N and the shares."""
+        return False
+
+    def contradiction(self) -> str | None:
+        """Shares that do not sum to 1."""
+        if self.shares and abs(sum(self.shares.values()) - 1) <= 1e-9:
+            return None
+        return "rule weighted_mixture needs shares that sum to 1, such as {real_fixed: 0.3, previous: 0.7}"
+
+    def missing(self) -> str | None:
+        """N."""
+        return None if (self.n_ini, self.n_total) != (None, None) else "n_total or n_ini"
+
+    def looks_back(self, generations: int) -> int:
+        """All of them."""
+        return generations
+
+    def parts(self, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+        """Whole numbers of samples of every source."""
+        counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
+        shares = {str(source): share for source, share in (self.shares or {}).items()}
+        counts |= largest_remainder(self.total(), shares)
+        if nothing := [source for source, share in shares.items() if share and not counts[source]]:
+            raise ValueError(f"shares.{nothing[0]} of {self.total()} samples rounds to none: raise it, or leave it out")
+        fixed, ledger = ledger.fixed(counts["real_fixed"])
+        fresh, ledger = ledger.fresh(counts["real_fresh"])
+        real = [replace(part, weight=self.real_weight) for part in (fixed, fresh)]
+        if generation == 2:  # nothing earlier yet
+            drawn, ledger = ledger.anew({1: counts["previous"] + counts["earlier"]})
+        else:
+            earlier = enumerate(spread(counts["earlier"], generation - 2), start=1)
+            drawn, ledger = ledger.anew({**dict(earlier), generation - 1: counts["previous"]})
+        return [*real, *drawn], ledger
