@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.rl.health import SickNumbers
-from policies.rl.objectives import importance_sampling_loss, score_function_loss
+from policies.rl.objectives.ddpo import importance_sampling_loss, score_function_loss
 from policies.rl.rollouts import Objective
 from policies.rl.settings import TrainingSettings
 from policies.rl.update import PolicyLearner, RatioError, UpdateStatistics

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.rl.learning import OBJECTIVES
 from policies.diffusion.flow import FlowSchedule
+from policies.rl.objectives import ALGORITHMS
 from policies.rl.rollouts import Rollouts
 from policies.rl.settings import TrainingSettings
 from policies.rl.update import PolicyLearner
@@ -63,7 +63,7 @@ def everything() -> tuple[Tensor, Tensor]:
     return torch.arange(IMAGES).repeat_interleave(STEPS - 1), torch.arange(STEPS - 1).repeat(IMAGES)
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("objective", sorted(ALGORITHMS.built_in))
 def test_every_objective_moves_the_model_to_the_reward(objective: str) -> None:
     model, training = NormalModel(), settings(objective, learning_rate=0.1)
     learner = PolicyLearner([model.mean], training, micro_batch=4096)
@@ -72,7 +72,7 @@ def test_every_objective_moves_the_model_to_the_reward(objective: str) -> None:
     for number in range(36):
         rollouts = model.rollouts(near_the_goal, seed=number)
         generator = torch.Generator().manual_seed(number)
-        learner.learn(OBJECTIVES[objective](rollouts, training), IMAGES, steps, generator)
+        learner.learn(ALGORITHMS.find(objective).objective(rollouts, training), IMAGES, steps, generator)
         visited.append(model.mean.item())
     assert sum(visited[-12:]) / 12 == pytest.approx(GOAL, abs=0.15)
     assert visited[0] < 0.15
@@ -80,7 +80,7 @@ def test_every_objective_moves_the_model_to_the_reward(objective: str) -> None:
 
 def test_the_ratio_is_one_before_anything_is_learned() -> None:
     model = NormalModel(0.3)
-    loss, difference = OBJECTIVES["importance_sampling"](
+    loss, difference = ALGORITHMS.find("importance_sampling").objective(
         model.rollouts(near_the_goal), settings("importance_sampling")
     )(*everything())
     assert difference is not None
@@ -89,7 +89,7 @@ def test_the_ratio_is_one_before_anything_is_learned() -> None:
 
 
 def gradient(model: NormalModel, rollouts: Rollouts, training: TrainingSettings) -> float:
-    loss, _ = OBJECTIVES[training.objective](rollouts, training)(*everything())
+    loss, _ = training.algorithm.objective(rollouts, training)(*everything())
     return torch.autograd.grad(loss.mean(), [model.mean])[0].item()
 
 
@@ -128,7 +128,7 @@ def test_every_pass_over_the_images_has_noise_of_its_own(objective: str) -> None
             seen.append((latents - rollouts.schedule.diffuse(rollouts.latents[images, -1], 0 * latents, steps))[order])
             return model(latents, steps, images)
 
-        told = OBJECTIVES[objective](replace(rollouts, network=network), training)
+        told = ALGORITHMS.find(objective).objective(replace(rollouts, network=network), training)
         learner.learn(told, IMAGES, torch.arange(1, STEPS - 1), torch.Generator().manual_seed(0))
         return seen
 
@@ -171,7 +171,9 @@ def test_the_divergence_weighs_as_much_as_it_says() -> None:
     images, steps = everything()
     before = rollouts.latents[images, steps]
     apart = SCHEDULE.divergence(before, model(before, steps, images), rollouts.reference(before, steps, images), steps)
-    loss, _ = OBJECTIVES["importance_sampling"](rollouts, settings("importance_sampling", kl_weight=3.0))(images, steps)
+    loss, _ = ALGORITHMS.find("importance_sampling").objective(
+        rollouts, settings("importance_sampling", kl_weight=3.0)
+    )(images, steps)
     torch.testing.assert_close(loss, 3.0 * apart)
     assert apart.min() > 0
 

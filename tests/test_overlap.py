@@ -25,7 +25,7 @@ from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum, load_weights
 from pipelines.settings import ModelSettings
-from policies.rl.objectives import decoupled_loss, importance_sampling_loss
+from policies.rl.objectives.ddpo import decoupled_loss, importance_sampling_loss
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import RatioError
 from tests.models import PROMPTS

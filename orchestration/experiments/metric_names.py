@@ -42,8 +42,10 @@ def ddpo_metrics(config: Any, prompts: Sequence[str], unseen: Sequence[str]) -> 
     """What a DDPO run of ``config``, on ``prompts`` and those never trained on, reports."""
     names = [f"{part}/{name}" for part, parts in _STEPS.items() for name in parts]
     names += ["images_per_second", "discarded_images", "object_store_bytes", "evaluation/reward"]
-    names += [f"policy/{name}" for name in _RATIO if config.training.objective == "importance_sampling"]
-    names += ["policy/behaviour_kl"] if config.training.depth and not config.training.on_forward_process else []
+    names += [f"policy/{name}" for name in _RATIO if config.training.algorithm.clips_ratio]
+    names += (
+        ["policy/behaviour_kl"] if config.training.depth and not config.training.algorithm.on_forward_process else []
+    )
     names += ["evaluation/kl_to_base"]
     names += ["images/diversity"] if config.training.images_per_prompt > 1 else []
     names += ["evaluation/diversity"] if config.evaluation.images > len(prompts) + len(unseen) else []

@@ -29,20 +29,11 @@ from pipelines.rl.weights import (
 )
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
-from policies.rl.forward_process import negative_aware, reward_weighted
 from policies.rl.group import Group, gathered
 from policies.rl.health import SickNumbers
-from policies.rl.objectives import policy_gradient, replayed
-from policies.rl.rollouts import Network, Rollouts
+from policies.rl.rollouts import Network, Rollouts, replayed
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner, UpdateStatistics, check_reproduced, estimated_kl
-
-OBJECTIVES = {
-    "importance_sampling": policy_gradient,
-    "score_function": policy_gradient,
-    "reward_weighted": reward_weighted,
-    "negative_aware": negative_aware,
-}
 
 _LOSS_SCALE = 2.0**16  # below 6e-8 a gradient in float16 is 0
 SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
@@ -101,13 +92,15 @@ class DiffusionLearner:
         schedule, training = self.policy.schedule, self.training
         before = copied(self.masters)
         rollouts = self._rollouts(trajectory, advantage, before, seed)
-        objective = OBJECTIVES[training.objective](rollouts, training)
+        objective = training.algorithm.objective(rollouts, training)
         steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
         generator, found = torch.Generator().manual_seed(seed), {}
-        if staleness and not training.on_forward_process:
+        if staleness and not training.algorithm.on_forward_process:
             found = self._replay(rollouts, steps, generator)
         # An image that is as good as its prompt's others teaches nothing, but to stay near the first weights.
-        teaching = None if training.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
+        teaching = (
+            None if training.algorithm.on_forward_process or training.kl_weight else torch.from_numpy(advantage != 0)
+        )
         statistics = self.learner.learn(objective, len(advantage), steps, generator, teaching)
         statistics = replace(statistics, staleness=staleness, **found)
         pairs = [(own_part(before[name]), own_part(value)) for name, value in self.masters.items()]
@@ -145,7 +138,7 @@ class DiffusionLearner:
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
         conditions = self.policy.embed(list(unique))
         owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
-        guidance = 1.0 if self.training.on_forward_process else self.sampling.guidance_scale
+        guidance = 1.0 if self.training.algorithm.on_forward_process else self.sampling.guidance_scale
 
         def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
             told = {name: table[owner[images]] for name, table in conditions.items()}
@@ -178,7 +171,7 @@ class DiffusionLearner:
     @property
     def _draws_average(self) -> bool:
         """DiffusionNFT's old policy, which draws, is the average; elsewhere the learned weights draw."""
-        return bool(self.average) and self.training.objective == "negative_aware"
+        return bool(self.average) and self.training.algorithm.average_draws
 
     def weights(self, kind: WeightsKind = "current") -> Weights:
         """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step

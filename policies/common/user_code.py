@@ -111,9 +111,17 @@ class Registry(Generic[Kind]):
     it is asked for with :meth:`find`.
     """
 
-    def __init__(self, base: type[Kind], package: str, group: str, setting: str, besides: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        base: type[Kind],
+        package: str,
+        group: str,
+        setting: str,
+        besides: Sequence[str] = (),
+        by_path: bool = True,
+    ) -> None:
         self.base, self.group, self.setting = base, group, setting
-        self._package, self._besides = package, besides
+        self._package, self._besides, self._by_path = package, besides, by_path
 
     @cached_property
     def built_in(self) -> dict[str, type[Kind]]:
@@ -139,9 +147,9 @@ class Registry(Generic[Kind]):
 
     def check(self, name: str) -> str:
         """``name`` as it is. Raises ValueError if it is neither known nor of the form of an import path."""
-        if name not in self.all_names and not all(name.partition(":")):
-            known = ", ".join(map(repr, self.all_names))
-            raise ValueError(f"Input should be {known} or an import path 'module:Name'")
+        if name not in self.all_names and not (self._by_path and all(name.partition(":"))):
+            known, path = ", ".join(map(repr, self.all_names)), " or an import path 'module:Name'" * self._by_path
+            raise ValueError(f"Input should be {known}{path}")
         return name
 
     def path(self, name: str) -> str | None:

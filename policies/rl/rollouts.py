@@ -49,3 +49,13 @@ class Rollouts:
         ]
         noise = torch.stack(drawn).to(clean)
         return clean, noise, self.schedule.diffuse(clean, noise, steps).to(clean.dtype)
+
+
+@torch.no_grad()
+def replayed(rollouts: Rollouts, network: Network, images: Tensor, steps: Tensor) -> Tensor:
+    """log p of stored transitions under ``network`` − log p of the weights that drew them (batch,)."""
+    before, after = rollouts.latents[images, steps], rollouts.latents[images, steps + 1]
+    output = network(before, steps, images)
+    return (
+        rollouts.schedule.log_prob(before, after, output, steps, rollouts.reduction) - rollouts.log_probs[images, steps]
+    )

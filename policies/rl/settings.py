@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from policies.rl.objectives import ALGORITHMS, Algorithm
+
 
 class Settings(BaseModel):
     """A settings block: frozen, every key known, every number finite."""
@@ -95,8 +97,9 @@ class TrainingSettings(Settings):
     timestep_window: tuple[float, float] = Field(
         (0.0, 1.0), description="part of the denoising to learn from: 0 is noise, 1 the image"
     )
-    objective: Literal["importance_sampling", "score_function", "reward_weighted", "negative_aware"] = Field(
-        "importance_sampling", description="DDPO_IS, DDPO_SF, reward-weighted regression, DiffusionNFT"
+    objective: Annotated[str, AfterValidator(ALGORITHMS.check)] = Field(
+        "importance_sampling",
+        description="what is minimised: DDPO_IS; or score_function, reward_weighted, negative_aware",
     )
     objective_beta: float = Field(
         1.0, gt=0, description="β of reward_weighted (sharpness of the weights) and negative_aware (length of its step)"
@@ -135,14 +138,14 @@ class TrainingSettings(Settings):
         return self.images_per_step // self.updates_per_step
 
     @property
-    def on_forward_process(self) -> bool:
-        """Whether images are noised anew to learn from them, instead of going back the way they came."""
-        return self.objective in ("reward_weighted", "negative_aware")
+    def algorithm(self) -> type[Algorithm]:
+        """The objective's class."""
+        return ALGORITHMS.find(self.objective)
 
     def learnable_steps(self, steps: int, stochastic: Sequence[int]) -> list[int]:
         """Which of ``steps`` denoising steps may be learned from: those in the window, and with a density if needed."""
         first, last = (round(end * steps) for end in self.timestep_window)
-        candidates = range(steps) if self.on_forward_process else stochastic
+        candidates = range(steps) if self.algorithm.on_forward_process else stochastic
         return [step for step in candidates if first <= step < last]
 
     def timesteps_per_image(self, learnable: int) -> int:
@@ -157,11 +160,11 @@ class TrainingSettings(Settings):
                 raise ValueError(f"images_per_step ({images}) must be a multiple of {name} ({parts})")
         if not 0 <= self.timestep_window[0] < self.timestep_window[1] <= 1:
             raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
-        if self.kl_weight and self.on_forward_process:
+        if self.kl_weight and self.algorithm.on_forward_process:
             raise ValueError(f"kl_weight: objective {self.objective} has no density to take it of; set it to 0")
-        if self.objective == "score_function" and (self.updates > 1 or self.depth):
+        if self.algorithm.on_policy and (self.updates > 1 or self.depth):
             raise ValueError(
-                "objective score_function is on-policy: set updates_per_step and inner_epochs to 1, depth to 0, "
+                f"objective {self.objective} is on-policy: set updates_per_step and inner_epochs to 1, depth to 0, "
                 "or use objective importance_sampling"
             )
         return self
