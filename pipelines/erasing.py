@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from pipelines.captioner import Captioner
 from pipelines.denoisers import load_family
 from pipelines.figures.plots import image_grid
-from pipelines.generators.registry import packed, unpacked
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import find, resolve_model
 from pipelines.storage.model_files import ModelFilesError, read_json
 from pipelines.studies import metrics
