@@ -6,6 +6,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "600000"  # Ray's dashboard, which nobody looks at, asks for every process
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
