@@ -127,13 +127,13 @@ class GaussianGenerator(ClosedForm):
         """The loop's own; with one generation, that of real data."""
         if loop.real_weight != 1:
             return {}
-        known, dimension = settings.covariance == "known", settings.dimension
-        how: Any = {"generations": generations, "dimension": dimension, "covariance": settings.covariance}
+        how: Any = {"generations": generations, "sampling_bias": loop.sampling_bias, "covariance": settings.covariance}
+        dimension = settings.dimension
         if generations == 1:
-            found = real_only(n_ini=loop.initial(), sampling_bias=loop.sampling_bias, **how)
+            found = real_only(**how, n_ini=loop.initial(), dimension=dimension)
         else:
-            found = loop.gaussian_law(**how)
-        if known and found:  # nothing but the mean is away from the truth
+            found = loop.gaussian_law(generations, dimension, how)
+        if settings.covariance == "known" and found:  # nothing but the mean is away from the truth
             found |= {"w2_squared": dimension * found["mean_square"], "log_det": np.zeros(generations)}
         return found
 

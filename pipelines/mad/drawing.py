@@ -7,7 +7,7 @@ import numpy as np
 
 from pipelines.generators import Generator
 from policies.common.seeding import derive_seed
-from policies.loops.rules import RULES, Classifier
+from policies.loops.rules import RULES, Classifier, Drawing
 from policies.loops.samples import Samples
 
 
@@ -33,4 +33,4 @@ def draw(
     if selection is None:
         return plainly(count)
     streams = [np.random.default_rng(derive_seed(seed, "curation", generation)) for seed in seeds]
-    return RULES.find(selection["rule"]).select(selection, plainly, count, streams, classifier)
+    return RULES.find(selection["rule"]).select(selection, Drawing(plainly, count, streams, classifier))

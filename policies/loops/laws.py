@@ -14,7 +14,7 @@ variance. Loops and notation: Alemohammad et al., "Self-Consuming Generative Mod
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,14 +28,8 @@ real distribution's own (known): then the mean alone is fitted, and V = 1 in eve
 
 def real_only(*, generations: int, n_ini: int, dimension: int, covariance: Covariance, sampling_bias: float) -> Laws:
     """Every model is fitted to the same ``n_ini`` real samples, so that each generation is a first one."""
-    first = fully_synthetic(
-        generations=1,
-        n_ini=n_ini,
-        n_synthetic=n_ini,
-        dimension=dimension,
-        sampling_bias=sampling_bias,
-        covariance=covariance,
-    )
+    how: Any = {"generations": 1, "sampling_bias": sampling_bias, "covariance": covariance}
+    first = fully_synthetic(**how, n_ini=n_ini, n_synthetic=n_ini, dimension=dimension)
     return {metric: np.repeat(values, generations) for metric, values in first.items()}
 
 

@@ -7,20 +7,19 @@ Importable without torch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from policies.common.user_code import Named, Registry
-from policies.loops.laws import Covariance, Laws
+from policies.loops.laws import Laws
 from policies.loops.samples import Samples
 from policies.loops.training_sets import Ledger, Part
 from policies.rl.settings import Settings
 
 Supply = Literal["fixed", "fresh", "fresh_with_replacement"]
 Share = Annotated[float, Field(ge=0, le=1)]
-Draw = Callable[..., Samples]  # of how many samples a universe, and, if it is not the batch's, of the first's number
 
 
 class Classifier(Protocol):
@@ -28,6 +27,15 @@ class Classifier(Protocol):
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Of each image (n, height, width, channels) uint8, the probability of each class: (n, classes)."""
+
+
+class Drawing(NamedTuple):
+    """What samples are selected from. ``draw`` takes how many a universe, and from which on (the first)."""
+
+    draw: Callable[..., Samples]
+    size: int  # samples that are asked for
+    streams: Sequence[np.random.Generator]  # one a universe
+    classifier: Classifier | None
 
 
 class FreshSchedule(Settings):
@@ -45,6 +53,9 @@ class Rule(Named, Settings):
     names: ClassVar[tuple[str, ...]] = ()
     supplied: ClassVar[bool] = False  # whether real samples may be other than one fixed set
     fine_tunes: ClassVar[bool] = False  # whether a generation goes on from the last one's weights
+    sized_by: ClassVar[int] = (
+        2  # so many of n_real and n_synthetic are the one size of all later sets; 3: there is none
+    )
     effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
     simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
 
@@ -69,7 +80,7 @@ class Rule(Named, Settings):
                 f"sizes are given both ways: fresh_fraction with {' and '.join(given)}; "
                 f"keep n_total and fresh_fraction, or n_real and n_synthetic (set the others to null)"
             )
-        if self.n_total not in (None, total) and self.is_sized_by(given):
+        if self.n_total not in (None, total) and len(given) >= self.sized_by:
             raise ValueError(f"n_total is {self.n_total}, but {' + '.join(given)} is {total}: leave one of them out")
         if problem := self.contradiction():
             raise ValueError(problem)
@@ -77,10 +88,6 @@ class Rule(Named, Settings):
             raise ValueError(f"rule {self.name()} uses one fixed real set: leave real_supply out, or use rule=fresh")
         if missing := self.missing():
             raise ValueError(f"rule {self.name()} needs {missing}")
-
-    def is_sized_by(self, given: Sequence[str]) -> bool:
-        """Whether ``given``, of n_real and n_synthetic, sum to the one size of all later training sets."""
-        return len(given) == 2
 
     def contradiction(self) -> str | None:
         """What of the settings the rule has no use for, as a message."""
@@ -174,19 +181,13 @@ class Rule(Named, Settings):
         return None
 
     @classmethod
-    def select(
-        cls,
-        selection: Mapping[str, Any],
-        draw: Draw,
-        count: int,
-        streams: Sequence[np.random.Generator],
-        classifier: Classifier | None,
-    ) -> Samples:
-        """``count`` selected samples a universe, each of which has one of ``streams``."""
+    def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
+        """Selected samples, of each universe as many as are asked for."""
         raise NotImplementedError
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
-        """What the Gaussian family does on average, for two generations or more; empty where no law is known."""
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
+        """What the Gaussian family does on average in two generations or more; empty where no law is known. ``how`` is
+        what every law is given: generations, sampling_bias, covariance."""
         return {}
 
     def categorical_law(self, generations: int, probabilities: Sequence[float]) -> Laws:

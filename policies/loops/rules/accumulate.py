@@ -3,7 +3,10 @@
 It is the one rule that reads a batch again, which is its definition.
 """
 
-from policies.loops.laws import Covariance, Laws, accumulate
+from collections.abc import Mapping
+from typing import Any
+
+from policies.loops.laws import Laws, accumulate
 from policies.loops.rules import Rule, first_of
 
 
@@ -11,16 +14,12 @@ class Accumulate(Rule):
     """The real set and a batch of n_synthetic samples of every earlier generation."""
 
     names = ("accumulate",)
-
-    def is_sized_by(self, given: object) -> bool:
-        """Never: the sets grow."""
-        return False
+    sized_by = 3
 
     def contradiction(self) -> str | None:
         """A fresh fraction."""
-        if self.fresh_fraction is None:
-            return None
-        return f"rule {self.name()} uses the same real set every time: give n_real, not fresh_fraction"
+        problem = f"rule {self.name()} uses the same real set every time: give n_real, not fresh_fraction"
+        return None if self.fresh_fraction is None else problem
 
     def missing(self) -> str | None:
         """The real set."""
@@ -40,14 +39,7 @@ class Accumulate(Rule):
         """Of the real set and of one batch."""
         return first_of(self.n_real, self.initial()), first_of(self.n_synthetic, self.initial())
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """If generation 1 has the same real set."""
-        if (n_synthetic := self.once(generations)) is None:
-            return {}
-        return accumulate(
-            generations=generations,
-            n_ini=self.initial(),
-            n_synthetic=n_synthetic,
-            sampling_bias=self.sampling_bias,
-            covariance=covariance,
-        )
+        once = self.once(generations)
+        return {} if once is None else accumulate(**how, n_ini=self.initial(), n_synthetic=once)

@@ -1,6 +1,9 @@
 """Accumulation under a budget: a draw of fixed size from all that came before (Kazdan et al., 2410.16713)."""
 
-from policies.loops.laws import Covariance, Laws, accumulate_subsample
+from collections.abc import Mapping
+from typing import Any
+
+from policies.loops.laws import Laws, accumulate_subsample
 from policies.loops.rules import Rule
 from policies.loops.rules.accumulate import Accumulate
 
@@ -23,10 +26,7 @@ class AccumulateSubsample(Accumulate):
         """N."""
         return self.total()
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """If the real set, a batch and N are of one size."""
-        if not self.once(generations) == self.initial() == self.total():
-            return {}
-        return accumulate_subsample(
-            generations=generations, n=self.initial(), sampling_bias=self.sampling_bias, covariance=covariance
-        )
+        alike = self.once(generations) == self.initial() == self.total()
+        return accumulate_subsample(**how, n=self.initial()) if alike else {}

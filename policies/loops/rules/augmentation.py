@@ -1,10 +1,11 @@
 """Synthetic augmentation: the same real set every time, beside samples of the previous generation, or of all."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
-from policies.loops.laws import Covariance, Laws, accumulate, augmentation
+from policies.loops.laws import Laws, accumulate, augmentation
 from policies.loops.rules import Rule, first_of
 
 
@@ -17,9 +18,8 @@ class Augmentation(Rule):
 
     def contradiction(self) -> str | None:
         """A fresh fraction."""
-        if self.fresh_fraction is None:
-            return None
-        return "rule augmentation uses the same real set every time: give n_real, not fresh_fraction"
+        problem = "rule augmentation uses the same real set every time: give n_real, not fresh_fraction"
+        return None if self.fresh_fraction is None else problem
 
     @property
     def accumulates(self) -> bool:
@@ -30,12 +30,10 @@ class Augmentation(Rule):
         """The real set."""
         return first_of(self.n_real, 0) if self.fresh_fraction is None else super().first_size()
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """If generation 1 has the same real set."""
         if (n_synthetic := self.once(generations)) is None:
             return {}
-        how = {"generations": generations, "n_synthetic": n_synthetic}
-        bias = self.sampling_bias
         if self.accumulates:
-            return accumulate(n_ini=self.initial(), sampling_bias=bias, covariance=covariance, **how)
-        return augmentation(n_real=self.initial(), sampling_bias=bias, covariance=covariance, **how)
+            return accumulate(**how, n_ini=self.initial(), n_synthetic=n_synthetic)
+        return augmentation(**how, n_real=self.initial(), n_synthetic=n_synthetic)

@@ -3,14 +3,14 @@
 Ferbach et al. 2024 (2407.09499), the K-choose-1 model of human curation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from policies.common.user_code import check_function, described, import_function
-from policies.loops.rules import Classifier, Draw, Rule
+from policies.loops.rules import Classifier, Drawing, Rule
 from policies.loops.samples import Samples
 from policies.rl.health import RewardError
 
@@ -47,19 +47,13 @@ class Curated(Rule):
         return {"rule": "curated", "candidates": self.candidates, "reward": self.reward}
 
     @classmethod
-    def select(
-        cls,
-        selection: Mapping[str, Any],
-        draw: Draw,
-        count: int,
-        streams: Sequence[np.random.Generator],
-        classifier: Classifier | None,
-    ) -> Samples:
+    def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
         """Of the candidates for each sample keep one, by its reward."""
-        drawn, kept = draw(count * selection["candidates"]), []
-        for universe, stream in enumerate(streams):
+        count, kept = drawing.size, []
+        drawn = drawing.draw(count * selection["candidates"])
+        for universe, stream in enumerate(drawing.streams):
             labels = None if drawn.labels is None else drawn.labels[universe]
-            scores = score(selection["reward"], drawn.values[universe], labels, classifier)
+            scores = score(selection["reward"], drawn.values[universe], labels, drawing.classifier)
             # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for various labels.
             choice = curate(scores.reshape(-1, count).T, stream)
             kept.append(choice * count + np.arange(count))

@@ -1,6 +1,9 @@
 """The fresh data loop: new real samples at every generation, beside samples of the previous one."""
 
-from policies.loops.laws import Covariance, Laws, fresh
+from collections.abc import Mapping
+from typing import Any
+
+from policies.loops.laws import Laws, fresh
 from policies.loops.rules import Rule, Supply
 
 
@@ -21,17 +24,10 @@ class Fresh(Rule):
         """Unseen samples, if nothing else is set."""
         return self.real_supply or "fresh"
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """Known for any sizes."""
         n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
-        return fresh(
-            generations=generations,
-            n_ini=self.initial(),
-            n_real=n_real,
-            n_synthetic=n_synthetic,
-            sampling_bias=self.sampling_bias,
-            covariance=covariance,
-        )
+        return fresh(**how, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic)
 
     def fresh_supplies(self) -> tuple[Supply, ...]:
         """Its own."""

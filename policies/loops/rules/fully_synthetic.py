@@ -1,8 +1,9 @@
 """The fully synthetic loop: real data at generation 1 only, then samples of the previous generation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from policies.loops.laws import Covariance, Laws, categorical, fully_synthetic
+from policies.loops.laws import Laws, categorical, fully_synthetic
 from policies.loops.rules import Rule, Supply, first_of
 
 
@@ -10,10 +11,7 @@ class FullySynthetic(Rule):
     """n_synthetic samples of the previous generation, and no real ones."""
 
     names = ("fully_synthetic",)
-
-    def is_sized_by(self, given: Sequence[str]) -> bool:
-        """One of the two is enough."""
-        return bool(given)
+    sized_by = 1
 
     def contradiction(self) -> str | None:
         """Real data."""
@@ -36,16 +34,10 @@ class FullySynthetic(Rule):
             return super().sizes(generation, generations)
         return 0, first_of(self.n_synthetic, self.total())
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """Bartlett's decomposition gives log det as well."""
-        return fully_synthetic(
-            generations=generations,
-            n_ini=self.initial(),
-            n_synthetic=self.sizes(2, generations)[1],
-            dimension=dimension,
-            sampling_bias=self.sampling_bias,
-            covariance=covariance,
-        )
+        _, later = self.sizes(2, generations)
+        return fully_synthetic(**how, n_ini=self.initial(), n_synthetic=later, dimension=dimension)
 
     def categorical_law(self, generations: int, probabilities: Sequence[float]) -> Laws:
         """Genetic drift, without a bias."""

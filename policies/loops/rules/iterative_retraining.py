@@ -1,6 +1,9 @@
 """Iterative retraining: a generation goes on from the last one's weights (Bertrand et al., 2310.00429)."""
 
-from policies.loops.laws import Covariance, Laws, augmentation
+from collections.abc import Mapping
+from typing import Any
+
+from policies.loops.laws import Laws, augmentation
 from policies.loops.rules import Rule, first_of
 
 
@@ -14,14 +17,7 @@ class IterativeRetraining(Rule):
         """The real set."""
         return first_of(self.n_real, 0) if self.fresh_fraction is None else super().first_size()
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """Augmentation's: a closed form has nothing to go on from."""
-        if (n_synthetic := self.once(generations)) is None:
-            return {}
-        return augmentation(
-            generations=generations,
-            n_real=self.initial(),
-            n_synthetic=n_synthetic,
-            sampling_bias=self.sampling_bias,
-            covariance=covariance,
-        )
+        once = self.once(generations)
+        return {} if once is None else augmentation(**how, n_real=self.initial(), n_synthetic=once)

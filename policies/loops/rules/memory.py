@@ -1,10 +1,11 @@
 """A memory: synthetic samples of the last K generations (Alemohammad et al. 2307.01850, figure 30)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
-from policies.loops.laws import Covariance, Laws, augmentation, fresh
+from policies.loops.laws import Laws, augmentation, fresh
 from policies.loops.rules import Rule
 from policies.loops.training_sets import spread
 
@@ -31,13 +32,11 @@ class Memory(Rule):
             )
         return dict(zip(remembered, spread(count, len(remembered)), strict=True))
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """With new real samples, or with the first generation's."""
-        common: dict[str, Any] = {"sampling_bias": self.sampling_bias, "covariance": covariance}
-        common |= {"generations": generations, "memory": self.memory}
+        common = {**how, "memory": self.memory}
         if self.supply != "fixed":
             n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
             return fresh(**common, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic)
-        if (once := self.once(generations)) is None:
-            return {}
-        return augmentation(**common, n_real=self.initial(), n_synthetic=once)
+        once = self.once(generations)
+        return {} if once is None else augmentation(**common, n_real=self.initial(), n_synthetic=once)

@@ -1,6 +1,9 @@
 """The control: every generation is trained on the first one's real set."""
 
-from policies.loops.laws import Covariance, Laws, real_only
+from collections.abc import Mapping
+from typing import Any
+
+from policies.loops.laws import Laws, real_only
 from policies.loops.rules import Rule
 from policies.loops.training_sets import Ledger, Part
 
@@ -9,10 +12,7 @@ class RealOnly(Rule):
     """The same real samples every time."""
 
     names = ("real_only",)
-
-    def is_sized_by(self, given: object) -> bool:
-        """Never: the size is n_ini."""
-        return False
+    sized_by = 3
 
     def missing(self) -> str | None:
         """n_ini."""
@@ -27,12 +27,6 @@ class RealOnly(Rule):
         part, ledger = ledger.fixed(self.initial())
         return [part], ledger
 
-    def gaussian_law(self, generations: int, dimension: int, covariance: Covariance) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """That of a first generation, at every one."""
-        return real_only(
-            generations=generations,
-            n_ini=self.initial(),
-            dimension=dimension,
-            covariance=covariance,
-            sampling_bias=self.sampling_bias,
-        )
+        return real_only(**how, n_ini=self.initial(), dimension=dimension)

@@ -1,12 +1,12 @@
 """A verified loop: samples are drawn until a classifier has accepted enough (Feng et al. 2024, 2406.07515)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from policies.loops.rules import Classifier, Draw, Rule
+from policies.loops.rules import Drawing, Rule
 from policies.loops.samples import Samples
 
 
@@ -29,15 +29,9 @@ class Verified(Rule):
         return {"rule": "verified", "candidates": self.candidates, "acceptance": self.acceptance}
 
     @classmethod
-    def select(
-        cls,
-        selection: Mapping[str, Any],
-        draw: Draw,
-        count: int,
-        streams: Sequence[np.random.Generator],
-        classifier: Classifier | None,
-    ) -> Samples:
+    def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
         """Draw until enough are accepted, at most ``candidates`` times as many. Raises ValueError."""
+        draw, count, _, classifier = drawing
         assert classifier is not None  # as of all images
         accepted: list[Samples] = []
         found = 0

@@ -15,12 +15,9 @@ class WeightedMixture(Rule):
     """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
 
     names = ("weighted_mixture",)
+    sized_by = 3
 
     shares: dict[Source, Share] | None = Field(None, description="weighted_mixture: each source's share of n_total")
-
-    def is_sized_by(self, given: object) -> bool:
-        """Never: by N and the shares."""
-        return False
 
     def contradiction(self) -> str | None:
         """Shares that do not sum to 1."""

@@ -1,4 +1,4 @@
-"""Objectives: what a step of learning minimises, one class a file; the learner knows none of them by name.
+"""Objectives: what a step of learning minimises, a class each; the learner knows none of them by name.
 
 Importable without torch, which is imported where it is needed.
 """
