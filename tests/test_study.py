@@ -255,7 +255,9 @@ def own_file(tmp_path: Path) -> Iterator[Path]:
     sys.path.remove(str(tmp_path))
 
 
-def test_a_killed_study_of_ones_own_file_loses_nothing(finished: Path, own_file: Path, tmp_path: Path) -> None:
+def test_a_killed_study_of_ones_own_file_loses_nothing(
+    preloaded: None, finished: Path, own_file: Path, tmp_path: Path
+) -> None:
     directory, log = tmp_path / "killed", tmp_path / "log.txt"
     here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(own_file)}
     command = ["study", "study=own_study:Shrink", *TOY[1:], "seconds=0.3", f"output_dir={directory}"]
