@@ -220,7 +220,7 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
     while process.poll() is None or process.poll() in _ends(stage.strikes):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
         if process.poll() is not None:
-            process = start(["resume", str(directory)], log, cluster)
+            process = start(["resume", str(directory)], log, cluster, afresh=True)
         now = committed(directory)
         if stage.strikes and stage.strikes[-1].seconds is None and now > stood:
             stage.strikes[-1].seconds = time.monotonic() - struck
