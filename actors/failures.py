@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import ray
 
-from policies.rl.health import ShortOfMemoryError, SickNumbers
+from policies.rl.health import DegenerateBatch, ShortOfMemoryError
 
 _LINES = 10  # of a dead process's log
 _GET_SECONDS = 25.0
@@ -42,8 +42,8 @@ def _explain(error: Exception, what: str) -> NoReturn:
         raise ActorLost(f"{what}: another learner is gone or late: {str(error).strip().splitlines()[-1]}") from error
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, SickNumbers):
-            raise SickNumbers(f"{what}: {cause}") from error
+        if isinstance(cause, DegenerateBatch):
+            raise DegenerateBatch(f"{what}: {cause}") from error
         if isinstance(cause, ShortOfMemoryError):
             raise MicroBatchTooLarge(f"{what}: {cause}") from error
         if isinstance(cause, ray.exceptions.RayError) and cause is not error:  # what it was to work on is gone

@@ -7,7 +7,7 @@ from torch import Tensor
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_tokenizer, load_whole, quieten, reading
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 
 class Captioner:
@@ -35,12 +35,12 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
-        """Captions of ``images`` (batch, height, width, 3) uint8. Raises SickNumbers if a caption is empty."""
+        """Captions of ``images`` (batch, height, width, 3) uint8. Raises DegenerateBatch if a caption is empty."""
         tokens = self.model.generate(
             pixel_values=self.pixels(images), max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
         )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         captions = [text.strip().removeprefix("[DEC]").strip() for text in texts]  # BLIP's own start token stays
         if not all(captions):
-            raise SickNumbers(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
+            raise DegenerateBatch(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
         return captions

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from policies.rl.advantages import PromptStatistics, advantages, weighted_sum
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from policies.rl.settings import AdvantageSettings
 
 PROMPTS = ["cat", "dog", "cat", "dog", "cat", "dog"]
@@ -68,12 +68,12 @@ def test_equal_sums_of_several_rewards_teach_exactly_nothing(baseline: str) -> N
 
 
 def test_rewards_too_large_to_be_squared_are_sick() -> None:
-    with pytest.raises(SickNumbers, match="scale the reward down"):
+    with pytest.raises(DegenerateBatch, match="scale the reward down"):
         compute(np.array([1e200, -1e200, 1, 2, 3, 4]), PROMPTS)
 
 
 def test_a_reward_that_says_the_same_of_all_is_sick() -> None:
-    with pytest.raises(SickNumbers, match=r"all 6 rewards are 0\.7"):
+    with pytest.raises(DegenerateBatch, match=r"all 6 rewards are 0\.7"):
         compute(np.full(6, 0.7), PROMPTS)
 
 
@@ -83,7 +83,7 @@ def test_sums_that_differ_by_rounding_alone_are_sick(weights: tuple[float, ...])
     scores = {"a": np.array([0.1, 0.3] * 3), "b": np.full(6, 0.2), "c": np.array([0.3, 0.1] * 3)}
     terms = np.array([weight * scores[name] for name, weight in zip("abc", weights, strict=True)])
     assert len(set(terms.sum(axis=0))) == 2
-    with pytest.raises(SickNumbers, match="all 6 rewards are"):
+    with pytest.raises(DegenerateBatch, match="all 6 rewards are"):
         compute(weighted_sum(scores, dict(zip("abc", weights, strict=True))), PROMPTS)
 
 
@@ -101,7 +101,7 @@ def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
     history = PromptStatistics(32)
     rewards = REWARDS.copy()
     rewards[3] = bad
-    with pytest.raises(SickNumbers, match=r"image 3 \('dog'\)"):
+    with pytest.raises(DegenerateBatch, match=r"image 3 \('dog'\)"):
         compute(rewards, PROMPTS, history)
     assert history.state() == {}
 

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.generators.diffusion import DiffusionGenerator, DiffusionSettings
 from policies.loops.samples import Samples
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 TINY = DiffusionSettings(channels=8, training_steps=3, batch_size=4, timesteps=10, sampling_steps=2)
 
@@ -163,5 +163,5 @@ def test_numbers_that_are_not_finite_are_no_images(generator: DiffusionGenerator
     with torch.no_grad():
         for parameter in generator.unet.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(SickNumbers, match="draws NaN or infinite numbers"):
+    with pytest.raises(DegenerateBatch, match="draws NaN or infinite numbers"):
         generator.sample(2, [0], 1.0)

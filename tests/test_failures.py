@@ -20,7 +20,7 @@ from pipelines.rewards import RewardError
 from pipelines.rl.trajectory import Trajectory
 from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import Task, TaskStore
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 
 class Member:
@@ -30,7 +30,7 @@ class Member:
         raise ValueError("no such colour")
 
     def is_sick(self) -> None:
-        raise SickNumbers("the loss is nan")
+        raise DegenerateBatch("the loss is nan")
 
     def dies(self) -> None:
         print("the last thing it said", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ def member(ray_session: None) -> Any:
     ("method", "kind", "message"),
     [
         ("fails", ActorFailure, "step 3: ValueError: no such colour"),
-        ("is_sick", SickNumbers, "step 3: the loss is nan"),
+        ("is_sick", DegenerateBatch, "step 3: the loss is nan"),
         ("dies", ActorLost, "step 3: .*its last lines: .*the last thing it said"),
         ("hangs", ActorLost, "step 3: nothing finished within 1 s"),
     ],

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines.generators.gan import GanGenerator, GanSettings, critic_loss, pairing_loss
 from policies.loops.samples import Samples
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 TINY = GanSettings(width=4, latent=6, steps=3, batch_size=8)
 
@@ -150,5 +150,5 @@ def test_numbers_that_are_not_finite_are_no_images(generator: GanGenerator) -> N
     with torch.no_grad():
         for parameter in generator.networks.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(SickNumbers, match="draws NaN or infinite numbers"):
+    with pytest.raises(DegenerateBatch, match="draws NaN or infinite numbers"):
         generator.sample(2, [0], 1.0)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from orchestration.experiments.ddpo.generate import generate, image_name
 from orchestration.runs.config import ConfigError
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from tests.models import PROMPTS, build_tiny_pipeline
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=80)
@@ -56,6 +56,6 @@ def test_every_prompt_and_seed_has_its_file(tmp_path: Path, capsys: pytest.Captu
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     held = load_file(weights)
     save_file({**held, "conv_in.bias": held["conv_in.bias"] * np.float32("nan")}, weights)
-    with pytest.raises(SickNumbers, match="is NaN or infinite after 1 of 10 denoising steps"):
+    with pytest.raises(DegenerateBatch, match="is NaN or infinite after 1 of 10 denoising steps"):
         generate(model, prompts[:1], [2], tmp_path / "images")
     assert len(list((tmp_path / "images").iterdir())) == 3

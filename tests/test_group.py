@@ -18,7 +18,7 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from policies.rl.group import DivergedError, Group, gathered, meeting_place
-from policies.rl.health import ShortOfMemoryError, SickNumbers
+from policies.rl.health import DegenerateBatch, ShortOfMemoryError
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner, RatioError
 from tests.models import PROMPTS, build_tiny_sd3
@@ -213,7 +213,7 @@ def test_what_one_learner_finds_all_raise(models: Any, pool: list[Pool]) -> None
     trajectory.latents[5] = np.nan
     with_any_ratio = ONE_UPDATE.model_copy(update=AT_ANY_RATIO)
     for outcome in what_comes_of(pool, 3, learn, models["unet"], with_any_ratio, trajectory):
-        assert isinstance(outcome, SickNumbers)
+        assert isinstance(outcome, DegenerateBatch)
         assert "gradient's norm is nan" in str(outcome)
 
 

@@ -25,7 +25,7 @@ from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.run import DiskError
 from pipelines.storage.checkpoint import CheckpointStore
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
 from tests.rewards import HANG
@@ -287,8 +287,8 @@ def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_s
     assert [line["sick"] for line in lines] == [1, 1]
     assert summary(tmp_path / "run")["reward_before"] == summary(tmp_path / "run")["reward_after"]
     stops = DdpoRun.create(configure(overrides, f"output_dir={tmp_path / 'stopped'}"))
-    with pytest.raises(SickNumbers, match="all rewards are alike"):
-        stops.skip_update(SickNumbers("all rewards are alike"))
+    with pytest.raises(DegenerateBatch, match="all rewards are alike"):
+        stops.skip_update(DegenerateBatch("all rewards are alike"))
 
 
 def test_a_fork_begins_where_its_source_stood_with_any_number_of_samplers(

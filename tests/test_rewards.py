@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from pipelines.rewards import RewardError, load_reward, parse_options, score
 from pipelines.rewards.jpeg import jpeg_kilobytes
 from pipelines.rewards.text import BertScore, BertScoreOptions, CosineOptions, SentenceCosine
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from tests.models import build_tiny_encoder
 
 COLOURS, NUMBERS, GROUNDS = ("red", "orange", "purple"), ("seven", "two", "nine"), ("black", "white", "gray")
@@ -227,7 +227,7 @@ def test_an_import_path_that_leads_nowhere(path: str, message: str) -> None:
     ],
 )
 def test_what_is_not_one_finite_number_an_image_is_an_error(scores: object, message: str) -> None:
-    with pytest.raises((RewardError, SickNumbers), match=message):
+    with pytest.raises((RewardError, DegenerateBatch), match=message):
         score(lambda images, prompts, captions: scores, noisy_images()[:3], ["one", "two", "three"], None)  # type: ignore[arg-type, return-value]
 
 

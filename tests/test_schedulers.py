@@ -19,7 +19,7 @@ from pipelines.denoisers.stable_diffusion_3 import StableDiffusion3
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import ModelFilesError
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from policies.rl.settings import SamplingSettings
 from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
@@ -202,12 +202,14 @@ def test_numbers_that_are_not_finite_are_no_image(tmp_path: Path) -> None:
     policy = DiffusionPolicy(model, SamplingSettings(steps=3))
     with torch.no_grad():
         policy.network.conv_out.bias[0] = torch.nan
-    with pytest.raises(SickNumbers, match=r"'a red seven.*', seed 5, is NaN or infinite after 1 of 3 denoising steps"):
+    with pytest.raises(
+        DegenerateBatch, match=r"'a red seven.*', seed 5, is NaN or infinite after 1 of 3 denoising steps"
+    ):
         policy.rollout([PROMPTS[0]], [5])
     with torch.no_grad():
         policy.network.conv_out.bias[0] = 0
         policy.family.pipeline.vae.decoder.conv_out.bias[0] = torch.inf
-    with pytest.raises(SickNumbers, match="autoencoder makes 1 of 1 images NaN or infinite"):
+    with pytest.raises(DegenerateBatch, match="autoencoder makes 1 of 1 images NaN or infinite"):
         policy.rollout([PROMPTS[0]], [5])
 
 

@@ -26,7 +26,7 @@ class RewardActor(Worker):
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:
         """Scores (batch,) float64. Nothing is scored as zero: a function that fails is asked again, a few times.
 
-        Raises RewardError with its last reason, or SickNumbers.
+        Raises RewardError with its last reason, or DegenerateBatch.
         """
         from pipelines.rewards import RewardError, score
 

@@ -83,7 +83,7 @@ class Run:
             self.manifest["mlflow_run_id"] = self.tracker.run_id
             self.begins_in_mlflow = self.tracker.run_id != known
             self._status("RUNNING")
-            self.opened()
+            self.on_start()
             if changes := self.manifest.get("changes"):
                 self.tracker.tags({f"changed/after step {each['step']}": str(each) for each in changes})
         except BaseException as error:
@@ -132,12 +132,12 @@ class Run:
         what = f"{error.filename or self.directory}: {error.strerror} ({free / 1e9:.1f} GB free)"
         return DiskError(f"{what}; the last commit stands: mend that, then 'ouroboros resume {self.directory}'")
 
-    def introduce(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+    def log_params(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
         """Tell MLflow what this run is."""
         common = {key: self.manifest[key] for key in ("loop", "git_commit")} | {"run_directory": str(self.directory)}
         self.tracker.describe(parameters, common | dict(tags), note)
 
-    def opened(self) -> None:
+    def on_start(self) -> None:
         """What a loop does once its tracker is there."""
 
     def progress(self) -> str:

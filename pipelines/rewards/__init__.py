@@ -121,7 +121,7 @@ def _parsed(kind: type[Reward], name: str, given: Mapping[str, Any]) -> Reward:
 def score(
     function: RewardFunction, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None
 ) -> np.ndarray:
-    """Call a reward function and check what it returns: scores (batch,) float64. Raises RewardError or SickNumbers."""
+    """Call a reward function and check what it gives: scores (batch,) float64. Raises RewardError, DegenerateBatch."""
     try:
         scores = np.asarray(function(images, prompts, captions), dtype=np.float64)
     except RewardError:

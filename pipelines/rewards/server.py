@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipelines.rewards import Reward, RewardError, RewardFunction, score
 from pipelines.rewards.remote import Query, Scores
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 MAX_BODY, MAX_HELD = 2**29, 2**30  # bytes of a query, and of all that are under way
 MAX_PIXELS = 2**28  # of all images of a query together
@@ -145,7 +145,7 @@ def build_app(name: str, function: RewardFunction, options: Reward, token: str |
             with one_at_a_time:  # also of what is decoded
                 images = decode(query.images)
                 return Scores(scores=score(function, images, query.prompts, query.captions).tolist())
-        except (RewardError, SickNumbers) as error:
+        except (RewardError, DegenerateBatch) as error:
             raise HTTPException(500, str(error)) from error
 
     return app

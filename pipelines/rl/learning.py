@@ -30,7 +30,7 @@ from pipelines.rl.weights import (
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from policies.rl.group import Group, gathered
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from policies.rl.rollouts import Network, Rollouts, replayed
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner, UpdateStatistics, check_reproduced, estimated_kl
@@ -81,7 +81,7 @@ class DiffusionLearner:
         """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
 
         At depth 1 they may be of the version before: it is replayed on a micro-batch of them, to give what is stored.
-        Raises ValueError on a trajectory of other weights, RatioError and SickNumbers as the policies do.
+        Raises ValueError on a trajectory of other weights, RatioError and DegenerateBatch as the policies do.
         """
         staleness = self.weights_version - trajectory.weights_version
         if staleness and (staleness != 1 or not self.previous):
@@ -109,9 +109,9 @@ class DiffusionLearner:
         changed = sum(different)
         if not changed and self.training.on_sick_numbers == "stop":
             why = "check the learning rate" if np.any(advantage) else "no image is better than what it is compared with"
-            raise SickNumbers(f"the step's updates changed no tensor: {why}")
+            raise DegenerateBatch(f"the step's updates changed no tensor: {why}")
         if sick:
-            raise SickNumbers("a weight is no longer finite: lower the learning rate and resume")
+            raise DegenerateBatch("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
         if training.depth:
             self.previous = copied(self.average) if self._draws_average else before

@@ -17,7 +17,7 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import swapped
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import reading
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from policies.rl.settings import SamplingSettings
 
 _KEPT_BYTES = 2**30  # of prompts' conditions, in the machine's memory
@@ -115,7 +115,7 @@ class DiffusionPolicy:
             if not finite.all():
                 when = f"after {finite.argmin()} of {len(finite) - 1} denoising steps"
                 whose = f"the image of {prompts[image]!r}, seed {seeds[image]}"
-                raise SickNumbers(f"{whose}, is NaN or infinite {when}: {self._remedy}")
+                raise DegenerateBatch(f"{whose}, is NaN or infinite {when}: {self._remedy}")
         return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
@@ -140,10 +140,12 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8. Raises SickNumbers."""
+        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8. Raises DegenerateBatch."""
         pixels = self.family.decode(latents).float()
         if bad := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
-            raise SickNumbers(f"the autoencoder makes {bad} of {len(pixels)} images NaN or infinite: {self._remedy}")
+            raise DegenerateBatch(
+                f"the autoencoder makes {bad} of {len(pixels)} images NaN or infinite: {self._remedy}"
+            )
         pixels = (pixels / 2 + 0.5).clamp(0, 1)
         return (pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from policies.rl.health import ROUNDING, SickNumbers, check_rewards
+from policies.rl.health import ROUNDING, DegenerateBatch, check_rewards
 from policies.rl.settings import AdvantageSettings
 
 _EPSILON = 1e-6  # keeps a prompt whose images all scored the same at advantage 0, not at 0/0
@@ -54,7 +54,7 @@ def advantages(
 
     ``history`` is updated with these rewards first, as in the reference implementation of the paper.
     A reward that equals all that it is compared with has an advantage of exactly 0: it teaches nothing.
-    Raises SickNumbers on rewards that are not finite, too large to be squared, or all equal.
+    Raises DegenerateBatch on rewards that are not finite, too large to be squared, or all equal.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     check_rewards(rewards, prompts)
@@ -80,5 +80,5 @@ def _mean_and_std(rewards: np.ndarray) -> tuple[float, float]:
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(rewards.mean()), float(rewards.std())
     if not np.isfinite(std):
-        raise SickNumbers("the rewards are too large for their mean and deviation: scale the reward down")
+        raise DegenerateBatch("the rewards are too large for their mean and deviation: scale the reward down")
     return mean, std

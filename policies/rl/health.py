@@ -13,7 +13,7 @@ class RewardError(RuntimeError):
     """A reward function failed or did not return one number an image. It is never scored as zero."""
 
 
-class SickNumbers(RuntimeError):  # noqa: N818
+class DegenerateBatch(RuntimeError):  # noqa: N818
     """Rewards, captions or gradients from which no update should be made."""
 
 
@@ -22,22 +22,24 @@ class ShortOfMemoryError(RuntimeError):
 
 
 def check_drawn(finite: bool) -> None:
-    """Raise SickNumbers unless what a trained generator draws is ``finite``: as bytes it would look like an image."""
+    """Raise DegenerateBatch unless what a generator draws is ``finite``: as bytes it would look like an image."""
     if not finite:
-        raise SickNumbers(
+        raise DegenerateBatch(
             "the generator draws NaN or infinite numbers: its training went wrong, lower its learning rate"
         )
 
 
 def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
-    """Raise SickNumbers if one of ``rewards`` (images,) is not finite."""
+    """Raise DegenerateBatch if one of ``rewards`` (images,) is not finite."""
     if not np.isfinite(rewards).all():
         bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
-        raise SickNumbers(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad]}: check the reward function")
+        raise DegenerateBatch(
+            f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad]}: check the reward function"
+        )
 
 
 def check_rewards(rewards: np.ndarray, prompts: Sequence[str]) -> None:
-    """Raise SickNumbers if one of a step's ``rewards`` (images,) is not finite, or all are equal but for rounding."""
+    """Raise DegenerateBatch if one of the ``rewards`` (images,) is not finite, or all are equal but for rounding."""
     check_finite(rewards, prompts)
     if len(rewards) > 1 and np.ptp(rewards / 2) <= ROUNDING * np.abs(rewards / 2).max():  # halves do not overflow
-        raise SickNumbers(f"all {len(rewards)} rewards are {rewards[0]:g}: this reward tells no image from another")
+        raise DegenerateBatch(f"all {len(rewards)} rewards are {rewards[0]:g}: this reward tells no image from another")

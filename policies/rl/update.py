@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.rl.group import Group, gathered
-from policies.rl.health import ShortOfMemoryError, SickNumbers
+from policies.rl.health import DegenerateBatch, ShortOfMemoryError
 from policies.rl.rollouts import Objective
 from policies.rl.settings import TrainingSettings
 
@@ -151,7 +151,7 @@ class PolicyLearner:
             self.optimizer.step()
             self.moved = True
         elif self.settings.on_sick_numbers == "stop":
-            raise SickNumbers(f"the gradient's norm is {norm.item()}: no update was made")
+            raise DegenerateBatch(f"the gradient's norm is {norm.item()}: no update was made")
         return _Update(loss, difference, float(norm), errors)
 
     def _summed(

@@ -20,7 +20,7 @@ from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.run import going_on
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics, advantages
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 from policies.rl.over_optimisation import point_to_keep
 
 
@@ -79,7 +79,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
             with run.stage("reward"):
                 rewards = workers.score(rollout)
                 advantage = advantages(rewards, rollout.prompts, config.advantage, history)
-        except SickNumbers as degenerate:
+        except DegenerateBatch as degenerate:
             metrics = run.skip_update(degenerate)
         else:
             with run.stage("learn"):

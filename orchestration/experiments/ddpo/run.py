@@ -25,7 +25,7 @@ from orchestration.runs.timeline import append_spans
 from orchestration.tracking.tracker import FIRST_LOOK
 from pipelines.storage.atomic import append_durably, as_lines, cut_lines, read_lines, with_digest, write_durably
 from pipelines.storage.checkpoint import CheckpointStore, LearnerState
-from policies.rl.health import SickNumbers
+from policies.rl.health import DegenerateBatch
 
 StepCallback = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
@@ -160,14 +160,14 @@ class DdpoRun(Run):
         self.manifest["discarded_images"] = self.manifest.get("discarded_images", 0) + lost
         self.manifest["asked_steps"] = self.step
 
-    def opened(self) -> None:
+    def on_start(self) -> None:
         """Send again what MLflow may have missed, and tell of damage."""
         for damage in self.store.damaged:
             self.display.say(f"warning: {damage}; the commit before it is used")
         for damage in self.damaged:
             self.display.say(f"warning: {damage}; that step is left out of the journal, what MLflow knows of it stands")
         if self.manifest["resolved"] and (self.begins_in_mlflow or self.manifest.get("adopted")):
-            self._introduce()
+            self._log_params()
         for line in self.history:
             self._deliver(line)
 
@@ -181,17 +181,17 @@ class DdpoRun(Run):
         resolved = {"micro_batch": micro_batch, "learners": learner.count, "learner_threads": learner.threads}
         self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
         self._status("RUNNING")
-        self._introduce()
+        self._log_params()
         digest = sha256("\n".join(prompts).encode()).hexdigest()
         self.tracker.dataset("prompts", digest, self.config.prompts, {"prompts": len(prompts)})
 
-    def _introduce(self) -> None:
+    def _log_params(self) -> None:
         config = self.config
         tags = {"model": config.model.path, "reward": config.reward.title, "seed": str(config.seed)}
         size = f"{config.training.steps} steps of {config.training.images_per_step} images"
         note = f"**{config.name}**: {size} and `{config.reward.title}` teach `{config.model.path}`."
         resolved = {key: value for key, value in self.manifest["resolved"].items() if key != "actors"}  # too many
-        self.introduce({**self.manifest["config"], "resolved": resolved}, tags, note)
+        self.log_params({**self.manifest["config"], "resolved": resolved}, tags, note)
 
     def remaining_steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0."""
@@ -225,7 +225,7 @@ class DdpoRun(Run):
                 self.display.say(f"{change}: what follows is equal up to rounding")
         self.display.step(self.step, line)
 
-    def skip_update(self, sick: SickNumbers) -> dict[str, float]:
+    def skip_update(self, sick: DegenerateBatch) -> dict[str, float]:
         """Metrics of a step whose numbers allow no update. Raises ``sick`` unless such steps are to be skipped."""
         if self.config.training.on_sick_numbers == "stop":
             raise sick

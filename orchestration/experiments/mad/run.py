@@ -74,7 +74,7 @@ class MadRun(TaskRun):
             self._waiting[generation.measure.key].append(generation)
         self._measured: dict[tuple[str, int], int] = defaultdict(int)  # seeds by (arm, generation)
 
-    def opened(self) -> None:
+    def on_start(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
         config = self.config
         flat = {key: value for key, value in self.manifest["config"].items() if key != "arms"}
@@ -82,7 +82,7 @@ class MadRun(TaskRun):
         kinds = {key: ", ".join(sorted({getattr(arm, key) for arm in arms})) for key in ("family", "rule")}
         size = f"{len(arms)} arms × {len(config.seed_list)} seeds × {config.generations} generations"
         note = f"**{config.name}**: {size}. Each arm is a run below this one; `report.html` is among the artifacts."
-        self.introduce(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
+        self.log_params(flat | {"arms": ", ".join(config.resolved_arms)}, kinds, note)
         self.open_arms(
             {
                 name: (

@@ -50,12 +50,12 @@ class StudyRun(TaskRun):
         self._left = {pair: len(tasks) for pair, tasks in plan.tasks.items()}
         self._latest: dict[str, int] = defaultdict(int)  # by arm, when its last result came, in ms
 
-    def opened(self) -> None:
+    def on_start(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
         config = self.config
         size = f"{len(config.arms)} arms × {len(config.seed_list)} seeds, {len(self.plan.order)} tasks"
         note = f"**{config.name}** ({config.study}): {size}. Its claims are tags, and in the artifact `report.html`."
-        self.introduce(self.manifest["config"], {"study": config.study}, note)
+        self.log_params(self.manifest["config"], {"study": config.study}, note)
         tags = {"study": config.study}
         self.open_arms({arm: ({"arm": arm}, tags) for arm in config.arms}, config.seed_list)
 

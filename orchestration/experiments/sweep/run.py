@@ -72,10 +72,10 @@ class SweepRun(Run):
         used = {trial.name: told[-1]["images"] for trial in begun if (told := reports(config, trial))}
         self.budget = Budget(config.budget, self._wall_before, used)
 
-    def opened(self) -> None:
+    def on_start(self) -> None:
         """Tell MLflow what is swept."""
         tags = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
-        self.introduce(self.manifest["config"], tags)
+        self.log_params(self.manifest["config"], tags)
 
     def __exit__(self, *error: Any) -> None:
         try:
