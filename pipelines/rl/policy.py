@@ -140,7 +140,7 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (batch, channels, height, width) to images (batch, height, width, 3) uint8. Raises DegenerateBatch."""
+        """Latents (batch, channels, height, width) as (batch, height, width, 3) uint8. Raises DegenerateBatch."""
         pixels = self.family.decode(latents).float()
         if bad := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
             raise DegenerateBatch(
