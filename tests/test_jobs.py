@@ -198,7 +198,7 @@ def test_no_secret_is_written_down(head: Head) -> None:
         (["mad", "n_inni=3"], "unknown key 'n_inni'; did you mean 'n_ini'?"),
         (["ddpo", "training.steps=0"], r"training\.steps: "),
         (["sweep", "search=everything"], "search: "),
-        (["generate", "models/digits"], "a job runs ddpo, mad, sweep or resume, not 'generate'"),
+        (["generate", "models/digits"], "a job runs ddpo, mad, study, sweep or resume, not 'generate'"),
         (["resume", "runs/one"], "RUN 'runs/one' would lie in the directory that Ray removes"),
         (["ddpo", "output_dir=runs/one"], "output_dir 'runs/one' would lie"),
         (["ddpo", "tracking.uri=sqlite:///mlflow.db"], r"tracking\.uri 'mlflow\.db' would lie"),
