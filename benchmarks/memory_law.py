@@ -60,7 +60,7 @@ def main() -> int:
         reached, exact = limit(values), float(limit(laws(arm, config.generations)["w2_squared"][None])[0])
         apart = (reached.mean() - exact) / (reached.std(ddof=1) / np.sqrt(len(reached)))
         worth = effective_samples(arm, {"w2_squared": values}, config)["n_e_over_n_r"]
-        n_real, _ = arm.sizes(2, config.generations)
+        n_real, _ = arm.loop.sizes(2, config.generations)
         law, end = (arm.dimension / each / n_real for each in (exact, laws(arm, 2000)["w2_squared"][-1]))
         interval = f"[{worth['low']:.2f}, {worth['high']:.2f}]"
         print(
