@@ -11,6 +11,7 @@ One process, without Ray. Evaluations on record in DIRECTORY are not made again;
 import argparse
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from orchestration.runs.config import load_config
 from orchestration.runs.manifest import git_commit
 from pipelines.data.prompts import read_prompts
 from pipelines.erasing import Prompts
+from pipelines.storage.locations import fingerprint
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics
 
@@ -53,7 +55,7 @@ def evaluations(overrides: list[str], concept: str, steps: int) -> Iterator[Line
 def curve(file: Path, lines: Iterator[Line], goal: float) -> list[Line]:
     """The evaluations until the goal is passed or steps are over, of the file if it holds them whole."""
     if file.exists():
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
+        return json.loads(file.read_text())
     found: list[Line] = []
     for line in lines:
         found.append(line)
@@ -83,14 +85,16 @@ def main() -> None:
         own = [f"model.path={model}", f"prompts={prompts}", f"seed={seed}", *overrides]
         return evaluations(own, arguments.concept, steps)
 
-    base = curve(arguments.out / f"{arguments.concept}-base.json", lines(arguments.base, 0, 0), 1.0)[0]["rate"]
+    def record(model: str, seed: int, steps: int) -> Path:
+        """Where the evaluations of a model are kept: a name for all that they depend on."""
+        known = [fingerprint(model)["sha256"], CONFIG.read_text(), named, seed, steps, overrides]
+        return arguments.out / f"{arguments.concept}-{sha256(json.dumps(known).encode()).hexdigest()[:12]}.json"
+
+    base = curve(record(arguments.base, 0, 0), lines(arguments.base, 0, 0), 1.0)[0]["rate"]
     print(f"commit {git_commit()}: {arguments.concept} in {arguments.model}, back at a rate above {base / 2:.3f}")
     for seed in range(arguments.seeds):
-        file, ahead = (
-            arguments.out / f"{arguments.concept}-{seed}.json",
-            lines(str(arguments.model), seed, arguments.steps),
-        )
-        found = curve(file, ahead, base / 2)
+        place = str(arguments.model), seed, arguments.steps
+        found = curve(record(*place), lines(*place), base / 2)
         last = found[-1]
         back = "back" if last["rate"] > base / 2 else "not back"
         spent = f"{last['steps']} steps, {last['queries']} reward queries"
