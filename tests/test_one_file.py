@@ -49,7 +49,7 @@ class Brightness(Reward):
         return lambda images, prompts, captions: np.maximum(images.mean(axis=(1, 2, 3)) / 255 - self.above, 0)
 '''
 OWN = ["rule=my_rule:EveryOther", "family=my_generator:Uniform", "n_ini=20", "seeds=[3, 4]", "generations=3"]
-OF_RULE = "options.my_rule:EveryOther"
+OF_RULE = "my_rule:EveryOther"
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def planned(config: MadConfig) -> list[Any]:
 
 
 def test_a_rule_and_a_generator_run(place: Path) -> None:
-    config = read("options.my_generator:Uniform.top=3.0")
+    config = read("my_generator:Uniform.top=3.0")
     assert not (place / "imported").exists()  # a configuration alone imports nothing
     generations = planned(config)
     roles = [[(part.role, part.generation, part.size) for part in each.manifest.parts] for each in generations]
@@ -92,11 +92,14 @@ def test_a_rule_and_a_generator_run(place: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([f"{OF_RULE}.evry=3"], "options of my_rule:EveryOther: unknown key 'evry'; did you mean 'every'?"),
-        ([f"{OF_RULE}.every=0"], "options of my_rule:EveryOther: every: Input should be greater than or equal to 1"),
-        ([f"{OF_RULE}.n_ini=3"], "options of my_rule:EveryOther: give n_ini as a key of its own"),
-        (["family=gan", "rule=real_only", "options.gan.width=3"], "options of gan: give width as a key of its own"),
-        (["options.another={}"], "options: 'another' is neither the rule nor the family of an arm"),
+        ([f"{OF_RULE}.evry=3"], "my_rule:EveryOther: unknown key 'evry'; did you mean 'every'?"),
+        ([f"{OF_RULE}.every=0"], "my_rule:EveryOther: every: Input should be greater than or equal to 1"),
+        ([f"{OF_RULE}.n_ini=3"], "my_rule:EveryOther: give n_ini as a key of its own"),
+        (["options.my_rule:EveryOther.every=3"], "options: what it held stands under its own name now, as in my_rule"),
+        (["my_rule:Another={}"], "'my_rule:Another' is neither the rule nor the family of an arm"),
+        (["another={}"], "unknown key 'another'"),
+        ([f"{OF_RULE}=3"], "my_rule:EveryOther: Input should be a valid dictionary"),
+        (["arms.a={'my_rule:EveryOther': {evry: 3}}"], "arms.a: my_rule:EveryOther: unknown key 'evry'"),
         (["n_ini=null"], "rule my_rule:EveryOther needs n_ini"),
         (["rule=my_rule:Nothing"], "rule 'my_rule:Nothing': module 'my_rule' has no 'Nothing'"),
         (["rule=my_typed_reward:Brightness"], "is not a class derived from policies.loops.rules.Rule"),

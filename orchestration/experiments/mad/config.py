@@ -1,9 +1,10 @@
 """The configuration of a MAD experiment: one loop, or several arms that differ from it. Light to import."""
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from orchestration.experiments.settings import TaskRunSettings
 from orchestration.runs.config import about
@@ -12,7 +13,6 @@ from pipelines.generators import GENERATORS
 from policies.loops.rules import RULES, Rule
 from policies.rl.settings import Name, Settings, explain
 
-Made = TypeVar("Made", bound=Settings)
 # The keys in which an arm can be described: of every rule, of every generator's own, or a block of its name.
 _RULES: list[type[Rule]] = [Rule, *RULES.built_in.values()]
 _OF_RULES = {key: field for rule in _RULES for key, field in rule.model_fields.items()}
@@ -29,20 +29,37 @@ _KEYS: Any = create_model(
 
 
 class ArmSettings(_KEYS, Settings):
-    """What arms can differ in: the loop, and the generator that runs through it."""
+    """What arms can differ in: the loop, and the generator that runs through it. The settings of a rule or a generator
+    of one's own are a block under its name: the import path, or the entry point's."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]]
 
     rule: Annotated[str, AfterValidator(RULES.check)] = Field(
         "fully_synthetic", description="what a generation's training set is made of"
     )
     family: Annotated[str, AfterValidator(GENERATORS.check)] = Field("gaussian", description="the generator")
-    options: dict[str, dict[str, Any]] = Field({}, description="of a rule or a generator of one's own, by its name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "options" in content:
+            raise ValueError("options: what it held stands under its own name now, as in my_rule:EveryOther.every=3")
+        own = [key for key in content if ":" in key or key in RULES.installed or key in GENERATORS.installed]
+        problems: Any = [
+            {"type": "extra_forbidden", "loc": (key,), "input": content[key]}
+            for key in content
+            if key not in cls.model_fields and key not in own
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return content
 
     @cached_property
     def loop(self) -> Rule:
         """The data rule with its settings. Raises ValueError."""
         kind = RULES.find(self.rule)
-        given = {key: getattr(self, key) for key in kind.model_fields if key in _OF_RULES}
-        return _made(kind, given, self.rule, self.options)
+        return self._made(kind, {key: getattr(self, key) for key in kind.model_fields if key in _OF_RULES}, self.rule)
 
     @cached_property
     def generator(self) -> Any:
@@ -52,10 +69,16 @@ class ArmSettings(_KEYS, Settings):
     @cached_property
     def generator_settings(self) -> Any:
         """The generator's settings. Raises ValueError."""
+        if self.family in BLOCKS:
+            return getattr(self, self.family)
         schema = self.generator.schema
-        place = getattr(self, self.family) if self.family in BLOCKS else self
         known = schema.model_fields if self.family in GENERATORS.built_in else ()
-        return _made(schema, {key: getattr(place, key) for key in known}, self.family, self.options)
+        return self._made(schema, {key: getattr(self, key) for key in known}, self.family)
+
+    @property
+    def own(self) -> dict[str, dict[str, Any]]:
+        """The blocks of rules and generators of one's own, by name."""
+        return self.__pydantic_extra__
 
     @property
     def foreign(self) -> list[str]:
@@ -67,12 +90,6 @@ class ArmSettings(_KEYS, Settings):
         """Import paths of all that is not this program's own."""
         paths = [RULES.path(self.rule), GENERATORS.path(self.family), *self.loop.functions]
         return [path for path in paths if path]
-
-    def check(self, generations: int) -> None:
-        """Raise ValueError unless the rule has what it needs, at every generation."""
-        self.loop.check()
-        self.loop.later_sizes(generations)
-        _ = self.generator_settings
 
     def underivable(self, generations: int, largest: bool = False) -> str | None:
         """What n_e, or the ``largest`` admissible n_s, needs and this arm lacks; None if it can be found."""
@@ -89,16 +106,16 @@ class ArmSettings(_KEYS, Settings):
         """The settings as plain content, without the blocks of generators."""
         return self.model_dump(mode="json", exclude=set(BLOCKS))
 
-
-def _made(schema: type[Made], given: dict[str, Any], name: str, options: dict[str, dict[str, Any]]) -> Made:
-    """``schema`` with the settings ``given``, and those of the ``options`` that stand under its ``name``."""
-    own = options.get(name, {})
-    if twice := [key for key in own if key in given]:
-        raise ValueError(f"options of {name}: give {twice[0]} as a key of its own")
-    try:
-        return schema.model_validate(own | given)
-    except ValidationError as error:
-        raise ValueError(f"options of {name}: {explain(schema, error)}") from error
+    def _made(self, schema: type[Settings], given: dict[str, Any], name: str) -> Any:
+        """``schema`` with the settings ``given``, and those of the block under its ``name``."""
+        own = self.own.get(name, {})
+        with about(name if own else ""):
+            if twice := [key for key in own if key in given]:
+                raise ValueError(f"give {twice[0]} as a key of its own")
+            try:
+                return schema.model_validate(own | given)
+            except ValidationError as error:
+                raise ValueError(explain(schema, error)) from error
 
 
 class DeriveSettings(Settings):
@@ -110,6 +127,8 @@ class DeriveSettings(Settings):
 
 class MadConfig(ArmSettings, TaskRunSettings):
     """A MAD experiment: arms × seeds × generations."""
+
+    model_config = ArmSettings.model_config
 
     name: Name = "mad"
     generations: int = Field(10, ge=1, le=100_000)
@@ -125,35 +144,40 @@ class MadConfig(ArmSettings, TaskRunSettings):
 
     def check_arms(self) -> None:
         """Raise ValueError if an arm's sizes are none, or nothing can be derived of any. Imports what arms name."""
+        arms = self.resolved_arms.values()
         for name, arm in self.resolved_arms.items():
-            with about(f"arms.{name}" if self.arms else ""):
-                arm.check(self.generations)
-        named = {name for arm in self.resolved_arms.values() for name in (arm.rule, arm.family)}
-        if unused := [name for arm in self.resolved_arms.values() for name in arm.options if name not in named]:
-            raise ValueError(f"options: {unused[0]!r} is neither the rule nor the family of an arm")
+            with self.about_arm(name):
+                arm.loop.check()
+                arm.loop.later_sizes(self.generations)
+                _ = arm.generator_settings
+        if unused := {name for arm in arms for name in arm.own} - {
+            name for arm in arms for name in (arm.rule, arm.family)
+        }:
+            raise ValueError(f"{unused.pop()!r} is neither the rule nor the family of an arm")
         for name, wanted in self.derive:
-            lacking = [
-                arm.underivable(self.generations, name == "largest_admissible") for arm in self.resolved_arms.values()
-            ]
+            lacking = [arm.underivable(self.generations, name == "largest_admissible") for arm in arms]
             if wanted and all(lacking):
                 raise ValueError(f"derive.{name} needs {lacking[0]}")
+
+    def about_arm(self, name: str) -> Any:
+        """Let a ValueError of the block say which arm it is about."""
+        return about(f"arms.{name}" if self.arms else "")
 
     @cached_property
     def resolved_arms(self) -> dict[str, ArmSettings]:
         """Every arm with all of its settings; without ``arms`` the one loop, named after its rule."""
-        own = {name: getattr(self, name) for name in ArmSettings.model_fields}
+        own = {name: getattr(self, name) for name in ArmSettings.model_fields} | self.own
         if not self.arms:
             return {self.rule: ArmSettings(**own)}
         resolved = {}
         for name, overrides in self.arms.items():
+            blocks = {
+                key: dict(own[key]) | value
+                for key, value in overrides.items()
+                if isinstance(value, dict) and isinstance(own.get(key), Settings | dict)
+            }
             try:
-                blocks = {key: own.get(key) for key in overrides if isinstance(overrides[key], dict)}
-                merged = {
-                    key: block.model_dump() | overrides[key]
-                    for key, block in blocks.items()
-                    if isinstance(block, Settings)
-                }
-                resolved[name] = ArmSettings.model_validate(own | overrides | merged)
+                resolved[name] = ArmSettings.model_validate(own | overrides | blocks)
             except ValidationError as error:
                 raise ValueError(f"arms.{name}: {explain(ArmSettings, error)}") from error
         return resolved

@@ -46,7 +46,7 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
     with about(), calling(sorted({name for arm in arms.values() for name in arm.foreign})):
         config.check_arms()
         for name, arm in arms.items():
-            with about(f"arms.{name}" if config.arms else ""):
+            with config.about_arm(name):
                 _check_arm(arm)
         _check_output(config)
         images, real, real_files, found = None, None, dict[str, Files](), list[str]()
@@ -58,7 +58,7 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         sources, manifests = {}, {}
         for name, arm in arms.items():
             sources[name] = points if images is None or arm.generator.closed_form else images
-            with about(f"arms.{name}" if config.arms else ""):
+            with config.about_arm(name):
                 manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
                 _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
                 _check_reward(arm, real)
