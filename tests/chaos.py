@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from orchestration.runs.manifest import git_commit
+from orchestration.tracking.outbox import undelivered
 from tests import prefork
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.nodes import Nodes, environment
@@ -326,7 +327,8 @@ def differences(directory: Path, found: dict[str, Any], expected: dict[str, Any]
     wrong += [f"exit code {found['exit code']}"] if "exit code" in found else []
     wrong += [f"left over: {path}" for path in directory.rglob("*.partial")]
     outbox = directory / "outbox"
-    wrong += [f"not delivered: {path}" for path in [*outbox.glob("*.png"), *outbox.glob("refused.jsonl")]]
+    wrong += [f"not delivered: {path}" for path in outbox.glob("*.png")]
+    wrong += [f"not delivered, or refused: {outbox}"] if undelivered(outbox, "refused") else []
     deadline = time.monotonic() + 120
     while (orphans := [*_orphans()]) and time.monotonic() < deadline:
         time.sleep(1)

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,16 @@ def client(directory: Path) -> Any:
 
 
 def refusals(directory: Path) -> list[Content]:
-    path = directory / "outbox" / "refused.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with closing(sqlite3.connect(directory / "outbox" / "records.db")) as database:
+        found = database.execute("SELECT content, why FROM records WHERE state = 'refused' ORDER BY number").fetchall()
+    return [json.loads(content) | {"why": why} for content, why in found]
+
+
+def slip_in(directory: Path, *records: Content) -> None:
+    """Put records into an outbox as a stranger could."""
+    with closing(sqlite3.connect(directory / "outbox" / "records.db")) as database, database:
+        rows = [(json.dumps(each), each["kind"] in ("image", "artifact")) for each in records]
+        database.executemany("INSERT INTO records (content, has_files) VALUES (?, ?)", rows)
 
 
 def stored(directory: Path) -> set[str]:
@@ -90,7 +100,7 @@ def artifact(path: str, under: str = "") -> Content:
         {"kind": "image", "files": ["link.png"]},
         {"kind": "image", "files": ["../fine.png"]},
         {"kind": "image", "files": ["../../secret/key.png"]},
-        {"kind": "image", "files": ["delivered.json"]},
+        {"kind": "image", "files": ["records.db"]},
         {"kind": "uri"},
         {"kind": "client", "path": "x"},
         {"kind": "log", "entities": []},
@@ -101,8 +111,7 @@ def test_a_strangers_outbox_sends_and_removes_nothing_of_ours(
     stranger: tuple[Path, str], tmp_path: Path, record: Content
 ) -> None:
     directory, mine = stranger
-    with (directory / "outbox" / "records.jsonl").open("a") as file:
-        file.write(json.dumps({"run": mine, **record}) + "\n" + json.dumps({"run": mine, **artifact("fine")}) + "\n")
+    slip_in(directory, {"run": mine, **record}, {"run": mine, **artifact("fine")})
     said: list[str] = []
     assert deliver_rest(directory, QUIET, said.append, mine) == 1
     assert stored(directory) == {"fine"}
@@ -119,10 +128,7 @@ def test_only_the_run_and_those_below_it_are_written_to(run: Path) -> None:
     first = Tracker(run, QUIET, "first")
     below = first.child("below").child("below that")
     first.finish("KILLED")
-    with (run / "outbox" / "records.jsonl").open("a") as file:
-        for owner in (other, below, first):
-            line = {"run": owner.run_id, "kind": "tags", "tags": {"written": "yes"}}
-            file.write(json.dumps(line) + "\n")
+    slip_in(run, *({"run": each.run_id, "kind": "tags", "tags": {"written": "yes"}} for each in (other, below, first)))
     said: list[str] = []
     assert deliver_rest(run, QUIET, said.append, first.run_id) == 1
     written = [each for each in (other, below, first) if "written" in client(run).get_run(each.run_id).data.tags]
@@ -131,8 +137,6 @@ def test_only_the_run_and_those_below_it_are_written_to(run: Path) -> None:
 
 
 def test_a_strangers_database_cannot_say_where_artifacts_go(run: Path, tmp_path: Path) -> None:
-    import sqlite3
-
     tracker = Tracker(run, QUIET, "first")
     tracker.finish("KILLED")
     with sqlite3.connect(run / "mlflow.db") as store:

@@ -1,10 +1,12 @@
-"""The outbox: nothing is lost, nothing is told twice, nobody waits for MLflow, and each record stands for itself."""
+"""The outbox: nothing is lost or sent twice, a run never waits for MLflow, and each record stands for itself."""
 
 import json
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestration.tracking import outbox as module
-from orchestration.tracking.outbox import Away, Content, Gone, Outbox, Refused, TrackingError, undelivered
-from orchestration.tracking.records import Artifact, Metrics, Record
+from orchestration.tracking.delivery import Artifact, Metrics, Record
+from orchestration.tracking.outbox import Content, Outbox, undelivered
+from orchestration.tracking.store import Away, Gone, Refused, TrackingError
+from pipelines.storage.atomic import as_lines
 
 
 class Listener:
@@ -75,9 +79,15 @@ def artifact(number: int, run: str = "a", path: str = "x") -> Content:
     return {"run": run, "kind": "artifact", "path": path, "under": str(number)}
 
 
+def sql(directory: Path, statement: str, *values: object) -> list[tuple[str, ...]]:
+    """What a crash, a disk or a stranger does to the database of an outbox, or what is in it."""
+    with closing(sqlite3.connect(directory / "outbox" / "records.db")) as database, database:
+        return database.execute(statement, values).fetchall()
+
+
 def refused_in(directory: Path) -> list[Content]:
-    path = directory / "outbox" / "refused.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = sql(directory, "SELECT content, why FROM records WHERE state = 'refused' ORDER BY number")
+    return [json.loads(content) | {"why": why} for content, why in found]
 
 
 def test_records_arrive_in_order_and_in_batches(tmp_path: Path, listener: Listener) -> None:
@@ -190,37 +200,23 @@ def test_what_was_refused_is_tried_again_if_asked(tmp_path: Path, listener: List
     assert not refused_in(tmp_path)
 
 
-def test_a_line_that_a_crash_cut_off_was_never_put(tmp_path: Path, listener: Listener) -> None:
-    outbox = box(tmp_path, listener)
-    outbox.put(record(1), record(2))
-    assert outbox.drain(10)
-    outbox.close()
-    records = tmp_path / "outbox" / "records.jsonl"
-    records.write_bytes(records.read_bytes() + b'{"run": "a", "kind": "met')
-    again = box(tmp_path, listener)
-    again.put(record(3))
-    assert again.drain(10)
-    again.close()
-    assert listener.heard == [1, 2, 3]
-    assert records.read_bytes().count(b"\n") == 3
-
-
 def test_what_may_have_been_delivered_before_a_crash_is_delivered_again(tmp_path: Path, listener: Listener) -> None:
-    """The position is noted after the fact: at least once, and never less."""
+    """A delivery is acknowledged after the fact: at least once, and never less."""
     outbox = box(tmp_path, listener)
-    outbox.put(record(1), record(2))
+    outbox.put(record(1), record(2), {"run": "a", "kind": "image", "files": ["x.png"]})
     assert outbox.drain(10)
     outbox.close()
-    position = tmp_path / "outbox" / "delivered.json"
-    position.write_text(json.dumps(json.loads(position.read_text()) | {"records": 1}))
+    listener.heard.clear()
+    sql(tmp_path, "UPDATE records SET state = 'waiting' WHERE number > 1")
     assert undelivered(tmp_path / "outbox")
     again = box(tmp_path, listener)
     assert again.drain(10)
     again.close()
-    assert listener.heard == [1, 2, 2]
+    assert sorted(listener.heard) == [0, 2]
+    assert not undelivered(tmp_path / "outbox")
 
 
-BAD_LINES = [
+BAD_CONTENTS = [
     b'{"a": 1}',
     b"garbage",
     b"[]",
@@ -240,24 +236,24 @@ BAD_LINES = [
     b'{"run": "a", "kind": "artifact", "path": "x", "under": "a/../../b"}',
     b'{"run": "a", "kind": "image", "files": ["../x.png"]}',
     b'{"run": "a", "kind": "image", "files": ["/x.png"]}',
-    b'{"run": "a", "kind": "image", "files": ["records.jsonl"]}',
+    b'{"run": "a", "kind": "image", "files": ["records.db"]}',
+    7,
+    1e400,
+    None,
 ]
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("content", BAD_CONTENTS)
 @pytest.mark.parametrize("delivered", [False, True])
 def test_what_is_no_record_is_named_and_all_else_goes_on(
-    tmp_path: Path, listener: Listener, line: bytes, delivered: bool
+    tmp_path: Path, listener: Listener, content: object, delivered: bool
 ) -> None:
     listener.away = not delivered
     outbox = box(tmp_path, listener)
     outbox.put(*(record(number, once=f"step {number}") for number in range(5)))
     assert outbox.drain(0.1) is delivered
     outbox.close()
-    records = tmp_path / "outbox" / "records.jsonl"
-    lines = records.read_bytes().split(b"\n")
-    lines[2] = line
-    records.write_bytes(b"\n".join(lines))
+    sql(tmp_path, "UPDATE records SET content = CAST(? AS TEXT) WHERE number = 3", content)
     listener.away = False
     again = box(tmp_path, listener)
     again.put(record(4, once="step 4"), record(5, once="step 5"))
@@ -265,37 +261,55 @@ def test_what_is_no_record_is_named_and_all_else_goes_on(
     again.close()
     assert listener.heard == ([0, 1, 2, 3, 4, 5] if delivered else [0, 1, 3, 4, 5])
     if not delivered:
-        assert f"{records}, line 3: it is no record" in listener.said[-1]
-        assert [f"{records}, line 3" in each["why"] for each in refused_in(tmp_path)] == [True]
+        place = f"{tmp_path / 'outbox' / 'records.db'}, record 3: "
+        assert place in listener.said[-1]
+        refused = sql(tmp_path, "SELECT number, why LIKE ? FROM records WHERE state = 'refused'", f"{place}%")
+        assert refused == [(3, 1)]
 
 
-@pytest.mark.parametrize(
-    "note",
-    ["{}", "garbage", "[]", "null", "", '{"records": 9e9}', '{"records": 1000000, "began": 1}', '{"records": -1}',
-     '{"records": true, "began": 1}', '{"records": 1, "began": 1e999}', '{"records": 1, "files": "x", "began": 1}',
-     "[" * 100_000],
-)  # fmt: skip
-def test_a_lost_position_loses_nothing(tmp_path: Path, listener: Listener, note: str) -> None:
-    """All is told again, and MLflow keeps it once; but images, whose files are gone, and what was noted since."""
+@pytest.mark.parametrize("damage", ["garbage", "cut off", "a page of zeros"])
+def test_a_damaged_outbox_is_named_and_the_run_goes_on(tmp_path: Path, listener: Listener, damage: str) -> None:
     outbox = box(tmp_path, listener)
-    image = {"run": "a", "kind": "image", "files": ["x.png"]}
-    outbox.put(record(1, once="1"), image, record(2, once="2"))
+    outbox.put(*(record(number, once=str(number)) for number in range(100)))
     assert outbox.drain(10)
     outbox.close()
-    listener.heard.clear()
-    position = tmp_path / "outbox" / "delivered.json"
-    position.write_text(note)
-    assert undelivered(tmp_path / "outbox")
+    path = tmp_path / "outbox" / "records.db"
+    content = path.read_bytes()
+    match damage:
+        case "garbage":
+            path.write_bytes(b"garbage" * 1000)
+        case "cut off":
+            path.write_bytes(content[: len(content) // 2])
+        case _:
+            path.write_bytes(content[:4096] + bytes(4096) + content[8192:])
     again = box(tmp_path, listener)
-    again.put(record(3), record(2, once="2"))
+    again.put(record(200))
     assert again.drain(10)
     again.close()
-    assert listener.heard == [1, 2, 3]
-    assert str(position) in listener.said[0]
+    assert listener.heard == [*range(100), 200]
+    assert f"warning: {path} is damaged" in listener.said[0]
+    assert path.with_suffix(".damaged").exists()
+
+
+@pytest.mark.parametrize("note", ['{"records": 2, "files": 1, "began": 1.0}', "garbage", None])
+def test_an_outbox_of_lines_is_taken_over(tmp_path: Path, listener: Listener, note: str | None) -> None:
+    """As runs left it that were begun before it was a database."""
+    (tmp_path / "outbox").mkdir()
+    lines = [record(1, once="step 1"), artifact(2), record(3, once="step 3")]
+    (tmp_path / "outbox" / "records.jsonl").write_bytes(as_lines(lines))
+    if note:
+        (tmp_path / "outbox" / "delivered.json").write_text(note)
+    assert undelivered(tmp_path / "outbox")
+    for _ in range(2):
+        outbox = box(tmp_path, listener)
+        outbox.put(record(1, once="step 1"))
+        assert outbox.drain(10)
+        outbox.close()
+    assert sorted(listener.heard) == ([2, 3] if note and "records" in note else [1, 2, 3])
     assert not undelivered(tmp_path / "outbox")
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "delivered.json", "refused.jsonl", ""])
+@pytest.mark.parametrize("name", ["records.db", "records.db-journal", "records.jsonl", "delivered.json", ""])
 def test_nothing_is_read_or_written_through_a_link(tmp_path: Path, listener: Listener, name: str) -> None:
     victim = tmp_path / "victim"
     (tmp_path / "outbox").mkdir()
@@ -313,7 +327,7 @@ def test_nothing_is_read_or_written_through_a_link(tmp_path: Path, listener: Lis
 
 def test_a_pipe_in_its_place_hangs_nothing(tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "outbox").mkdir()
-    os.mkfifo(tmp_path / "outbox" / "records.jsonl")
+    os.mkfifo(tmp_path / "outbox" / "records.db")
     with pytest.raises(TrackingError, match="no plain file"):
         box(tmp_path, listener)
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from orchestration.tracking.outbox import Away, Refused, TrackingError
-
 HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
@@ -25,6 +23,22 @@ _POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: it
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
 _PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 Found = TypeVar("Found")
+
+
+class TrackingError(RuntimeError):
+    """MLflow could not be reached, or did not take what it was given."""
+
+
+class Away(TrackingError):  # noqa: N818
+    """No server answers at the address."""
+
+
+class Refused(TrackingError):  # noqa: N818
+    """MLflow will not take this, however often it is asked."""
+
+
+class Gone(Refused):
+    """The MLflow run itself is not there any longer: it takes nothing."""
 
 
 class MlflowStore:
@@ -40,7 +54,7 @@ class MlflowStore:
 
     @property
     def is_server(self) -> bool:
-        """Whether there is somebody who may be away."""
+        """Whether it may be away."""
         return self.uri.startswith("http")
 
     def check(self, seconds: float = HEALTH_SECONDS) -> None:
@@ -81,15 +95,13 @@ class MlflowStore:
         """The experiment's id; a new one is described by ``note``, and on SQLite has its artifacts by the database."""
         from mlflow.exceptions import MlflowException
 
-        existing = self.client.get_experiment_by_name(name)
-        if existing is None:
+        if (existing := self.client.get_experiment_by_name(name)) is None:
             database = Path(self.uri.removeprefix("sqlite:///"))
             place = None if self.is_server else (database.parent / "artifacts").as_uri()
             try:
                 return self.client.create_experiment(name, artifact_location=place, tags={NOTE: note} if note else {})
             except MlflowException:
-                existing = self.client.get_experiment_by_name(name)  # another run made it in the meantime
-                if existing is None:
+                if (existing := self.client.get_experiment_by_name(name)) is None:  # no other run has made it meanwhile
                     raise
         if existing.lifecycle_stage == "deleted":
             raise Refused(

@@ -24,8 +24,8 @@ import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from orchestration.tracking.delivery import Delivery
-from orchestration.tracking.outbox import Content, Outbox, Refused, TrackingError, undelivered
-from orchestration.tracking.store import MlflowStore, settle
+from orchestration.tracking.outbox import Content, Outbox, undelivered
+from orchestration.tracking.store import MlflowStore, Refused, TrackingError, settle
 from policies.rl.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -102,65 +102,50 @@ class Tracker:
         self._directory, self._say = directory, say
         self._store = open_store(directory, settings)
         self.uri = self._store.uri
-        self._experiment_id, self._is_away = "", False
-        self._is_known = False  # whether the store was asked, and what it holds may hang below the run
-        experiment = settings.experiment or loop
-
-        def begin(asked_ms: int | None) -> str:
-            found = self._store.find(run_id) if run_id else None
-            if found is not None:
-                self._experiment_id = found.info.experiment_id
-                return str(found.info.run_id)
-            self._experiment_id = self._store.experiment(experiment, _EXPERIMENTS.get(loop))
-            return self._new(run_name, settings.parent, asked_ms)
-
-        known = self._open("opening the store", begin, run_id)
-        self._is_known = known == run_id  # and what hangs below it too
-        if run_id is not None and not self._is_known:
-            say(f"warning: MLflow at {self.uri} has no run {run_id} any longer: going on in a new one, {known}")
-        self._delivery = Delivery(self._store, directory, known)
+        self._experiment, self._experiment_id = (settings.experiment or loop, _EXPERIMENTS.get(loop)), ""
+        self._is_away, self._is_root = False, True
+        self._open(run_name, settings.parent, run_id)
+        if run_id not in (None, self.run_id):
+            say(f"warning: MLflow at {self.uri} has no run {run_id} any longer: going on in a new one, {self.run_id}")
+        self._delivery = Delivery(self._store, directory, self.run_id)
         self._outbox = Outbox(directory / "outbox", self._delivery, say)
-        self._begin(known)
+        self._put("status", status="RUNNING", timestamp_ms=_now())
         self._monitor = _SystemMetrics(self, self._outbox.began) if settings.system_metrics else None
 
     def child(self, name: str, run_id: str | None = None) -> "Tracker":
         """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
         child = copy.copy(self)
-        child._monitor = None
-        wanted = run_id if self._is_known else None  # what is below a run that is gone is not below its successor
-
-        def begin(asked_ms: int | None) -> str:
-            found = self._store.find(wanted) if wanted else None
-            return str(found.info.run_id) if found else self._new(name, self.run_id, asked_ms)
-
-        known = self._open(f"opening {name}", begin, wanted)
-        child._is_known = known == wanted
-        self._delivery.admit(known)
-        child._begin(known)
-        child._is_root = False
+        child._monitor, child._is_root = None, False
+        # What is below a run that was deleted is not below its successor.
+        child._open(name, self.run_id, run_id if self._is_known else None)
+        self._delivery.admit(child.run_id)
+        child._put("status", status="RUNNING", timestamp_ms=_now())
         return child
 
-    def _open(self, what: str, begin: Callable[[int | None], str], run_id: str | None) -> str:
-        """The id of a run from ``begin``, which is told if it is not asked for the first time when that was, in ms. A
-        known run whose store is away is not waited for."""
-        asked: list[int] = []
+    def _open(self, name: str, parent: str | None, run_id: str | None) -> None:
+        """Find the run, or make one. A known run whose store is away is not waited for."""
+        self.run_id, self._finished = run_id or "", False
+        asked: list[int] = []  # when, in milliseconds
 
-        def attempt() -> str:
+        def attempt() -> None:
             asked.append(_now())
-            return begin(asked[0] if len(asked) > 1 else None)
+            found = self._store.find(run_id) if run_id else None
+            if found is None:
+                self._experiment_id = self._experiment_id or self._store.experiment(*self._experiment)
+                found = self._new(name, parent, asked[0] if len(asked) > 1 else None)
+            self.run_id, self._experiment_id = str(found.info.run_id), found.info.experiment_id
 
-        if self._is_away and run_id is not None:
-            return run_id
-        patience = _NEW_SECONDS if self._store.is_server and run_id is None else _KNOWN_SECONDS
-        try:
-            return self._store.insist(what, attempt, self._say, patience)
-        except TrackingError as error:
-            if run_id is None or isinstance(error, Refused):
-                raise
-            self._is_away = True  # so those below it are not asked for one by one
-            return run_id
+        if not (self._is_away and run_id):
+            patience = _NEW_SECONDS if self._store.is_server and run_id is None else _KNOWN_SECONDS
+            try:
+                self._store.insist(f"opening {name}", attempt, self._say, patience)
+            except TrackingError as error:
+                if run_id is None or isinstance(error, Refused):
+                    raise
+                self._is_away = True  # so those below it are not asked for one by one
+        self._is_known = self.run_id == run_id  # and what hangs below it, too
 
-    def _new(self, name: str, parent: str | None, asked_ms: int | None) -> str:
+    def _new(self, name: str, parent: str | None, asked_ms: int | None) -> Any:
         """Make a run, unless it was made since ``asked_ms`` and only the answer was lost."""
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -168,15 +153,9 @@ class Tracker:
             since = f"attributes.start_time >= {asked_ms}"
             for found in self._store.client.search_runs([self._experiment_id], since):
                 if found.info.run_name == name and found.data.tags.get("mlflow.parentRunId") == parent:
-                    return str(found.info.run_id)
+                    return found
         tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
-        return str(self._store.client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id)
-
-    def _begin(self, run_id: str) -> None:
-        self.run_id = run_id
-        self._is_root = True
-        self._finished = False
-        self._put("status", status="RUNNING", timestamp_ms=_now())
+        return self._store.client.create_run(self._experiment_id, run_name=name, tags=tags)
 
     def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
         """Record what the run is: ``parameters`` under dotted names, and ``tags``.
@@ -191,18 +170,17 @@ class Tracker:
         self._put("tags", tags=dict(tags))
 
     def metrics(self, step: int, values: Mapping[str, float], timestamp_ms: int) -> None:
-        """Record a step's numbers. Once told they stand: the same names at the same step again add nothing."""
+        """Record a step's numbers. Once recorded they stand: the same names at the same step again add nothing."""
         self.many_metrics([(step, values, timestamp_ms)])
 
     def many_metrics(self, steps: Sequence[tuple[int, Mapping[str, float], int]]) -> None:
         """Record (step, values, timestamp_ms) of many steps at once."""
         records = []
         for step, values, timestamp_ms in steps:
-            if values:
-                once = f"metrics {step} {_digest(*sorted(values))}"
-                numbers = {name: float(value) for name, value in values.items()}
-                record = {"run": self.run_id, "kind": "metrics", "once": once, "step": step, "values": numbers}
-                records.append(record | {"timestamp_ms": timestamp_ms})
+            names = sha256("\n".join(sorted(values)).encode()).hexdigest()[:12]
+            numbers = {name: float(value) for name, value in values.items()}
+            record = {"run": self.run_id, "kind": "metrics", "once": f"metrics {step} {names}", "step": step}
+            records += [record | {"values": numbers, "timestamp_ms": timestamp_ms}] if values else []
         self._outbox.put(*records)
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
@@ -259,12 +237,12 @@ class Tracker:
             most = float("inf") if status == "FINISHED" else _STOP_SECONDS
             self._outbox.drain(min(_DONE_SECONDS, most), most)
         except TrackingError:
-            pass  # the outbox has told, and what waits is told below
+            pass  # the outbox has said so, and what waits is said below
         self._outbox.close()
-        if self._outbox.refused:
-            self._say(f"{self._outbox.refused} records could not be delivered; again: ouroboros sync {self._directory}")
-        if self._outbox.waiting:
-            self._say(f"{self._outbox.waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
+        if refused := self._outbox.refused:
+            self._say(f"{refused} records could not be delivered; again: ouroboros sync {self._directory}")
+        if waiting := self._outbox.waiting:
+            self._say(f"{waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
     def open_command(self) -> str:
         """What opens the dashboard: the run's page on a server, or the command that serves this store."""
@@ -315,11 +293,11 @@ def deliver_rest(
 ) -> int:
     """Deliver what the outbox of a run that is over still holds, once more what was refused, and ``more``. ``run_id``
     is the run in MLflow. Returns how many records are left, refused ones among them."""
-    box = directory / "outbox"
-    if run_id is None or not (more or undelivered(box) or (box / "refused.jsonl").exists()):
+    if run_id is None or not (more or undelivered(directory / "outbox", "refused")):
         _settle(directory, settings)
         return 0
-    outbox = Outbox(box, Delivery(open_store(directory, settings), directory, run_id), say, again=True)
+    delivery = Delivery(open_store(directory, settings), directory, run_id)
+    outbox = Outbox(directory / "outbox", delivery, say, again=True)
     outbox.put(*more)
     outbox.drain(_DONE_SECONDS)
     outbox.close()
@@ -361,10 +339,6 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def names_user(uri: str) -> bool:
     """Whether ``uri`` names a user, as in http://user:password@host."""
     return "@" in urlsplit(uri).netloc
-
-
-def _digest(*texts: str) -> str:
-    return sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def _now() -> int:
