@@ -136,10 +136,19 @@ class Forecast:
 
 
 @dataclass(eq=False)
+class Actor:
+    """It works off its calls in order: each waits for the ``last`` one before it."""
+
+    seat: Seat
+    last: "Call | None" = None
+    busy: float = 0.0
+
+
+@dataclass(eq=False)
 class Call:
     """``left``: seconds of work at the actor's own speed; ``awaited``: how many calls have to be done before."""
 
-    actor: "Actor"
+    actor: Actor
     left: float
     awaited: int = 0
     followers: "list[Call]" = field(default_factory=list)
@@ -147,17 +156,8 @@ class Call:
     done: bool = False
 
 
-@dataclass(eq=False)
-class Actor:
-    """It works off its calls in order: each waits for the ``last`` one before it."""
-
-    seat: Seat
-    last: Call | None = None
-    busy: float = 0.0
-
-
 class Timeline:
-    """Simulated time. Whoever calls :meth:`wait` is the driver."""
+    """Simulated time. Who calls :meth:`wait` is the driver."""
 
     def __init__(self, processors: Mapping[str, Processor]) -> None:
         self.now = 0.0
@@ -175,7 +175,8 @@ class Timeline:
                 other.followers.append(call)
                 call.awaited += 1
         actor.last = call
-        self._begin(call)
+        if not call.awaited:
+            self._turn(actor.seat.processor, call)
         return call
 
     def wait(self, calls: Iterable[Call]) -> float:
@@ -183,48 +184,40 @@ class Timeline:
         began = self.now
         for call in calls:
             while not call.done:
-                self._step()
+                time, name = heapq.heappop(self._events)
+                if time == self._next[name]:
+                    self.now = time
+                    self._turn(name)
         return self.now - began
 
-    def _step(self) -> None:
-        time, name = heapq.heappop(self._events)
-        if time != self._next[name]:
-            return
-        self.now = time
-        self._settle(name)
+    def _turn(self, name: str, new: Call | None = None) -> None:
+        """Bring a processor's calls up to now, let those that are done make way for their followers and ``new`` begin,
+        and plan the next turn."""
         running = self._running[name]
-        # Rounding may leave a little, and what is too little to move the clock would stop it.
-        finished = [call for call in running if call.left <= 1e-12 + 1e-12 * time]
-        self._running[name] = [call for call in running if call not in finished]
-        for call in finished:
-            call.done = True
-            call.actor.busy += time - call.began
-        self._plan(name)
-        for follower in itertools.chain.from_iterable(call.followers for call in finished):
-            follower.awaited -= 1
-            self._begin(follower)
-
-    def _begin(self, call: Call) -> None:
-        if not call.awaited:
-            name, call.began = call.actor.seat.processor, self.now
-            self._settle(name)
-            self._running[name].append(call)
-            self._plan(name)
-
-    def _rates(self, name: str) -> list[float]:
-        threads = [call.actor.seat.threads for call in self._running[name]]
-        return [self._processors[name].rate(own, sum(threads)) for own in threads]
-
-    def _settle(self, name: str) -> None:
         passed, self._settled[name] = self.now - self._settled[name], self.now
-        for call, rate in zip(self._running[name], self._rates(name), strict=True):
+        for call, rate in self._rates(name):
             call.left -= passed * rate
-
-    def _plan(self, name: str) -> None:
-        if running := self._running[name]:
-            soonest = min(call.left / rate for call, rate in zip(running, self._rates(name), strict=True))
-            self._next[name] = self.now + max(0.0, soonest)
+        # Rounding may leave a little, and what is too little to move the clock would stop it.
+        ended = [call for call in running if call.left <= 1e-12 + 1e-12 * self.now]
+        self._running[name] = [call for call in running if call not in ended]
+        if new:
+            new.began = self.now
+            self._running[name].append(new)
+        if self._running[name]:
+            self._next[name] = self.now + max(0.0, min(call.left / rate for call, rate in self._rates(name)))
             heapq.heappush(self._events, (self._next[name], name))
+        for call in ended:
+            call.done = True
+            call.actor.busy += self.now - call.began
+            for follower in call.followers:
+                follower.awaited -= 1
+                if not follower.awaited:
+                    self._turn(follower.actor.seat.processor, follower)
+
+    def _rates(self, name: str) -> list[tuple[Call, float]]:
+        running, processor = self._running[name], self._processors[name]
+        wanted = sum(call.actor.seat.threads for call in running)
+        return [(call, processor.rate(call.actor.seat.threads, wanted)) for call in running]
 
 
 def simulate(work: Work, costs: Costs, cast: Cast, steps: int = 6) -> Forecast:

@@ -3,12 +3,9 @@ on the machine there is, or on GPUs there are not.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from actors.allocation import Offer, Role, cards_of, reward_roles
 from actors.settings import ActorSettings
@@ -16,29 +13,45 @@ from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_mac
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.experiments.ddpo.preflight import learnable_steps, preflight, seat
-from orchestration.planning.cost_model import Cast, Cost, Forecast, Processor, Seat, Work, bottlenecks, simulate
+from orchestration.planning.cost_model import Cast, Costs, Forecast, Processor, Seat, Work, bottlenecks, simulate
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
 from orchestration.runs.config import ConfigError
+from orchestration.runs.run import TEMPLATES
+from pipelines.pages import fill
 from pipelines.storage.atomic import write_json
-
-COLUMNS = ("GPUs", "depth", "S : C : L", "a call", "images/s", "$/1000", "limited by")
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to seat the actors, and what comes of it."""
+    """A placement of the actors, and what comes of it."""
 
     config: DdpoConfig
     roles: Sequence[Role]
     offers: Sequence[Offer]
     work: Work
     cast: Cast
+    costs: Costs
     forecast: Forecast
 
     @property
     def gpus(self) -> int:
         """How many there are."""
         return len(self.cast.processors) - 1
+
+    @property
+    def counts(self) -> list[int]:
+        """Samplers, captioners and learners."""
+        found = {role.name: role.count for role in self.roles}
+        return [found.get(name, 0) for name in ("sampler", "captioner", "learner")]
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """How far each part limits the throughput."""
+        return bottlenecks(self.work, self.costs, self.cast)
+
+    def memory(self) -> list[str]:
+        """What the actors need, in lines."""
+        return memory_plan(self.config, self.roles, self.offers)
 
 
 def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
@@ -73,7 +86,8 @@ def foresee(
     work = work_of(config, known.micro_batch, depth)
     cast = cast_of(config, roles, offers, known.coupling)
     steps = math.lcm(work.commit_every or 1, work.evaluate_every or 1)  # each comes as often as in the long run
-    return Option(config, roles, offers, work, cast, simulate(work, known.costs, cast, min(60, max(6, steps))))
+    forecast = simulate(work, known.costs, cast, min(60, max(6, steps)))
+    return Option(config, roles, offers, work, cast, known.costs, forecast)
 
 
 def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Iterator[ActorSettings]:
@@ -139,43 +153,11 @@ def plan_run(
     return [as_given, *best(config, machine, known)], known
 
 
-def render(options: Sequence[Option], known: StageCosts, price: float | None) -> RenderableType:
-    """Costs, a row for each option, and of the fastest on so many GPUs all there is to say."""
-    costs = {**dict(known.costs), **{f"reward {name}": cost for name, cost in known.costs.rewards.items()}}
-    calls = [f"{n} {1000 * c.call:.3g} + {1000 * c.each:.3g} n" for n, c in costs.items() if isinstance(c, Cost)]
-    fixed = [f"{name} {1000 * costs[name]:.3g}" for name in ("update", "learn", "publish", "commit", "driver")]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in COLUMNS:
-        table.add_column(heading, no_wrap=heading != COLUMNS[-1])
+def render(options: Sequence[Option], known: StageCosts, price: float | None) -> str:
+    """Costs, a row for each option, and of the fastest on so many GPUs all there is to say. ``price``: dollars an hour
+    of a GPU."""
     fastest: dict[int, Option] = {}
-    for option in options:
-        speed, counts = option.forecast.images_per_second, {role.name: str(role.count) for role in option.roles}
-        dollars = None if price is None else 1000 / speed / 3600 * price * max(1, option.gpus)
-        limits = bottlenecks(option.work, known.costs, option.cast)
-        table.add_row(
-            *map(str, (option.gpus, option.work.depth)),
-            " : ".join(counts.get(name, "0") for name in ("sampler", "captioner", "learner")),
-            *(str(option.work.images_per_call), f"{speed:.3g}", "–" if dollars is None else f"{dollars:.3g}"),
-            ", ".join(f"{part} {share:.0%}" for part, share in limits.items() if share > 0.15),
-        )
-        if option.gpus not in fastest or speed > fastest[option.gpus].forecast.images_per_second:
-            fastest[option.gpus] = option
-    told = f"stage costs of {known.machine}, ms a call of n: {', '.join(calls)}; ms: {', '.join(fixed)}"
-    legend = (
-        "S : C : L are samplers, captioners, learners; a call draws so many images; $ are of 1,000 reward queries; "
-    )
-    legend += "limited by: of what a part would save, the share by which a step became shorter"
-    return Group(told, "", table, legend, *(line for option in fastest.values() for line in _details(option)))
-
-
-def _details(option: Option) -> Iterator[str]:
-    actors, forecast = option.config.actors, option.forecast
-    replicas = ", ".join(f"{name}: {count}" for name, count in actors.replicas.items())
-    waits = ", ".join(f"{name} {seconds:.3g}" for name, seconds in forecast.waits.items() if seconds > 5e-4)
-    yield f"\nfastest on {option.gpus} GPUs: training.depth={option.work.depth} actors.samplers={actors.samplers} " + (
-        f"actors.learners={actors.learners} actors.placement={actors.placement} 'actors.replicas={{{replicas}}}' "
-        f"actors.images_per_call={actors.images_per_call}"
-    )
-    yield f"  a step {forecast.seconds:.3g} s; the driver waits for {waits}"
-    yield "  at work: " + ", ".join(f"{role} {share:.0%}" for role, share in forecast.busy.items())
-    yield from ("memory (estimate)", *memory_plan(option.config, option.roles, option.offers))
+    for option in sorted(options, key=lambda each: each.forecast.images_per_second):
+        fastest[option.gpus] = option
+    in_order = [option for option in options if option is fastest[option.gpus]]
+    return fill(TEMPLATES / "forecast.txt", options=options, fastest=in_order, known=known, price=price)
