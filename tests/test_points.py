@@ -4,11 +4,10 @@ import io
 from typing import Any
 
 import pytest
-from rich.text import Text
 
 from orchestration.runs.browse import plain_table
 from orchestration.runs.display import Terminal
-from orchestration.runs.points import points_table
+from orchestration.runs.tables import tables
 
 
 def trial(point: dict[str, Any], seed: int, status: str = "FINISHED") -> dict[str, Any]:
@@ -22,19 +21,18 @@ def test_a_row_is_a_point_over_its_seeds() -> None:
         {"point": two, "values": [], "mean": None, "low": None, "high": None},
     ]
     trials = [trial(one, 0), trial(one, 1), trial(one, 1000), trial(two, 0, "STOPPED")]
-    headings, rows = points_table({"metric": "reward/mean", "points": points, "trials": trials})
+    headings, rows = tables({"metric": "reward/mean", "points": points, "trials": trials})["points, best first"]
     assert headings == ["learning_rate", "reward/mean", "seeds", "not finished"]
     assert rows == [["0.0001", "0.625 [0.25, 1]", "2", ""], ["0.01", "–", "1", "stopped at 5"]]
 
 
 @pytest.mark.parametrize("summary", [{}, {"points": 3}, {"metric": "m", "points": [{}], "trials": []}, {"points": [1]}])
 def test_a_damaged_summary_has_no_rows(summary: dict[str, Any]) -> None:
-    assert points_table(summary)[1] == []
+    assert tables(summary) == {}
 
 
 def test_nothing_is_folded_in_a_pipe() -> None:
-    table = plain_table("run", "where")
-    table.add_row(Text("x" * 150), Text("/a/long/" * 60))
+    table = plain_table(["run", "where"], [["x" * 150, "/a/long/" * 60]])
     Terminal(file=(pipe := io.StringIO())).print(table)
     Terminal(file=(narrow := io.StringIO()), width=80).print(table)
     assert len(pipe.getvalue().splitlines()) == 2

@@ -19,18 +19,16 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from orchestration.runs.claims import arms_table, claims_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import duration
 from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
-from orchestration.runs.points import points_table
 from orchestration.runs.run import is_free
+from orchestration.runs.tables import ABSENT, Cells, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
-_ABSENT = "–"
 
 
 class RunInfo:
@@ -117,38 +115,32 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     """A table of runs."""
     if not runs:
         return Text("no runs", style="dim")
-    table = plain_table("run", "status")
+    table = plain_table(["run", "status"])
     for heading in ("step", "reward", "held-out", "wall"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         told = _told(run)
         shown = (told[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
         table.add_row(Text(run.directory.name), *shown)
-    odd = [Text(f"warning: {each}", style="yellow") for run in runs for each in run.damaged]
-    return Group(table, *odd) if odd else table
+    return Group(table, *_warnings(*runs))
 
 
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
-    parts = [_panel(run.name, {label: text for label, text in _told(run).items() if str(text) != _ABSENT})]
+    known = {label: text for label, text in _told(run).items() if str(text) != ABSENT}
+    panels: list[tuple[str, Table | Mapping[str, Text]]] = [(run.name, known)]
     if (arms := run.summary.get("arms")) and run.summary.get("claims") is None:
-        parts.append(_panel("generation 1 → last", _arms(arms)))
-    tables = {"claims": claims_table, "means over seeds": arms_table, "points, best first": points_table}
-    for title, (headings, rows) in ((title, made(run.summary)) for title, made in tables.items()):
-        if rows:
-            table = plain_table(*map(escape, headings))
-            for row in rows:
-                table.add_row(*map(Text, row))
-            parts.append(_panel(title, table))
+        panels.append(("generation 1 → last", plain_table(*_generations(arms))))
+    panels += [(title, plain_table(*cells)) for title, cells in tables(run.summary).items()]
     for title, values in (
         ("seconds by stage", run.summary.get("seconds_by_stage")),
         ("resolved by the program", run.manifest.get("resolved")),
         ("configuration", run.manifest.get("config")),
     ):
-        if isinstance(values, Mapping) and values:
-            parts.append(_panel(title, {key: _plain(value) for key, value in flatten(values).items()}))
-    return Group(*parts, *(Text(f"warning: {each}", style="yellow") for each in run.damaged))
+        if values:
+            panels.append((title, {key: _plain(value) for key, value in flatten(values).items()}))
+    return Group(*(_panel(*panel) for panel in panels), *_warnings(run))
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
@@ -186,17 +178,17 @@ def _told(run: RunInfo) -> dict[str, Text]:
     return {"status": status, **{label: _plain(value) for label, value in facts(run).items()}}
 
 
-def _arms(arms: Mapping[str, Any]) -> Table:
+def _generations(arms: Mapping[str, Any]) -> Cells:
     """What became of each arm of a MAD experiment."""
     shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
     metrics = {name: _mapping(arm.get("metrics")) for name, arm in arms.items()}
     present = [metric for metric in shown if any(metric in each for each in metrics.values())]
-    table = plain_table("arm", "goes MAD", *present)
+    rows = []
     for name, arm in arms.items():
         means = [_mapping(metrics[name].get(metric)).get("mean") for metric in present]
-        changes = [_plain(_change(mean[0], mean[-1]) if isinstance(mean, list) and mean else None) for mean in means]
-        table.add_row(Text(name), _plain(_mapping(arm.get("verdict")).get("goes_mad")), *changes)
-    return table
+        changes = [_change(mean[0], mean[-1]) if isinstance(mean, list) and mean else None for mean in means]
+        rows.append([name, *(str(_plain(each)) for each in (_mapping(arm.get("verdict")).get("goes_mad"), *changes))])
+    return ["arm", "goes MAD", *present], rows
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -209,7 +201,7 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     Raises ConfigError if one of them does not exist.
     """
     runs = [find_run(name, root) for name in names]
-    table = plain_table("", *(escape(run.directory.name) for run in runs))
+    table = plain_table(["", *(run.directory.name for run in runs)])
     table.columns[0].style = "dim"
     told = [_told(run) for run in runs]
     for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
@@ -239,22 +231,28 @@ def _number(value: Any) -> float | None:
 
 def _change(before: Any, after: Any) -> str | None:
     ends = _number(before), _number(after)
-    return None if ends == (None, None) else " → ".join(_ABSENT if end is None else f"{end:.3f}" for end in ends)
+    return None if ends == (None, None) else " → ".join(ABSENT if end is None else f"{end:.3f}" for end in ends)
 
 
 def _plain(value: Any) -> Text:
     """A value as it stands in a configuration file; a dash where there is none."""
     if value is None:
-        return Text(_ABSENT)
+        return Text(ABSENT)
     return Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def plain_table(*headings: str) -> Table:
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]] = ()) -> Table:
     """A table without lines, whose cells fold where they are too wide."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(escape(heading), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
+
+
+def _warnings(*runs: RunInfo) -> list[Text]:
+    return [Text(f"warning: {each}", style="yellow") for run in runs for each in run.damaged]
 
 
 def _panel(title: str, content: Table | Mapping[str, Text]) -> RenderableType:

@@ -7,40 +7,24 @@ policy forbids both. Names of arms, prompts and errors are somebody's text, and 
 import base64
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from orchestration.runs.browse import RunInfo, facts
-from orchestration.runs.claims import arms_table, claims_table
 from orchestration.runs.config import ConfigError
 from orchestration.runs.evaluations import kept_evaluations, kept_step
-from orchestration.runs.points import points_table
 from orchestration.runs.run import TEMPLATES, Run, is_free
+from orchestration.runs.tables import tables
 from orchestration.tracking.tracker import flatten
 from pipelines.pages import fill
 from pipelines.storage.atomic import DamagedFiles, read_bytes, replace_durably
-from pipelines.storage.names import file_name
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
 _STAGES = ("sample", "reward", "learn", "publish", "evaluate", "commit", "fit", "measure")  # from the bottom up
-_PICTURES = {
-    "arms": "Every arm: its seeds, their mean and its 95 % interval",
-    "before_after": "Before and after: same prompts, same seeds",
-    "progress": "The same prompts and seeds as the run went on",
-    "curves": "Curves",
-    "timeline": "What each actor did, over a few steps in the middle of the run",
-    "fresh_fraction": "The last generation against the share of fresh real data",
-    "precision_recall": "Quality against diversity",
-    "samples": "Samples, from the same latent seeds at every generation",
-    "classes": "Shares of the classes",
-}
-
-
-_TABLES = {"Claims": claims_table, "Means over seeds": arms_table, "Points, best first": points_table}
 
 
 def write_report(directory: Path, status: str | None = None) -> Path:
@@ -56,9 +40,9 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=facts(run),
-            tables={title: made(run.summary) for title, made in _TABLES.items()},
+            tables=tables(run.summary),
             measured=_measured(run),
-            pictures=list(_pictures(directory / "figures", run.summary.get("arms") or {})),
+            pictures=dict(_pictures(directory / "figures")),
             timeline=timeline,
             highest=max((sum(spent.values()) for _, spent in timeline), default=0),
             settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
@@ -86,24 +70,19 @@ def _measured(run: RunInfo) -> list[dict[str, Any]]:
     return [{**kept[step], "step": step} for step in (dict.fromkeys([min(kept), kept_step(kept)]) if kept else ())]
 
 
-def _pictures(directory: Path, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The figures, in the order of ``_PICTURES``, unknown ones last. A damaged one is left out."""
+def _pictures(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures by name. A damaged one is left out."""
     from PIL import Image
 
-    titles: dict[str, str] = {}
-    for stem, title in _PICTURES.items():
-        titles |= {stem: title} | {f"{stem}_{file_name(arm)}": f"{title}: {arm}" for arm in arms}
-    found = {path.stem: path for path in sorted(directory.glob("*.png"))}
-    for name in sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles)):
-        broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
-        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(found[name]))) as image:
+    broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
+    for path in sorted(directory.glob("*.png")):
+        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(path))) as image:
             image.load()
             if max(image.size) > _LARGEST:
                 image.thumbnail((_LARGEST, _LARGEST))
                 image.save(reduced := io.BytesIO(), "PNG", optimize=True)
                 content = reduced.getvalue()
-            encoded = base64.b64encode(content).decode()
-            yield {"name": name, "title": titles.get(name, name), "size": image.size, "png": encoded}
+            yield path.stem, {"size": image.size, "png": base64.b64encode(content).decode()}
 
 
 def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:

@@ -82,7 +82,7 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
         stored = "drawn again where it is read" if again else f"stored in {store.path(batch.task.key)}"
         lines.append(Text(f"{how}; {stored}"))
     headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
-    table = plain_table(*headings)
+    table = plain_table(headings)
     for generation, behind in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
         through = float(np.arange(len(behind.hops)) @ behind.hops)
         table.add_row(

@@ -9,11 +9,11 @@ from orchestration.cluster.ray_cluster import Machine, find_machine
 from orchestration.experiments.settings import task_resources
 from orchestration.experiments.study.config import Study, known_studies
 from orchestration.experiments.task_run import short
-from orchestration.runs.claims import wanted_of
 from orchestration.runs.config import about, validate
 from orchestration.runs.inputs import Inputs, code_of, fingerprints
 from orchestration.runs.manifest import has_only_begun, known_manifest
 from orchestration.runs.run import TEMPLATES, check_output
+from orchestration.runs.tables import wanted_of
 from pipelines.pages import fill
 from pipelines.storage.tasks import Task, in_order
 from policies.common.claims import Claim

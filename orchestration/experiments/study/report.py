@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from orchestration.experiments.study.run import StudyRun
-from orchestration.runs.claims import claim_lines
 from orchestration.runs.html_report import conclude
+from orchestration.runs.tables import claim_lines
 from policies.common.claims import OUTCOMES, judge
 from policies.common.intervals import interval, scale_of
 from policies.loops.verdicts import plain

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from rich.text import Text
 
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
 from orchestration.runs.browse import plain_table
 from orchestration.runs.html_report import conclude
-from orchestration.runs.points import points_table
 from orchestration.runs.run import register
+from orchestration.runs.tables import tables
 from policies.common.intervals import interval, paired, scale_of
 from policies.common.search_space import FRESH_SEEDS, Point, common_points, exact
 from policies.loops.verdicts import plain
@@ -128,11 +127,8 @@ def report(run: SweepRun, table: Table) -> Path:
         "budget_spent": run.budget.spent,
     }
     summary = plain(content)
-    headings, rows = points_table(summary)
-    lines = plain_table(*headings)
-    for row in rows:
-        lines.add_row(*map(Text, row))
-    run.display.console.print("points, best first", lines, sep="\n")
+    for title, (headings, rows) in tables(summary).items():
+        run.display.console.print(title, plain_table(headings, rows), sep="\n")
     return conclude(run, run.summarise(summary), figures, summary=summary)
 
 
