@@ -1,4 +1,4 @@
-"""The JSON schemas of what a run's directory says of itself: ``python -m tests.schemas`` writes docs/schemas."""
+"""What a run's directory says of itself against its JSON schemas, as any reader of these would check it."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,7 @@ from typing import Any
 
 import jsonschema
 
-from orchestration.runs.manifest import Manifest, Summary
-
-SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+from orchestration.runs.manifest import SCHEMAS
 
 
 def checked(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -20,9 +18,3 @@ def checked(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         assert content["schema_version"] == 1
         found.append(content)
     return found[0], found[1]
-
-
-if __name__ == "__main__":
-    for each in (Manifest, Summary):
-        text = json.dumps(each.model_json_schema(), indent=1) + "\n"
-        (SCHEMAS / f"{each.__name__.lower()}.json").write_text(text)

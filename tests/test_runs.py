@@ -3,11 +3,12 @@
 import fcntl
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from jsonschema import Draft202012Validator
 from rich.console import Console, RenderableType
 
 from orchestration.runs.browse import (
@@ -22,8 +23,8 @@ from orchestration.runs.browse import (
     render_show,
 )
 from orchestration.runs.config import ConfigError
-from orchestration.runs.manifest import Manifest, Summary
-from tests.schemas import SCHEMAS
+from orchestration.runs.manifest import SCHEMAS, read_manifest, read_summary
+from pipelines.storage.atomic import DamagedFiles
 
 SUMMARY = {
     "reward_before": 0.81,
@@ -138,10 +139,42 @@ def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> No
     assert "unreadable" in text_of(render_compare([run.directory.name for run in runs], tmp_path), width=300)
 
 
-@pytest.mark.parametrize("schema", [Manifest, Summary])
-def test_the_published_schemas_are_what_is_read(schema: type[BaseModel]) -> None:
-    """docs/schemas; ``python -m tests.schemas`` writes them."""
-    assert json.loads((SCHEMAS / f"{schema.__name__.lower()}.json").read_text()) == schema.model_json_schema()
+CLAIM = {"sentence": "s", "metric": "m", "arm": "a", "direction": "at most", "bound": 1.0, "control": None}
+CLAIM |= {"kind": "ratio", "scale": None, "outcome": "kept", "value": 0.5, "low": None, "high": None, "seeds": 3}
+CLAIM |= {"reason": ""}
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("manifest", {"loop": None}, "loop"),
+    ("manifest", {"config": [1]}, "config"),
+    ("manifest", {"schema_version": 2}, "schema_version"),
+    ("manifest", {"committed_step": True}, "committed_step"),
+    ("manifest", {"committed_step": 1.0}, "committed_step"),
+    ("manifest", {"committed_step": 2**60}, "committed_step"),
+    ("manifest", {"wall_seconds": math.nan}, "wall_seconds"),
+    ("manifest", {"wall_seconds": -1}, "wall_seconds"),
+    ("manifest", {"mlflow_children": {"a": 1}}, "mlflow_children.a"),
+    ("manifest", {"inputs": {"prompts": {"sha256": "0"}}}, "inputs.prompts"),
+    ("manifest", {"real_images": {"sha256": "0", "samples": 1, "pool": 1, "classes": 1, "more": 1}}, "real_images"),
+    ("summary", {"reward_before": "high"}, "reward_before"),
+    ("summary", {"reward_before": math.inf}, "reward_before"),
+    ("summary", {"arms": {"a": 1}}, "arms.a"),
+    ("summary", {"claims": [CLAIM | {"outcome": "won"}]}, "claims.0.outcome"),
+    ("summary", {"claims": [CLAIM | {"more": 1}]}, "claims.0"),
+    ("summary", {"claims": [{"sentence": "s"}]}, "claims.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "place"), BAD)
+def test_what_does_not_keep_to_the_published_schemas_is_not_read(
+    tmp_path: Path, name: str, change: dict[str, Any], place: str
+) -> None:
+    run = make_run(tmp_path, "run", {**SUMMARY, "claims": [CLAIM]})
+    for schema in SCHEMAS.glob("*.json"):
+        Draft202012Validator.check_schema(json.loads(schema.read_text()))
+    assert (read_manifest(run)["loop"], read_summary(run)["images"]) == ("ddpo", 20480)
+    path = run / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((ConfigError, DamagedFiles), match=rf"{name}\.json is damaged: {place} is not of "):
+        read_manifest(run), read_summary(run)
 
 
 def test_no_runs(tmp_path: Path) -> None:

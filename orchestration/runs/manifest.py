@@ -5,6 +5,8 @@ opens (:func:`open_run`): nothing of a directory that this user did not begin is
 """
 
 import contextlib
+import functools
+import math
 import os
 import platform
 import subprocess
@@ -13,17 +15,15 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from orchestration.runs.config import ConfigError
 from orchestration.runs.seal import altered, check_seal, sealed
 from pipelines.storage.atomic import DamagedFiles, read_json, remove, write_json
 from pipelines.storage.locations import CHECKOUT
-from policies.rl.settings import explain
 
 SCHEMA = 1  # of both; raised when a key comes to mean something else
+SCHEMAS = Path(__file__).with_name("schemas")  # of both
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
 _PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
 _KEPT: tuple[str, ...] = ("id", "former_ids", "created", "directory", "mlflow_run_id", "mlflow_children")
@@ -33,134 +33,43 @@ _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", 
 _BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html"}
 _COMMITS = {"checkpoints": "*step-*", "tasks": "*", "trials": "*"}
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _Said(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
-
-    schema_version: Annotated[int, Field(ge=0, le=SCHEMA, description="0: from before there was one")] = 0
-
-
-class Input(_Said):
-    """A file, directory, model or module that a run reads."""
-
-    path: str = Field(description="absolute, relative to the checkout, or a hub name")
-    sha256: str | None = Field(None, description="of its content; of a hub model, its commit; null: it is not there")
-    stamp: str | None = Field(None, description="of sizes and times of change: while these stand, so does the content")
-
-
-class RealImages(BaseModel):
-    """What a MAD experiment was given: the content's digest, the numbers of images and of classes."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    sha256: str
-    samples: Count
-    pool: Count
-    classes: Count
-
-
-class Manifest(_Said):
-    """manifest.json: what a run is made of, with what, and how far it is."""
-
-    name: str | None = None
-    loop: str
-    config: dict[str, Any]
-    status: str | None = Field(
-        None, description="RUNNING, FINISHED, KILLED, FAILED, or FORKED: from another run, and not run yet"
-    )
-    id: str | None = Field(None, description="stays the run's own when its directory is moved")
-    directory: str | None = Field(None, description="where it was last run, by which a copy is known")
-    former_ids: list[str] = Field([], description="of the runs that it is a copy of: its commits may bear them")
-    working_directory: str | None = Field(None, description="where relative paths begin; relative to the checkout")
-    created: str | None = None
-    git_commit: str | None = None
-    packages: dict[str, str] = {}
-    python: str | None = None
-    inputs: dict[str, Input] = Field({}, description="what it reads, by configuration key, or by module for code")
-    changes: list[dict[str, Any]] = Field([], description="what was changed on the way, at which step; adopted by flag")
-    digests: dict[str, str] | None = Field(None, description="of each part of this file")
-    seal: Any = Field(None, description="over the digests, by the key of the user who began the run")
-    error: str | None = None
-    wall_seconds: Seconds = 0.0
-    mlflow_run_id: str | None = None
-    mlflow_children: dict[str, str] = {}
-    total_steps: Count | None = None
-    committed_step: Count = 0
-    asked_steps: Count = 0
-    discarded_images: Count = 0
-    resolved: dict[str, Any] = {}
-    real_images: RealImages | None = None
-
-
-class SaidClaim(BaseModel):
-    """A claim of a study, and what became of it over its seeds; what is null was not to be had."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    sentence: str
-    metric: str
-    arm: str
-    direction: Literal["at most", "at least"]
-    bound: float
-    control: str | None
-    kind: Literal["absolute", "difference", "ratio"]
-    scale: str | None = Field(description="of the interval, where it is not the metric's own")
-    outcome: Literal["kept", "missed", "undecided"]
-    value: float | None
-    low: float | None
-    high: float | None
-    seeds: Count
-    reason: str
-
-
-class Summary(_Said):
-    """summary.json: what came out of a run that is done."""
-
-    wall_seconds: Seconds | None = None
-    seconds_by_stage: dict[str, float] = {}
-    git_commit: str | None = None
-    mlflow_run_id: str | None = None
-    images: Count | None = Field(None, description="DDPO: learned from")
-    steps: Count | None = None
-    seed: Count | None = None
-    reward_before: float | None = None
-    reward_after: float | None = None
-    evaluator_accuracy_before: float | None = None
-    evaluator_accuracy_after: float | None = None
-    kept_step: Count | None = None
-    weights_sha256: str | None = None
-    pipeline: str | None = None
-    seeds: list[int] | None = Field(None, description="MAD and studies")
-    arms: dict[str, dict[str, Any]] | None = None
-    study: str | None = None
-    claims: list[SaidClaim] | None = Field(None, description="studies")
-    points: list[dict[str, Any]] | None = Field(None, description="sweeps, best first")
-    trials: list[dict[str, Any]] | None = None
-
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """What a run says of itself, for who looks at it. Raises ConfigError naming the file."""
     try:
-        return _checked(Manifest, directory / "manifest.json")
+        return _checked(directory / "manifest.json")
     except DamagedFiles as error:
         raise ConfigError(f"{directory} is not a run directory: {error}; see 'ouroboros runs list'") from error
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """What came out of a run. Raises DamagedFiles naming the file."""
-    return _checked(Summary, directory / "summary.json")
+    return _checked(directory / "summary.json")
 
 
-def _checked(schema: type[BaseModel], path: Path) -> dict[str, Any]:
+def _checked(path: Path) -> dict[str, Any]:
+    """The content of a file that keeps to its schema."""
     content = read_json(path)
-    try:
-        schema.model_validate(content)
-    except ValidationError as error:
-        raise DamagedFiles(f"{path} is damaged: {explain(schema, error, shows_input=False)}") from error
+    for flaw in _schema(path.stem).iter_errors(content):
+        place = ".".join(map(str, flaw.absolute_path)) or "it"
+        raise DamagedFiles(f"{path} is damaged: {place} is not of {flaw.validator} {str(flaw.validator_value)[:80]}")
     return content
+
+
+@functools.cache
+def _schema(name: str) -> Any:
+    """A schema whose numbers are finite, and whose integers are written as such."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    def is_number(_: object, value: object) -> bool:
+        return is_integer(_, value) or (isinstance(value, float) and math.isfinite(value))
+
+    def is_integer(_: object, value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"number": is_number, "integer": is_integer})
+    return extend(Draft202012Validator, type_checker=types)(read_json(SCHEMAS / f"{name}.json"))
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from orchestration.runs.manifest import (
     working_directory,
     write_manifest,
 )
+from orchestration.tracking.store import Say
 from orchestration.tracking.tracker import Ending, Tracker, TrackingSettings, deliver_rest, open_store
 from pipelines.storage.atomic import DamagedFiles, not_through_a_link, remove, write_json
 
@@ -110,10 +111,9 @@ class Run:
             finally:
                 self._status(status)
             if status != "FINISHED":
-                self.display.say(f"{status.lower()}; {self.progress()}")
                 again = "nothing is committed: correct it and give the same command again"
-                go_on = f"go on with: ouroboros resume {self.directory}"
-                self.display.say(again if has_only_begun(self.directory) else go_on)
+                self.display.say(f"{status.lower()}; {self.progress()}")
+                self.display.say(again if has_only_begun(self.directory) else f"go on with: {self.display.remedy}")
         except OSError as unsaid:
             if refused is None:
                 raise
@@ -128,12 +128,14 @@ class Run:
         """What the disk would not take, in words; None if ``error`` is another."""
         if not isinstance(error, OSError) or error.errno not in _DISK:
             return None
-        free = shutil.disk_usage(self.directory).free
-        what = f"{error.filename or self.directory}: {error.strerror} ({free / 1e9:.1f} GB free)"
-        return DiskError(f"{what}; the last commit stands: mend that, then 'ouroboros resume {self.directory}'")
+        free = shutil.disk_usage(self.directory).free / 1e9
+        return DiskError(
+            f"{error.filename or self.directory}: {error.strerror} ({free:.1f} GB free); the last commit stands: mend "
+            f"that, then 'ouroboros resume {self.directory}'"
+        )
 
     def log_params(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
-        """Tell MLflow what this run is."""
+        """Describe this run in MLflow."""
         common = {key: self.manifest[key] for key in ("loop", "git_commit")} | {"run_directory": str(self.directory)}
         self.tracker.describe(parameters, common | dict(tags), note)
 
@@ -243,9 +245,7 @@ def going_on(directory: Path, schema: type[Config], trusted: bool) -> Iterator[t
         yield manifest, validate(schema, manifest["config"] | {"output_dir": str(directory)})
 
 
-def sync(
-    directory: Path, say: Callable[[str], None], tags: Mapping[str, str] | None = None, trusted: bool = False
-) -> int:
+def sync(directory: Path, say: Say, tags: Mapping[str, str] | None = None, trusted: bool = False) -> int:
     """Deliver to MLflow what a run that is over left, a sweep's with its trials'. Returns how many records are left.
 
     One whose process died is closed as KILLED. ``tags`` are added. Raises ConfigError if it is still being run, is a
@@ -269,12 +269,7 @@ def sync(
 
 
 def register(
-    directory: Path,
-    name: str,
-    alias: str,
-    say: Callable[[str], None],
-    tags: Mapping[str, str] | None = None,
-    trusted: bool = False,
+    directory: Path, name: str, alias: str, say: Say, tags: Mapping[str, str] | None = None, trusted: bool = False
 ) -> str:
     """Make the pipeline of a finished DDPO run a version of the MLflow model ``name``, tagged with what it gained and
     with ``tags``. Returns its models:/ address. Raises ConfigError if it is a stranger's and not ``trusted``."""
@@ -316,14 +311,12 @@ def _own_if_copy(directory: Path, manifest: dict[str, Any]) -> str | None:
 
 def is_free(directory: Path) -> bool:
     """Whether no process is running what ``directory`` holds."""
-    if not os.path.lexists(directory / ".lock"):
-        return True
-    try:
-        _lock(directory).close()
-    except OSError:  # it may not be looked at, or is no file: no run holds it
-        return True
-    except ConfigError:
-        return False
+    with contextlib.suppress(OSError):  # it may not be looked at, or is no file: no run holds it
+        try:
+            if os.path.lexists(directory / ".lock"):
+                _lock(directory).close()
+        except ConfigError:
+            return False
     return True
 
 

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def check_seal(directory: Path, manifest: dict[str, Any], trusted: bool) -> None
         return
     path = directory / "manifest.json"
     if not known:
-        named = sorted(set(_outside(manifest["config"])))
+        named = sorted(_outside(manifest["config"]))
         what = f" names code to import or a server to ask ({', '.join(named)}) and" if named else ""
         raise ConfigError(
             f"{directory}{what} was not begun by you on this machine (as far as {_places()[0]} tells): look at {path}, "
@@ -69,18 +70,12 @@ def _digests(manifest: dict[str, Any]) -> dict[str, str]:
     return {key: hashlib.sha256(_text(value)).hexdigest()[:16] for key, value in parts.items()}
 
 
-def _outside(content: Any) -> Iterator[str]:
-    """Whatever could be an import path or an address, key or value, and the file of a sweep's base, which may name
-    some. A module is imported before its function is looked for, so no form of the name is left out."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _outside(key)
-            yield from [value] if key == "config" and isinstance(value, str) else _outside(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _outside(value)
-    elif isinstance(content, str) and ":" in content:
-        yield content
+def _outside(config: dict[str, Any]) -> set[str]:
+    """Each text that could be an import path or an address, key or value, and the file of a sweep's base, which may
+    name some. A module is imported before its function is looked for, so no form of the name is left out."""
+    texts = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(config, default=str))]
+    base = config.get("config")
+    return {text for text in texts if ":" in text} | ({base} if isinstance(base, str) else set())
 
 
 def _sign(key: bytes, content: Any) -> str:

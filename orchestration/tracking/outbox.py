@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.tracking.delivery import FILES, Record, as_record
-from orchestration.tracking.store import Away, Gone, Refused, TrackingError
+from orchestration.tracking.store import Away, Gone, Refused, Say, TrackingError
 from pipelines.storage.atomic import DamagedFiles, read_json, read_lines
 
 Content = dict[str, Any]  # a record as JSON holds it
@@ -62,7 +62,7 @@ class Outbox:
     """
 
     def __init__(
-        self, directory: Path, deliver: Callable[[Sequence[Any]], None], say: Callable[[str], None], again: bool = False
+        self, directory: Path, deliver: Callable[[Sequence[Any]], None], say: Say, again: bool = False
     ) -> None:
         self.directory, self._path = directory, directory / "records.db"
         self._deliver, self._say = deliver, say
@@ -264,7 +264,7 @@ def _check_plain(directory: Path) -> None:
             raise TrackingError(f"{path} is a link or no plain file: nothing is read or written through it; remove it")
 
 
-def _opened(path: Path, say: Callable[[str], None]) -> sqlite3.Connection:
+def _opened(path: Path, say: Say) -> sqlite3.Connection:
     """The database of an outbox, new or known. A damaged one is moved aside."""
     database = sqlite3.connect(path, timeout=20, check_same_thread=False)
     database.text_factory = lambda text: text.decode(errors="replace")

@@ -23,6 +23,7 @@ _POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: it
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
 _PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 Found = TypeVar("Found")
+Say = Callable[[str], None]  # prints a line for people
 
 
 class TrackingError(RuntimeError):
@@ -74,7 +75,7 @@ class MlflowStore:
             raise
         return None if found.info.lifecycle_stage == "deleted" else found
 
-    def insist(self, what: str, attempt: Callable[[], Found], say: Callable[[str], None], seconds: float) -> Found:
+    def insist(self, what: str, attempt: Callable[[], Found], say: Say, seconds: float) -> Found:
         """Ask the store until it answers, for some ``seconds``. Raises TrackingError after that, and at once if it
         will not do it."""
         deadline, pause = time.monotonic() + seconds, 0.2

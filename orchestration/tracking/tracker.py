@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from orchestration.tracking.delivery import Delivery
 from orchestration.tracking.outbox import Content, Outbox, undelivered
-from orchestration.tracking.store import MlflowStore, Refused, TrackingError, settle
+from orchestration.tracking.store import MlflowStore, Refused, Say, TrackingError, settle
 from policies.rl.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -37,15 +37,7 @@ _STOP_SECONDS = 5.0  # after Ctrl-C, the longest wait for what is still to be de
 _DONE_SECONDS = 30.0  # after the end, the longest wait for the next part of it
 FIRST_LOOK = "A first look"  # what matters most: a name that MLflow sorts before all others, whatever their case
 _VIEW = "?workflowType=machine_learning"  # without it, MLflow shows a new visitor its pages for agents, which are empty
-_LOOK = f"look at *Model metrics* first, which begin with *{FIRST_LOOK}*, and at `report.html` among the artifacts"
-_EXPERIMENTS = {
-    "ddpo": f"**DDPO**: a reward teaches a diffusion model. Of a run, {_LOOK}. Filter by `tags.reward`, `tags.model`.",
-    "mad": "**MAD**: generators trained on their own samples. Below a run are its arms', below these their seeds'. "
-    f"Of an arm, {_LOOK} of its experiment. Filter by `tags.goes_mad`, `tags.rule`, `tags.family`.",
-    "study": "**Studies**: arms and controls, below a run, and their seeds, below these. What a study claims, and what "
-    f"became of it, are the run's tags `claim/…`. Of an arm, {_LOOK} of its study.",
-    "sweep": "**Sweeps**: below a run are its trials'. Compare these by their parameters.",
-}
+_NOTES = Path(__file__).with_name("notes")  # what MLflow shows of each experiment
 _KEY_IN_FILE = 100  # characters of an image's key in the names of its files
 _SMALL = 256  # pixels: what MLflow shows of an image before it is asked for all of it
 
@@ -97,12 +89,14 @@ class Tracker:
         run_name: str,
         run_id: str | None = None,
         loop: str = "ddpo",
-        say: Callable[[str], None] = lambda _: None,
+        say: Say = lambda _: None,
     ) -> None:
         self._directory, self._say = directory, say
         self._store = open_store(directory, settings)
         self.uri = self._store.uri
-        self._experiment, self._experiment_id = (settings.experiment or loop, _EXPERIMENTS.get(loop)), ""
+        note = _NOTES / f"{loop}.md"
+        described = note.read_text("utf-8").strip().format(first_look=FIRST_LOOK) if note.exists() else None
+        self._experiment, self._experiment_id = (settings.experiment or loop, described), ""
         self._is_away, self._is_root = False, True
         self._open(run_name, settings.parent, run_id)
         if run_id not in (None, self.run_id):
@@ -285,11 +279,7 @@ class _SystemMetrics(threading.Thread):
 
 
 def deliver_rest(
-    directory: Path,
-    settings: TrackingSettings,
-    say: Callable[[str], None],
-    run_id: str | None,
-    more: Sequence[Content] = (),
+    directory: Path, settings: TrackingSettings, say: Say, run_id: str | None, more: Sequence[Content] = ()
 ) -> int:
     """Deliver what the outbox of a run that is over still holds, once more what was refused, and ``more``. ``run_id``
     is the run in MLflow. Returns how many records are left, refused ones among them."""
