@@ -64,19 +64,15 @@ class Terminal(Console):
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
 
-    def _check_buffer(self) -> None:
+    def _write_buffer(self) -> None:
         """What rich does to write, or nothing from the time on when there is nowhere to write."""
         try:
-            super()._check_buffer()
+            super()._write_buffer()
         except UnicodeEncodeError:
             raise
-        except (OSError, ValueError):  # closed
+        except (OSError, ValueError):  # closed, or its reader has gone: the run goes on
             self._buffer.clear()
             self.quiet = True
-
-    def on_broken_pipe(self) -> None:
-        """Who was reading has gone: the run goes on."""
-        self.quiet = True
 
 
 DDPO_ROWS = (
@@ -166,8 +162,7 @@ class Display:
 
     def _line(self, numbers: Mapping[str, float], note: str) -> str:
         """The plain line of a step."""
-        width = len(str(self.total_steps))
-        parts = [f"{self._unit} {self.done:>{width}}/{self.total_steps}", *([note] if note else [])]
+        parts = [f"{self._unit} {self.done:>{len(str(self.total_steps))}}/{self.total_steps}", *filter(None, [note])]
         for row in self._rows:
             if row.key in numbers and row.plain:
                 spread = f" ±{numbers[row.spread]:.3f}" if row.spread and row.spread in numbers else ""
@@ -185,22 +180,15 @@ class Display:
             parts += ["", numbers]
         if self._activities:
             parts += ["", self._roles(max(0, options.size.height - 12))]
-        yield Panel(
-            Group(*parts),
-            title=f"[bold]{escape(self.title)}[/]",
-            title_align="left",
-            border_style="cyan" if self.done < self.total_steps else "green",
-            padding=(1, 2),
-            width=width,
-        )
+        title, colour = f"[bold]{escape(self.title)}[/]", "cyan" if self.done < self.total_steps else "green"
+        yield Panel(Group(*parts), title=title, title_align="left", border_style=colour, padding=(1, 2), width=width)
 
     def _progress(self) -> RenderableType:
         """Step, bar, elapsed and time left, on one line."""
-        elapsed, left = duration(time.monotonic() - self._started), self.seconds_left()
-        count = Text.assemble((f"{self._unit} ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
-        clock = Text(elapsed, "dim")
+        clock, left = Text(duration(time.monotonic() - self._started), "dim"), self.seconds_left()
         if left is not None and self.done < self.total_steps:
-            clock = Text.assemble((f"{elapsed} · ", "dim"), f"{duration(left)} left")
+            clock.append(" · ").append(f"{duration(left)} left", "not dim")
+        count = Text.assemble((f"{self._unit} ", "dim"), (f"{self.done}/{self.total_steps}", "bold"))
         bar = ProgressBar(max(1, self.total_steps), self.done, complete_style="cyan", finished_style="green")
         last = Column(no_wrap=True, justify="right", min_width=_CLOCK_WIDTH)
         line = Table.grid(Column(no_wrap=True), Column(ratio=1), last, padding=(0, 2, 0, 0), expand=True)
@@ -247,12 +235,10 @@ def sparkline(values: list[float], width: int) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person reads them: ``45s``, ``4m10s``, ``2h05m``."""
-    whole = max(0, round(min(seconds, 1e9)))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    minutes, rest = divmod(max(0, round(min(seconds, 1e9))), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _is_number(value: object) -> bool:
