@@ -212,7 +212,10 @@ def test_the_command_plans_clusters(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--gpus", "8,many"], "--gpus 8,many is not a number of GPUs, or several as in 8,64,512"),
         (["--gpus", "0"], "--gpus 0 is not"),
         (["--gpus", "8", "--costs", "no.json"], "--costs no.json cannot be read"),
-        (["--gpus", "8", "model.path=somebody/something"], "somebody/something: nobody has counted"),
+        (
+            ["--gpus", "8", "model.path=somebody/something"],
+            "somebody/something: its floating-point operations are not known",
+        ),
         (["--gpus", "8", "sampling.step=3"], "did you mean 'sampling.steps'"),
     ],
 )

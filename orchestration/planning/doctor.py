@@ -141,7 +141,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
     import requests
 
     if requests.get(f"{server}/api/jobs/", timeout=_SECONDS).ok:
-        yield Finding(f"Ray at {server} takes jobs from anybody", "start its head with RAY_AUTH_MODE=token")
+        yield Finding(f"Ray at {server} takes jobs without a token", "start its head with RAY_AUTH_MODE=token")
     else:
         yield Finding(f"Ray at {server} takes this token")
 

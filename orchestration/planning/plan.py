@@ -3,7 +3,7 @@ on the machine there is, or on GPUs there are not.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_mac
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.experiments.ddpo.preflight import learnable_steps, preflight, seat
-from orchestration.planning.cost_model import Cast, Costs, Forecast, Processor, Seat, Work, bottlenecks, simulate
+from orchestration.planning.cost_model import Cast, Forecast, Processor, Seat, Work, bottlenecks, simulate
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
 from orchestration.runs.config import ConfigError
 from orchestration.runs.run import TEMPLATES
@@ -30,7 +30,6 @@ class Option:
     offers: Sequence[Offer]
     work: Work
     cast: Cast
-    costs: Costs
     forecast: Forecast
 
     @property
@@ -39,19 +38,9 @@ class Option:
         return len(self.cast.processors) - 1
 
     @property
-    def counts(self) -> list[int]:
-        """Samplers, captioners and learners."""
-        found = {role.name: role.count for role in self.roles}
-        return [found.get(name, 0) for name in ("sampler", "captioner", "learner")]
-
-    @property
-    def limits(self) -> Mapping[str, float]:
-        """How far each part limits the throughput."""
-        return bottlenecks(self.work, self.costs, self.cast)
-
-    def memory(self) -> list[str]:
-        """What the actors need, in lines."""
-        return memory_plan(self.config, self.roles, self.offers)
+    def counts(self) -> dict[str, int]:
+        """How many actors each role has."""
+        return {role.name: role.count for role in self.roles}
 
 
 def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
@@ -86,8 +75,7 @@ def foresee(
     work = work_of(config, known.micro_batch, depth)
     cast = cast_of(config, roles, offers, known.coupling)
     steps = math.lcm(work.commit_every or 1, work.evaluate_every or 1)  # each comes as often as in the long run
-    forecast = simulate(work, known.costs, cast, min(60, max(6, steps)))
-    return Option(config, roles, offers, work, cast, known.costs, forecast)
+    return Option(config, roles, offers, work, cast, simulate(work, known.costs, cast, min(60, max(6, steps))))
 
 
 def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Iterator[ActorSettings]:
@@ -159,5 +147,5 @@ def render(options: Sequence[Option], known: StageCosts, price: float | None) ->
     fastest: dict[int, Option] = {}
     for option in sorted(options, key=lambda each: each.forecast.images_per_second):
         fastest[option.gpus] = option
-    in_order = [option for option in options if option is fastest[option.gpus]]
-    return fill(TEMPLATES / "forecast.txt", options=options, fastest=in_order, known=known, price=price)
+    shown = {"options": options, "fastest": fastest, "known": known, "price": price}
+    return fill(TEMPLATES / "forecast.txt", **shown, limits=bottlenecks, memory=memory_plan)

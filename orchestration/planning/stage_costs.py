@@ -94,10 +94,10 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
         costs["caption"] = _Clock(roles["captioner"]).fit(lambda n: captioner.caption(images[:n]), size)
     costs["rewards"] = {}
     for (name, options), role in zip(config.reward.functions.items(), reward_roles(config.reward), strict=True):
-        told = load_reward(name, options, roles[role].device)
+        reward = load_reward(name, options, roles[role].device)
 
-        def judge(n: int, told: Any = told) -> object:
-            return score(told, images[:n], prompts[:n], captions and captions[:n])
+        def judge(n: int, reward: Any = reward) -> object:
+            return score(reward, images[:n], prompts[:n], captions and captions[:n])
 
         costs["rewards"][name] = _Clock(roles[role]).fit(judge, size)
     of_learning, micro_batch, weights = _learning(config, roles["learner"], trajectory)
@@ -175,7 +175,7 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
     trials = [(images, 1, whole), (images, min(4, images), whole), (images, 1, small), (few, 1, whole)]
     rows = [[1, u, u * math.ceil(n * share / u / m), n * share] for n, u, m in trials]
     seconds = [clock(lambda t=t: learn(*t)) for t in trials]  # type: ignore[misc]
-    # Threads share the work: how well, one call by the clock on the wall has to tell.
+    # Threads share the work: how well, one call by the clock on the wall shows.
     gain = _Clock(role)(lambda: learn(*trials[1])) / seconds[1] if role.device == "cpu" and role.threads > 1 else 1.0
     fixed, update, call, each = (gain * cost for cost in _fitted(rows, seconds))
     with tempfile.TemporaryDirectory() as place:
@@ -194,7 +194,7 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
     model, rate, rank = counted(config.model.path, config.model.lora_targets), 1e12 * tflops, config.model.lora_rank
     if not model["forward"]:
         remedy = "run plan where it and a GPU are with --save, then give --costs here"
-        raise ConfigError(f"{config.model.path}: nobody has counted its floating-point operations; {remedy}")
+        raise ConfigError(f"{config.model.path}: its floating-point operations are not known; {remedy}")
     network, size = model["unet"] + model["transformer"], BYTES[config.model.dtype]
     forward = 1e9 * model["forward"] * (1 + (config.sampling.guidance_scale > 1)) / rate
     trained = BYTES["float32"] * (model["lora"] * rank or network)

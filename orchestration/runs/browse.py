@@ -32,7 +32,7 @@ _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED"
 
 
 class RunInfo:
-    """What a run directory tells: its manifest and its summary, empty where there is none (yet), and what is damaged in
+    """What a run directory holds: its manifest and its summary, empty where there is none (yet), and what is damaged in
     them. Nothing is read that a link leads to."""
 
     def __init__(self, directory: Path) -> None:
@@ -119,8 +119,8 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
     for heading in ("step", "reward", "held-out", "wall"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        told = _told(run)
-        shown = (told[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
+        texts = _texts(run)
+        shown = (texts[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
         table.add_row(Text(run.directory.name), *shown)
     return Group(table, *_warnings(*runs))
 
@@ -128,7 +128,7 @@ def render_list(runs: Sequence[RunInfo]) -> RenderableType:
 def render_show(name: str, root: Path) -> RenderableType:
     """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
     run = find_run(name, root)
-    known = {label: text for label, text in _told(run).items() if str(text) != ABSENT}
+    known = {label: text for label, text in _texts(run).items() if str(text) != ABSENT}
     panels: list[tuple[str, Table | Mapping[str, Text]]] = [(run.name, known)]
     if (arms := run.summary.get("arms")) and run.summary.get("claims") is None:
         panels.append(("generation 1 → last", plain_table(*_generations(arms))))
@@ -144,7 +144,7 @@ def render_show(name: str, root: Path) -> RenderableType:
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
-    """What there is to say about a run at a glance, None where it does not tell; without a summary, of its held-out
+    """A run at a glance, None where it does not say; without a summary, of its held-out
     measures so far."""
     manifest, summary, measured = run.manifest, run.summary, {} if run.summary else run.evaluations()
     seconds = _number({**manifest, **summary}.get("wall_seconds"))
@@ -172,8 +172,8 @@ def facts(run: RunInfo) -> dict[str, Any]:
     }
 
 
-def _told(run: RunInfo) -> dict[str, Text]:
-    """The facts and the status for a terminal, a dash where the run does not tell."""
+def _texts(run: RunInfo) -> dict[str, Text]:
+    """The facts and the status for a terminal, a dash where the run does not say."""
     status = Text(run.status, style=_COLOURS.get(run.status, "magenta"))
     return {"status": status, **{label: _plain(value) for label, value in facts(run).items()}}
 
@@ -203,10 +203,10 @@ def render_compare(names: Sequence[str], root: Path) -> RenderableType:
     runs = [find_run(name, root) for name in names]
     table = plain_table(["", *(run.directory.name for run in runs)])
     table.columns[0].style = "dim"
-    told = [_told(run) for run in runs]
+    texts = [_texts(run) for run in runs]
     for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
-        table.add_row(label, *(each[label] for each in told))
-    table.add_row("weights", *(each["weights SHA-256"][:12] for each in told))
+        table.add_row(label, *(each[label] for each in texts))
+    table.add_row("weights", *(each["weights SHA-256"][:12] for each in texts))
     table.add_section()
     differing = differing_keys(runs)
     for key, values in differing.items():

@@ -38,7 +38,7 @@ _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
 class Row:
     """A number worth watching: its metric, its name on the panel and on plain lines, and how it is shown.
 
-    ``colour`` draws its course, ``spread`` is the metric of its ±, ``gain`` tells what it has gained since the start.
+    ``colour`` draws its course, ``spread`` is the metric of its ±, ``gain`` shows what it has gained since the start.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Row:
 
 
 class Terminal(Console):
-    """Where everything for people is printed. No text can command the terminal, whoever wrote it, and a terminal that
+    """Where everything for people is printed. No text can command the terminal, and a terminal that
     is closed stops nothing."""
 
     def __init__(self, **options: Any) -> None:

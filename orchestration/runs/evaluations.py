@@ -12,14 +12,14 @@ def kept_evaluations(directory: Path, damaged: list[str] | None = None) -> dict[
     found: dict[int, dict[str, Any]] = {}
     for path in sorted((directory / "evaluations").glob("step-*.json")):
         try:
-            told = read_json(path)
-            lists = [told.get(key) for key in ("prompts", "captions", "measure") if told.get(key) is not None]
-            numbers = [value for key, value in told.items() if "/" in key or key == "measured_reward"]
+            content = read_json(path)
+            lists = [content.get(key) for key in ("prompts", "captions", "measure") if content.get(key) is not None]
+            numbers = [value for key, value in content.items() if "/" in key or key == "measured_reward"]
             if not all(isinstance(each, list) for each in lists) or not all(
                 isinstance(v, float | int) for v in numbers
             ):
                 raise DamagedFiles(f"{path} is damaged: it is no evaluation")
-            found[int(path.stem.removeprefix("step-"))] = told
+            found[int(path.stem.removeprefix("step-"))] = content
         except (DamagedFiles, ValueError) as error:
             damaged = [] if damaged is None else damaged
             damaged.append(str(error))
@@ -28,4 +28,4 @@ def kept_evaluations(directory: Path, damaged: list[str] | None = None) -> dict[
 
 def kept_step(kept: dict[int, dict[str, Any]]) -> int:
     """The step whose weights were kept; the last one while none are."""
-    return next((step for step, told in kept.items() if told.get("kept")), max(kept))
+    return next((step for step, content in kept.items() if content.get("kept")), max(kept))

@@ -1,7 +1,7 @@
 """One page of a run for people: ``report.html``, made from what the run's directory holds, finished or not.
 
 The page needs nothing but itself: its pictures are part of it, it runs no script and asks no network, and its content
-policy forbids both. Names of arms, prompts and errors are somebody's text, and all of it is escaped.
+policy forbids both. Names of arms, prompts and errors are a stranger's text, and all of it is escaped.
 """
 
 import base64
@@ -53,12 +53,12 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     return path
 
 
-def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **told: Any) -> Path:
+def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **values: Any) -> Path:
     """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, and
     say what came out, by the template of its loop. Returns ``path``."""
     for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
         run.tracker.artifact(each)
-    text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **told)
+    text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **values)
     for line in text.splitlines():
         run.display.say(line)
     return path

@@ -36,7 +36,7 @@ from orchestration.tracking.store import Say
 from orchestration.tracking.tracker import Ending, Tracker, TrackingSettings, deliver_rest, open_store
 from pipelines.storage.atomic import DamagedFiles, not_through_a_link, remove, write_json
 
-TEMPLATES = Path(__file__).with_name("templates")  # of what people are told
+TEMPLATES = Path(__file__).with_name("templates")  # of what is printed
 _LOSSES = 3  # a run that is thrown back so often to the same place is not going to get past it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # what a disk can refuse with
 

@@ -58,22 +58,20 @@ def middle_of(lanes: Lanes) -> dict[str, list[Span]]:
 
 def nested(spans: Sequence[Span]) -> Iterator[tuple[str, float, float, int, float]]:
     """What, start, end, depth, and the seconds that no part of it takes, of each span; steps hold nothing."""
-    inner = [span for span in spans if span[0] != STEP]
-    own = [end - begin for _, begin, end in inner]
-    names: list[str] = []
-    open_: list[int] = []
-    depths = []
-    for index, (what, begin, end) in enumerate(inner):
-        while open_ and inner[open_[-1]][2] <= begin:
-            open_.pop()
-        if open_:
-            own[open_[-1]] -= end - begin
-        above = names[open_[-1]] if open_ else ""
-        names.append(above if above.endswith(what) else f"{above} › {what}" if above else what)
-        depths.append(len(open_))
-        open_.append(index)
-    for name, (_, begin, end), depth, seconds in zip(names, inner, depths, own, strict=True):
-        yield name, begin, end, depth, seconds
+    found: list[tuple[str, float, float, int]] = []
+    own: list[float] = []
+    within: list[int] = []  # those that hold the next one, from the outside inwards
+    for what, begin, end in (span for span in spans if span[0] != STEP):
+        while within and found[within[-1]][2] <= begin:
+            within.pop()
+        if within:
+            own[within[-1]] -= end - begin
+        above = found[within[-1]][0] if within else ""
+        name = above if above.endswith(what) else f"{above} › {what}" if above else what
+        found.append((name, begin, end, len(within)))
+        own.append(end - begin)
+        within.append(len(own) - 1)
+    yield from ((*span, seconds) for span, seconds in zip(found, own, strict=True))
     yield from ((STEP, begin, end, 0, 0.0) for what, begin, end in spans if what == STEP)
 
 
@@ -95,8 +93,10 @@ def render_profile(directory: Path) -> Table:
         spent["idle"] = max(0.0, end - begin - sum(spent.values()))
         peak = peaks.get(name, {})
         shown = " + GPU ".join(f"{peak[kind] / 1e6:,.0f} MB" for kind in ("memory", "gpu_memory") if peak.get(kind))
-        told = {what: seconds for what, seconds in spent.items() if seconds > _LEAST * (end - begin) or what == "idle"}
-        for row, (what, seconds) in enumerate(sorted(told.items(), key=lambda each: (each[0] == "idle", each[0]))):
+        shares = {
+            what: seconds for what, seconds in spent.items() if seconds > _LEAST * (end - begin) or what == "idle"
+        }
+        for row, (what, seconds) in enumerate(sorted(shares.items(), key=lambda each: (each[0] == "idle", each[0]))):
             share = f"{seconds / (end - begin):.1%}"
             table.add_row("" if row else name, what, f"{seconds / len(steps):.3f}", share, "" if row else shown)
         table.add_section()

@@ -1,1 +1,1 @@
-"""MLflow: what it is told, kept until it has been told, and the server."""
+"""MLflow: the records it is sent, kept until they have arrived, and its server."""

@@ -1,6 +1,6 @@
-"""MLflow's own server over one directory, and on loopback unless told otherwise.
+"""MLflow's own server over one directory, on loopback unless ``--host`` says otherwise.
 
-Clients send artifacts through it, so that whoever logs to it needs no disk in common with it.
+Clients send artifacts through it, so they need no disk in common with it.
 """
 
 import configparser

@@ -19,7 +19,7 @@ HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
 _PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
-_POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: it lets nobody in, or is no MLflow
+_POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: no permission, or no MLflow
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
 _PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 Found = TypeVar("Found")
@@ -240,6 +240,6 @@ def _configure_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    # Retries are told by the error in the end, and what goes wrong in a database by the one that it leads to.
+    # Retries are reported by the error in the end, and what goes wrong in a database by the one that it leads to.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

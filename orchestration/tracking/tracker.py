@@ -78,7 +78,7 @@ class Tracker:
     """One MLflow run, the same one before and after a resume.
 
     ``directory`` is the run directory; ``run_id`` continues a run that is already in the store, or begins another in
-    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``say`` tells people of a
+    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``say`` reports a
     store that is away. Raises TrackingError if a new run's store cannot be reached; a known run goes on without it.
     """
 
@@ -155,7 +155,7 @@ class Tracker:
         """Record what the run is: ``parameters`` under dotted names, and ``tags``.
 
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
-        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless somebody wrote one.
+        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless a person wrote one.
         """
         self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note)
 
