@@ -6,9 +6,9 @@ import platform
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
@@ -42,18 +42,11 @@ class Finding:
 def examine(address: str | None, tracking_uri: str | None, config: Path | Sequence[Path] | None) -> Iterator[Finding]:
     """Every finding, as it is made. Raises ConfigError if ``config`` is not a DDPO configuration."""
     settings = load_config(DdpoConfig, config, [f"tracking.uri={tracking_uri}"] if tracking_uri else [])
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "packages": _packages,
-        "GPU": _gpus,
-        "machine": _machine,
-        "disk": _disk,
-        "models": lambda: _models(settings),
-        "Ray": lambda: _ray(address),
-        "MLflow": lambda: _mlflow(settings.tracking.uri),
-    }
-    for name, check in checks.items():
+    checks = {"packages": _packages(), "GPU": _gpus(), "machine": _machine(), "disk": _disk()}
+    checks |= {"models": _models(settings), "Ray": _ray(address), "MLflow": _mlflow(settings.tracking.uri)}
+    for name, findings in checks.items():
         try:
-            yield from check()
+            yield from findings
         except Exception as error:  # whatever it is, the other checks are still worth making
             yield Finding(name, " ".join(str(error).split()) or type(error).__name__)
 
@@ -64,10 +57,7 @@ def _packages() -> Iterator[Finding]:
     fits = SpecifierSet(wanted).contains(python, prereleases=True)
     yield Finding(f"Python {python}", None if fits else f"make a new environment with one that is {wanted}")
     for requirement in map(Requirement, project["dependencies"]):
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            found = "(none)"
+        found = next((each.version for each in distributions(name=requirement.name)), "(none)")
         if found == "(none)" or not requirement.specifier.contains(found, prereleases=True):
             yield Finding(f"{requirement.name} {found}", f"pip install '{requirement}'")
     yield Finding(f"{len(project['dependencies'])} packages held against pyproject.toml")
@@ -124,10 +114,10 @@ def _hub_model(name: str) -> Finding:
         return Finding(f"model {name} in {snapshot_download(name, local_files_only=True)}")
     try:
         model_info(name, timeout=_SECONDS)
+        return Finding(f"model {name} on the hub")
     except Exception as error:
         reason = " ".join(str(error).split())
         return Finding(f"model {name} cannot be fetched", f"{reason}; name a directory, or set HF_TOKEN if it is gated")
-    return Finding(f"model {name} on the hub")
 
 
 def _ray(address: str | None) -> Iterator[Finding]:
@@ -140,10 +130,9 @@ def _ray(address: str | None) -> Iterator[Finding]:
     connect(server)
     import requests
 
-    if requests.get(f"{server}/api/jobs/", timeout=_SECONDS).ok:
-        yield Finding(f"Ray at {server} takes jobs without a token", "start its head with RAY_AUTH_MODE=token")
-    else:
-        yield Finding(f"Ray at {server} takes this token")
+    is_open = requests.get(f"{server}/api/jobs/", timeout=_SECONDS).ok
+    remedy = "start its head with RAY_AUTH_MODE=token" if is_open else None
+    yield Finding(f"Ray at {server} takes {'jobs without a' if is_open else 'this'} token", remedy)
 
 
 def _mlflow(uri: str | None) -> Iterator[Finding]:
