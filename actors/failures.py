@@ -13,7 +13,7 @@ _GET_SECONDS = 25.0
 # In the errors of torch.distributed.
 MARKS_OF_A_PEER = ("gloo/transport", "DistBackendError", "DistNetworkError", "DistStoreError")
 
-# A GPU without memory, or one that failed: what ran there can begin anew, on a card that nobody holds yet.
+# A GPU without memory, or one that failed: what ran there can begin anew, on a card that nothing holds yet.
 _MARKS_OF_A_DEVICE = ("OutOfMemoryError", "AcceleratorError", "CUDA error")
 
 
@@ -38,59 +38,53 @@ def result(reference: Any, what: str) -> Any:
 
 
 def _explain(error: Exception, what: str) -> NoReturn:
-    if any(mark in str(error) for mark in MARKS_OF_A_PEER):
-        raise ActorLost(f"{what}: another learner is gone or late: {str(error).strip().splitlines()[-1]}") from error
+    kind, words = _in_words(error)
+    raise kind(f"{what}: {words}") from error
+
+
+def _in_words(error: Exception) -> tuple[type[Exception], str]:
+    """What an error of Ray's is raised as, and its first cause."""
+    said, last = " ".join(str(error).split()), str(error).strip().rpartition("\n")[2]
+    if any(mark in said for mark in MARKS_OF_A_PEER):
+        return ActorLost, f"another learner is gone or late: {last}"
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, DegenerateBatch):
-            raise DegenerateBatch(f"{what}: {cause}") from error
-        if isinstance(cause, ShortOfMemoryError):
-            raise MicroBatchTooLarge(f"{what}: {cause}") from error
+        if isinstance(cause, DegenerateBatch | ShortOfMemoryError):
+            return DegenerateBatch if isinstance(cause, DegenerateBatch) else MicroBatchTooLarge, str(cause)
         if isinstance(cause, ray.exceptions.RayError) and cause is not error:  # what it was to work on is gone
-            raise ActorLost(f"{what}: {type(cause).__name__}: {_short(str(cause))}") from error
-        kind = (
-            ActorLost
-            if any(mark in f"{type(cause).__name__}: {cause}" for mark in _MARKS_OF_A_DEVICE)
-            else ActorFailure
-        )
-        raise kind(f"{what}: {type(cause).__name__}: {cause}") from error
-    said = " ".join(str(error).split())
-    if getattr(error, "actor_init_failed", False):  # a traceback
-        raise _kind(said)(f"{what}: {str(error).strip().splitlines()[-1]}") from error
-    pid = re.search(r"\bpid: (\d+)|Worker PID: (\d+)", said)
-    words = last_words(int(pid[1] or pid[2])) if pid else []
-    told = "; its last lines: " + " | ".join(words) if words else ""
-    raise ActorLost(f"{what}: {type(error).__name__}: {_short(said)}{told}") from error
+            return ActorLost, f"{type(cause).__name__}: {_short(str(cause))}"
+        words = f"{type(cause).__name__}: {cause}"
+        return _kind(words), words
+    if getattr(error, "actor_init_failed", False):  # it says a traceback
+        return _kind(said), last
+    pid = re.search(r"\bpid: (\d+)", said, re.IGNORECASE)
+    lines = last_lines(int(pid[1])) if pid else []
+    return ActorLost, f"{type(error).__name__}: {_short(said)}" + "; its last lines: " * bool(lines) + " | ".join(lines)
 
 
-def _kind(said: str) -> type[ActorFailure]:
-    """What an error that says so is: a GPU's is a loss, whose work begins anew, where another would come again."""
-    return ActorLost if any(mark in said for mark in _MARKS_OF_A_DEVICE) else ActorFailure
+def _kind(words: str) -> type[ActorFailure]:
+    """A GPU's error is a loss: its work begins anew. Another error would come again."""
+    return ActorLost if any(mark in words for mark in _MARKS_OF_A_DEVICE) else ActorFailure
 
 
-def last_words(pid: int) -> list[str]:
+def last_lines(pid: int) -> list[str]:
     """The last lines of the log of a process that has ended, on whichever node it was; none if it said nothing."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     tail: Any = ray.remote(_tail)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    places = [NodeAffinitySchedulingStrategy(each["NodeID"], soft=False) for each in ray.nodes() if each["Alive"]]
     asked = [tail.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(pid) for place in places]
     try:
         return [line for lines in ray.get(asked, timeout=_GET_SECONDS) for line in lines]
-    except (ray.exceptions.RayError, TimeoutError):  # the cluster is going: the cause itself must still be told
+    except (ray.exceptions.RayError, TimeoutError):  # the cluster is going: the cause itself must still be said
         return []
 
 
 def _tail(pid: int) -> list[str]:
     """In a worker: what the node's logs hold of a process."""
     node: Any = ray._private.worker._global_node
-    logs = Path(node.get_logs_dir_path())
-    lines = [
-        line
-        for path in sorted(logs.glob(f"worker-*-{pid}.err"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
+    paths = sorted(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line.strip() and not line.startswith(":")][-_LINES:]  # ":" begins Ray's own marks
 
 

@@ -6,7 +6,6 @@ business.
 """
 
 import contextlib
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,26 @@ _DELAY_SECONDS = 15.0  # a run that is over by then does without
 _ASK_SECONDS = 2.0
 _SILENT_SECONDS = 20.0  # a watchman that does not answer for so long was stopped itself
 _NO_JOB, _MARK = "ffffffff", ":job_id:"
-_LOOK_SECONDS = 1.0  # a process is ended that is stopped at two looks
 
 
 class Watchman:
-    """The actor: every second it looks for stopped workers of this job among the children of its node's raylet."""
+    """The actor: it ends workers of this job, children of its node's raylet, that are stopped at two looks."""
 
     def __init__(self) -> None:
-        self._ended: list[str] = []
+        self._before: set[psutil.Process] = set()
         self._job = ray.get_runtime_context().get_job_id()
         node: Any = ray._private.worker._global_node
         self._logs = Path(node.get_logs_dir_path())
-        threading.Thread(target=self._watch, daemon=True).start()
 
-    def report(self) -> list[str]:
-        """What was ended since the last report, in words."""
-        ended, self._ended = self._ended, []
+    def look(self) -> list[str]:
+        """End what is stopped and was at the last look. Returns what was ended, in words."""
+        now, ended = self._stopped(), []
+        for process in self._before & now.keys():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                ended.append(f"{now.pop(process).removeprefix('ray::')} (process {process.pid})")
+        self._before = set(now)  # without what was killed, which may take a moment to be gone
         return ended
-
-    def _watch(self) -> None:
-        before: set[psutil.Process] = set()
-        while True:
-            now = self._stopped()
-            found = before & now.keys()
-            for process in found:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-                    self._ended.append(f"{now[process].removeprefix('ray::')} (process {process.pid})")
-            before = now.keys() - found  # what was killed may take a moment to be gone
-            time.sleep(_LOOK_SECONDS)
 
     def _stopped(self) -> dict[psutil.Process, str]:
         """Stopped workers, and what they are called."""
@@ -68,10 +58,10 @@ class Watchman:
 
 
 class StuckWorkerMonitor:
-    """The driver's watchmen, one on every node. Called again and again by whoever waits."""
+    """The driver's watchmen, one on every node. It is called again and again while the driver waits."""
 
     def __init__(self) -> None:
-        # Of each node its watchman, and its answer that is waited for, since when.
+        # Of each node its watchman, the answer that is waited for, and since when.
         self._watchmen: dict[str, tuple[Any, Any, float]] = {}
         self._next = time.monotonic() + _DELAY_SECONDS
 
@@ -80,7 +70,7 @@ class StuckWorkerMonitor:
         now, ended = time.monotonic(), []
         if now < self._next:
             return []
-        late = now - self._next > _ASK_SECONDS  # this process was itself held up: nobody is silent because of that
+        late = now - self._next > _ASK_SECONDS  # this process was itself held up: no watchman is silent because of that
         self._next = now + _ASK_SECONDS
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for node in self._watchmen.keys() - alive:
@@ -89,18 +79,17 @@ class StuckWorkerMonitor:
             place = NodeAffinitySchedulingStrategy(node, soft=False)
             actor: Any = ray.remote(Watchman)
             watchman = actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=place).remote()
-            self._watchmen[node] = watchman, watchman.report.remote(), now
+            self._watchmen[node] = watchman, watchman.look.remote(), now
         for node, (watchman, answer, since) in self._watchmen.items():
             if ray.wait([answer], timeout=0)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):  # it died: Ray starts another
                     ended += ray.get(answer)
-                answer = watchman.report.remote()
-            elif not late:
-                if now - since <= _SILENT_SECONDS:
-                    continue
+            elif late or now - since <= _SILENT_SECONDS:
+                self._watchmen[node] = watchman, answer, now if late else since
+                continue
+            else:
                 ray.kill(watchman, no_restart=False)
-                answer = watchman.report.remote()
-            self._watchmen[node] = watchman, answer, now
+            self._watchmen[node] = watchman, watchman.look.remote(), now
         return ended
 
     def end(self) -> None:

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,10 @@ class Worker:
                 gc.enable()
 
         cls.__init__ = make  # type: ignore[method-assign, assignment]
-        for name, method in inspect.getmembers(cls, inspect.isfunction):
-            if name in vars(cls) and not name.startswith("_"):
-                setattr(
-                    cls, name, _noted(_in_halves(method) if name in _BY_IMAGE else method, ACTIVITIES.get(name, name))
-                )
+        for name, method in [*vars(cls).items()]:
+            if inspect.isfunction(method) and not name.startswith("_"):
+                done = _in_halves(method) if name in _BY_IMAGE else method
+                setattr(cls, name, _noted(done, ACTIVITIES.get(name, name)))
 
     def __init__(self, threads: int, uses_torch: bool = True) -> None:
         keep_memory()
@@ -121,24 +120,25 @@ def keep_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def device_is_lost(error: BaseException | None) -> bool:
+def device_is_lost(error: BaseException) -> bool:
     """Whether a GPU failed this process in a way that leaves it unusable: only a new process can go on."""
-    while error is not None:
-        if type(error).__name__ == "AcceleratorError" or (
-            isinstance(error, RuntimeError) and "CUDA error" in str(error)
-        ):
-            return not is_short_of_memory(error)
-        error = error.__cause__
-    return False
+    failed = any(
+        type(each).__name__ == "AcceleratorError" or (isinstance(each, RuntimeError) and "CUDA error" in str(each))
+        for each in _causes(error)
+    )
+    return failed and not is_short_of_memory(error)
 
 
-def is_short_of_memory(error: BaseException | None) -> bool:
+def is_short_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory for what was asked, or for a part of it."""
+    marks = "OutOfMemoryError", "CUDA error: out of memory"
+    return any(type(each).__name__ == marks[0] or marks[1] in str(each) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
-            return True
+        yield error
         error = error.__cause__
-    return False
 
 
 def end_if_lost(error: BaseException) -> None:
@@ -164,7 +164,7 @@ def _in_halves(method: Callable[..., Any]) -> Callable[..., Any]:
             sys.modules["torch"].cuda.empty_cache()
         halves = slice(rows // 2), slice(rows // 2, None)
         parts = [[each[half] if isinstance(each, list | np.ndarray) else each for each in arguments] for half in halves]
-        return _joined(*[work(self, *part) for part in parts])
+        return _joined(*(work(self, *part) for part in parts))
 
     return work
 

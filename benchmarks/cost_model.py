@@ -29,7 +29,7 @@ from scipy.optimize import minimize_scalar
 
 from orchestration.cluster.ray_cluster import connected
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.planning.cost_model import Forecast
 from orchestration.planning.plan import foresee
 from orchestration.planning.stage_costs import StageCosts, measure
@@ -90,7 +90,7 @@ def configured(case: str, *own: str) -> DdpoConfig:
 def foreseen(case: str, known: StageCosts) -> Forecast:
     """The forecast of a case."""
     config = configured(case)
-    plan = preflight(config)
+    plan = preflight_ddpo(config)
     return foresee(config, plan.roles, plan.offers, known, config.training.depth).forecast
 
 
@@ -99,7 +99,7 @@ def costs_of(out: Path, case: str) -> StageCosts:
     config = configured(case)
     path = out / f"costs-lora{config.model.lora_rank}.json"
     if not path.exists():
-        path.write_text(measure(config, preflight(config)).model_dump_json(indent=1))
+        path.write_text(measure(config, preflight_ddpo(config)).model_dump_json(indent=1))
     return StageCosts.read(path, config)
 
 

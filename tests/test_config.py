@@ -11,7 +11,7 @@ import yaml
 from orchestration.cli import main as cli
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.storage.locations import CHECKOUT
 from policies.rl.settings import TrainingSettings, known_keys
@@ -247,7 +247,7 @@ def test_unknown_prompts_for_the_evaluator_are_named(tmp_path: Path) -> None:
     prompts.write_text("a wolf riding a bike\n")
     config = load_config(DdpoConfig, DIGITS, [f"prompts={prompts}", "training.images_per_step=8"])
     with pytest.raises(ConfigError, match="wolf"):
-        preflight(config)
+        preflight_ddpo(config)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", "holds no prompt"), ("a\na\n", "repeats 1")])
@@ -255,7 +255,7 @@ def test_prompt_files_are_checked(text: str, expected: str, tmp_path: Path) -> N
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(text)
     with pytest.raises(ConfigError, match=expected):
-        preflight(load_config(DdpoConfig, DIGITS, [f"prompts={prompts}"]))
+        preflight_ddpo(load_config(DdpoConfig, DIGITS, [f"prompts={prompts}"]))
 
 
 def test_overrides_reach_their_keys_and_round_trip(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
 def test_memory_estimate_counts_every_actor() -> None:
     config = load_config(DdpoConfig, DIGITS)
     few, many = (
-        describe(c, preflight(c, Machine(cpus=64, gpus=0)))
+        describe_ddpo(c, preflight_ddpo(c, Machine(cpus=64, gpus=0)))
         for c in (config, config.model_copy(update={"actors": config.actors.model_copy(update={"samplers": 20})}))
     )
     total = [float(text.rsplit("together ", 1)[1].split(" GB")[0]) for text in (few, many)]
@@ -336,7 +336,7 @@ def test_the_version_is_that_of_the_package(
 
 def test_a_class_of_ones_own_is_checked_and_not_made() -> None:
     options = ["reward.function=tests.rewards:Holds", "reward.options={tests.rewards:Holds: {path: x, weight: 2}}"]
-    assert preflight(load_config(DdpoConfig, DIGITS, options), Machine(2, 0)).prompts
+    assert preflight_ddpo(load_config(DdpoConfig, DIGITS, options), Machine(2, 0)).prompts
 
 
 def test_an_error_cannot_speak_to_the_terminal(

@@ -9,7 +9,7 @@ import pytest
 
 from orchestration.cluster.ray_cluster import imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.planning.cost_model import (
     Actor,
     Cast,
@@ -259,7 +259,7 @@ def test_stages_are_measured_with_the_real_models(tmp_path: Path, tiny_pipeline:
     assert costs.gradient_bytes == costs.weight_bytes  # the whole network is trained
     assert options[0].work.images_per_call == 8
     assert all(math.isfinite(option.forecast.images_per_second) for option in options)
-    assert preflight(config).roles == options[0].roles
+    assert preflight_ddpo(config).roles == options[0].roles
 
 
 def test_a_plan_names_no_captioner_where_there_is_none() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.tracking.tracker import flatten
@@ -47,7 +47,7 @@ def check(schema: Any, path: Path | None, overrides: list[str]) -> None:
     try:
         config = load_config(schema, path, overrides)
         if schema is DdpoConfig:
-            preflight(config.model_copy(update={"output_dir": None}), Machine(2, 0))
+            preflight_ddpo(config.model_copy(update={"output_dir": None}), Machine(2, 0))
     except ConfigError as error:
         message = str(error)
     assert message is None or (len(message) > 10 and "\n" not in message)

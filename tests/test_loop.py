@@ -254,7 +254,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     overrides: list[str], ray_session: None, tmp_path: Path
 ) -> None:
     from orchestration.experiments.ddpo.loop import run_ddpo
-    from orchestration.experiments.ddpo.preflight import preflight
+    from orchestration.experiments.ddpo.preflight import preflight_ddpo
 
     directory = tmp_path / "run"
     config = configure(
@@ -268,7 +268,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     told = (directory / "error.txt").read_text()
     assert "Traceback" in told
     assert "orchestration/experiments/ddpo/loop.py" in told
-    preflight(config)  # nothing was committed: the same command may be given again
+    preflight_ddpo(config)  # nothing was committed: the same command may be given again
 
 
 def test_steps_without_usable_numbers_may_be_skipped(overrides: list[str], ray_session: None, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import counted
-from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
+from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
 from orchestration.runs.config import ConfigError, load_config, validate
@@ -151,7 +152,7 @@ REHEARSED: dict[str, tuple[Damage, str]] = {
 
 def dry_run(model: Path, *overrides: str) -> str:
     config = load_config(DdpoConfig, DIGITS, [f"model.path={model}", *overrides])
-    return describe(config, preflight(config, Machine(2, 0)))
+    return describe_ddpo(config, preflight_ddpo(config, Machine(2, 0)))
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def model(tmp_path: Path) -> Path:
 def test_a_damaged_model_is_refused_by_the_dry_run(case: str, model: Path) -> None:
     damage, expected = (PLAIN | REHEARSED)[case]
     damage(model)
-    look = preflight if case in PLAIN else (lambda config, machine: describe(config, preflight(config, machine)))
+    look = preflight_ddpo if case in PLAIN else EXPERIMENTS["ddpo"].plan
     with pytest.raises(ConfigError, match=expected) as found:
         look(load_config(DdpoConfig, DIGITS, [f"model.path={model}"]), Machine(2, 0))
     assert str(model) in str(found.value)
@@ -191,7 +192,7 @@ def test_a_damaged_evaluator_is_refused_by_the_dry_run(content: bytes | None, tm
 )
 def test_lora_that_binds_to_nothing_is_refused_by_the_dry_run(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        preflight(load_config(DdpoConfig, DIGITS, ["model.lora_rank=4", *overrides]), Machine(2, 0))
+        preflight_ddpo(load_config(DdpoConfig, DIGITS, ["model.lora_rank=4", *overrides]), Machine(2, 0))
 
 
 def test_shards_are_counted_as_one_file(model: Path) -> None:
@@ -294,7 +295,7 @@ def test_a_damaged_model_of_a_reward_is_refused(case: str, rewards: Path, tmp_pa
     damage(damaged)
     config = load_config(DdpoConfig, DIGITS, of_reward(name, damaged, rewards))
     with pytest.raises(ValueError, match=expected) as found:  # noqa: PT012
-        preflight(config, Machine(2, 0))
+        preflight_ddpo(config, Machine(2, 0))
         assert case in OF_REWARDS_REHEARSED
         nothing = CaptionerSettings(path=None)
         rehearse(
@@ -328,7 +329,9 @@ def test_a_sweep_tries_out_each_choice_of_models(model: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=rf"at .*{model}.*: {model}/unet lacks 1 of its tensors"):
         dry_sweep(model__path=[str(model)])
     tried: list[DdpoConfig] = []
-    monkeypatch.setattr("orchestration.experiments.ddpo.preflight.describe", lambda config, plan: tried.append(config))
+    monkeypatch.setattr(
+        "orchestration.experiments.ddpo.preflight.describe_ddpo", lambda config, plan: tried.append(config)
+    )
     captioners = [f"{'./' * dots}models/digits/captioner" for dots in range(7)]
     models = ["models/digits/pipeline", "./models/digits/pipeline"]
     text = dry_sweep(model__path=models, captioner__path=captioners, training__learning_rate=[1e-4, 1e-5])

@@ -11,7 +11,7 @@ from actors.allocation import Offer, Role, allocate, cards_of, plan_roles
 from actors.settings import ActorSettings, WorkerSettings
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.preflight import preflight_mad
 from orchestration.runs.config import ConfigError, load_config
@@ -76,7 +76,7 @@ def test_what_no_node_can_take_is_said_before_anything_starts(settings: dict[str
 
 def test_a_dry_run_says_what_runs_where() -> None:
     config = load_config(DdpoConfig, None, ["actors.nodes.learner=stable", "actors.nodes.sampler=preemptible"])
-    shown = describe(config, preflight(config, machine(STABLE, SPOT, SPOT)))
+    shown = describe_ddpo(config, preflight_ddpo(config, machine(STABLE, SPOT, SPOT)))
     assert "1 × learner: " in shown
     assert "8 threads, on cuda, stable nodes" in shown
     assert "2 × sampler: " in shown

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.runs.config import load_config
 from pipelines.data.prompts import read_prompts, unseen_words
 from pipelines.denoisers import inspect
@@ -66,7 +66,7 @@ def test_a_plan_says_what_the_model_does_not_read(tmp_path: Path) -> None:
     path.write_text(f"{LONG}\na blue two on a white background\nA  Blue TWO on a white background\n", encoding="utf-8")
     options = [f"prompts={path}", "training.images_per_step=24", "evaluation.evaluator=null"]
     config = load_config(DdpoConfig, CHECKOUT / "configs/ddpo/digits.yaml", options)
-    printed = describe(config, preflight(config))
+    printed = describe_ddpo(config, preflight_ddpo(config))
     assert (
         f"warning: tokenizer reads 14 of the 19 tokens of prompt 1, '{LONG}': 'background on a white background' is"
         in printed

@@ -15,7 +15,7 @@ import pytest
 from orchestration.cluster import ray_cluster as cluster
 from orchestration.cluster.ray_cluster import _environment, _is_rays, check_answers, find_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
 
 
@@ -33,7 +33,7 @@ def test_an_address_of_nobody_is_said_at_once_by_its_variables_name(monkeypatch:
     for address in (f"127.0.0.1:{free}", f"127.0.0.1:{mute}", "no.such.host.invalid:6379", "127.0.0.1:99999"):
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(ConfigError, match=rf"RAY_ADDRESS names the cluster {address}, but nothing answers there"):
-            preflight(load_config(DdpoConfig, None, []))
+            preflight_ddpo(load_config(DdpoConfig, None, []))
 
 
 def test_what_is_no_head_of_ray_is_refused() -> None:

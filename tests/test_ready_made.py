@@ -10,7 +10,7 @@ import torch
 from orchestration.cluster.ray_cluster import Machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import memory_plan
-from orchestration.experiments.ddpo.preflight import describe, preflight
+from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.prompts import read_prompts
 from pipelines.storage.locations import CHECKOUT
@@ -60,7 +60,7 @@ def test_every_combination_can_be_planned(
     files = [TASKS[task], SCALES[scale], *([RECIPES[recipe]] if recipe else [])]
     config = load_config(DdpoConfig, files)
     gpus = int(scale.split("-")[0])
-    text = describe(config, preflight(config, imagine_machine(gpus)))
+    text = describe_ddpo(config, preflight_ddpo(config, imagine_machine(gpus)))
     assert not re.search(r"(sampler|learner|captioner) on \w+: 0 GB", text)  # every model is known
     cards = {words: int(n) for n, words in re.findall(r"(\d+) × GPU with (.*):", text)}
     assert sum(cards.values()) == gpus
@@ -110,7 +110,7 @@ def test_memory_is_what_the_parts_count(rank: int, tiny_pipeline: Path) -> None:
     weights = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
     trained = sum(4 * each.numel() for each in prepare(family.network, config.model).values())
     latents = 256 * 11 * 4 * 8 * 8 * 4  # images, latents of a path, channels, height, width, bytes
-    text = "\n".join(memory_plan(config, preflight(config, Machine(8, 0)).roles, []))
+    text = "\n".join(memory_plan(config, preflight_ddpo(config, Machine(8, 0)).roles, []))
     sampler, learner = (
         float(re.search(rf"{role} on cpu: (\S+) GB", text).group(1)) * 1e9  # type: ignore[union-attr]
         for role in ("sampler", "learner")

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,11 @@ from orchestration.cluster.ray_cluster import Machine
 
 
 class Experiment(ABC):
-    """A kind of experiment: its configuration, and how it is planned, run and resumed."""
+    """A kind of experiment: its configuration, and how it is planned, run and resumed.
+
+    That is done by the functions of its package that are named for it: of the experiment ``mad`` by ``preflight_mad``
+    and ``describe_mad`` in ``preflight.py``, ``run_mad`` and ``resume_mad`` in ``loop.py``.
+    """
 
     name: ClassVar[str]  # its command, and ``loop`` in the manifest of its runs
 
@@ -20,21 +25,25 @@ class Experiment(ABC):
     def schema(self) -> type[BaseModel]:
         """The type of its configuration."""
 
-    @abstractmethod
     def plan(self, config: Any, machine: Machine | None = None) -> str:
         """Check everything that can be checked before a run, and describe the run: what a dry run prints.
 
         ``machine``: the one to run on, by default what is found. Raises ConfigError.
         """
+        return str(self._own("preflight", "describe")(config, self._own("preflight", "preflight")(config, machine)))
 
-    @abstractmethod
     def run(self, config: Any) -> Path:
         """Run it. Returns the path of summary.json. Raises ConfigError before anything is started."""
+        return Path(self._own("loop", "run")(config))
 
-    @abstractmethod
     def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
         """Go on with the run in ``directory``. Raises ConfigError if another person began it and it is not ``trusted``,
         or if its inputs have changed and no ``changes`` are accepted."""
+        return Path(self._own("loop", "resume")(directory, trusted, changes))
+
+    def _own(self, module: str, verb: str) -> Any:
+        package = type(self).__module__.rpartition(".")[0]
+        return getattr(import_module(f"{package}.{module}"), f"{verb}_{self.name}")
 
 
 class SweptExperiment(Experiment):

@@ -93,10 +93,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _models(config: DdpoConfig) -> Iterator[Finding]:
-    from orchestration.experiments.ddpo.preflight import preflight
+    from orchestration.experiments.ddpo.preflight import preflight_ddpo
 
     try:
-        preflight(config.model_copy(update={"output_dir": None}))
+        preflight_ddpo(config.model_copy(update={"output_dir": None}))
     except ConfigError as error:
         yield Finding("the configuration cannot be run here", str(error))
         return

@@ -12,7 +12,7 @@ from actors.settings import ActorSettings
 from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import memory_plan
-from orchestration.experiments.ddpo.preflight import learnable_steps, preflight, seat
+from orchestration.experiments.ddpo.preflight import learnable_steps, preflight_ddpo, seat
 from orchestration.planning.cost_model import Cast, Forecast, Processor, Seat, Work, bottlenecks, simulate
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
 from orchestration.runs.config import ConfigError
@@ -130,7 +130,7 @@ def plan_run(
     machine = find_machine(config.actors.device)
     one = config.actors.model_copy(update={"samplers": 1, "learners": 1, "replicas": {}}) if gpus else config.actors
     measured = config.model_copy(update={"actors": one})
-    plan = None if gpus and (given or not machine.gpus) else preflight(measured, machine)
+    plan = None if gpus and (given or not machine.gpus) else preflight_ddpo(measured, machine)
     known = StageCosts.read(given, config) if given else measure(config, plan) if plan else assumed(config, tflops)
     if save:
         write_json(save, known.model_dump())

@@ -20,24 +20,6 @@ class Ddpo(SweptExperiment):
     end = "max"
     reports_steps = asks_rewards = leaves_pipeline = True
 
-    def plan(self, config: DdpoConfig, machine: Machine | None = None) -> str:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.ddpo.preflight import describe, preflight
-
-        return describe(config, preflight(config, machine))
-
-    def run(self, config: DdpoConfig) -> Path:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.ddpo.loop import run_ddpo
-
-        return run_ddpo(config)
-
-    def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.ddpo.loop import resume_ddpo
-
-        return resume_ddpo(directory, trusted, changes)
-
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""
         return {"seed": seed}
@@ -52,9 +34,9 @@ class Ddpo(SweptExperiment):
 
     def check(self, config: DdpoConfig, machine: Machine) -> list[str]:
         """See :class:`SweptExperiment`."""
-        from orchestration.experiments.ddpo.preflight import preflight
+        from orchestration.experiments.ddpo.preflight import preflight_ddpo
 
-        plan = preflight(config, machine)
+        plan = preflight_ddpo(config, machine)
         return ddpo_metrics(config, plan.prompts, plan.unseen)
 
     def reads(self, config: DdpoConfig) -> tuple[dict[str, str], set[str]]:

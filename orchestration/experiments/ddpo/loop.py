@@ -11,7 +11,7 @@ from actors.failures import ActorLost
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation, fixed_work
 from orchestration.experiments.ddpo.metrics import step_metrics
-from orchestration.experiments.ddpo.preflight import Plan, preflight, replan
+from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo, replan
 from orchestration.experiments.ddpo.report import Report
 from orchestration.experiments.ddpo.reward_check import calibrate, fitting_images
 from orchestration.experiments.ddpo.rollout_queue import RolloutQueue
@@ -26,7 +26,7 @@ from policies.rl.over_optimisation import point_to_keep
 
 def run_ddpo(config: DdpoConfig, on_step: StepCallback = ignore, profile: bool = False) -> Path:
     """Run DDPO from the beginning. Returns the path of summary.json. Raises ConfigError before anything is started."""
-    plan = preflight(config)
+    plan = preflight_ddpo(config)
     return _loop(DdpoRun.create(config, profile), plan, on_step)
 
 
@@ -34,7 +34,7 @@ def resume_ddpo(directory: Path, trusted: bool = False, changes: bool = False, o
     """Go on from the last commit of ``directory``, to the weights an undisturbed run would have had."""
     with going_on(directory, DdpoConfig, trusted) as (manifest, config):
         run = DdpoRun.resume(manifest, config, changes)
-        return _loop(run, preflight(run.config.model_copy(update={"output_dir": None})), on_step)
+        return _loop(run, preflight_ddpo(run.config.model_copy(update={"output_dir": None})), on_step)
 
 
 def _loop(run: DdpoRun, plan: Plan, on_step: StepCallback) -> Path:

@@ -30,7 +30,7 @@ class Plan:
     notes: Sequence[str] = ()
 
 
-def preflight(config: DdpoConfig, machine: Machine | None = None) -> Plan:
+def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     with about():
         notes: list[str] = []
@@ -72,7 +72,7 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
 
     def with_learners(count: int) -> Plan:
         actors = config.actors.model_copy(update={"learners": count})
-        return preflight(config.model_copy(update={"output_dir": None, "actors": actors}))
+        return preflight_ddpo(config.model_copy(update={"output_dir": None, "actors": actors}))
 
     for count in range(config.actors.learners, 1, -1):
         with contextlib.suppress(ConfigError):
@@ -144,7 +144,7 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
         raise ValueError("evaluation.interim_images is larger than evaluation.images")
 
 
-def describe(config: DdpoConfig, plan: Plan) -> str:
+def describe_ddpo(config: DdpoConfig, plan: Plan) -> str:
     """What a dry run prints: arithmetic, actors and an estimate of memory. Raises ConfigError where models, tried out,
     do not fit together."""
     from pipelines.rehearsal import rehearse

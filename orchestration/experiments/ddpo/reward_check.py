@@ -88,10 +88,10 @@ class Finding:
 
 def check(config: DdpoConfig) -> dict[str, Finding]:
     """Every reward function of ``config``, trained on or held out, looked at before a run."""
-    from orchestration.experiments.ddpo.preflight import Plan, preflight
+    from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo
     from orchestration.runs.display import Display
 
-    plan = preflight(config.model_copy(update={"output_dir": None}))
+    plan = preflight_ddpo(config.model_copy(update={"output_dir": None}))
     roles = [role for role in plan.roles if role.name != "learner"]
     prompts = plan.prompts[:: max(1, len(plan.prompts) // _PROMPTS)][:_PROMPTS]
     asked = [prompt for prompt in prompts for _ in range(_IMAGES)]

@@ -16,7 +16,7 @@ from actors.allocation import Role
 from actors.worker import Account
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.inputs import ddpo_inputs, placed
-from orchestration.experiments.ddpo.preflight import preflight
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import ConfigError, override, validate
 from orchestration.runs.inputs import accept, changed_inputs
 from orchestration.runs.manifest import ids, new_manifest, open_run, write_manifest
@@ -113,7 +113,7 @@ class DdpoRun(Run):
             raise ConfigError("a fork goes on with the weights of its source: model.* cannot be changed")
         if config.training.steps <= step:
             raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
-        preflight(config)
+        preflight_ddpo(config)
         inputs = ddpo_inputs(config, manifest.get("inputs"))
         if changed := changed_inputs(manifest.get("inputs", {}), inputs).get("model.path"):
             raise ConfigError(f"a fork goes on with the weights of its source, but model.path: {changed}")

@@ -20,24 +20,6 @@ class Mad(SweptExperiment):
     end = "min"
     reports_steps = asks_rewards = leaves_pipeline = False
 
-    def plan(self, config: MadConfig, machine: Machine | None = None) -> str:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
-
-        return describe_mad(config, preflight_mad(config, machine))
-
-    def run(self, config: MadConfig) -> Path:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.mad.loop import run_mad
-
-        return run_mad(config)
-
-    def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
-        """See :class:`Experiment`."""
-        from orchestration.experiments.mad.loop import resume_mad
-
-        return resume_mad(directory, trusted, changes)
-
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""
         return {"seeds": [seed]}

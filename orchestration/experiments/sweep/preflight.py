@@ -18,11 +18,11 @@ _TRIED = 20  # points from within a space, of a search whose own are not known b
 _REHEARSED = 8  # choices of models that a dry run tries out: a few seconds each
 
 
-def preflight_sweep(config: SweepConfig) -> Machine:
+def preflight_sweep(config: SweepConfig, machine: Machine | None = None) -> Machine:
     """Check every point that is known, or the ends of every dimension, as its own run would be checked. Returns what
     the cluster has. Raises ConfigError naming the point."""
     base = config.example
-    machine = find_machine(config.experiment.device(base))
+    machine = machine or find_machine(config.experiment.device(base))
     cpus, gpus = config.cpus_per_trial or machine.cpus, config.gpus_per_trial
     if cpus > machine.cpus or gpus > machine.gpus:
         raise ConfigError(
