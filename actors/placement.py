@@ -1,4 +1,4 @@
-"""Room on the cluster for all actors of a run at once or for none, so that runs cannot hold each other up half started.
+"""Resources of the cluster for all actors of a run at once or for none: runs cannot hold each other up half started.
 
 A run that is inside a placement group already, a sweep's trial, lives in that one.
 """
@@ -20,15 +20,15 @@ _MOVE_SECONDS = 10.0  # for Ray to move what was on a lost node to others
 
 
 @dataclass(frozen=True)
-class Seats:
-    """A role, and for each of its actors the part of the room that is its own."""
+class Placed:
+    """A role, and for each of its actors the part of the reservation that is its own."""
 
     role: Role
-    places: Sequence[PlacementGroupSchedulingStrategy]
+    places: list[PlacementGroupSchedulingStrategy]
 
 
-class Room:
-    """A Ray placement group with the bundles of all actors of ``roles``, who were planned for ``offers``.
+class Reservation:
+    """A Ray placement group with the bundles of all actors of ``roles``, which were planned for ``offers``.
 
     In a group that this process lives in already, ``offers`` are its bundles, and each actor takes its part of one.
     """
@@ -59,7 +59,7 @@ class Room:
                 )
 
     def check(self) -> None:
-        """Raise ActorLost if a part of the room was on a node that is gone, and Ray found no other place for it."""
+        """Raise ActorLost if a part of it was on a node that is gone, and Ray found no other place for it."""
         now = time.monotonic()
         if self._group is None or now < self._next_check:
             return
@@ -69,18 +69,19 @@ class Room:
         elif now - self._whole > _MOVE_SECONDS:
             raise ActorLost(f"a node of this run is gone, and the others had no room for {_MOVE_SECONDS:g} s")
 
-    def seats(self) -> dict[str, Seats]:
+    def placed(self) -> dict[str, Placed]:
         """By the name of the role."""
-        group = self._group or self._outer
-        places: dict[str, list[PlacementGroupSchedulingStrategy]] = {role.name: [] for role in self._roles}
+        placed = {role.name: Placed(role, []) for role in self._roles}
         for number, bundle in enumerate(self._bundles):
-            index = number if self._group else bundle.node
+            place = PlacementGroupSchedulingStrategy(
+                self._group or self._outer, placement_group_bundle_index=number if self._group else bundle.node
+            )
             for name in bundle.names():
-                places[name].append(PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index))
-        return {role.name: Seats(role, places[role.name]) for role in self._roles}
+                placed[name].places.append(place)
+        return placed
 
-    def leave(self) -> None:
-        """Give the room back."""
+    def release(self) -> None:
+        """Give it back."""
         if self._group is not None:
             remove_placement_group(self._group)
 

@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from actors.allocation import mark
 from actors.failures import ActorLost, result
-from actors.placement import Seats
+from actors.placement import Placed
 from actors.worker import ACTIVITIES
 
 POLL_SECONDS = 0.25
@@ -25,9 +25,9 @@ class Pool:
 
     RESTARTS: ClassVar[int] = 20
 
-    def __init__(self, seats: Seats, worker: type, *arguments: Any, own: Sequence[Any] = ()) -> None:
+    def __init__(self, placed: Placed, worker: type, *arguments: Any, own: Sequence[Any] = ()) -> None:
         """Every member is a ``worker`` made of ``arguments``, its device, its threads, and what is its ``own``."""
-        self.role = role = seats.role
+        self.role = role = placed.role
         options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "resources": mark(role.node)}
         # Without a bound of their own, as Ray tries again and again before it knows that a node is gone.
         options |= {"max_restarts": self.RESTARTS, "max_task_retries": -1 if self.RESTARTS else 0}
@@ -35,7 +35,7 @@ class Pool:
         given = *arguments, role.device, role.threads
         self.members: list[ActorHandle] = [
             actor.options(**options, scheduling_strategy=place).remote(*given, *own[number : number + 1])
-            for number, place in enumerate(seats.places)
+            for number, place in enumerate(placed.places)
         ]
         self._pending: list[dict[ObjectRef, str]] = [{} for _ in self.members]
 

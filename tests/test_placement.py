@@ -132,21 +132,21 @@ def free_cpus(ray_session: None) -> float:
 def test_room_is_for_all_actors_or_for_none(free_cpus: float) -> None:
     import ray
 
-    from actors.placement import Room
+    from actors.placement import Reservation
     from tests.processes import wait_until
 
     most = Role("most", 1, free_cpus - 0.5, 0.0, 1, "cpu")
     offers = [{"CPU": free_cpus}]
-    first, waited = Room([most], offers), []
+    first, waited = Reservation([most], offers), []
     first.wait(60, lambda: None)
-    second = Room([HALF], offers)  # half of it would fit
+    second = Reservation([HALF], offers)  # half of it would fit
     with pytest.raises(TimeoutError, match=r"no room .* for 2 × half: 0\.5 CPU, .* free: 0\.5 CPU"):
         second.wait(1.5, lambda: waited.append(ray.available_resources()["CPU"]))
     assert set(waited) == {0.5}
-    first.leave()
+    first.release()
     second.wait(60, lambda: None)
-    assert [place is None for place in second.seats()["half"].places] == [False, False]
-    second.leave()
+    assert [place is None for place in second.placed()["half"].places] == [False, False]
+    second.release()
     wait_until(lambda: ray.available_resources().get("CPU", 0) == free_cpus, 60, "room given back")
 
 
@@ -166,21 +166,21 @@ def test_what_is_planned_for_eight_cards_fits_a_ray_of_eight(
     """By Ray's own count of cards: every card is used, and all of the room is there at once."""
     import ray
 
-    from actors.placement import Room
+    from actors.placement import Reservation
     from tests.processes import wait_until
 
     offers = [{"CPU": free_cpus, "GPU": 8.0}]
     roles = plan_roles(ActorSettings(**settings), int(free_cpus), 8, offers=offers, rewards=rewards)
-    room = Room(roles, offers)
+    room = Reservation(roles, offers)
     room.wait(30, lambda: None)
     try:
         wanted = sum(role.count * role.gpus for role in roles)
         left = ray.available_resources()
         assert 8 - left.get("GPU", 0) >= wanted - 1e-3
         assert all(map(all, cards_of(roles, offers)))
-        assert {name: len(seats.places) for name, seats in room.seats().items()} == {r.name: r.count for r in roles}
+        assert {name: len(each.places) for name, each in room.placed().items()} == {r.name: r.count for r in roles}
     finally:
-        room.leave()
+        room.release()
     wait_until(lambda: ray.available_resources().get("GPU", 0) == 8, 60, "room given back")
 
 
@@ -193,7 +193,7 @@ def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None
         """What a sweep's trial does: start a role's actors. Returns its group and theirs."""
         from ray.util import get_current_placement_group
 
-        from actors.placement import Room
+        from actors.placement import Reservation
         from actors.pool import Pool
         from actors.worker import Worker
 
@@ -204,10 +204,10 @@ def test_actors_of_a_trial_live_in_its_placement_group(free_cpus: float) -> None
             def group(self) -> str:
                 return get_current_placement_group().id.hex()
 
-        room = Room([HALF], get_current_placement_group().bundle_specs)
+        room = Reservation([HALF], get_current_placement_group().bundle_specs)
         room.wait(0, lambda: None)
-        pool = Pool(room.seats()["half"], Where)
-        room.leave()
+        pool = Pool(room.placed()["half"], Where)
+        room.release()
         return get_current_placement_group().id.hex(), ray.get(pool.everyone("group"), timeout=60)
 
     group = placement_group([{"CPU": 0.1}, {"CPU": 1}])

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from orchestration.cluster import ray_cluster as cluster
-from orchestration.cluster.ray_cluster import _environment, _is_rays, check_answers, find_machine
+from orchestration.cluster.ray_cluster import _is_rays, check_answers, environment, find_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
@@ -82,7 +82,7 @@ def test_only_rays_processes_are_rays() -> None:
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OF_THE_USER", "theirs")
-    with _environment({"OF_THE_USER": "ours", "OF_OURS": "ours"}):
+    with environment({"OF_THE_USER": "ours", "OF_OURS": "ours"}):
         assert (os.environ["OF_THE_USER"], os.environ["OF_OURS"]) == ("ours", "ours")
     assert os.environ["OF_THE_USER"] == "theirs"
     assert "OF_OURS" not in os.environ

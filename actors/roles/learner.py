@@ -8,7 +8,7 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
-from actors.placement import Seats
+from actors.placement import Placed
 from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker
@@ -115,21 +115,21 @@ class Learner(Pool):
 
     def __init__(
         self,
-        seats: Seats,
+        placed: Placed,
         model: ModelSettings,
         sampling: SamplingSettings,
         training: TrainingSettings,
         seed: int,
         timeout: float,
     ) -> None:
-        role, meetings = seats.role, []
+        role, meetings = placed.role, []
         if role.count > 1:
             from policies.rl.group import meeting_place
 
             self._store = store = meeting_place(ray.util.get_node_ip_address())  # for as long as they may look for it
             members = range(role.count)
             meetings = [(store.host, store.port, number, role.count, role.device, timeout) for number in members]
-        super().__init__(seats, LearnerActor, model, sampling, training, seed, own=meetings)
+        super().__init__(placed, LearnerActor, model, sampling, training, seed, own=meetings)
 
     def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[list[ObjectRef], ObjectRef]:
         """References of every member's :class:`Update`, and of the new weights."""

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from actors.allocation import reward_roles
-from actors.placement import Seats
+from actors.placement import Placed
 from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker, device_is_lost, is_short_of_memory
 from pipelines.rewards import Reward, load_reward
 from pipelines.settings import RewardSettings
+from pipelines.storage.locations import portable
 
 _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what it asks may be away for a moment
 
@@ -43,12 +44,11 @@ class RewardActor(Worker):
 class Rewards:
     """The pools of all reward functions, those that are trained on and those that are held out."""
 
-    def __init__(self, seats: Mapping[str, Seats], settings: RewardSettings) -> None:
-        self.weights = settings.weights
-        self.pools = {
-            name: Pool(seats[role], RewardActor, name, options)
-            for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True)
-        }
+    def __init__(self, placed: Mapping[str, Placed], settings: RewardSettings) -> None:
+        self.weights, self.pools = settings.weights, dict[str, Pool]()
+        for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
+            models = {option: portable(path) for option, path in options.model_paths.items()}
+            self.pools[name] = Pool(placed[role], RewardActor, name, options.model_copy(update=models))
 
     def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
         """Score every chunk as soon as it is drawn and captioned, while the next is still being drawn: by what is

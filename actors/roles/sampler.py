@@ -8,7 +8,7 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
-from actors.placement import Seats
+from actors.placement import Placed
 from actors.pool import Pool
 from actors.work import Chunk
 from actors.worker import Worker
@@ -102,8 +102,8 @@ class Sampler(Worker):
 class Samplers(Pool):
     """All samplers. Work is cut into chunks of a fixed size, so who draws what changes no bit."""
 
-    def __init__(self, seats: Seats, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
-        super().__init__(seats, Sampler, model, sampling)
+    def __init__(self, placed: Placed, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
+        super().__init__(placed, Sampler, model, sampling)
         self.images_per_call = images_per_call
         self.policy = PolicyVersion()
 

@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from orchestration.cluster.package import excludes, shipped_files
+from orchestration.cluster.ray_cluster import environment
 from orchestration.runs.config import ConfigError, about, visible
 from orchestration.runs.display import duration
 from orchestration.tracking.tracker import names_user
@@ -58,14 +59,8 @@ class Cluster(JobSubmissionClient):
     """The job server at an address. Every request has a bound, and fails in one line."""
 
     def __init__(self, address: str) -> None:
-        before = os.environ.get(_SERVER)
-        os.environ[_SERVER] = address  # Ray lets the environment go before the argument
-        try:
+        with environment({_SERVER: address}):  # Ray lets it go before the argument
             super().__init__(address)
-        finally:
-            del os.environ[_SERVER]
-            if before is not None:
-                os.environ[_SERVER] = before
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         seconds = _UPLOAD_SECONDS if method == "PUT" else _REQUEST_SECONDS
@@ -119,10 +114,10 @@ def packed(tree: Path) -> tuple[dict[Path, int], dict[Path, str]]:
         raise ConfigError(f"{tree} is no checkout of this project: change into one, it is what a job is given")
     with about():
         files, left_out = shipped_files(tree)
-    if sum(files.values()) > _LIMIT:
-        parts: Counter[str] = Counter()
-        for path, size in files.items():
-            parts[path.parts[0]] += size
+    parts = Counter[str]()
+    for path, size in files.items():
+        parts[path.parts[0]] += size
+    if parts.total() > _LIMIT:
         largest = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.most_common(3))
         raise ConfigError(
             f"the working tree has {_megabytes(parts.total())}, and Ray takes {_megabytes(_LIMIT)}; the largest parts: "
@@ -256,10 +251,9 @@ def render_jobs(jobs: Sequence[JobDetails]) -> Table | Text:
 
 def _exit_code(details: JobDetails) -> int:
     """What the job's own process ended with; a signal as a shell tells it."""
-    code = details.driver_exit_code
     if details.status == JobStatus.STOPPED:
         return INTERRUPTED
-    if code is None:
+    if (code := details.driver_exit_code) is None:
         print(f"the job could not run: {details.message}", file=sys.stderr)
         return FAILED
     return code if code >= 0 else 128 - code

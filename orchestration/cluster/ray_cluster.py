@@ -5,7 +5,6 @@ import ipaddress
 import logging
 import os
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -14,7 +13,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, cast
 
 import psutil
 
@@ -109,41 +109,36 @@ def connected(gpus: int, remedy: str = "") -> Iterator[None]:
         yield
         return
     address = external_address()
-    # A Ray of one's own has a secret of its own, which nobody else on this machine knows.
+    # A Ray of one's own has a secret of its own, which no other process on this machine knows.
     secret = {} if address else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with _environment({name: os.environ.get(name, value) for name, value in (_QUIET | ACTORS).items()} | secret):
+    with environment({name: os.environ.get(name, value) for name, value in (_QUIET | ACTORS).items()} | secret):
         import ray
 
-        if address:
-            check_answers(address)
-            _init(runtime_env=_for_workers())
-            try:
-                with watched(remedy):
-                    yield
-            finally:
-                ray.shutdown()
-        else:
-            check_scratch()
-            with _own_ray_ended():
+        with contextlib.ExitStack() as stack:
+            if address:
+                check_answers(address)
+                stack.callback(ray.shutdown)
+                _init(runtime_env=_for_workers())
+            else:
+                check_scratch()
+                stack.enter_context(_own_ray_ended())
                 _start_private(gpus)
-                with watched(remedy):
-                    yield
+            stack.enter_context(watched(remedy))
+            yield
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """In this block the environment holds ``values``, and Ray has read them."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     _read_again()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in values:
+            os.environ.pop(name, None)
+        os.environ.update(before)
         _read_again()
 
 
@@ -269,7 +264,8 @@ def watched(remedy: str) -> Iterator[None]:
 
     over, end = os.pipe()
     head = ray.get_runtime_context().gcs_address
-    thread = threading.Thread(target=_watch, args=(over, head, remedy), daemon=True)
+    watch = partial(_watch_head, head) if external_address() else _watch_parts
+    thread = threading.Thread(target=watch, args=(over, remedy), daemon=True)
     thread.start()
     try:
         yield
@@ -279,58 +275,53 @@ def watched(remedy: str) -> Iterator[None]:
         os.close(over)
 
 
-def _watch(over: int, head: str, remedy: str) -> None:
-    """Until ``over`` is closed at its other end: look after a Ray of one's own, or the ``head`` of a joined one."""
-    this = psutil.Process()
-    parts: dict[int, tuple[str, psutil.Process]] = {}
-    poll, answers, whole = select.poll(), True, True
-    poll.register(over)
-    pause = _LOOK_SECONDS
-    while True:
-        known = {process for _, process in parts.values()}
-        for process in _parts(this) if whole and not external_address() else []:
-            if process not in known:
-                with contextlib.suppress(OSError, psutil.Error):
-                    descriptor = os.pidfd_open(process.pid)
-                    parts[descriptor] = _name_of(process) or "", process
-                    poll.register(descriptor, select.POLLIN)
-        ended = [descriptor for descriptor, _ in poll.poll(1000 * pause)]
-        pause = min(2 * pause, _LOOKS_APART)
-        if over in ended:
-            break
-        if ended:
-            name, process = parts[ended[0]]
-            _tell(f"Ray's {name} (process {process.pid}) has ended; if the run does not go on by itself{_then(remedy)}")
-            if name == "head":  # Ray would wait for a minute, in vain; a signal to all may have ended this process, too
-                alone = select.poll()
-                alone.register(over)
-                if alone.poll(1000 * _GRACE_SECONDS):
-                    break
-                for part in _parts(this):
-                    with contextlib.suppress(psutil.Error):
-                        part.kill()
-                os._exit(1)
-            whole = False
-            for descriptor in [each for each, (part, _) in parts.items() if part != "head"]:  # these follow it
-                poll.unregister(descriptor)
-                os.close(descriptor)
-                del parts[descriptor]
-        if external_address():
-            before, answers = answers, _answers(head)
-            if before and not answers:
-                _tell(f"the head of the Ray cluster, {head}, does not answer; if this ends in a minute{_then(remedy)}")
-    for descriptor in parts:
-        os.close(descriptor)
+def _watch_head(head: str, over: int, remedy: str) -> None:
+    """Until ``over`` is closed at its other end: see whether the ``head`` of a joined Ray answers."""
+    answers = True
+    while not wait([over], _LOOKS_APART):
+        before, answers = answers, _answers(head)
+        if before and not answers:
+            _tell(f"the head of the Ray cluster, {head}, does not answer; if this ends in a minute{_then(remedy)}")
 
 
-def _parts(this: psutil.Process) -> list[psutil.Process]:
-    """The processes of a Ray of one's own without which it ends."""
-    found = []
+def _watch_parts(over: int, remedy: str) -> None:
+    """Until ``over`` is closed at its other end: see whether the parts of a Ray of one's own live."""
+    parts: dict[int, tuple[psutil.Process, str]] = {}  # by a descriptor that can be waited for
+    this, pause, lost = psutil.Process(), _LOOK_SECONDS, False
+    try:
+        while True:
+            for process, name in ({} if lost else _parts(this)).items():
+                if (process, name) not in parts.values():
+                    with contextlib.suppress(OSError):
+                        parts[os.pidfd_open(process.pid)] = process, name
+            # Where one has ended, all but the head follow it.
+            ended = wait([over, *(each for each, (_, name) in parts.items() if name == "head" or not lost)], pause)
+            pause = min(2 * pause, _LOOKS_APART)
+            if over in ended:
+                return
+            if ended:
+                lost, (process, name) = True, parts[cast(int, ended[0])]
+                what = f"Ray's {name} (process {process.pid}) has ended"
+                _tell(f"{what}; if the run does not go on by itself{_then(remedy)}")
+                if name == "head":  # Ray would wait for a minute, in vain; a signal to all may have ended this one, too
+                    if wait([over], _GRACE_SECONDS):
+                        return
+                    for part in _parts(this):
+                        with contextlib.suppress(psutil.Error):
+                            part.kill()
+                    os._exit(1)
+    finally:
+        for descriptor in parts:
+            os.close(descriptor)
+
+
+def _parts(this: psutil.Process) -> dict[psutil.Process, str]:
+    """The processes of a Ray of one's own without which it ends, and what they are called."""
+    found: dict[psutil.Process, str] = {}
     for child in this.children():
-        with contextlib.suppress(psutil.Error):
-            if name := _name_of(child):  # another child may have a Ray, too
-                agents = child.children() if name == "raylet" else []
-                found += [child, *filter(_name_of, agents)]
+        with contextlib.suppress(psutil.Error):  # another child may have a Ray, too
+            agents = child.children() if _name_of(child) == "raylet" else []
+            found |= {each: name for each in (child, *agents) if (name := _name_of(each))}
     return found
 
 

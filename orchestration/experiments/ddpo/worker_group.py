@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import ray
 from ray import ObjectRef
 
 from actors.allocation import cards_of
-from actors.placement import Room
+from actors.placement import Reservation
 from actors.pool import Pool, wait_for
 from actors.roles.captioner import CaptionerActor
 from actors.roles.evaluator import EvaluatorActor
@@ -71,37 +72,31 @@ class WorkerGroup:
     def _start(self) -> None:
         for note in self.plan.notes:
             self._display.say(f"warning: {note}")
-        config = _portable(self.config)
-        roles, offers = self.plan.roles, self.plan.offers
+        config, roles, offers = self.config, self.plan.roles, self.plan.offers
         self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))
-        self._room = room = Room(roles, offers)
-        self._stack.callback(room.leave)
-        stay = config.actors.on_node_loss == "wait"
-        waiting = {"actors": "waiting for room on the cluster"}
-        room.wait(config.actors.timeout_seconds, lambda: self._display.activity(waiting), for_new_nodes=stay)
-        seats, model = room.seats(), config.model
-        seed, judge = derive_seed(config.seed, "initialisation"), config.evaluation.evaluator
-        timeout = config.actors.timeout_seconds
-        if "learner" in seats:  # a check of rewards does without
-            self.learner = Learner(seats["learner"], model, config.sampling, config.training, seed, timeout)
-        self.samplers = Samplers(seats["sampler"], model, config.sampling, config.actors.images_per_call)
-        self.rewards = Rewards(seats, config.reward)
-        self.captioners = Pool(seats["captioner"], CaptionerActor, config.captioner) if "captioner" in seats else None
-        self.evaluators = Pool(seats["evaluator"], EvaluatorActor, judge) if "evaluator" in seats and judge else None
+        self._reservation = Reservation(roles, offers)
+        self._stack.callback(self._reservation.release)
+        stay, timeout = config.actors.on_node_loss == "wait", config.actors.timeout_seconds
+        waiting = {"actors": "waiting for resources of the cluster"}
+        self._reservation.wait(timeout, lambda: self._display.activity(waiting), for_new_nodes=stay)
+        placed, seed = self._reservation.placed(), derive_seed(config.seed, "initialisation")
+        # Under names that all nodes understand.
+        model = config.model.model_copy(update={"path": portable(config.model.path)})
+        captioner = config.captioner.model_copy(update={"path": portable(config.captioner.path or "")})
+        judge = config.evaluation.evaluator and portable(config.evaluation.evaluator)
+        if "learner" in placed:  # a check of rewards does without
+            self.learner = Learner(placed["learner"], model, config.sampling, config.training, seed, timeout)
+        self.samplers = Samplers(placed["sampler"], model, config.sampling, config.actors.images_per_call)
+        self.rewards = Rewards(placed, config.reward)
+        self.captioners = Pool(placed["captioner"], CaptionerActor, captioner) if "captioner" in placed else None
+        self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge) if judge else None
         others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
         self._stack.callback(self._monitor.end)
-        self._stack.callback(self._end_actors)
-        self.wait([ready for pool in self.pools for ready in pool.everyone("ready")], "starting the actors")
-        if self._profile:
-            self.wait([done for pool in self.pools for done in pool.everyone("profile")], "preparing to profile")
-
-    def _end_actors(self) -> None:
-        import ray
-
-        for pool in self.pools:
-            for member in pool.members:
-                ray.kill(member)
+        self._stack.callback(lambda: [ray.kill(member) for pool in self.pools for member in pool.members])
+        for method, what in {"ready": "starting the actors", "profile": "preparing to profile"}.items():
+            if method == "ready" or self._profile:
+                self.wait([done for pool in self.pools for done in pool.everyone(method)], what)
 
     def wait(self, references: Sequence[ObjectRef], what: str) -> list[Any]:
         """The values of ``references``, while the display shows what each actor does. Bounded; see ``wait_for``."""
@@ -113,7 +108,7 @@ class WorkerGroup:
         for ended in self._monitor():
             self._display.say(f"{ended} had stopped: it was ended, to be replaced")
         if self.config.actors.on_node_loss == "continue":
-            self._room.check()
+            self._reservation.check()
 
     def begin_scoring(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
         """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
@@ -139,20 +134,14 @@ class WorkerGroup:
         learned, weights = self.learner.learn(rollout.chunks, advantage, seed)
         return self.wait(learned, f"step {rollout.step + 1}: learning")[0], weights
 
-    def micro_batch(self) -> int:
-        """Transitions a network call of the learner."""
-        found: int = self.wait(self.learner.everyone("micro_batch"), "micro-batch")[0]
-        return found
-
-    def state(self) -> LearnerState:
-        """What another learner goes on from."""
-        found: LearnerState = self.wait(self.learner.everyone("state"), "the learner's state")[0]
-        return found
+    def ask_learner(self, method: str, *arguments: Any) -> Any:
+        """The answer of the learner's first process to a call of all."""
+        return self.wait(self.learner.everyone(method, *arguments), f"the learner's {method}")[0]
 
     def export(self) -> tuple[str, Files]:
         """The checksum of the final weights, averaged if they are, and a diffusers directory of them."""
         update: Update = self.wait(self.learner.weights("averaged")[0], "the final weights")[0]
-        return update.checksum, self.wait(self.learner.everyone("pipeline"), "the pipeline")[0]
+        return update.checksum, self.ask_learner("pipeline")
 
     def update_weights(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
         """Give every sampler the learner's weights. Raises WeightSyncError unless all came whole and changed something;
@@ -221,53 +210,29 @@ class WorkerGroup:
 
     def restore(self, commit: Checkpoint) -> None:
         """Go on from a commit: its learner's state is the samplers' too."""
-        import ray
-
         saved = LearnerState(commit.tensors, commit.state["weights_version"])
-        self.wait(self.learner.everyone("restore", ray.put(saved)), "restoring the learner")
+        self.ask_learner("restore", ray.put(saved))
         learned, weights = self.learner.weights("current")
-        self.update_weights(
-            self.wait(learned, "the restored weights")[0], weights, expect_change=saved.weights_version > 0
-        )
+        update: Update = self.wait(learned, "the restored weights")[0]
+        self.update_weights(update, weights, expect_change=saved.weights_version > 0)
 
     def accounts(self) -> dict[str, Account]:
         """What each actor has used so far, and the driver, whose spans are its run's."""
-        told = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
+        accounts = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
         names = [name for pool in self.pools for name in pool.names]
-        return {"driver": Account.of_this_process([]), **dict(zip(names, told, strict=True))}
+        return {"driver": Account.of_this_process([]), **dict(zip(names, accounts, strict=True))}
 
     @staticmethod
     def footprint() -> dict[str, float]:
         """What the cluster's object store holds, as Ray last reported: a moment ago, on other nodes a second."""
-        import ray
-
         kind = "object_store_memory"
         held = ray.cluster_resources().get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
         return {"object_store_bytes": held}
 
     def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
         """Images from elsewhere, as chunks ready to be measured."""
-        import ray
-
         size = self.config.actors.images_per_call
         return [
             Chunk(list(prompts[i : i + size]), [], ray.put(images[i : i + size]), ray.put(None))
             for i in range(0, len(prompts), size)
         ]
-
-
-def _portable(config: DdpoConfig) -> DdpoConfig:
-    """``config`` with every model under a name that all nodes understand."""
-
-    def renamed(block: Any, key: str) -> Any:
-        path = getattr(block, key)
-        return block.model_copy(update={key: portable(path)}) if path else block
-
-    blocks = {"model": "path", "captioner": "path", "evaluation": "evaluator"}
-    given = dict(config.reward.options)
-    for name, options in config.reward.functions.items():
-        if paths := options.model_paths:
-            given[name] = {**given[name], **{option: portable(path) for option, path in paths.items()}}
-    reward = config.reward.model_copy(update={"options": given})
-    renamed_blocks = {name: renamed(getattr(config, name), key) for name, key in blocks.items()}
-    return config.model_copy(update={**renamed_blocks, "reward": reward})
