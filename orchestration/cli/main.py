@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,40 +15,21 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+from orchestration.cli import options as common
 from orchestration.cli.jobs import jobs_app
-from orchestration.cli.options import (
-    Address,
-    Changes,
-    DryRun,
-    File,
-    Follow,
-    NewId,
-    Overrides,
-    Root,
-    RunDirectory,
-    RunName,
-    Server,
-    Trust,
-)
 from orchestration.cli.runs import runs_app
-from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.experiment import Experiment
 from orchestration.experiments.registry import EXPERIMENTS, experiment_of
 from orchestration.runs import run as run_directories
 from orchestration.runs.browse import find_run
-from orchestration.runs.config import Config, ConfigError, about, load_config, override, visible
+from orchestration.runs.config import ConfigError, about, load_config, override, visible
 from orchestration.runs.display import Terminal as Console
 from orchestration.runs.manifest import check_links, read_manifest
 from pipelines.storage.atomic import DamagedFiles
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
-app = typer.Typer(
-    name="ouroboros",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="ouroboros", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(runs_app, name="runs")
 app.add_typer(jobs_app, name="jobs")
 reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
@@ -69,22 +51,20 @@ def ouroboros(
 
 @app.command()
 def ddpo(
-    overrides: Overrides = None,
-    config: File = None,
-    dry_run: DryRun = False,
-    tracking_uri: Server = None,
+    overrides: common.Overrides = None,
+    config: common.File = None,
+    dry_run: common.DryRun = False,
+    tracking_uri: common.Server = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="a dry run for so many, there or not")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="tell where the time went; a trace for Perfetto")] = False,
 ) -> None:
     """Train a diffusion model with a reward (DDPO)."""
     from orchestration.cluster.ray_cluster import imagine_machine
 
-    settings = _read(DdpoConfig, config, overrides, tracking_uri)
+    experiment, settings = EXPERIMENTS["ddpo"], _read("ddpo", config, overrides, tracking_uri)
     if dry_run or gpus:
-        return _print_plan(settings, EXPERIMENTS["ddpo"].plan(settings, imagine_machine(gpus) if gpus else None))
-    from orchestration.experiments.ddpo.loop import run_ddpo
-
-    path = run_ddpo(settings, profile=profile)
+        return _print_plan(experiment, settings, imagine_machine(gpus) if gpus else None)
+    path = experiment.run(settings, profile=profile)
     if profile:
         from orchestration.runs.timeline import render_profile, write_trace
 
@@ -95,8 +75,8 @@ def ddpo(
 
 @app.command()
 def plan(
-    overrides: Overrides = None,
-    config: File = None,
+    overrides: common.Overrides = None,
+    config: common.File = None,
     gpus: Annotated[
         str | None, typer.Option(help="so many, there or not, as in 8,64,512; without: this machine")
     ] = None,
@@ -111,7 +91,7 @@ def plan(
     counts = gpus.split(",") if gpus else []
     if not all(count.isdecimal() and int(count) for count in counts):
         raise ConfigError(f"--gpus {gpus} is not a number of GPUs, or several as in 8,64,512")
-    settings = _read(DdpoConfig, config, overrides, None)
+    settings = _read("ddpo", config, overrides)
     options, known = plan_run(settings, [int(count) for count in counts], costs, save, tflops)
     Console(highlight=False).print(render(options, known, price), soft_wrap=True)
 
@@ -120,11 +100,14 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     """The command of an experiment, whose docstring's first line is its help."""
 
     def command(
-        overrides: Overrides = None, config: File = None, dry_run: DryRun = False, tracking_uri: Server = None
+        overrides: common.Overrides = None,
+        config: common.File = None,
+        dry_run: common.DryRun = False,
+        tracking_uri: common.Server = None,
     ) -> None:
-        settings = _read(experiment.schema, config, overrides, tracking_uri)
+        settings = _read(experiment.name, config, overrides, tracking_uri)
         if dry_run:
-            return _print_plan(settings, experiment.plan(settings))
+            return _print_plan(experiment, settings)
         print(experiment.run(settings))
 
     command.__doc__ = experiment.__doc__
@@ -137,14 +120,14 @@ for _experiment in EXPERIMENTS.values():
 
 
 @app.command()
-def resume(run: RunDirectory, trust: Trust = False, accept_changes: Changes = False) -> None:
+def resume(run: common.RunDirectory, trust: common.Trust = False, accept_changes: common.Changes = False) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
     run = run.expanduser()  # a job's has no shell to do it
     print(experiment_of(read_manifest(run)["loop"]).resume(run, trust, accept_changes))
 
 
 @app.command()
-def sync(run: RunDirectory, trust: Trust = False) -> None:
+def sync(run: common.RunDirectory, trust: common.Trust = False) -> None:
     """Deliver to MLflow what an interrupted run left undelivered."""
     left = run_directories.sync(run.expanduser(), print, trusted=trust)
     print(f"{left} records are left" if left else "everything is delivered")
@@ -154,9 +137,9 @@ def sync(run: RunDirectory, trust: Trust = False) -> None:
 
 @app.command()
 def lineage(
-    run: RunDirectory,
+    run: common.RunDirectory,
     sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION, or with a /NUMBER")],
-    trust: Trust = False,
+    trust: common.Trust = False,
 ) -> None:
     """Walk from a sample of a MAD run back to the real data."""
     from orchestration.experiments.mad.lineage import render_lineage
@@ -165,7 +148,7 @@ def lineage(
 
 
 @app.command()
-def report(run: RunName, root: Root = Path("runs"), trust: Trust = False) -> None:
+def report(run: common.RunName, root: common.Root = Path("runs"), trust: common.Trust = False) -> None:
     """Write a run's report.html, done or not."""
     from orchestration.experiments.ddpo.report import draw
     from orchestration.runs.html_report import write_report
@@ -185,7 +168,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
     output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
-    trust: Trust = False,
+    trust: common.Trust = False,
 ) -> None:
     """Draw images with what a run has learned."""
     from orchestration.experiments.ddpo.generate import generate as draw
@@ -209,10 +192,10 @@ def pretrain(
 @app.command()
 def submit(
     words: Annotated[list[str], typer.Argument(metavar="-- ddpo|mad|sweep|resume ...", help="as after 'ouroboros'")],
-    address: Address = None,
-    job_id: NewId = None,
+    address: common.Address = None,
+    job_id: common.NewId = None,
     output_root: Annotated[str, typer.Option(help="on the cluster: new runs are put below it")] = "~/ouroboros-runs",
-    follow: Follow = True,
+    follow: common.Follow = True,
 ) -> None:
     """Run one of the loops as a job of a cluster, on the code of this working tree."""
     from orchestration.cluster.jobs import Job, launch, packed
@@ -228,7 +211,7 @@ def submit(
         for path in given["config"] or ():
             if path not in package[0]:
                 raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
-        settings = _read(EXPERIMENTS[name].schema, given["config"], given["overrides"], given["tracking_uri"])
+        settings = _read(name, given["config"], given["overrides"], given["tracking_uri"])
         job = Job.start(words, settings, output_root, job_id)
     raise typer.Exit(launch(job, package, address, follow))
 
@@ -251,7 +234,7 @@ def mlflow(
 
 
 @app.command()
-def doctor(address: Address = None, tracking_uri: Server = None, config: File = None) -> None:
+def doctor(address: common.Address = None, tracking_uri: common.Server = None, config: common.File = None) -> None:
     """Look for what a run would trip over; each line is ok, or says what to do."""
     from orchestration.planning.doctor import examine
 
@@ -263,12 +246,12 @@ def doctor(address: Address = None, tracking_uri: Server = None, config: File = 
 
 
 @reward_app.command()
-def check(overrides: Overrides = None, config: File = None) -> None:
+def check(overrides: common.Overrides = None, config: common.File = None) -> None:
     """Look at a run's rewards before it: what they tell apart, how they rank, what they cost; can they teach?"""
     from orchestration.experiments.ddpo.reward_check import check as look
     from orchestration.experiments.ddpo.reward_check import render
 
-    findings = look(_read(DdpoConfig, config, overrides, None))
+    findings = look(_read("ddpo", config, overrides))
     Console().print(render(findings))
     raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
 
@@ -291,41 +274,40 @@ def serve_reward(
     for each in options or ():
         override(given, each)
     with about():
-        told, token = parse_options(name, given), read_token(token_file)
+        reward, token = parse_options(name, given), read_token(token_file)
         if not reaches_only_this_machine(host, port) and token is None:
             raise ConfigError(
                 f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
             )
-        told.resolved(name).check_call(name)
-        function = load_reward(name, told, device)
+        reward.resolved(name).check_call(name)
+        function = load_reward(name, reward, device)
     whom = " those who have the token" if token else ""
     print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)
-    serve(name, function, told, host, port, token)
+    serve(name, function, reward, host, port, token)
 
 
-def _read(
-    schema: type[Config], paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None
-) -> Config:
+def _read(name: str, paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None = None) -> Any:
+    """The configuration of the experiment ``name``. Raises ConfigError, which says so if ``paths`` are another's."""
     server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
     try:
-        return load_config(schema, paths, [*(overrides or []), *server])
+        return load_config(EXPERIMENTS[name].schema, paths, [*(overrides or []), *server])
     except ConfigError:
-        if paths and not _reads(schema, paths):
-            for name, other in EXPERIMENTS.items():
-                if _reads(other.schema, paths):
-                    files = ", ".join(map(str, paths))
-                    raise ConfigError(f"{files} configures {name}: give it to 'ouroboros {name}'") from None
-        raise
+        fitting = [each for each in EXPERIMENTS if paths and _reads(each, paths)]
+        if not fitting or name in fitting:
+            raise
+        files, other = ", ".join(map(str, paths or ())), fitting[0]
+        raise ConfigError(f"{files} configures {other}: give it to 'ouroboros {other}'") from None
 
 
-def _reads(schema: type[BaseModel], paths: list[Path]) -> bool:
+def _reads(name: str, paths: list[Path]) -> bool:
     with contextlib.suppress(ConfigError):
-        load_config(schema, paths)
+        load_config(EXPERIMENTS[name].schema, paths)
         return True
     return False
 
 
-def _print_plan(settings: BaseModel, description: str) -> None:
+def _print_plan(experiment: Experiment, settings: BaseModel, machine: Any = None) -> None:
+    description = experiment.plan(settings, machine)
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     print(description, end="")
 
@@ -370,8 +352,6 @@ def _report(error: Exception) -> int:
         print(visible(f"ouroboros: {error}"), file=sys.stderr)
         return BAD_INPUT
     if os.environ.get("OUROBOROS_TRACEBACK"):
-        import traceback
-
         traceback.print_exception(error)
     print(visible(f"ouroboros: {type(error).__name__}: {error}"), file=sys.stderr)
     return FAILED

@@ -32,9 +32,10 @@ class Experiment(ABC):
         """
         return str(self._own("preflight", "describe")(config, self._own("preflight", "preflight")(config, machine)))
 
-    def run(self, config: Any) -> Path:
-        """Run it. Returns the path of summary.json. Raises ConfigError before anything is started."""
-        return Path(self._own("loop", "run")(config))
+    def run(self, config: Any, **options: Any) -> Path:
+        """Run it, with ``options`` of its own. Returns the path of summary.json. Raises ConfigError before anything is
+        started."""
+        return Path(self._own("loop", "run")(config, **options))
 
     def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
         """Go on with the run in ``directory``. Raises ConfigError if another person began it and it is not ``trusted``,
