@@ -105,15 +105,15 @@ def plan_roles(
     rewards = rewards or {"reward": False}
     counts |= dict.fromkeys(rewards, settings.replicas.get("reward", 1))
     counts |= {"learner": settings.learners, "evaluator": int(evaluator)}
-    counts = {name: count for name, count in counts.items() if count}
-    for name in counts:
-        check_kind(f"actors.nodes.{name.split()[0]}", settings.nodes.get(name.split()[0]), offers)
-    shared, homeless = settings.placement == "shared", ""
+    total, shared, homeless = sum(counts.values()), settings.placement == "shared", ""
+    roles = _roles(settings, counts, rewards, gpus, offers)
     # Several nodes hold fewer fractions than their sum would: shares shrink until every actor has a place.
-    for crowding in range(sum(counts.values()) if shared else 1):
-        roles = _roles(settings, counts, rewards, cpus, gpus, offers, crowding)
-        if any(role.cpus <= 0 for role in roles):
-            raise ValueError(f"{sum(counts.values())} actors cannot share {cpus} CPUs: ask for fewer samplers")
+    for crowding in range(total if shared else 1):
+        if shared:
+            share = int(100 * min(1.0, cpus / total) / (1 + crowding)) / 100
+            if share <= 0:
+                raise ValueError(f"{total} actors cannot share {cpus} CPUs: ask for fewer samplers")
+            roles = [replace(role, cpus=share) for role in roles]
         try:
             bundles = allocate(roles, offers)
             check_room(bundles, offers)
@@ -169,7 +169,7 @@ def allocate(roles: Iterable[Role], offers: Sequence[Offer]) -> list[Bundle]:
 
 
 def cards_of(roles: Iterable[Role], offers: Sequence[Offer]) -> list[list[str]]:
-    """Who is on each GPU; nobody on those that are not used."""
+    """The roles of the actors on each GPU; none on those that are not used."""
     used = allocate([role for role in roles if role.device == "cuda"], offers)
     return [card.names() for card in used] + [[]] * (int(sum(offer.get("GPU", 0) for offer in offers)) - len(used))
 
@@ -197,39 +197,27 @@ def check_room(bundles: Iterable[Bundle], offers: Sequence[Offer]) -> None:
 
 
 def _roles(
-    settings: ActorSettings,
-    counts: Mapping[str, int],
-    rewards: Mapping[str, bool],
-    cpus: int,
-    gpus: int,
-    offers: Sequence[Offer],
-    crowding: int,
+    settings: ActorSettings, counts: Mapping[str, int], rewards: Mapping[str, bool], gpus: int, offers: Sequence[Offer]
 ) -> list[Role]:
-    """The actors with their CPUs; what part of a GPU each has is known once it is known who shares one."""
-    home = settings.nodes.get("learner")
+    """The actors as they are where each has CPUs and a GPU of its own; where they share, that is found out later."""
+    for name in filter(counts.get, counts):
+        check_kind(f"actors.nodes.{name.split()[0]}", settings.nodes.get(name.split()[0]), offers)
+    home, learners = settings.nodes.get("learner"), counts["learner"]
     widest = max(1, *(int(offer.get("CPU", 0)) for offer in offers if home is None or home in offer))
-    together = -(-counts["learner"] // len(offers))  # learners of a node
-    threads = {"learner": max(1, min(widest // together, 8)), **settings.threads}
+    threads = {"learner": max(1, min(widest // -(-learners // len(offers)), 8)), **settings.threads}
     models = {"sampler", "captioner", "learner", *(name for name, on_gpu in rewards.items() if on_gpu)}
-    gpu_roles = models & set(counts) if gpus and settings.device != "cpu" else set()
-    shared = settings.placement == "shared"
-    cpu = int(100 * min(1.0, cpus / sum(counts.values())) / (1 + crowding)) / 100
-    if gpu_roles and counts["learner"] > 1 and counts["learner"] > gpus:
-        raise ValueError(
-            f"actors.learners is {counts['learner']} and each needs a GPU of its own, but there are {gpus}"
-        )
-    return [
-        Role(
-            name,
-            count,
-            cpu if shared else float(threads.get(name.split()[0], 1)),
-            float(name in gpu_roles and not shared),
-            threads.get(name.split()[0], 1),
-            "cuda" if name in gpu_roles else "cpu",
-            settings.nodes.get(name.split()[0]),
-        )
-        for name, count in counts.items()
-    ]
+    if gpus and settings.device != "cpu" and 1 < learners > gpus:
+        raise ValueError(f"actors.learners is {learners} and each needs a GPU of its own, but there are {gpus}")
+    roles = []
+    for name, count in counts.items():
+        if count:
+            kind = name.split()[0]
+            on_gpu, wide = bool(gpus) and settings.device != "cpu" and name in models, threads.get(kind, 1)
+            alone = float(on_gpu and settings.placement == "spread")
+            roles.append(
+                Role(name, count, float(wide), alone, wide, "cuda" if on_gpu else "cpu", settings.nodes.get(kind))
+            )
+    return roles
 
 
 def _has_room(card: Bundle, role: Role) -> bool:

@@ -7,14 +7,14 @@ from pipelines.data.digits import SLOTS
 from pipelines.generators import GENERATORS, NEIGHBOURS
 
 EVALUATED = ("evaluator/", "evaluation/", "seen/", "unseen/", "rewards/")  # what only evaluations measure
-_STEPS = {
+STEPS = {
     "reward": ("mean", "std", "min", "max"),
     "advantage": ("mean", "std", "absolute_max"),
     "policy": ("loss", "gradient_norm", "micro_batch", "learners", "skipped_updates", "staleness"),
     "weights": ("version", "changed_tensors", "checksum"),
     "seconds": ("sample", "reward", "learn", "publish"),
 }
-_RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")
+RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")
 _LOWER = {"w2_squared", "mean_square", "total_variation", "frechet", "fid", "memorisation", "discarded_images"}
 _HIGHER = {*NEIGHBOURS, "heterozygosity", "entropy", "categories_left", "modes_covered", "mode_entropy", "in_mode"}
 _HIGHER |= {"class_entropy", "label_accuracy", "images_per_second", "images/diversity", "evaluation/diversity"}
@@ -40,9 +40,9 @@ def better_end(metric: str) -> Literal["max", "min"] | None:
 
 def ddpo_metrics(config: Any, prompts: Sequence[str], unseen: Sequence[str]) -> list[str]:
     """What a DDPO run of ``config``, on ``prompts`` and those never trained on, reports."""
-    names = [f"{part}/{name}" for part, parts in _STEPS.items() for name in parts]
+    names = [f"{part}/{name}" for part, parts in STEPS.items() for name in parts]
     names += ["images_per_second", "discarded_images", "object_store_bytes", "evaluation/reward"]
-    names += [f"policy/{name}" for name in _RATIO if config.training.algorithm.clips_ratio]
+    names += [f"policy/{name}" for name in RATIO if config.training.algorithm.clips_ratio]
     names += (
         ["policy/behaviour_kl"] if config.training.depth and not config.training.algorithm.on_forward_process else []
     )

@@ -20,16 +20,8 @@ from orchestration.runs.run import TEMPLATES
 from orchestration.runs.timeline import middle_of, read_spans
 from orchestration.tracking.tracker import FIRST_LOOK, flatten
 from pipelines.pages import fill
-from pipelines.storage.atomic import (
-    DamagedFiles,
-    Files,
-    commit_directory,
-    read_bytes,
-    read_lines,
-    with_digest,
-    write_durably,
-    write_json,
-)
+from pipelines.storage import atomic
+from pipelines.storage.atomic import DamagedFiles, Files
 from policies.rl.over_optimisation import EvaluationPoint, best_point, over_optimised, point_to_keep
 
 _RESULTS = {  # of the summary, each before and after
@@ -58,8 +50,7 @@ class Report:
         """The base model's measure, and whether the reward can tell images apart."""
         say = self.run.display.say
         values = evaluation.metrics() | calibration
-        told = self._kept().get(0, {})
-        timestamp = told.get("timestamp_ms", int(time.time() * 1000))
+        timestamp = self._kept().get(0, {}).get("timestamp_ms", int(time.time() * 1000))
         self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
         say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
@@ -77,9 +68,9 @@ class Report:
     def points(self) -> list[EvaluationPoint]:
         """The evaluations up to the present step, the base's first."""
         return [
-            EvaluationPoint(step, np.array(told["measure"]), told["measured_reward"])
-            for step, told in self._kept().items()
-            if step <= self.run.step and {"measure", "measured_reward"} <= told.keys()  # older runs have none
+            EvaluationPoint(step, np.array(kept["measure"]), kept["measured_reward"])
+            for step, kept in self._kept().items()
+            if step <= self.run.step and {"measure", "measured_reward"} <= kept.keys()  # older runs have none
         ]
 
     def best_step(self, of: Callable[[Sequence[EvaluationPoint]], EvaluationPoint | None] = best_point) -> int | None:
@@ -89,18 +80,17 @@ class Report:
             return None
         committed = {self.run.step, *self.run.store.steps()}
         best = of([point for point in self.points() if point.step and point.step in committed])
-        return best.step if best else None
+        return best and best.step
 
     def over_optimised(self) -> bool:
         """Whether the run has to stop, as the last evaluations were below the best one. Says so, and shows images."""
-        points = self.points()
-        if not points or points[-1].step != self.run.step:
-            return False
-        if reason := over_optimised(points, self.run.config.evaluation.patience):
-            self.run.display.say(f"warning: stopped after step {self.run.step}: {reason}")
-            self.run.display.say(f"look at {draw(self.run.directory, self.run.display.say) / 'progress.png'}")
-            self.stopped = reason
-            self.run.tracker.tags({"stopped": reason})
+        points, run, say = self.points(), self.run, self.run.display.say
+        if points and points[-1].step == run.step:
+            self.stopped = over_optimised(points, run.config.evaluation.patience)
+        if self.stopped:
+            say(f"warning: stopped after step {run.step}: {self.stopped}")
+            say(f"look at {draw(run.directory, say) / 'progress.png'}")
+            run.tracker.tags({"stopped": self.stopped})
         return self.stopped is not None
 
     def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
@@ -126,10 +116,10 @@ class Report:
             "pipeline": str(run.directory / "pipeline"),
         }
         files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
-        commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
+        atomic.commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
         run.tracker.artifact(run.store.path(best), "checkpoints")
         if best != run.step:
-            run.display.say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
+            say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
         path = run.summarise(facts | run.totals(accounts))
         return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
 
@@ -155,27 +145,27 @@ class Report:
         from pipelines.figures.plots import image_grid
 
         self.directory.mkdir(exist_ok=True)
-        shown = len(self.prompts)
-        compared = self.run.config.evaluation.interim_images
-        measure = {
+        shown, compared = len(self.prompts), self.run.config.evaluation.interim_images
+        images = evaluation.images[:shown]
+        np.savez(packed := io.BytesIO(), images=images)
+        atomic.write_durably(self._path(step, "npz"), packed.getvalue())
+        content = {
+            **values,
+            "prompts": self.prompts[: len(images)],
+            "captions": (evaluation.captions or [])[:shown] or None,
             "measure": evaluation.measure[:compared].round(6).tolist(),
             "measured_reward": float(evaluation.scores[:compared].mean()),
         }
-        images, captions = evaluation.images[:shown], (evaluation.captions or [])[:shown] or None
-        np.savez(packed := io.BytesIO(), images=images)
-        write_durably(self._path(step, "npz"), packed.getvalue())
-        shown_words = {"prompts": self.prompts[: len(images)], "captions": captions}
-        write_json(self._path(step, "json"), with_digest({**values, **shown_words, **measure}))
+        atomic.write_json(self._path(step, "json"), atomic.with_digest(content))
         self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
 
     def _kept(self) -> dict[int, dict[str, Any]]:
         """The evaluations so far. Each that is damaged is named, once."""
         damaged: list[str] = []
         kept = kept_evaluations(self.run.directory, damaged)
-        for each in damaged:
-            if each not in self._named:
-                self.run.display.say(f"warning: {each}; it is left out")
-        self._named |= set(damaged)
+        for each in sorted({*damaged} - self._named):
+            self.run.display.say(f"warning: {each}; it is left out")
+        self._named |= {*damaged}
         return kept
 
     def _path(self, step: int, kind: str) -> Path:
@@ -201,7 +191,7 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
     def pairs() -> None:
         before, after = images[picked[0]], images[last]
         shown = min(len(before), len(after))
-        captions = (told["captions"] and told["captions"][:shown] for told in (first, kept[last]))
+        captions = (each["captions"] and each["captions"][:shown] for each in (first, kept[last]))
         before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
 
     def progress() -> None:
@@ -212,12 +202,9 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         generations_grid(figures / "progress.png", grid, [f"step {step}" for step in rows])
 
     def courses() -> None:
-        start = {"step": 0, "reward/mean": first["evaluation/reward"]} if picked[0] == 0 else {}
-        start |= {
-            key: value for key, value in first.items() if key.startswith(("evaluator/", "evaluation/", "unseen/"))
-        }
-        lines = read_lines(directory / "metrics.jsonl", ["step"])
-        curves(figures / "curves.png", [*([start] if "step" in start else []), *lines])
+        measured = {k: v for k, v in first.items() if k.startswith(("evaluator/", "evaluation/", "unseen/"))}
+        start = [{"step": 0, "reward/mean": first["evaluation/reward"], **measured}] if picked[0] == 0 else []
+        curves(figures / "curves.png", [*start, *atomic.read_lines(directory / "metrics.jsonl", ["step"])])
 
     def lanes() -> None:
         if window := middle_of(read_spans(directory)):
@@ -235,7 +222,7 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
 def _images(path: Path, say: Callable[[str], None]) -> np.ndarray | None:
     """The images (n, height, width, 3) uint8 that an evaluation kept; None if they are damaged, which is said."""
     try:
-        with np.load(io.BytesIO(read_bytes(path))) as packed:
+        with np.load(io.BytesIO(atomic.read_bytes(path))) as packed:
             if sum(each.file_size for each in packed.zip.infolist()) > _MOST_BYTES:
                 raise ValueError(f"it unpacks to more than {_MOST_BYTES / 1e6:,.0f} MB")
             images = packed["images"]
