@@ -19,24 +19,19 @@ from policies.rl.settings import SamplingSettings
 
 
 def generate(
-    source: Path,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    output: Path,
-    sampling: SamplingSettings | None = None,
-    trusted: bool = False,
+    source: Path, prompts: Sequence[str], seeds: Sequence[int], output: Path, trusted: bool = False
 ) -> list[Path]:
     """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
 
     ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
-    diffusers directory. ``sampling`` defaults to the run's own, so a seed of the run gives the image the run showed.
-    Raises ConfigError if it is a stranger's run and not ``trusted``.
+    diffusers directory. Settings are the run's own, so a seed of the run gives the image the run showed. Raises
+    ConfigError if it is another person's run and not ``trusted``.
     """
     from PIL import Image
 
     names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
     with about():
-        policy = _open(source, sampling, trusted)
+        policy = _open(source, trusted)
         for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     try:
@@ -63,22 +58,21 @@ def image_name(prompt: str, seed: int) -> str:
     return f"{words}-{seed}.png" if plain else f"{words}_{whole}-{seed}.png"
 
 
-def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any:
-    """A DiffusionPolicy with the weights of ``source`` and, unless told otherwise, its sampling settings."""
+def _open(source: Path, trusted: bool) -> Any:
+    """A DiffusionPolicy with the weights of ``source`` and its sampling settings."""
     from pipelines.rl.policy import DiffusionPolicy
 
     if (source / "model_index.json").is_file():
-        return DiffusionPolicy(ModelSettings(path=str(source)), sampling or SamplingSettings())
+        return DiffusionPolicy(ModelSettings(path=str(source)), SamplingSettings())
     step = int(source.name.removeprefix("step-")) if re.fullmatch(r"step-[0-9]{1,9}", source.name) else None
     run = source.parent.parent if step is not None else source
     if not (run / "manifest.json").is_file():
         raise ConfigError(f"{source} is neither a run, a checkpoint of a run, nor a diffusers directory")
     with going_on(run, DdpoConfig, trusted) as (manifest, config):
-        directory, sampling = Path(str(config.output_dir)), sampling or config.sampling
+        directory, held = Path(str(config.output_dir)), manifest.get("inputs", {})
         if step is None and (directory / "pipeline" / "model_index.json").is_file():
             pipeline = config.model.model_copy(update={"path": str(directory / "pipeline")})
-            return DiffusionPolicy(pipeline, sampling)
-        held = manifest.get("inputs", {})
+            return DiffusionPolicy(pipeline, config.sampling)
         now = fingerprints({"model.path": config.model.path}, held)
         if changed := changed_inputs(held, now).get("model.path"):
             raise ConfigError(f"{run} has no pipeline yet, and what it trains is not as it was: model.path: {changed}")
@@ -89,8 +83,8 @@ def _open(source: Path, sampling: SamplingSettings | None, trusted: bool) -> Any
         if step not in (None, *store.steps()) or not store.steps():
             raise ConfigError(f"{source} holds no commit to draw with; there are: {store.steps()}")
         commit = store.load(step)
-        learner = DiffusionLearner(config.model, sampling, config.training, seed=0)
+        learner = DiffusionLearner(config.model, config.sampling, config.training, seed=0)
         learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
-        policy = DiffusionPolicy(config.model, sampling)
+        policy = DiffusionPolicy(config.model, config.sampling)
         load_weights(policy.network, learner.weights("averaged"))
         return policy

@@ -1,6 +1,7 @@
 """What one step's numbers are called. The names are MLflow's and the journal's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from actors.roles.learner import Update
 from orchestration.experiments.ddpo.evaluation import diversity
 from orchestration.experiments.metric_names import RATIO, STEPS
 
-_MOMENTS = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+_MOMENTS: dict[str, Any] = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
 
 
 def step_metrics(

@@ -69,15 +69,11 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
     wait for others."""
     if config.actors.on_node_loss == "wait":
         return plan
-
-    def with_learners(count: int) -> Plan:
+    for count in range(config.actors.learners, 0, -1):
         actors = config.actors.model_copy(update={"learners": count})
-        return preflight_ddpo(config.model_copy(update={"output_dir": None, "actors": actors}))
-
-    for count in range(config.actors.learners, 1, -1):
-        with contextlib.suppress(ConfigError):
-            return with_learners(count)
-    return with_learners(1)
+        with contextlib.suppress(ConfigError) if count > 1 else contextlib.nullcontext():
+            return preflight_ddpo(config.model_copy(update={"output_dir": None, "actors": actors}))
+    return plan
 
 
 def learnable_steps(config: DdpoConfig) -> int:
@@ -105,20 +101,18 @@ def _check_evaluator(path: str, prompts: list[str]) -> None:
     check_model(path, "config.json", "evaluation.evaluator")
     for prompt in prompts:
         if not all(parse(prompt)[slot] for slot in SLOTS):
-            raise ValueError(
-                f"evaluation.evaluator judges {', '.join(SLOTS)}, but the prompt {prompt!r} does not name them all: "
-                "set evaluation.evaluator=null"
-            )
+            judged = f"evaluation.evaluator judges {', '.join(SLOTS)}, but the prompt {prompt!r} does not name them all"
+            raise ValueError(f"{judged}: set evaluation.evaluator=null")
 
 
 def _check_caption_length(captioner: CaptionerSettings) -> None:
     if (directory := find(captioner.path or "")) is None:
         return
     weight_shapes(directory)
-    told = read_json(directory / "config.json")
-    if told.get("model_type") not in ("blip", "blip-2"):
-        raise ValueError(f"captioner.path {captioner.path}: {told.get('model_type')} is no model of BLIP or BLIP-2")
-    text = told.get("text_config")
+    content = read_json(directory / "config.json")
+    if (kind := content.get("model_type")) not in ("blip", "blip-2"):
+        raise ValueError(f"captioner.path {captioner.path}: {kind} is no model of BLIP or BLIP-2")
+    text = content.get("text_config")
     positions = text.get("max_position_embeddings", 512) if isinstance(text, dict) else 512
     if isinstance(positions, int) and captioner.max_new_tokens > positions:
         raise ValueError(

@@ -80,7 +80,7 @@ class Report:
             return None
         committed = {self.run.step, *self.run.store.steps()}
         best = of([point for point in self.points() if point.step and point.step in committed])
-        return best and best.step
+        return best.step if best else None
 
     def over_optimised(self) -> bool:
         """Whether the run has to stop, as the last evaluations were below the best one. Says so, and shows images."""

@@ -47,8 +47,8 @@ class DdpoRun(Run):
         self.seconds_by_stage.update(before.get("seconds_by_stage", {}))
         self.peaks: dict[str, dict[str, int]] = before.get("peaks", {})
         self.journal = directory / "metrics.jsonl"  # one finished step a line
-        # What MLflow was told stands: a step that is done again, from an older commit, gives the same numbers. Lines
-        # that were never committed will be written again.
+        # What MLflow has stands: a step that is done again, from an older commit, gives the same numbers. Lines that
+        # were never committed will be written again.
         committed = max(self.step, manifest["committed_step"])
         self.damaged: list[str] = []  # lines of the journal
         self.history = cut_lines(self.journal, lambda line: line["step"] <= committed, ["step"], self.damaged)
@@ -69,8 +69,7 @@ class DdpoRun(Run):
         if manifest.get("status") == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         accept(directory, manifest, manifest, ddpo_inputs(config, manifest.get("inputs")), changes)
-        for key, beginning in (("committed_step", 0), ("resolved", {})):  # a stranger's, that was trusted, may lack it
-            manifest.setdefault(key, beginning)
+        manifest = {"committed_step": 0, "resolved": {}, **manifest}  # another person's, that was trusted, may lack them
         return cls(directory, _as_resolved(config, manifest["resolved"]), manifest)
 
     @staticmethod
@@ -99,11 +98,10 @@ class DdpoRun(Run):
         if manifest["loop"] != "ddpo":
             remedy = "only DDPO runs are forked; MAD's go on with more arms"
             raise ConfigError(f"{source} is a {manifest['loop']} run: {remedy}")
-        steps = store.steps()
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f"of step {step} "
+        steps, wanted = store.steps(), "" if step is None else f"of step {step} "
+        step = max(steps, default=None) if step is None else step
+        if step not in steps or step is None:
             raise ConfigError(f"{source} has no commit {wanted}(there are: {steps})")
-        step = steps[-1] if step is None else step
         content = placed(manifest["config"], manifest.get("inputs", {})) | {"output_dir": None}
         model = validate(DdpoConfig, content).model
         for each in overrides:
@@ -135,7 +133,7 @@ class DdpoRun(Run):
 
     def roll_back(self, lost: Exception) -> None:
         """Go back to the last commit. Raises ``lost`` if the run comes no further."""
-        from actors.failures import MicroBatchTooLarge  # whoever lost something has imported Ray
+        from actors.failures import MicroBatchTooLarge  # which imports Ray
 
         self.withstand(lost, at=self.manifest["committed_step"])
         self._stand_at_commit()
@@ -161,7 +159,7 @@ class DdpoRun(Run):
         self.manifest["asked_steps"] = self.step
 
     def on_start(self) -> None:
-        """Send again what MLflow may have missed, and tell of damage."""
+        """Send again what MLflow may have missed, and name what is damaged."""
         for damage in self.store.damaged:
             self.display.say(f"warning: {damage}; the commit before it is used")
         for damage in self.damaged:
@@ -176,7 +174,7 @@ class DdpoRun(Run):
         return f"last committed step: {self.manifest['committed_step']}"
 
     def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
-        """Record what was resolved at the start, and tell MLflow what this run is."""
+        """Record what was resolved at the start, and send MLflow what this run is."""
         learner = next(role for role in roles if role.name == "learner")
         resolved = {"micro_batch": micro_batch, "learners": learner.count, "learner_threads": learner.threads}
         self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
@@ -213,15 +211,14 @@ class DdpoRun(Run):
         }
         self.spans.append(("step", self._began, time.time()))
         self._began = time.time()
-        if line["step"] not in {known["step"] for known in (*self.history, *self._pending)}:
+        if line["step"] not in {each["step"] for each in (*self.history, *self._pending)}:
             self._pending.append(line)
         self.step = step + 1
-        resolved = self.manifest["resolved"]
         for name in ("micro_batch", "learners"):
-            before = resolved.setdefault(name, 1)  # the number of learners, in a run that began before there were any
-            now = resolved[name] = int(metrics.get(f"policy/{name}", before))
-            if now != before:
-                change = f"warning: from step {self.step} on {name} is {now}, no longer {before}"
+            known = self.manifest["resolved"].setdefault(name, 1)  # learners, in a run that began before there were any
+            now = self.manifest["resolved"][name] = int(metrics.get(f"policy/{name}", known))
+            if now != known:
+                change = f"warning: from step {self.step} on {name} is {now}, no longer {known}"
                 self.display.say(f"{change}: what follows is equal up to rounding")
         self.display.step(self.step, line)
 
@@ -234,25 +231,18 @@ class DdpoRun(Run):
 
     def commit_due(self) -> bool:
         """Whether the finished step is one to commit after: every so many, and whenever it was evaluated."""
-        if self.config.evaluation.size_after(self.step, self.config.training.steps):
-            return True
-        return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
+        measured = self.config.evaluation.size_after(self.step, self.config.training.steps)  # the last step always is
+        return bool(measured) or self.step % self.config.checkpoint.every == 0
 
     def commit(self, learner: LearnerState, state: Mapping[str, Any], accounts: Mapping[str, Account]) -> None:
         """Make everything up to the finished step durable, then deliver it."""
-        self._keep_peaks(accounts)
+        used = self._used(accounts)
         lanes = {name: each.spans for name, each in accounts.items()} | {"driver": self.spans}
         append_spans(self.directory, self.step, lanes)
         self.spans = []
         append_durably(self.journal, as_lines(map(with_digest, self._pending)))
-        clocks = {
-            "seconds_by_stage": dict(self.seconds_by_stage),
-            "wall_seconds": self.wall_seconds(),
-            "cpu_seconds": self._cpu_before + sum(each.cpu_seconds for each in accounts.values()),
-            "peaks": self.peaks,
-        }
-        known = {"weights_version": learner.weights_version, **state, **clocks}
-        self.store.commit(self.step, learner.tensors, known)
+        clocks = {"seconds_by_stage": dict(self.seconds_by_stage), "wall_seconds": self.wall_seconds(), **used}
+        self.store.commit(self.step, learner.tensors, {"weights_version": learner.weights_version, **state, **clocks})
         self.manifest["committed_step"] = max(self.step, self.manifest["committed_step"])
         self._status("RUNNING")
         for line in self._pending:
@@ -260,22 +250,24 @@ class DdpoRun(Run):
         self.history += self._pending
         self._pending = []
 
-    def _keep_peaks(self, accounts: Mapping[str, Account]) -> None:
-        """Each process's memory at its highest, over all sessions."""
+    def _used(self, accounts: Mapping[str, Account]) -> dict[str, Any]:
+        """Processor time, and each process's memory at its highest, over all sessions."""
         for name, account in accounts.items():
             known = self.peaks.get(name, {"memory": 0, "gpu_memory": 0})
             self.peaks[name] = {kind: max(known[kind], getattr(account, kind)) for kind in known}
+        cpu = self._cpu_before + sum(each.cpu_seconds for each in accounts.values())
+        return {"cpu_seconds": cpu, "peaks": self.peaks}
 
     def totals(self, accounts: Mapping[str, Account]) -> dict[str, Any]:
         """What the whole run took, for its summary."""
-        self._keep_peaks(accounts)
+        used = self._used(accounts)
         self._discard()
         return {
             "images": self.step * self.config.training.images_per_step,
             "steps": self.step,
             "discarded_images": self.manifest["discarded_images"],
-            "cpu_seconds": round(self._cpu_before + sum(each.cpu_seconds for each in accounts.values()), 2),
-            "peak_memory_bytes": self.peaks,
+            "cpu_seconds": round(used["cpu_seconds"], 2),
+            "peak_memory_bytes": used["peaks"],
             "seed": self.config.seed,
         }
 
@@ -294,11 +286,10 @@ def _as_resolved(config: DdpoConfig, resolved: Mapping[str, Any]) -> DdpoConfig:
     if not resolved:
         return config
     training = config.training.model_copy(update={"micro_batch": resolved["micro_batch"]})
-    actors = config.actors.model_copy(
-        update={"threads": {**config.actors.threads, "learner": resolved["learner_threads"]}}
-    )
+    threads = {**config.actors.threads, "learner": resolved["learner_threads"]}
+    actors = config.actors.model_copy(update={"threads": threads})
     return config.model_copy(update={"training": training, "actors": actors})
 
 
 def ignore(run: DdpoRun) -> None:
-    """Nobody looks on."""
+    """The step callback that does nothing."""
