@@ -42,17 +42,17 @@ class Pool:
     def submit(self, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Give one call to the least busy member. Returns its reference, or a list of ``returns`` references."""
         self._forget_finished()
-        index = min(range(len(self.members)), key=lambda member: len(self._pending[member]))
-        references = getattr(self.members[index], method).options(num_returns=returns).remote(*arguments)
-        self._pending[index][references if returns == 1 else references[0]] = method
-        return references
+        least_busy = min(range(len(self.members)), key=lambda member: len(self._pending[member]))
+        return self._call(least_busy, method, arguments, returns)
 
     def everyone(self, method: str, *arguments: Any, returns: int = 1) -> list[Any]:
         """The same call to every member. Returns what :meth:`submit` does, for each."""
-        calls = [getattr(member, method).options(num_returns=returns).remote(*arguments) for member in self.members]
-        for pending, references in zip(self._pending, calls, strict=True):
-            pending[references if returns == 1 else references[0]] = method
-        return calls
+        return [self._call(member, method, arguments, returns) for member in range(len(self.members))]
+
+    def _call(self, member: int, method: str, arguments: Sequence[Any], returns: int) -> Any:
+        references = getattr(self.members[member], method).options(num_returns=returns).remote(*arguments)
+        self._pending[member][references if returns == 1 else references[0]] = method
+        return references
 
     def activity(self) -> dict[str, str]:
         """What each member does now."""
@@ -86,7 +86,7 @@ def wait_for(
     """The values of ``references``, in order. ``meanwhile`` is called a few times a second.
 
     Raises ActorFailure or ActorLost with the first cause as soon as one fails, and ActorLost after ``timeout`` seconds
-    in which none finished: whoever hangs in its work will not come back from it.
+    in which none finished: what hangs in its work will not come back from it.
     """
     pending, deadline = list(references), time.monotonic() + timeout
     while pending:

@@ -69,7 +69,7 @@ class DdpoRun(Run):
         if manifest.get("status") == "FINISHED":
             raise ConfigError(f"{directory} is finished; start a new run, or generate from it")
         accept(directory, manifest, manifest, ddpo_inputs(config, manifest.get("inputs")), changes)
-        manifest = {"committed_step": 0, "resolved": {}, **manifest}  # another person's, that was trusted, may lack them
+        manifest = {"committed_step": 0, "resolved": {}, **manifest}  # a damaged one may lack them
         return cls(directory, _as_resolved(config, manifest["resolved"]), manifest)
 
     @staticmethod

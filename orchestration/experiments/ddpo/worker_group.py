@@ -47,14 +47,13 @@ class Rollout:
     images: np.ndarray
 
 
-class WorkerGroup:
+class WorkerGroup(ExitStack):
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
     def __init__(self, config: DdpoConfig, plan: Plan, display: Display, profile: bool = False) -> None:
-        self.config = config
-        self.plan = plan
+        super().__init__()
+        self.config, self.plan = config, plan
         self._display, self._profile = display, profile
-        self._stack = ExitStack()
         self._monitor = StuckWorkerMonitor()
         self._receipts: tuple[list[ObjectRef], bool] = [], False
 
@@ -62,20 +61,17 @@ class WorkerGroup:
         try:
             self._start()
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def _start(self) -> None:
         for note in self.plan.notes:
             self._display.say(f"warning: {note}")
         config, roles, offers = self.config, self.plan.roles, self.plan.offers
-        self._stack.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))
+        self.enter_context(connected(sum(map(bool, cards_of(roles, offers))), self._display.remedy))
         self._reservation = Reservation(roles, offers)
-        self._stack.callback(self._reservation.release)
+        self.callback(self._reservation.release)
         stay, timeout = config.actors.on_node_loss == "wait", config.actors.timeout_seconds
         waiting = {"actors": "waiting for resources of the cluster"}
         self._reservation.wait(timeout, lambda: self._display.activity(waiting), for_new_nodes=stay)
@@ -92,11 +88,15 @@ class WorkerGroup:
         self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge) if judge else None
         others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
-        self._stack.callback(self._monitor.end)
-        self._stack.callback(lambda: [ray.kill(member) for pool in self.pools for member in pool.members])
-        for method, what in {"ready": "starting the actors", "profile": "preparing to profile"}.items():
-            if method == "ready" or self._profile:
-                self.wait([done for pool in self.pools for done in pool.everyone(method)], what)
+        self.callback(self._monitor.end)
+        self.callback(lambda: [ray.kill(member) for pool in self.pools for member in pool.members])
+        self.everyone("ready", "starting the actors")
+        if self._profile:
+            self.everyone("profile", "preparing to profile")
+
+    def everyone(self, method: str, what: str) -> list[Any]:
+        """The answers of all actors, in the order of their pools."""
+        return self.wait([answer for pool in self.pools for answer in pool.everyone(method)], what)
 
     def wait(self, references: Sequence[ObjectRef], what: str) -> list[Any]:
         """The values of ``references``, while the display shows what each actor does. Bounded; see ``wait_for``."""
@@ -179,9 +179,8 @@ class WorkerGroup:
         others = self.config.training.ema_decay and self.samplers.policy.version
         with self.drawing_with("averaged") if others else nullcontext():
             chunks = self.samplers.rollout(prompts, seeds)
-            return self.measure(
-                chunks, prompts, [self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)]
-            )
+            divergence = self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)
+            return self.measure(chunks, prompts, [divergence])
 
     def measure(
         self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
@@ -218,9 +217,11 @@ class WorkerGroup:
 
     def accounts(self) -> dict[str, Account]:
         """What each actor has used so far, and the driver, whose spans are its run's."""
-        accounts = self.wait([account for pool in self.pools for account in pool.everyone("account")], "accounts")
         names = [name for pool in self.pools for name in pool.names]
-        return {"driver": Account.of_this_process([]), **dict(zip(names, accounts, strict=True))}
+        return {
+            "driver": Account.of_this_process([]),
+            **dict(zip(names, self.everyone("account", "accounts"), strict=True)),
+        }
 
     @staticmethod
     def footprint() -> dict[str, float]:
@@ -232,7 +233,5 @@ class WorkerGroup:
     def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
         """Images from elsewhere, as chunks ready to be measured."""
         size = self.config.actors.images_per_call
-        return [
-            Chunk(list(prompts[i : i + size]), [], ray.put(images[i : i + size]), ray.put(None))
-            for i in range(0, len(prompts), size)
-        ]
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        return [Chunk(list(prompts[part]), [], ray.put(images[part]), ray.put(None)) for part in parts]
