@@ -1,22 +1,21 @@
 """The learner turns scored trajectories into new weights."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray import ObjectRef
 
 from actors.placement import Placed
 from actors.pool import Pool
-from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
 from pipelines.storage.atomic import Files, packed
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from policies.rl.settings import SamplingSettings, TrainingSettings
+
+Weights = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,14 @@ class LearnerActor(Worker):
         """Transitions a network call, as found or given: part of the run's manifest."""
         return self.learner.micro_batch
 
-    def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, dict[str, np.ndarray]]:
+    def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, Weights]:
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
         statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
-        weights, version = self.learner.weights(), self.learner.weights_version
-        return self._update(weights, changed, asdict(statistics), version)
+        return self._sent(self.learner.weights(), self.learner.weights_version, changed, asdict(statistics))
 
-    def weights(self, kind: WeightsKind) -> tuple[Update, dict[str, np.ndarray]]:
+    def weights(self, kind: WeightsKind) -> tuple[Update, Weights]:
         """Some of the weights, as they are."""
-        return self._update(self.learner.weights(kind), 0, {}, self.learner.weights_version - (kind == "previous"))
+        return self._sent(self.learner.weights(kind), self.learner.weights_version - (kind == "previous"), 0, {})
 
     def state(self) -> LearnerState:
         """What another learner goes on from."""
@@ -95,33 +93,26 @@ class LearnerActor(Worker):
             (learning, "copied", "copies"),
         ]
 
-    def _update(
-        self, weights: dict[str, np.ndarray], changed: int, statistics: dict[str, Any], version: int
-    ) -> tuple[Update, dict[str, np.ndarray]]:
+    def _sent(self, weights: Weights, version: int, changed: int, statistics: dict[str, Any]) -> tuple[Update, Weights]:
+        """All learners have the same weights, or none goes on; the first one's travel."""
         from pipelines.rl.weights import checksum
 
         digest = checksum(weights)
         self.group.check_same(digest)
-        return Update(version, digest, changed, statistics), {} if self.group.rank else weights  # the first's travel
+        return Update(version, digest, changed, statistics), {} if self.group.rank else weights
 
 
 class Learner(Pool):
-    """The learner's handle: members that are all told the same and answer the same, and of whom the first is heard.
+    """The learner's handle: all ranks receive the same call and answer the same; rank 0's answer is used.
 
     Their work follows from all that they did before: a run that loses one of them goes back to the last commit.
     """
 
     RESTARTS = 0
 
-    def __init__(
-        self,
-        placed: Placed,
-        model: ModelSettings,
-        sampling: SamplingSettings,
-        training: TrainingSettings,
-        seed: int,
-        timeout: float,
-    ) -> None:
+    def __init__(self, placed: Placed, timeout: float, *arguments: Any) -> None:
+        """Every member is a :class:`LearnerActor` of ``arguments``; they look for one another for ``timeout`` seconds
+        at most."""
         role, meetings = placed.role, []
         if role.count > 1:
             from policies.rl.group import meeting_place
@@ -129,16 +120,4 @@ class Learner(Pool):
             self._store = store = meeting_place(ray.util.get_node_ip_address())  # for as long as they may look for it
             members = range(role.count)
             meetings = [(store.host, store.port, number, role.count, role.device, timeout) for number in members]
-        super().__init__(placed, LearnerActor, model, sampling, training, seed, own=meetings)
-
-    def learn(self, chunks: Sequence[Chunk], advantage: np.ndarray, seed: int) -> tuple[list[ObjectRef], ObjectRef]:
-        """References of every member's :class:`Update`, and of the new weights."""
-        return self._together("learn", advantage, seed, *(chunk.trajectory for chunk in chunks))
-
-    def weights(self, kind: WeightsKind) -> tuple[list[ObjectRef], ObjectRef]:
-        """References of every member's :class:`Update` that changed nothing, and of some of the weights."""
-        return self._together("weights", kind)
-
-    def _together(self, method: str, *arguments: Any) -> tuple[list[ObjectRef], ObjectRef]:
-        updates, weights = zip(*self.everyone(method, *arguments, returns=2), strict=True)
-        return list(updates), weights[0]
+        super().__init__(placed, LearnerActor, *arguments, own=meetings)

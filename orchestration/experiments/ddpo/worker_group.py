@@ -81,7 +81,7 @@ class WorkerGroup(ExitStack):
         captioner = config.captioner.model_copy(update={"path": portable(config.captioner.path or "")})
         judge = config.evaluation.evaluator and portable(config.evaluation.evaluator)
         if "learner" in placed:  # a check of rewards does without
-            self.learner = Learner(placed["learner"], model, config.sampling, config.training, seed, timeout)
+            self.learner = Learner(placed["learner"], timeout, model, config.sampling, config.training, seed)
         self.samplers = Samplers(placed["sampler"], model, config.sampling, config.actors.images_per_call)
         self.rewards = Rewards(placed, config.reward)
         self.captioners = Pool(placed["captioner"], CaptionerActor, captioner) if "captioner" in placed else None
@@ -131,8 +131,13 @@ class WorkerGroup(ExitStack):
 
     def train(self, rollout: Rollout, advantage: np.ndarray, seed: int) -> tuple[Update, ObjectRef]:
         """A step's updates of the learner from what was drawn and its ``advantage`` (n,), and the new weights."""
-        learned, weights = self.learner.learn(rollout.chunks, advantage, seed)
-        return self.wait(learned, f"step {rollout.step + 1}: learning")[0], weights
+        trajectories = [chunk.trajectory for chunk in rollout.chunks]
+        return self._learner(f"step {rollout.step + 1}: learning", "learn", advantage, seed, *trajectories)
+
+    def _learner(self, what: str, method: str, *arguments: Any) -> tuple[Update, ObjectRef]:
+        """The learner's answer to a call that gives weights."""
+        updates, weights = zip(*self.learner.everyone(method, *arguments, returns=2), strict=True)
+        return self.wait(updates, what)[0], weights[0]
 
     def ask_learner(self, method: str, *arguments: Any) -> Any:
         """The answer of the learner's first process to a call of all."""
@@ -140,7 +145,7 @@ class WorkerGroup(ExitStack):
 
     def export(self) -> tuple[str, Files]:
         """The checksum of the final weights, averaged if they are, and a diffusers directory of them."""
-        update: Update = self.wait(self.learner.weights("averaged")[0], "the final weights")[0]
+        update, _ = self._learner("the final weights", "weights", "averaged")
         return update.checksum, self.ask_learner("pipeline")
 
     def update_weights(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
@@ -168,8 +173,8 @@ class WorkerGroup(ExitStack):
     @contextmanager
     def drawing_with(self, kind: WeightsKind) -> Iterator[None]:
         """In this block samplers are asked to draw with other weights of the learner's than those published."""
-        usual, (learned, weights) = self.samplers.policy, self.learner.weights(kind)
-        other: Update = self.wait(learned, f"{kind} weights")[0]
+        usual = self.samplers.policy
+        other, weights = self._learner(f"{kind} weights", "weights", kind)
         self._send(PolicyVersion(-other.version if kind == "averaged" else other.version, other.checksum, weights))
         yield
         self._send(usual)
@@ -211,17 +216,14 @@ class WorkerGroup(ExitStack):
         """Go on from a commit: its learner's state is the samplers' too."""
         saved = LearnerState(commit.tensors, commit.state["weights_version"])
         self.ask_learner("restore", ray.put(saved))
-        learned, weights = self.learner.weights("current")
-        update: Update = self.wait(learned, "the restored weights")[0]
-        self.update_weights(update, weights, expect_change=saved.weights_version > 0)
+        restored = self._learner("the restored weights", "weights", "current")
+        self.update_weights(*restored, expect_change=saved.weights_version > 0)
 
     def accounts(self) -> dict[str, Account]:
         """What each actor has used so far, and the driver, whose spans are its run's."""
         names = [name for pool in self.pools for name in pool.names]
-        return {
-            "driver": Account.of_this_process([]),
-            **dict(zip(names, self.everyone("account", "accounts"), strict=True)),
-        }
+        used = zip(names, self.everyone("account", "accounts"), strict=True)
+        return {"driver": Account.of_this_process([]), **dict(used)}
 
     @staticmethod
     def footprint() -> dict[str, float]:
