@@ -1,5 +1,5 @@
 """Which actor gets which part of which node: the one place that decides it, for plans, for the Ray that is started, and
-for the placement group that takes the room. Importable without torch and ray.
+for the placement group that reserves them. Importable without torch and ray.
 
 A bundle is what Ray places as a whole: a GPU with all the actors that share it, or one actor without a GPU. So what
 shares a card follows from here, and never from where Ray finds room for a fraction.

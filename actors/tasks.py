@@ -34,7 +34,7 @@ class TaskRunner:
     ) -> None:
         self._store = store
         self._timeout = timeout
-        self.monitor = StuckWorkerMonitor()  # for whoever waits to send round
+        self.monitor = StuckWorkerMonitor()  # called by the driver while it waits
         self._device = "cuda" if gpus else "cpu"
         remote: Any = ray.remote(_perform)
         taken = {"num_cpus": cpus, "num_gpus": gpus, "resources": mark(nodes)}
@@ -82,7 +82,7 @@ class TaskRunner:
         return self._references[task.key]
 
     def _release(self, task: Task) -> None:
-        """Note that a task needs its inputs no longer, and let go of what nobody else will ask for."""
+        """Note that a task needs its inputs no longer, and let go of what no other will ask for."""
         for each in task.inputs:
             self._consumers[each.key] -= 1
             self._let_go(each)
@@ -102,7 +102,7 @@ class TaskRunner:
         while not done:
             if time.monotonic() > deadline:
                 first = next(iter(self._pending.values())).label
-                for reference in self._pending:  # whoever hangs in a task would hold its place
+                for reference in self._pending:  # a task that hangs would hold its place
                     ray.cancel(reference, force=True)
                 raise ActorLost(f"{first}: nothing finished within {self._timeout:g} s (workers.timeout_seconds)")
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=POLL_SECONDS)

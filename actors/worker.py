@@ -80,7 +80,7 @@ class Worker:
 
     def __init__(self, threads: int, uses_torch: bool = True) -> None:
         keep_memory()
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that somebody's own function imports later
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that a user's own function imports later
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if uses_torch:

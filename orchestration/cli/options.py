@@ -14,7 +14,7 @@ def _check_id(job: str | None) -> str | None:
     return job
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as name=mine")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as name=first")]
 File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]

@@ -42,7 +42,7 @@ _PATIENCE_SECONDS = 600  # how long followed logs may be out of reach
 _LONGEST_ID = 200  # bytes
 _NAMED = 10  # of what is left out
 _LOOK_SECONDS, _LOOK_SHARE = 1.0, 0.1  # a look at the logs fetches them whole: a second apart, and seldom if it is slow
-for _name in ("_private.runtime_env", "dashboard.modules.dashboard_sdk"):  # what they tell is told here
+for _name in ("_private.runtime_env", "dashboard.modules.dashboard_sdk"):  # what they say is said here
     logging.getLogger(f"ray.{_name}").setLevel(logging.ERROR)
 _COLOURS = {"RUNNING": "cyan", "PENDING": "cyan", "SUCCEEDED": "green", "STOPPED": "yellow", "FAILED": "red"}
 
@@ -217,7 +217,7 @@ def stop(cluster: Cluster, job: str) -> JobDetails:
     deadline = time.monotonic() + _STOP_SECONDS + _REQUEST_SECONDS
     while not (details := cluster.get_job_info(job)).status.is_terminal():
         if time.monotonic() > deadline:
-            raise ClusterError(f"{job} was told to stop, but goes on; see 'ouroboros jobs logs {job}'")
+            raise ClusterError(f"{job} goes on, though it was asked to stop; see 'ouroboros jobs logs {job}'")
         time.sleep(_LOOK_SECONDS)
     return details
 

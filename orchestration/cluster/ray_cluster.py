@@ -23,7 +23,7 @@ from orchestration.cluster.package import excludes, shipped_files
 from pipelines.limits import cpu_limit
 from pipelines.storage.locations import CHECKOUT
 
-# OpenMP threads that wait by spinning take the core from whom they wait for: on two busy cores a learner of two
+# OpenMP threads that wait by spinning take the core from what they wait for: on two busy cores a learner of two
 # threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
 # busy ones: see benchmarks/learner_threads.py.
 ACTORS = {"GOMP_SPINCOUNT": "1000"}
@@ -172,9 +172,9 @@ def check_scratch() -> None:
     remedy = f"set {name or 'RAY_TMPDIR'} to a directory such as /tmp" if place != "/tmp" else "set RAY_TMPDIR"
     if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{name or 'the temporary directory'} {place}: no directory to write to; {remedy}")
-    room = _LONGEST_SOCKET - len(_SOCKET)
-    if len(os.fsencode(os.path.abspath(place))) > room:
-        raise ValueError(f"{name} {place} is too long for Ray's sockets (at most {room} bytes): {remedy}")
+    most = _LONGEST_SOCKET - len(_SOCKET)
+    if len(os.fsencode(os.path.abspath(place))) > most:
+        raise ValueError(f"{name} {place} is too long for Ray's sockets (at most {most} bytes): {remedy}")
 
 
 def _for_workers() -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _start_private(gpus: int) -> None:
     # Meant for systems whose firewall asks the user. The variable behind it is read when Ray is imported: too early.
     ray_constants.ENABLE_RAY_CLUSTER = False
     # Two helpers have nothing to do, and would take a fifth of a start's processor time: nothing scales a Ray on one
-    # machine, and no driver is told what workers print. ``ray.init`` has no names for them.
+    # machine, and no driver shows what workers print. ``ray.init`` has no names for them.
     names: dict[str, Any] = vars(parameter)
     whole = names["RayParams"]
     names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False)
@@ -231,11 +231,11 @@ def _own_ray_ended() -> Iterator[None]:
     import ray
 
     this = psutil.Process()
-    strangers = set(this.children())
+    before = set(this.children())
     try:
         yield
     finally:
-        family = [child for child in this.children() if child not in strangers and _is_rays(child)]
+        family = [child for child in this.children() if child not in before and _is_rays(child)]
         for child in list(family):
             with contextlib.suppress(psutil.Error):
                 family += child.children(recursive=True)

@@ -12,7 +12,7 @@ from actors.settings import ActorSettings
 from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import memory_plan
-from orchestration.experiments.ddpo.preflight import learnable_steps, preflight_ddpo, seat
+from orchestration.experiments.ddpo.preflight import learnable_steps, place_roles, preflight_ddpo
 from orchestration.planning.cost_model import Cast, Forecast, Processor, Seat, Work, bottlenecks, simulate
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
 from orchestration.runs.config import ConfigError
@@ -110,7 +110,7 @@ def best(config: DdpoConfig, machine: Machine, known: StageCosts) -> list[Option
     for actors in splits(config, machine.gpus, machine.cpus, known):
         chosen = config.model_copy(update={"actors": actors})
         try:
-            roles, offers = seat(chosen, machine)
+            roles, offers = place_roles(chosen, machine)
         except ValueError as error:
             reason = str(error)
             continue

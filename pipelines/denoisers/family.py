@@ -14,7 +14,7 @@ from pipelines.storage.model_files import load_whole
 from policies.diffusion.schedule import Schedule
 from policies.rl.settings import SamplingSettings
 
-Conditions = dict[str, Tensor]  # what the network is told of each prompt: name → (prompts, …)
+Conditions = dict[str, Tensor]  # what the network gets of each prompt: name → (prompts, …)
 
 AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 

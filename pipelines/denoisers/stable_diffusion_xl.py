@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a network that is told the size of the image."""
+"""Stable Diffusion XL: two text encoders, and a network that is given the size of the image."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self

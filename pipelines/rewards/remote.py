@@ -1,4 +1,4 @@
-"""Rewards that somebody else's server computes. JSON both ways, and every failure has a type.
+"""Rewards that another server computes. JSON both ways, and every failure has a type.
 
 ``http`` asks a reward server (:mod:`pipelines.rewards.server` is one), ``judge`` a vision–language model behind an
 endpoint of OpenAI's form. A server that is away, too slow or talks nonsense raises UnreachableError, TooSlowError or

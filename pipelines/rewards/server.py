@@ -63,14 +63,14 @@ class _Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        told = headers.get(b"content-length", b"" if scope["method"] == "POST" else b"0")
-        length = int(told) if told.isdigit() else -1
+        size = headers.get(b"content-length", b"" if scope["method"] == "POST" else b"0")
+        length = int(size) if size.isdigit() else -1
         held, refusal = 0, None
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 if self.token and not hmac.compare_digest(headers.get(b"authorization", b""), self.token):
                     refusal = 401, "ask with the header Authorization: Bearer TOKEN"
-                    await _read(receive, keep=False)  # or whoever is still sending would not hear of it
+                    await _read(receive, keep=False)  # or a client that is still sending would not hear of it
                 elif length < 0:
                     refusal = 411, "the query has to say its Content-Length"
                 elif length > MAX_BODY:
@@ -107,7 +107,7 @@ async def _next(messages: list[Any], receive: Any) -> Any:
 
 
 class Protocol(H11Protocol):
-    """HTTP that leaves whoever has begun a request and does not end its head, which uvicorn waits for without end."""
+    """HTTP that leaves a client that does not end the head of its request, which uvicorn waits for without end."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -122,8 +122,8 @@ class Protocol(H11Protocol):
 
 
 def build_app(name: str, function: RewardFunction, options: Reward, token: str | None = None) -> FastAPI:
-    """The application that answers ``POST /score`` with what ``function``, the reward ``name``, says: anybody, or who
-    has the ``token``."""
+    """The application that answers ``POST /score`` with what ``function``, the reward ``name``, says: any client, or
+    those that have the ``token``."""
     app = FastAPI(title=f"reward {name}", version="1")
     app.add_middleware(_Gate, token=token)
     one_at_a_time = threading.Lock()  # a reward need not be made for several threads
@@ -168,7 +168,7 @@ def decode(files: Sequence[bytes]) -> np.ndarray:
                 images.append(np.asarray(flat(image).convert("RGB")))
             if images[-1].shape != images[0].shape:
                 raise ValueError(f"its size is {images[-1].shape[:2]}, that of the first {images[0].shape[:2]}")
-        except Exception as error:  # a stranger's bytes may fail in any way
+        except Exception as error:  # bytes from outside may fail in any way
             raise HTTPException(422, f"image {number}: {error}") from error
     return np.stack(images)
 

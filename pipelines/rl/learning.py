@@ -41,7 +41,7 @@ LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small net
 
 
 class DiffusionLearner:
-    """DDPO on the network of a diffusion model, alone or as one of a ``group`` whose members are all told the same.
+    """DDPO on the network of a diffusion model, alone or as one of a ``group`` whose ranks all receive the same calls.
 
     ``sharding``: whether they share out weights, gradients and optimiser state; None: where these do not fit on one
     device. Then weights and state are gathered: all have to ask for them, and to save, at the same time.
@@ -141,8 +141,8 @@ class DiffusionLearner:
         guidance = 1.0 if self.training.algorithm.on_forward_process else self.sampling.guidance_scale
 
         def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
-            told = {name: table[owner[images]] for name, table in conditions.items()}
-            return self.policy.predict(latents, schedule.timesteps[steps], told, guidance)
+            given = {name: table[owner[images]] for name, table in conditions.items()}
+            return self.policy.predict(latents, schedule.timesteps[steps], given, guidance)
 
         def under(values: dict[str, Tensor]) -> Network:
             def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
@@ -287,8 +287,8 @@ class DiffusionLearner:
         for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
             try:
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    times, told = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
-                    output = self.policy.predict(torch.zeros(count, *shape, device=device), times, told)
+                    times, empty = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
+                    output = self.policy.predict(torch.zeros(count, *shape, device=device), times, empty)
             except torch.OutOfMemoryError:
                 return self._memory() + 1
             del output

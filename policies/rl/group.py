@@ -1,8 +1,8 @@
 """Learners that make each update together: all know the same transitions, and each computes a part of them.
 
-Data parallelism by ``torch.distributed``, written so that nobody waits for one who does not come: whether to go on, to
-try again or to stop follows from what all of them found, and every wait has a bound. What a lost peer or a wait that is
-over raises is torch's own.
+Data parallelism by ``torch.distributed``, written so that no rank waits for one that does not come: whether to go on,
+to try again or to stop follows from what all of them found, and every wait has a bound. What a lost peer or a wait that
+is over raises is torch's own.
 """
 
 import datetime
@@ -90,7 +90,7 @@ class Group:
         return self.gather(own).any(dim=0).tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up everybody's gradients, in place. Those of sharded parameters have been added up on their way back."""
+        """Add up all ranks' gradients, in place. Those of sharded parameters have been added up on their way back."""
         if self.size == 1:
             return
         from torch.distributed.tensor import DTensor
@@ -103,9 +103,9 @@ class Group:
         """Raise DivergedError, in all learners, unless all have the same ``checksum`` (hexadecimal digits)."""
         own = torch.frombuffer(bytearray.fromhex(checksum), dtype=torch.uint8)
         digests = self.gather(own[None])
-        strangers = (digests != digests[0]).any(dim=1).nonzero().flatten().tolist()
-        if strangers:
+        different = (digests != digests[0]).any(dim=1).nonzero().flatten().tolist()
+        if different:
             raise DivergedError(
-                f"after the same updates learners {strangers} hold other weights than learner 0: are all nodes of one "
+                f"after the same updates learners {different} hold other weights than learner 0: are all nodes of one "
                 "kind, with the same versions of torch?"
             )

@@ -57,7 +57,7 @@ class _Update(NamedTuple):
 
 
 class PolicyLearner:
-    """Updates ``parameters``, alone or as one of a ``group`` whose members are all told the same. Knows nothing of
+    """Updates ``parameters``, alone or as one of a ``group`` whose ranks all receive the same calls. Knows nothing of
     diffusion: an objective gives the loss of each transition."""
 
     def __init__(

@@ -44,7 +44,7 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
         shown = ", ".join(f"{name} {amount:.3g}" for name, amount in parts.items()) or "models not counted"
         lines.append(f"  {role.count} × {role.name} on {role.device}: {sum(parts.values()):.3g} GB ({shown})")
     for names, count in crowds.items():
-        shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody"
+        shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "no actor"
         most, least = (sum(sum(held[n].values()) - out.get(n, 0) for n in names) / 1e9 for out in ({}, away))
         lines.append(f"  {count} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
     everything = sum(role.count * (PROCESS + sum(held.get(role.name, {}).values())) for role in roles) / 1e9

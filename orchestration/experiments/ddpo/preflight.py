@@ -36,7 +36,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         notes: list[str] = []
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
-        if directory := find(config.model.path):  # the hub is asked by whoever loads
+        if directory := find(config.model.path):  # the hub is asked by the actors that load
             files = inspect(directory)
             check_guidance(files, config.sampling.guidance_scale)
             notes = unseen_words([*prompts, *unseen], files)
@@ -52,11 +52,11 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
         _check_sizes(config, prompts)
         check_output(config.output_dir)
-        roles, offers = seat(config, machine or find_machine(config.actors.device))
+        roles, offers = place_roles(config, machine or find_machine(config.actors.device))
     return Plan(prompts, unseen, roles, offers, notes)
 
 
-def seat(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
+def place_roles(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
     """The actors of a run, and the nodes of ``machine`` that they are to fit on. Raises ValueError if they do not."""
     parts = {"captioner": config.captioner.path is not None, "evaluator": config.evaluation.evaluator is not None}
     offers = machine.offers or ({"CPU": machine.cpus, "GPU": machine.gpus},)

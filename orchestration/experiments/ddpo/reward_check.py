@@ -62,7 +62,7 @@ class Finding:
     """What a check found of one reward function.
 
     ``means`` of true, shuffled and noise; ``spread``: mean standard deviation over the base's images of one prompt;
-    ``rank_correlation``: Spearman's, of score and held-out measure within a prompt, None if nobody judges;
+    ``rank_correlation``: Spearman's, of score and held-out measure within a prompt, None without an evaluator;
     ``milliseconds`` an image, one after another in calls as a run makes them; ``per_second``: images, with all actors.
     """
 

@@ -91,7 +91,7 @@ class DdpoRun(Run):
         that may differ from there on. Returns its directory.
 
         Raises ConfigError if ``source`` is no DDPO run, has no such commit, is given settings it cannot go on with, or
-        is a stranger's that names code and is not ``trusted``.
+        is another person's and is not ``trusted``.
         """
         manifest = open_run(source, trusted)
         store = CheckpointStore(source / "checkpoints", owners=ids(manifest))

@@ -26,5 +26,5 @@ class Algorithm(Named):
         raise NotImplementedError
 
 
-# Settings are checked by what an objective is, and a stranger's run must not import: so none is named by its path.
+# Settings are checked by what an objective is, and another person's run must not import: so none is named by its path.
 ALGORITHMS = Registry(Algorithm, __name__, "ouroboros.objectives", "training.objective", by_path=False)
