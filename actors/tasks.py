@@ -32,8 +32,7 @@ class TaskRunner:
     def __init__(
         self, work: Work, store: TaskStore, cpus: float, gpus: float, timeout: float, nodes: str | None = None
     ) -> None:
-        self._store = store
-        self._timeout = timeout
+        self._store, self._timeout = store, timeout
         self.monitor = StuckWorkerMonitor()  # called by the driver while it waits
         self._device = "cuda" if gpus else "cpu"
         remote: Any = ray.remote(_perform)
@@ -59,21 +58,21 @@ class TaskRunner:
                 continue
             while len(self._pending) >= WINDOW:
                 yield from self._finished(meanwhile)
-            inputs = [self._reference(each) for each in task.inputs]
-            about, files = self._remote.remote(self._work, task.kind, dict(task.parameters), self._device, *inputs)
-            self._references[task.key] = files
+            given = dict(task.parameters), self._device, *map(self._reference, task.inputs)
+            about, self._references[task.key] = self._remote.remote(self._work, task.kind, *given)
             self._pending[about] = task
         while self._pending:
             yield from self._finished(meanwhile)
 
     def activity(self) -> dict[str, str]:
         """How many tasks of each kind can run or are running, and how many wait for others."""
-        waiting_for = {task.key for task in self._pending.values()}
-        ready, waiting = Counter[str](), Counter[str]()
-        for task in self._pending.values():
-            blocked = any(each.key in waiting_for for each in task.inputs)
-            (waiting if blocked else ready)[task.kind] += 1
-        return {kind: f"{ready[kind]} running or ready, {waiting[kind]} waiting" for kind in sorted(ready | waiting)}
+        tasks = self._pending.values()
+        known = {task.key for task in tasks}
+        waiting = Counter(task.kind for task in tasks if any(each.key in known for each in task.inputs))
+        total = Counter(task.kind for task in tasks)
+        return {
+            kind: f"{total[kind] - waiting[kind]} running or ready, {waiting[kind]} waiting" for kind in sorted(total)
+        }
 
     def _reference(self, task: Task) -> ObjectRef:
         """The files of a task that is under way, or that was done before."""
@@ -88,9 +87,9 @@ class TaskRunner:
             self._let_go(each)
 
     def _let_go(self, task: Task) -> None:
-        if any(each.key == task.key for each in self._pending.values()):
-            return  # done again, and what was made of it was seen first: it goes when its own turn comes
-        if not self._consumers[task.key] and task.key in self._store:
+        # One that is done again, and what was made of it was seen first, goes when its own turn comes.
+        done = all(each.key != task.key for each in self._pending.values()) and task.key in self._store
+        if done and not self._consumers[task.key]:
             self._references.pop(task.key, None)
             if not task.kept and not self._store.about(task.key).get("forgotten"):
                 self._store.forget(task.key)

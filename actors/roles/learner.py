@@ -79,16 +79,15 @@ class LearnerActor(Worker):
         from pipelines.rl import learning
         from pipelines.rl import weights as trainable
 
+        names = {"_rollouts": "gathering", "_replay": "replay", "weights": "weights out"}
         return [
+            *((self.learner, name, what) for name, what in names.items()),
             (Trajectory, "concatenate", "gathering"),
-            (self.learner, "_rollouts", "gathering"),
-            (self.learner, "_replay", "replay"),
             (self.learner.policy, "predict", "forward"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "clipping"),
             (self.learner.learner.optimizer, "step", "optimiser"),
             (torch, "equal", "checks"),
-            (self.learner, "weights", "weights out"),
             (trainable, "checksum", "checks"),
             (learning, "copied", "copies"),
         ]

@@ -112,9 +112,9 @@ class Samplers(Pool):
         chunks = []
         for start in range(0, len(prompts), self.images_per_call):
             part = slice(start, start + self.images_per_call)
-            chunk_prompts, chunk_seeds = list(prompts[part]), list(seeds[part])
-            images, trajectory = self.submit("rollout", self.policy, chunk_prompts, chunk_seeds, returns=2)
-            chunks.append(Chunk(chunk_prompts, chunk_seeds, images, trajectory, self.policy))
+            work = list(prompts[part]), list(seeds[part])
+            images, trajectory = self.submit("rollout", self.policy, *work, returns=2)
+            chunks.append(Chunk(*work, images, trajectory, self.policy))
         return chunks
 
     def update_weights(self, published: PolicyVersion) -> list[ObjectRef]:
