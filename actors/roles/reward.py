@@ -1,14 +1,13 @@
 """Rewards: how good an image is for its prompt. Every reward function has actors of its own."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from actors.allocation import reward_roles
 from actors.placement import Placed
 from actors.pool import Pool
-from actors.work import Chunk
 from actors.worker import Worker, device_is_lost, is_short_of_memory
 from pipelines.rewards import Reward, load_reward
 from pipelines.settings import RewardSettings
@@ -41,18 +40,10 @@ class RewardActor(Worker):
         return score(self.function, images, prompts, captions)
 
 
-class Rewards:
-    """The pools of all reward functions, those that are trained on and those that are held out."""
-
-    def __init__(self, placed: Mapping[str, Placed], settings: RewardSettings) -> None:
-        self.weights, self.pools = settings.weights, dict[str, Pool]()
-        for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
-            models = {option: portable(path) for option, path in options.model_paths.items()}
-            self.pools[name] = Pool(placed[role], RewardActor, name, options.model_copy(update=models))
-
-    def score(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
-        """Score every chunk as soon as it is drawn and captioned, while the next is still being drawn: by what is
-        trained on, or by the functions of these ``names``."""
-        for name in self.weights if names is None else names:
-            for chunk in chunks:
-                chunk.scores[name] = self.pools[name].submit("score", chunk.images, chunk.prompts, chunk.captions)
+def reward_pools(placed: Mapping[str, Placed], settings: RewardSettings) -> dict[str, Pool]:
+    """The actors of every reward function, trained on or held out, with models by names that all nodes understand."""
+    pools = {}
+    for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
+        models = {option: portable(path) for option, path in options.model_paths.items()}
+        pools[name] = Pool(placed[role], RewardActor, name, options.model_copy(update=models))
+    return pools

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.failures import ActorLost
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.evaluation import Evaluation, fixed_work
+from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.metrics import step_metrics
 from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo, replan
 from orchestration.experiments.ddpo.report import Report
@@ -52,12 +52,11 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
     config, training = run.config, run.config.training
     queue = RolloutQueue(run, workers, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
     history = PromptStatistics(config.advantage.history_size)
-    held_out_prompts, held_out_seeds = fixed_work([*plan.prompts, *plan.unseen], config.evaluation.images)
-    report = Report(run, held_out_prompts)
+    report = Report(run)
 
     def evaluate(images: int) -> Evaluation:
         with run.stage("evaluate"):
-            return workers.evaluate(held_out_prompts[:images], held_out_seeds[:images])
+            return workers.evaluate(images)
 
     if run.checkpoint is None:
         run.describe(plan.prompts, plan.roles, workers.ask_learner("micro_batch"))
@@ -85,14 +84,14 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
             with run.stage("learn"):
                 update, weights = workers.train(rollout, advantage, derive_seed(config.seed, "timesteps", step))
             with run.stage("publish"):
-                workers.update_weights(update, weights, expect_change=training.on_sick_numbers == "stop")
+                workers.update_weights(update, weights)
             metrics = step_metrics(rewards, advantage, update, rollout.images, rollout.prompts)
 
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None
         run.record(step, metrics | workers.footprint() | (held_out.metrics() if held_out else {}))
         if held_out:  # before the commit, after which nothing of this step is done again
-            report.progress(step + 1, held_out)
+            report.keep(step + 1, held_out, held_out.metrics())
 
         if run.commit_due():
             with run.stage("commit"):
@@ -105,6 +104,6 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
     if kept not in (None, run.step):  # the last weights do worse than others did, where nothing is trained
         workers.restore(run.store.load(kept))
         held_out = None
-    whole = held_out is not None and len(held_out.images) == config.evaluation.images
-    after = held_out if held_out and whole else evaluate(config.evaluation.images)
+    whole = config.evaluation.images
+    after = held_out if held_out and len(held_out.images) == whole else evaluate(whole)
     return report.finish(after, *workers.export(), workers.accounts())

@@ -39,9 +39,8 @@ _MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, 
 class Report:
     """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
 
-    def __init__(self, run: DdpoRun, prompts: list[str]) -> None:
+    def __init__(self, run: DdpoRun) -> None:
         self.run = run
-        self.prompts = prompts[:_GRID_IMAGES]
         self.directory = run.directory / "evaluations"
         self.stopped: str | None = None
         self._named: set[str] = set()  # damage
@@ -51,7 +50,7 @@ class Report:
         say = self.run.display.say
         values = evaluation.metrics() | calibration
         timestamp = self._kept().get(0, {}).get("timestamp_ms", int(time.time() * 1000))
-        self._keep(0, evaluation, {**values, "timestamp_ms": timestamp})
+        self.keep(0, evaluation, {**values, "timestamp_ms": timestamp})
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
         say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
         prefers = calibration["calibration/true"] > calibration["calibration/shuffled"]
@@ -60,10 +59,6 @@ class Report:
             say("warning: this reward does not prefer images that fit their prompts; it cannot teach them")
         accuracy = "" if evaluation.accuracy is None else f", evaluator accuracy {evaluation.accuracy:.3f}"
         say(f"before: reward {evaluation.scores.mean():.3f}{accuracy} over {len(evaluation.images)} held-out images")
-
-    def progress(self, step: int, evaluation: Evaluation) -> None:
-        """An interim measure."""
-        self._keep(step, evaluation, evaluation.metrics())
 
     def points(self) -> list[EvaluationPoint]:
         """The evaluations up to the present step, the base's first."""
@@ -97,7 +92,7 @@ class Report:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         best = self.best_step(point_to_keep) or run.step
-        self._keep(best, after, {**values, "kept": True})
+        self.keep(best, after, {**values, "kept": True})
         figures = draw(run.directory, say := run.display.say)
         before = self._kept().get(0, {})
         if not before:
@@ -115,7 +110,8 @@ class Report:
             "weights_sha256": weights_sha256,
             "pipeline": str(run.directory / "pipeline"),
         }
-        files = pipeline | self._card(facts, figures, any(name.startswith("lora/") for name in pipeline))
+        lora, shown = any(name.startswith("lora/") for name in pipeline), after.prompts[:_GRID_IMAGES]
+        files = pipeline | self._card(facts, figures, lora, list(dict.fromkeys(shown)))
         atomic.commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
         run.tracker.artifact(run.store.path(best), "checkpoints")
         if best != run.step:
@@ -123,7 +119,7 @@ class Report:
         path = run.summarise(facts | run.totals(accounts))
         return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
 
-    def _card(self, facts: dict[str, Any], figures: Path, lora: bool) -> Files:
+    def _card(self, facts: dict[str, Any], figures: Path, lora: bool, prompts: list[str]) -> Files:
         """What model hubs show of a pipeline: README.md and its pictures."""
         config = self.run.config
         blocks = config.model_dump(mode="json", include={"model", "reward", "sampling", "training", "advantage"})
@@ -132,7 +128,7 @@ class Report:
             config=config,
             settings={key: json.dumps(value) for key, value in flatten(blocks).items()},
             facts=facts,
-            prompts=list(dict.fromkeys(self.prompts)),
+            prompts=prompts,
             lora=lora,
             commit=self.run.manifest["git_commit"],
             mlflow_run=self.run.tracker.run_id,
@@ -141,18 +137,18 @@ class Report:
         pictures = {path.name: path.read_bytes() for path in drawn if path.exists()}
         return {"README.md": text.encode(), **pictures}
 
-    def _keep(self, step: int, evaluation: Evaluation, values: dict[str, Any]) -> None:
+    def keep(self, step: int, evaluation: Evaluation, values: Mapping[str, Any]) -> None:
+        """Keep a measure after ``step``, with its ``values``."""
         from pipelines.figures.plots import image_grid
 
         self.directory.mkdir(exist_ok=True)
-        shown, compared = len(self.prompts), self.run.config.evaluation.interim_images
-        images = evaluation.images[:shown]
+        compared, images = self.run.config.evaluation.interim_images, evaluation.images[:_GRID_IMAGES]
         np.savez(packed := io.BytesIO(), images=images)
         atomic.write_durably(self._path(step, "npz"), packed.getvalue())
         content = {
             **values,
-            "prompts": self.prompts[: len(images)],
-            "captions": (evaluation.captions or [])[:shown] or None,
+            "prompts": evaluation.prompts[:_GRID_IMAGES],
+            "captions": (evaluation.captions or [])[:_GRID_IMAGES] or None,
             "measure": evaluation.measure[:compared].round(6).tolist(),
             "measured_reward": float(evaluation.scores[:compared].mean()),
         }

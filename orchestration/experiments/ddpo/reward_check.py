@@ -22,8 +22,8 @@ _CHANCE = 2.0  # standard errors
 
 def calibrate(workers: WorkerGroup, prompts: Sequence[str], images: np.ndarray) -> dict[str, float]:
     """calibration/true, /shuffled and /noise of the reward for ``images`` (n, height, width, 3) uint8 that fit."""
-    cases = compared(workers, prompts, images, workers.rewards.weights)
-    weights = workers.rewards.weights
+    weights = workers.config.reward.weights
+    cases = compared(workers, prompts, images, weights)
     return {f"calibration/{name}": float(weighted_sum(scores, weights).mean()) for name, scores in cases.items()}
 
 
@@ -99,10 +99,10 @@ def check(config: DdpoConfig) -> dict[str, Finding]:
     plan = Plan(plan.prompts, plan.unseen, roles, plan.offers)
     with Display("reward check", 0, 0) as display, WorkerGroup(config, plan, display) as workers:
         drawn = workers.measure(workers.samplers.rollout(asked, seeds), asked)
-        cases = compared(workers, *fitting_images(config, drawn), workers.rewards.pools)
+        cases = compared(workers, *fitting_images(config, drawn), workers.rewards)
         return {
             name: _finding(workers, name, drawn, {case: scores[name] for case, scores in cases.items()})
-            for name in workers.rewards.pools
+            for name in workers.rewards
         }
 
 

@@ -15,14 +15,14 @@ from actors.pool import Pool, wait_for
 from actors.roles.captioner import CaptionerActor
 from actors.roles.evaluator import EvaluatorActor
 from actors.roles.learner import Learner, Update
-from actors.roles.reward import Rewards
+from actors.roles.reward import reward_pools
 from actors.roles.sampler import PolicyVersion, Samplers
 from actors.stuck_workers import StuckWorkerMonitor
 from actors.work import Chunk
 from actors.worker import Account
 from orchestration.cluster.ray_cluster import connected
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.evaluation import Evaluation
+from orchestration.experiments.ddpo.evaluation import Evaluation, fixed_work
 from orchestration.experiments.ddpo.preflight import Plan
 from orchestration.runs.display import Display
 from pipelines.storage.atomic import Files
@@ -83,10 +83,10 @@ class WorkerGroup(ExitStack):
         if "learner" in placed:  # a check of rewards does without
             self.learner = Learner(placed["learner"], timeout, model, config.sampling, config.training, seed)
         self.samplers = Samplers(placed["sampler"], model, config.sampling, config.actors.images_per_call)
-        self.rewards = Rewards(placed, config.reward)
+        self.rewards = reward_pools(placed, config.reward)
         self.captioners = Pool(placed["captioner"], CaptionerActor, captioner) if "captioner" in placed else None
         self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge) if judge else None
-        others = self.captioners, *self.rewards.pools.values(), self.evaluators, getattr(self, "learner", None)
+        others = self.captioners, *self.rewards.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
         self.callback(self._monitor.end)
         self.callback(lambda: [ray.kill(member) for pool in self.pools for member in pool.members])
@@ -111,12 +111,14 @@ class WorkerGroup(ExitStack):
             self._reservation.check()
 
     def begin_scoring(self, chunks: Sequence[Chunk], names: Iterable[str] | None = None) -> None:
-        """Send chunks that are still being drawn on to the captioners and rewards, by default those that are trained
-        on: references only, nothing waits."""
+        """Send chunks on to the captioners and rewards, by default those that are trained on, while the next ones are
+        still being drawn: references only, nothing waits."""
         if self.captioners is not None:
             for chunk in chunks:
                 chunk.captions = self.captioners.submit("caption", chunk.images)
-        self.rewards.score(chunks, names)
+        for name in self.config.reward.weights if names is None else names:
+            for chunk in chunks:
+                chunk.scores[name] = self.rewards[name].submit("score", chunk.images, chunk.prompts, chunk.captions)
 
     def scores(self, chunks: Sequence[Chunk], what: str) -> dict[str, np.ndarray]:
         """What each function that was asked says of the images (n,)."""
@@ -127,7 +129,8 @@ class WorkerGroup(ExitStack):
 
     def score(self, rollout: Rollout) -> np.ndarray:
         """The reward (n,): the weighted sum of what is trained on. The images were sent to be scored as they came."""
-        return weighted_sum(self.scores(rollout.chunks, f"step {rollout.step + 1}: rewards"), self.rewards.weights)
+        scores = self.scores(rollout.chunks, f"step {rollout.step + 1}: rewards")
+        return weighted_sum(scores, self.config.reward.weights)
 
     def train(self, rollout: Rollout, advantage: np.ndarray, seed: int) -> tuple[Update, ObjectRef]:
         """A step's updates of the learner from what was drawn and its ``advantage`` (n,), and the new weights."""
@@ -148,10 +151,12 @@ class WorkerGroup(ExitStack):
         update, _ = self._learner("the final weights", "weights", "averaged")
         return update.checksum, self.ask_learner("pipeline")
 
-    def update_weights(self, update: Update, weights: ObjectRef, *, expect_change: bool = True) -> None:
+    def update_weights(self, update: Update, weights: ObjectRef, *, restored: bool = False) -> None:
         """Give every sampler the learner's weights. Raises WeightSyncError unless all came whole and changed something;
-        rounded to half precision, a small step need not."""
-        expect_change = expect_change and self.config.model.dtype == "float32"
+        a step without an update, or a small one that is rounded to half precision, need not, nor one ``restored`` that
+        nothing was learned before."""
+        learned = update.version > 0 if restored else self.config.training.on_sick_numbers == "stop"
+        expect_change = learned and self.config.model.dtype == "float32"
         self._send(PolicyVersion(update.version, update.checksum, weights), expect_change)
 
     def _send(self, sent: PolicyVersion, expect_change: bool = False) -> None:
@@ -179,8 +184,10 @@ class WorkerGroup(ExitStack):
         yield
         self._send(usual)
 
-    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Evaluation:
-        """Draw, caption, score and judge one image for each fixed (prompt, seed), with averaged weights if they are."""
+    def evaluate(self, images: int) -> Evaluation:
+        """Draw, caption, score and judge the first so many of fixed (prompt, seed) pairs, with averaged weights if they
+        are."""
+        prompts, seeds = fixed_work([*self.plan.prompts, *self.plan.unseen], images)
         others = self.config.training.ema_decay and self.samplers.policy.version
         with self.drawing_with("averaged") if others else nullcontext():
             chunks = self.samplers.rollout(prompts, seeds)
@@ -191,7 +198,7 @@ class WorkerGroup(ExitStack):
         self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
     ) -> Evaluation:
         """Caption, score and judge chunks, drawn or being drawn."""
-        self.begin_scoring(chunks, self.rewards.pools)
+        self.begin_scoring(chunks, self.rewards)
         if self.evaluators is not None:
             for chunk in chunks:
                 chunk.verdicts = self.evaluators.submit("judge", chunk.images, chunk.prompts)
@@ -201,23 +208,16 @@ class WorkerGroup(ExitStack):
             references = [getattr(chunk, attribute) for chunk in chunks]
             return [] if references[0] is None else self.wait(references, f"evaluation: {attribute}")
 
-        return Evaluation(
-            prompts,
-            values("images"),
-            values("captions"),
-            scores,
-            values("verdicts"),
-            self.config.reward,
-            self.plan.unseen,
-            self.wait(divergences, "evaluation: divergence"),
-        )
+        found = values("images"), values("captions"), scores, values("verdicts")
+        apart = self.wait(divergences, "evaluation: divergence")
+        return Evaluation(prompts, *found, self.config.reward, self.plan.unseen, apart)
 
     def restore(self, commit: Checkpoint) -> None:
         """Go on from a commit: its learner's state is the samplers' too."""
         saved = LearnerState(commit.tensors, commit.state["weights_version"])
         self.ask_learner("restore", ray.put(saved))
         restored = self._learner("the restored weights", "weights", "current")
-        self.update_weights(*restored, expect_change=saved.weights_version > 0)
+        self.update_weights(*restored, restored=True)
 
     def accounts(self) -> dict[str, Account]:
         """What each actor has used so far, and the driver, whose spans are its run's."""
