@@ -58,7 +58,7 @@ def _web_address(url: str) -> str:
     return url
 
 
-class HttpOptions(Reward):
+class Http(Reward):
     """Whatever the server at ``url`` computes."""
 
     names = ("http",)
@@ -86,10 +86,21 @@ class HttpOptions(Reward):
 
     def load(self, name: str, device: str) -> RewardFunction:
         """Asks for each chunk."""
-        return HttpReward(self)
+        if self.api_key_variable and not self.key:
+            raise ValueError(f"the environment has no {self.api_key_variable}: export it where the actors run")
+        return self.scores
+
+    def scores(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        """Scores (batch,) of images (batch, height, width, 3) uint8. Raises the failures of this module."""
+        pictures = [_base64_png(image) for image in images]
+        query = {"images": pictures, "prompts": list(prompts), "captions": captions and list(captions)}
+        scores = _ask(self, self.url, query, Scores).scores
+        if len(scores) != len(images):
+            raise NonsenseError(f"{self.url} gave {len(scores)} scores for {len(images)} images")
+        return np.array(scores)
 
 
-class JudgeOptions(HttpOptions):
+class Judge(Http):
     """A vision–language model behind an endpoint of OpenAI's form: its number from 0 to ``scale``, divided by that."""
 
     names = ("judge",)
@@ -106,51 +117,24 @@ class JudgeOptions(HttpOptions):
 
     def load(self, name: str, device: str) -> RewardFunction:
         """Asks for each image."""
-        return Judge(self)
+        return self.scores
 
-
-class HttpReward:
-    """A reward server's scores."""
-
-    def __init__(self, options: HttpOptions) -> None:
-        self.options = options
-        if options.api_key_variable and not options.key:
-            raise ValueError(f"the environment has no {options.api_key_variable}: export it where the actors run")
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
-        """Scores (batch,) of images (batch, height, width, 3) uint8. Raises the failures of this module."""
-        pictures = [_base64_png(image) for image in images]
-        query = {"images": pictures, "prompts": list(prompts), "captions": captions and list(captions)}
-        scores = _ask(self.options, self.options.url, query, Scores).scores
-        if len(scores) != len(images):
-            raise NonsenseError(f"{self.options.url} gave {len(scores)} scores for {len(images)} images")
-        return np.array(scores)
-
-
-class Judge:
-    """What a vision–language model says of an image and its prompt: a number of 0 to ``scale``, divided by it."""
-
-    def __init__(self, options: JudgeOptions) -> None:
-        self.options = options
-        self.url = options.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    def scores(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         """Scores (batch,) in [0, 1] of images (batch, height, width, 3) uint8. Raises the failures of this module."""
-        with ThreadPoolExecutor(self.options.parallel) as threads:
+        with ThreadPoolExecutor(self.parallel) as threads:
             return np.array(list(threads.map(self._judge, images, prompts)))
 
     def _judge(self, image: np.ndarray, prompt: str) -> float:
-        scale = self.options.scale
-        question = self.options.question.replace("{scale}", f"{scale:g}").replace("{prompt}", prompt)
+        url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        question = self.question.replace("{scale}", f"{self.scale:g}").replace("{prompt}", prompt)
         picture = "data:image/png;base64," + _base64_png(image)
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
-        messages = [{"role": "user", "content": content}]
-        query = {"model": self.options.model, "temperature": 0, "messages": messages}
-        words = _ask(self.options, self.url, query, _Completion).content
+        query = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+        words = _ask(self, url, query, _Completion).content
         number = _NUMBER.search(words)
-        if number is None or not 0 <= float(number[0]) <= scale:
-            raise NonsenseError(f"{self.url} answered {words[:_WORDS]!r}, not a number of 0 to {scale:g}")
-        return float(number[0]) / scale
+        if number is None or not 0 <= float(number[0]) <= self.scale:
+            raise NonsenseError(f"{url} answered {words[:_WORDS]!r}, not a number of 0 to {self.scale:g}")
+        return float(number[0]) / self.scale
 
 
 def _base64_png(image: np.ndarray) -> str:
@@ -162,7 +146,7 @@ def _base64_png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _ask(options: HttpOptions, url: str, query: Mapping[str, Any], schema: type[Answer]) -> Answer:
+def _ask(options: Http, url: str, query: Mapping[str, Any], schema: type[Answer]) -> Answer:
     """POST ``query`` and read the answer, all within the time that is given. Raises the failures of this module.
 
     The bound holds for the whole: the exchange has a thread of its own, which is left alone if it takes longer, as a

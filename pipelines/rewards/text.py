@@ -155,8 +155,17 @@ class BertScore:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-class StrictOptions(Reward):
-    """Share of the prompt's facts that the caption names."""
+def words_of(text: str) -> set[str]:
+    """The runs of letters and digits in ``text``, in lower case."""
+    return set(re.findall(r"[^\W_]+", text.lower()))
+
+
+class Strict(Reward):
+    """Share of the prompt's facts that the caption names, in [0, 1].
+
+    Facts are the words of the prompt, runs of letters and digits in lower case, each counted once, without those of the
+    option ``ignored``. One is named if the caption holds the same word. Raises ValueError for a prompt without facts.
+    """
 
     names = ("strict",)
     needs_captions = True
@@ -178,25 +187,10 @@ class StrictOptions(Reward):
 
     def load(self, name: str, device: str) -> RewardFunction:
         """No model."""
-        return Strict(self)
+        return self.share
 
-
-def words_of(text: str) -> set[str]:
-    """The runs of letters and digits in ``text``, in lower case."""
-    return set(re.findall(r"[^\W_]+", text.lower()))
-
-
-class Strict:
-    """The share of the prompt's facts that the caption names, in [0, 1].
-
-    Facts are the words of the prompt, runs of letters and digits in lower case, each counted once, without those of the
-    option ``ignored``. One is named if the caption holds the same word. Raises ValueError for a prompt without facts.
-    """
-
-    def __init__(self, options: StrictOptions) -> None:
-        self.options = options
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    def share(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        """Scores (batch,)."""
         assert captions is not None
-        pairs = zip(map(self.options.facts, prompts), map(words_of, captions), strict=True)
+        pairs = zip(map(self.facts, prompts), map(words_of, captions), strict=True)
         return np.array([len(facts & said) / len(facts) for facts, said in pairs])
