@@ -76,7 +76,6 @@ class LearnerActor(Worker):
     def _insides(self) -> list[tuple[Any, str, str]]:
         import torch
 
-        from pipelines.rl import learning
         from pipelines.rl import weights as trainable
 
         names = {"_rollouts": "gathering", "_replay": "replay", "weights": "weights out"}
@@ -89,7 +88,7 @@ class LearnerActor(Worker):
             (self.learner.learner.optimizer, "step", "optimiser"),
             (torch, "equal", "checks"),
             (trainable, "checksum", "checks"),
-            (learning, "copied", "copies"),
+            (trainable, "copied", "copies"),
         ]
 
     def _sent(self, weights: Weights, version: int, changed: int, statistics: dict[str, Any]) -> tuple[Update, Weights]:

@@ -10,16 +10,9 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pipelines.denoisers.schedulers import ASSUMED, DdimConfig, DenoisingSteps, FlowConfig, read_scheduler
+from pipelines.storage import model_files
 from pipelines.storage.locations import find, resolve_model
-from pipelines.storage.model_files import (
-    ModelFilesError,
-    Shapes,
-    quieten,
-    read_config,
-    read_json,
-    reading,
-    weight_shapes,
-)
+from pipelines.storage.model_files import ModelFilesError, Shapes, read_json, reading
 
 if TYPE_CHECKING:
     from pipelines.denoisers.family import Family
@@ -92,7 +85,7 @@ def inspect(directory: Path) -> ModelFiles:
         if part not in parts or not (directory / part).is_dir():
             raise ModelFilesError(f"{directory} has no {part}, which a {name} cannot be without")
     models = [part for part in parts if not part.startswith(("scheduler", "tokenizer", "feature_extractor"))]
-    configs = {part: read_config(directory / part / "config.json") for part in models}
+    configs = {part: model_files.read_config(directory / part / "config.json") for part in models}
     scheduler = _scheduler(directory / "scheduler" / "scheduler_config.json", index)
     with reading(directory / kind.network / "config.json"):
         shape = _latent_shape(configs[kind.network], configs.get("vae"), kind)
@@ -100,7 +93,7 @@ def inspect(directory: Path) -> ModelFiles:
         held = {file.name for file in (directory / part).glob("*")} if part.startswith("tokenizer") else set()
         if part.startswith("tokenizer") and not any(held >= files for files in _OF_TOKENIZERS):
             raise ModelFilesError(f"{directory / part} holds no tokenizer.json, nor vocab.json and merges.txt")
-    shapes = {part: weight_shapes(directory / part) for part in models}
+    shapes = {part: model_files.weight_shapes(directory / part) for part in models}
     return ModelFiles(directory, kind, parts, absent, scheduler, shape, shapes)
 
 
@@ -181,7 +174,7 @@ def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":
 
     On the ``device`` "meta" it has shapes and no numbers.
     """
-    quieten()
+    model_files.quieten()
     resolved = resolve_model(path)
     if find(path) is None:
         from diffusers import DiffusionPipeline

@@ -11,22 +11,10 @@ from torch import Tensor
 
 from pipelines.denoisers import load_family
 from pipelines.limits import memory_limit
+from pipelines.rl import weights as trainable
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.sharding import own_part, placed_as, shard, unsharded
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import (
-    Weights,
-    copied,
-    exported_adapter,
-    exported_weights,
-    fill,
-    from_numpy,
-    load_weights,
-    masters,
-    prepare,
-    swapped,
-    to_numpy,
-)
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from policies.rl.group import Group, gathered
@@ -62,18 +50,18 @@ class DiffusionLearner:
         self.sampling, self.training = sampling, training
         self.group = group = group or Group()
         self.policy = DiffusionPolicy(model, sampling, device)
-        self.parameters = prepare(self.policy.network, model)
+        self.parameters = trainable.prepare(self.policy.network, model)
         self.micro_batch = self._find_micro_batch()
         group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
         if group.sharded:
             shard(self.policy.network, group.size)
             self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
-        self.masters = masters(self.parameters)
+        self.masters = trainable.masters(self.parameters)
         scale = _LOSS_SCALE if self.policy.dtype == torch.float16 else 1.0
         self.learner = PolicyLearner(list(self.masters.values()), training, self.micro_batch, group, scale)
-        self.learner.optimizer.register_step_post_hook(lambda *_: fill(self.parameters, self.masters))
-        self.first = copied(self.masters) if training.kl_weight else {}
-        self.average = copied(self.masters) if training.ema_decay else {}
+        self.learner.optimizer.register_step_post_hook(lambda *_: trainable.fill(self.parameters, self.masters))
+        self.first = trainable.copied(self.masters) if training.kl_weight else {}
+        self.average = trainable.copied(self.masters) if training.ema_decay else {}
         self.previous: dict[str, Tensor] = {}  # at depth 1: what the version before drew with
         self.weights_version = 0
 
@@ -90,7 +78,7 @@ class DiffusionLearner:
                 f"{self.weights_version}: at depth {self.training.depth} that cannot be"
             )
         schedule, training = self.policy.schedule, self.training
-        before = copied(self.masters)
+        before = trainable.copied(self.masters)
         rollouts = self._rollouts(trajectory, advantage, before, seed)
         objective = training.algorithm.objective(rollouts, training)
         steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
@@ -114,7 +102,7 @@ class DiffusionLearner:
             raise DegenerateBatch("a weight is no longer finite: lower the learning rate and resume")
         self.weights_version += 1
         if training.depth:
-            self.previous = copied(self.average) if self._draws_average else before
+            self.previous = trainable.copied(self.average) if self._draws_average else before
         for name, mean in self.average.items():
             mean.lerp_(self.masters[name].detach(), 1 - training.ema_decay)
         return statistics, changed
@@ -146,7 +134,7 @@ class DiffusionLearner:
 
         def under(values: dict[str, Tensor]) -> Network:
             def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
-                with torch.no_grad(), swapped(self.parameters, values):
+                with torch.no_grad(), trainable.swapped(self.parameters, values):
                     return network(latents, steps, images)
 
             return other
@@ -173,18 +161,18 @@ class DiffusionLearner:
         """DiffusionNFT's old policy, which draws, is the average; elsewhere the learned weights draw."""
         return bool(self.average) and self.training.algorithm.average_draws
 
-    def weights(self, kind: WeightsKind = "current") -> Weights:
+    def weights(self, kind: WeightsKind = "current") -> trainable.Weights:
         """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step
         of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
         with self._holding(kind), unsharded(self.policy.network):
-            return exported_weights(self.policy.network)
+            return trainable.exported_weights(self.policy.network)
 
     def _holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
         """In this block the network holds some of the weights."""
         held = self.previous if kind == "previous" else {}
         if kind == "averaged" or (kind == "current" and self._draws_average):
             held = self.average
-        return swapped(self.parameters, held) if held else nullcontext()
+        return trainable.swapped(self.parameters, held) if held else nullcontext()
 
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments, in float32 whatever the network computes in; of the first of
@@ -198,7 +186,7 @@ class DiffusionLearner:
         for key, value in held.items():
             whole = gathered(value)
             if self.group.rank == 0:
-                tensors[key] = to_numpy(whole)
+                tensors[key] = trainable.to_numpy(whole)
         return LearnerState(tensors, self.weights_version)
 
     def restore(self, state: LearnerState) -> None:
@@ -206,12 +194,12 @@ class DiffusionLearner:
 
         def held(kind: str, name: str) -> Tensor:
             like = self.masters[name]
-            return placed_as(from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
+            return placed_as(trainable.from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
 
         with torch.no_grad():
             for name, parameter in self.masters.items():
                 parameter.copy_(held("parameter", name))
-            fill(self.parameters, self.masters)
+            trainable.fill(self.parameters, self.masters)
             for name, mean in self.average.items():
                 mean.copy_(held("average" if f"average/{name}" in state.tensors else "parameter", name))
         kept = [name for name in self.parameters if self.training.depth and f"previous/{name}" in state.tensors]
@@ -220,7 +208,8 @@ class DiffusionLearner:
         for key in state.tensors:
             if key.startswith("optimizer/"):
                 name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
-                value = from_numpy(state.tensors[key], torch.float32)  # a count of steps is no part of a sharded tensor
+                value = trainable.from_numpy(state.tensors[key], torch.float32)
+                # A count of steps is no part of a sharded tensor.
                 moments[name][moment] = placed_as(value, self.masters[name]) if value.dim() else value
         self.learner.restore_moments(list(moments.values()))
         self.weights_version = state.weights_version
@@ -231,11 +220,12 @@ class DiffusionLearner:
         """
         weights = self.weights("averaged")
         with self._holding("averaged"), unsharded(self.policy.network):
-            layers = {name: torch.from_numpy(each) for name, each in exported_adapter(self.policy.network).items()}
+            adapter = trainable.exported_adapter(self.policy.network)
+            layers = {name: torch.from_numpy(each) for name, each in adapter.items()}
         if self.group.rank:
             return
         family = load_family(self.model.path, self.policy.dtype)
-        load_weights(family.network, weights)
+        trainable.load_weights(family.network, weights)
         family.pipeline.save_pretrained(directory, safe_serialization=True)
         if layers and hasattr(family.pipeline, "save_lora_weights"):
             named = {f"{family.network_name}_lora_layers": layers}
