@@ -1,7 +1,7 @@
 """Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from ray import ObjectRef
 
 from actors.placement import Placed
 from actors.pool import Pool
-from actors.work import Chunk
 from actors.worker import Worker
 from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
@@ -39,6 +38,21 @@ class PolicyVersion:
     version: int = 0
     checksum: str = ""
     weights: Any = None  # an ObjectRef
+
+
+@dataclass
+class Chunk:
+    """Some images of a step on their way through the actors: object references, never the data. Each stage adds the
+    reference of what it will have made."""
+
+    prompts: list[str]
+    seeds: list[int]
+    images: ObjectRef
+    trajectory: ObjectRef
+    drawn_with: Any = None  # the PolicyVersion: kept, as a sampler that was started again asks for its weights
+    captions: ObjectRef | None = None
+    scores: dict[str, ObjectRef] = field(default_factory=dict)  # by the reward's name
+    verdicts: ObjectRef | None = None
 
 
 class Sampler(Worker):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from actors.work import Chunk
+from actors.roles.sampler import Chunk
 from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.experiments.ddpo.worker_group import Rollout, WorkerGroup
 from policies.common.seeding import PromptSchedule, derive_seed

@@ -16,9 +16,8 @@ from actors.roles.captioner import CaptionerActor
 from actors.roles.evaluator import EvaluatorActor
 from actors.roles.learner import Learner, Update
 from actors.roles.reward import reward_pools
-from actors.roles.sampler import PolicyVersion, Samplers
+from actors.roles.sampler import Chunk, PolicyVersion, Samplers
 from actors.stuck_workers import StuckWorkerMonitor
-from actors.work import Chunk
 from actors.worker import Account
 from orchestration.cluster.ray_cluster import connected
 from orchestration.experiments.ddpo.config import DdpoConfig
