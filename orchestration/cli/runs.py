@@ -36,9 +36,7 @@ def fork(
 
 @runs_app.command()
 def rm(
-    names: RunNames,
-    root: Root = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    names: RunNames, root: Root = Path("runs"), yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
 ) -> None:
     """Remove runs from the disk. What MLflow knows of them stays."""
     found = [find_run(name, root) for name in names]

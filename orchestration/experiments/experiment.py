@@ -93,12 +93,7 @@ class SweptExperiment(Experiment):
 
     @abstractmethod
     def run_trial(
-        self,
-        config: Any,
-        begun: bool,
-        changes: bool,
-        committed: Callable[[int, Path], None],
-        copied: Path | None,
+        self, config: Any, begun: bool, changes: bool, committed: Callable[[int, Path], None], copied: Path | None
     ) -> None:
         """In a trial's process: run it, or go on with one that has ``begun``.
 

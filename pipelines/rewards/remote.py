@@ -65,9 +65,7 @@ class Http(Reward):
     url: Annotated[str, AfterValidator(_web_address)] = Field(description="what is asked, such as that of reward serve")
     timeout_seconds: float = Field(60, gt=0, description="for the whole answer to one chunk of images")
     api_key_variable: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z_]\w*$",
-        description="variable of the actors' environment with a key; null: none",
+        None, pattern=r"^[A-Za-z_]\w*$", description="variable of the actors' environment with a key; null: none"
     )
 
     @property

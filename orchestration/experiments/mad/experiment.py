@@ -54,12 +54,7 @@ class Mad(SweptExperiment):
         return [{metric: values[-1], "step": len(values), "images": 0}]
 
     def run_trial(
-        self,
-        config: MadConfig,
-        begun: bool,
-        changes: bool,
-        committed: Callable[[int, Path], None],
-        copied: Path | None,
+        self, config: MadConfig, begun: bool, changes: bool, committed: Callable[[int, Path], None], copied: Path | None
     ) -> None:
         """See :class:`SweptExperiment`."""
         from orchestration.experiments.mad.loop import run_mad
