@@ -63,20 +63,12 @@ class Ddpo(SweptExperiment):
         """See :class:`SweptExperiment`."""
         lines = read_lines(directory / "metrics.jsonl", ["step"])
         each = manifest["config"]["training"]["images_per_step"] if lines else 0
-        committed = [line for line in lines if line["step"] <= manifest.get("committed_step", 0)]
-        return [
-            {metric: line[metric], "step": line["step"], "images": line["step"] * each}
-            for line in committed
-            if metric in line
-        ]
+        last = manifest.get("committed_step", 0)
+        found = [line for line in lines if line["step"] <= last and metric in line]
+        return [{metric: line[metric], "step": line["step"], "images": line["step"] * each} for line in found]
 
     def run_trial(
-        self,
-        config: DdpoConfig,
-        begun: bool,
-        changes: bool,
-        committed: Callable[[int, Path], None],
-        copied: Path | None,
+        self, config: Any, begun: bool, changes: bool, committed: Callable[[int, Path], None], copied: Path | None
     ) -> None:
         """See :class:`SweptExperiment`."""
         from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
