@@ -105,7 +105,7 @@ def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Itera
 
 def best(config: DdpoConfig, machine: Machine, known: StageCosts) -> list[Option]:
     """The fastest split of ``machine`` at depth 0, and at depth 1. Raises ConfigError if there is none."""
-    found: list[tuple[Option, Option]] = []
+    found: list[list[Option]] = []
     reason = "no split leaves a GPU for a sampler"
     for actors in splits(config, machine.gpus, machine.cpus, known):
         chosen = config.model_copy(update={"actors": actors})
@@ -114,8 +114,7 @@ def best(config: DdpoConfig, machine: Machine, known: StageCosts) -> list[Option
         except ValueError as error:
             reason = str(error)
             continue
-        synchronous, overlapped = (foresee(chosen, roles, offers, known, depth) for depth in (0, 1))
-        found.append((synchronous, overlapped))
+        found.append([foresee(chosen, roles, offers, known, depth) for depth in (0, 1)])
     if not found:
         raise ConfigError(f"{machine.gpus} GPUs: {reason}")
     return [max(each, key=lambda option: option.forecast.images_per_second) for each in zip(*found, strict=True)]
@@ -145,7 +144,7 @@ def render(options: Sequence[Option], known: StageCosts, price: float | None) ->
     """Costs, a row for each option, and of the fastest on so many GPUs all there is to say. ``price``: dollars an hour
     of a GPU."""
     fastest: dict[int, Option] = {}
-    for option in sorted(options, key=lambda each: each.forecast.images_per_second):
-        fastest[option.gpus] = option
+    for option in sorted(options, key=lambda each: each.forecast.images_per_second, reverse=True):
+        fastest.setdefault(option.gpus, option)
     shown = {"options": options, "fastest": fastest, "known": known, "price": price}
     return fill(TEMPLATES / "forecast.txt", **shown, limits=bottlenecks, memory=memory_plan)

@@ -195,13 +195,10 @@ class Tracker:
 
     def artifact(self, path: Path, under: str = "") -> None:
         """Store a file or a directory of the run's as ``under/<its name>``, in place of what was there."""
-        if not path.exists():
-            raise TrackingError(f"MLflow at {self.uri}: artifact {path.name} failed: there is no {path}")
         inside = Path(os.path.relpath(path, self._directory))
-        if ".." in inside.parts:
-            raise TrackingError(
-                f"MLflow at {self.uri}: artifact {path.name} failed: {path} is not in the run's directory"
-            )
+        if ".." in inside.parts or not path.exists():
+            place = f"there is no {path} in the run's directory {self._directory}"
+            raise TrackingError(f"MLflow at {self.uri}: artifact {path.name} failed: {place}")
         self._put("artifact", path=inside.as_posix(), under=under)
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
@@ -226,12 +223,10 @@ class Tracker:
         self._put("status", status=status, timestamp_ms=_now())
         if not self._is_root:
             return
-        try:
+        with contextlib.suppress(TrackingError):  # the outbox has said so, and what waits is said below
             self._store.check(_GOODBYE_SECONDS)
             most = float("inf") if status == "FINISHED" else _STOP_SECONDS
             self._outbox.drain(min(_DONE_SECONDS, most), most)
-        except TrackingError:
-            pass  # the outbox has said so, and what waits is said below
         self._outbox.close()
         if refused := self._outbox.refused:
             self._say(f"{refused} records could not be delivered; again: ouroboros sync {self._directory}")
@@ -258,20 +253,19 @@ class _SystemMetrics(threading.Thread):
         super().__init__(name="SystemMetrics", daemon=True)
         self._tracker, self._began, self._ended = tracker, began, threading.Event()
         # MLflow's own thread gives up for good at the first answer that does not come.
-        self._source: Any = SystemMetricsMonitor(
-            tracker.run_id, sampling_interval=_MONITOR_SECONDS, tracking_uri=tracker.uri
-        )
+        interval, uri = _MONITOR_SECONDS, tracker.uri
+        self._source: Any = SystemMetricsMonitor(tracker.run_id, sampling_interval=interval, tracking_uri=uri)
         self.start()
 
     def run(self) -> None:
-        while not self._ended.wait(self._source.sampling_interval):
+        interval = self._source.sampling_interval
+        while not self._ended.wait(interval):
             self._source.collect_metrics()
             values = {f"system/{name}": value for name, value in self._source.aggregate_metrics().items()}
             for monitor in self._source.monitors:
                 monitor.clear_metrics()
-            step = int((time.time() - self._began) / self._source.sampling_interval)
             with contextlib.suppress(OSError):  # on a full disk the run itself has more to say
-                self._tracker.metrics(step, values, _now())
+                self._tracker.metrics(int((time.time() - self._began) / interval), values, _now())
 
     def end(self) -> None:
         self._ended.set()
