@@ -6,7 +6,6 @@ foreign directory gives a row with what could be read, and what could not is nam
 
 import difflib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from orchestration.runs.display import duration
 from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.runs.run import is_free
-from orchestration.runs.tables import ABSENT, Cells, tables
+from orchestration.runs.tables import ABSENT, change_of, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
@@ -130,8 +129,6 @@ def render_show(name: str, root: Path) -> RenderableType:
     run = find_run(name, root)
     known = {label: text for label, text in _texts(run).items() if str(text) != ABSENT}
     panels: list[tuple[str, Table | Mapping[str, Text]]] = [(run.name, known)]
-    if (arms := run.summary.get("arms")) and run.summary.get("claims") is None:
-        panels.append(("generation 1 → last", plain_table(*_generations(arms))))
     panels += [(title, plain_table(*cells)) for title, cells in tables(run.summary).items()]
     for title, values in (
         ("seconds by stage", run.summary.get("seconds_by_stage")),
@@ -144,16 +141,15 @@ def render_show(name: str, root: Path) -> RenderableType:
 
 
 def facts(run: RunInfo) -> dict[str, Any]:
-    """A run at a glance, None where it does not say; without a summary, of its held-out
-    measures so far."""
+    """A run at a glance, None where it does not say; without a summary, of its held-out measures so far."""
     manifest, summary, measured = run.manifest, run.summary, {} if run.summary else run.evaluations()
-    seconds = _number({**manifest, **summary}.get("wall_seconds"))
+    seconds = {**manifest, **summary}.get("wall_seconds")
 
     def change(result: str, metric: str) -> str | None:
         if f"{result}_before" in summary:
-            return _change(*(summary.get(f"{result}_{end}") for end in ("before", "after")))
+            return change_of(summary[f"{result}_before"], summary.get(f"{result}_after"))
         last = max(measured, default=0)
-        return _change(*(measured.get(step, {}).get(metric) for step in (0, last or -1)))
+        return change_of(*(measured.get(step, {}).get(metric) for step in (0, last or -1)))
 
     total = f"/{manifest['total_steps']}" if manifest.get("total_steps") is not None else ""
     return {
@@ -176,23 +172,6 @@ def _texts(run: RunInfo) -> dict[str, Text]:
     """The facts and the status for a terminal, a dash where the run does not say."""
     status = Text(run.status, style=_COLOURS.get(run.status, "magenta"))
     return {"status": status, **{label: _plain(value) for label, value in facts(run).items()}}
-
-
-def _generations(arms: Mapping[str, Any]) -> Cells:
-    """What became of each arm of a MAD experiment."""
-    shown = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")
-    metrics = {name: _mapping(arm.get("metrics")) for name, arm in arms.items()}
-    present = [metric for metric in shown if any(metric in each for each in metrics.values())]
-    rows = []
-    for name, arm in arms.items():
-        means = [_mapping(metrics[name].get(metric)).get("mean") for metric in present]
-        changes = [_change(mean[0], mean[-1]) if isinstance(mean, list) and mean else None for mean in means]
-        rows.append([name, *(str(_plain(each)) for each in (_mapping(arm.get("verdict")).get("goes_mad"), *changes))])
-    return ["arm", "goes MAD", *present], rows
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def render_compare(names: Sequence[str], root: Path) -> RenderableType:
@@ -222,16 +201,6 @@ def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: [config.get(key) for config in configs] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if is_number and math.isfinite(value) else None
-
-
-def _change(before: Any, after: Any) -> str | None:
-    ends = _number(before), _number(after)
-    return None if ends == (None, None) else " → ".join(ABSENT if end is None else f"{end:.3f}" for end in ends)
 
 
 def _plain(value: Any) -> Text:

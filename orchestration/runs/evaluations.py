@@ -15,9 +15,8 @@ def kept_evaluations(directory: Path, damaged: list[str] | None = None) -> dict[
             content = read_json(path)
             lists = [content.get(key) for key in ("prompts", "captions", "measure") if content.get(key) is not None]
             numbers = [value for key, value in content.items() if "/" in key or key == "measured_reward"]
-            if not all(isinstance(each, list) for each in lists) or not all(
-                isinstance(v, float | int) for v in numbers
-            ):
+            are_numbers = all(isinstance(each, float | int) and not abs(each) >= 1e300 for each in numbers)
+            if not (are_numbers and all(isinstance(each, list) for each in lists)):
                 raise DamagedFiles(f"{path} is damaged: it is no evaluation")
             found[int(path.stem.removeprefix("step-"))] = content
         except (DamagedFiles, ValueError) as error:

@@ -6,7 +6,6 @@ opens (:func:`open_run`): nothing of a directory that this user did not begin is
 
 import contextlib
 import functools
-import math
 import os
 import platform
 import subprocess
@@ -23,6 +22,7 @@ from pipelines.storage.atomic import DamagedFiles, read_json, remove, write_json
 from pipelines.storage.locations import CHECKOUT
 
 SCHEMA = 1  # of both; raised when a key comes to mean something else
+_LARGEST = 1e300  # number that is read: what is printed has an end
 SCHEMAS = Path(__file__).with_name("schemas")  # of both
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
 _PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
@@ -62,13 +62,11 @@ def _schema(name: str) -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
 
-    def is_number(_: object, value: object) -> bool:
-        return is_integer(_, value) or (isinstance(value, float) and math.isfinite(value))
+    def is_number(_: object, value: object, kinds: Any = int | float) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < _LARGEST
 
-    def is_integer(_: object, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"number": is_number, "integer": is_integer})
+    kinds = {"number": is_number, "integer": functools.partial(is_number, kinds=int)}
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many(kinds)
     return extend(Draft202012Validator, type_checker=types)(read_json(SCHEMAS / f"{name}.json"))
 
 

@@ -7,18 +7,19 @@ from typing import Any
 
 from policies.common.search_space import FRESH_SEEDS, exact, short
 
-ABSENT = "–"
+ABSENT, GENERATIONS = "–", "generation 1 → last"
+_METRICS = ("fid", "frechet", "w2_squared", "heterozygosity", "precision", "recall")  # of MAD
 Rows = list[list[str]]
 Cells = tuple[list[str], Rows]  # headings, and a row for each claim, arm or point
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Cells]:
-    """The tables of a study or a sweep by title. What a damaged summary does not hold is left out."""
+    """The tables of an experiment by title. What a damaged summary does not hold is left out."""
     found: dict[str, Cells] = {}
     makers: dict[str, Callable[[Mapping[str, Any]], Cells]]
-    makers = {"claims": _claims, "means over seeds": _arms, "points, best first": _points}
+    makers = {GENERATIONS: _generations, "claims": _claims, "means over seeds": _arms, "points, best first": _points}
     for title, make in makers.items():
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             if (cells := make(summary))[1]:
                 found[title] = cells
     return found
@@ -34,6 +35,26 @@ def wanted_of(claim: Mapping[str, Any]) -> str:
     sign = {"absolute": "", "difference": " − ", "ratio": " / "}[claim["kind"]]
     of = f"{claim['metric']} of {claim['arm']}{sign}{claim['control'] or ''}"
     return f"{of} {claim['direction']} {claim['bound']:g}"
+
+
+def change_of(before: float | None, after: float | None) -> str | None:
+    """A number at the beginning and at the end; None if there is neither."""
+    ends = [ABSENT if end is None else f"{end:.3f}" for end in (before, after)]
+    return None if before is None and after is None else " → ".join(ends)
+
+
+def _generations(summary: Mapping[str, Any]) -> Cells:
+    """What became of each arm of a MAD experiment."""
+    if summary.get("claims") is not None:
+        return [], []
+    arms = summary["arms"]
+    present = [metric for metric in _METRICS if any(metric in arm["metrics"] for arm in arms.values())]
+    means = {name: [arm["metrics"].get(metric, {}).get("mean") for metric in present] for name, arm in arms.items()}
+    return ["arm", "goes MAD", *present], [
+        [name, str((arm.get("verdict") or {}).get("goes_mad") or ABSENT)]
+        + [change_of(mean[0], mean[-1]) or ABSENT if mean else ABSENT for mean in means[name]]
+        for name, arm in arms.items()
+    ]
 
 
 def _claims(summary: Mapping[str, Any]) -> Cells:
