@@ -160,7 +160,7 @@ def facts(run: RunInfo) -> dict[str, Any]:
         "held-out accuracy": change("evaluator_accuracy", "evaluator/full"),
         "wall time": None if seconds is None else duration(seconds),
         "images": summary.get("images"),
-        "seeds": len(summary["seeds"]) if "seeds" in summary else summary.get("seed"),
+        "seeds": len(summary.get("seeds") or ()) or summary.get("seed"),
         "weights SHA-256": summary.get("weights_sha256"),
         "git commit": manifest.get("git_commit"),
         "MLflow run": manifest.get("mlflow_run_id"),

@@ -32,11 +32,10 @@ def load_config(
     content: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, Path) else paths or ():
         try:
-            held = read_yaml(path)
+            with about(f"config {path} is not YAML that can be used"):
+                held = read_yaml(path)
         except OSError as error:
             raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"config {path} is not YAML that can be used: {error}") from error
         if not isinstance(held, dict | None):
             raise ConfigError(f"config {path} holds a {type(held).__name__}, not keys and values")
         with about(f"config {path}"):

@@ -44,22 +44,18 @@ def code_of(names: Iterable[str]) -> Inputs:
 def _used(module: str) -> Iterator[tuple[str, Path]]:
     """A module and its file, and the same of every module that it imports from its package or from beside it, and so
     on: not of libraries, nor of this program."""
-    top = module.partition(".")[0]
-    beside = None
-    seen, waiting = set(), [module]
+    beside, seen, waiting = None, set(), [module]
     while waiting:
         name = waiting.pop()
-        file = _file(name) if name not in seen else None
-        seen.add(name)
-        if file is None:
+        if name in seen or (file := _file(name)) is None:
             continue
-        if beside is None:
-            beside = file.parents[module.count(".") + (file.name == "__init__.py")]
-        first, installed = name.partition(".")[0], {"site-packages", "dist-packages"} & {*file.parts}
-        if first == top or (file.is_relative_to(beside) and first not in _PROGRAM and not installed):
+        seen.add(name)
+        is_package, top = file.name == "__init__.py", name.partition(".")[0]
+        beside = beside or file.parents[module.count(".") + is_package]
+        is_library = top in _PROGRAM or {"site-packages", "dist-packages"} & {*file.parts}
+        if top == module.partition(".")[0] or (file.is_relative_to(beside) and not is_library):
             yield name, file
-            package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += _imported(file, package)
+            waiting += _imported(file, name if is_package else name.rpartition(".")[0])
 
 
 def _file(module: str) -> Path | None:

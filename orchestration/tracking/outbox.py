@@ -75,7 +75,7 @@ class Outbox:
             self._sql("UPDATE records SET state = 'waiting' WHERE state = 'refused'", ())
         self.began: float = self._sql("SELECT coalesce(min(put_at), ?) FROM records", (time.time(),))[0][0]  # seconds
         self._lanes = _Lane(False, _BATCH, _BATCH), _Lane(True, 1, 1)
-        self._passed, self._reported, self._closing = 0, set[str](), False
+        self._passed_at, self._reported, self._closing = 0.0, set[str](), False
         self._threads = [threading.Thread(target=self._courier, args=(lane,), daemon=True) for lane in self._lanes]
         for thread in self._threads:
             thread.start()
@@ -113,15 +113,13 @@ class Outbox:
             for lane in self._lanes:
                 lane.hurry, lane.failures = True, 0
             self._changed.notify_all()
-            began = since = time.monotonic()
-            seen, remind = self._passed, _SILENT_SECONDS
+            began, remind = time.monotonic(), _SILENT_SECONDS
             while self.waiting and any(thread.is_alive() for thread in self._threads):
                 now = time.monotonic()
-                if self._passed != seen:
-                    seen, since = self._passed, now
+                silent = now - max(began, self._passed_at)
                 enough = max(patience, _UPLOAD_SECONDS) if self._lanes[True].is_busy else patience
                 fails = [lane.failures > _TRIES or not self._count("waiting", lane) for lane in self._lanes]
-                if now - since > enough or now - began > most or all(fails):  # it is there, and goes on failing
+                if silent > enough or now - began > most or all(fails):  # it is there, and goes on failing
                     break
                 if now - began > remind:
                     remind = float("inf")
@@ -198,7 +196,7 @@ class Outbox:
         rows = [(state, why, number) for number, _ in batch]
         with self._changed:
             self._sql("UPDATE records SET state = ?, why = ? WHERE number = ?", *rows)
-            self._passed += 1
+            self._passed_at = time.monotonic()
             self._changed.notify_all()
 
     def _wait(self, lane: _Lane, failure: Exception) -> None:
