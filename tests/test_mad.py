@@ -233,12 +233,13 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
 ) -> None:
     import shutil
 
-    from orchestration.experiments.mad.loop import resume_mad, run_mad
+    from orchestration.experiments.mad.loop import run_mad
+    from orchestration.experiments.registry import EXPERIMENTS
 
     directory = tmp_path / "copy"
     shutil.copytree(finished, directory)
     before, told = tasks(directory), summary(directory)
-    resume_mad(directory)
+    EXPERIMENTS["mad"].resume(directory, trusted=False, changes=False)
     assert tasks(directory) == before  # with the time each was finished at
     again = summary(directory)
     assert again["arms"] == told["arms"]

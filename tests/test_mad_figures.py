@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from pipelines.figures import mad as mad_figures
+from pipelines.figures import style
 from pipelines.figures.mad import (
     arm_curves,
     class_heatmap,
@@ -29,7 +30,8 @@ VALUES = 1 + RNG.random((4, 6))  # seeds, generations
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, in order; they are saved all the same."""
     seen: list[Any] = []
-    monkeypatch.setattr(mad_figures, "save", lambda figure, path: (seen.append(figure), save(figure, path)))
+    for module in (mad_figures, style):
+        monkeypatch.setattr(module, "save", lambda figure, path: (seen.append(figure), save(figure, path)))
     return seen
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from orchestration.cli.main import app
 from orchestration.experiments.ddpo.generate import generate
 from orchestration.experiments.ddpo.loop import resume_ddpo
 from orchestration.experiments.ddpo.run import DdpoRun
-from orchestration.experiments.mad.loop import resume_mad
-from orchestration.experiments.sweep.loop import resume_sweep
+from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.runs import seal
 from orchestration.runs.config import ConfigError
 from orchestration.runs.manifest import open_run, write_manifest
@@ -31,6 +31,9 @@ CURATED = {"rule": "curated", "n_ini": 9, "n_real": 9, "n_synthetic": 9, "reward
 MAD = {"family": "gaussian", "arms": {"plain": CURATED}}
 SWEEP = {"loop": "ddpo", "config": "base.yaml", "space": {}}
 fork = DdpoRun.fork
+resume_mad, resume_sweep = (
+    partial(EXPERIMENTS[loop].resume, trusted=False, changes=False) for loop in ("mad", "sweep")
+)
 LOOPS = [("ddpo", DDPO, resume_ddpo), ("mad", MAD, resume_mad), ("sweep", SWEEP, resume_sweep), ("ddpo", DDPO, fork)]
 
 

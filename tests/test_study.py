@@ -239,7 +239,7 @@ def test_a_damaged_summary_is_named_and_stops_nothing(
 
 
 def test_only_the_same_study_goes_on_in_a_directory(finished: Path) -> None:
-    with pytest.raises(ConfigError, match=r"other settings \(different: factor\)"):
+    with pytest.raises(ConfigError, match=r"another experiment \(different: factor\)"):
         preflight_study(configure(f"output_dir={finished}", "factor=0.3"))
     with pytest.raises(ConfigError, match="fewer seeds or arms"):
         preflight_study(configure(f"output_dir={finished}", "seeds=2"))

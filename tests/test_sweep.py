@@ -14,11 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from orchestration.experiments.metric_names import MAD, ddpo_metrics
+from orchestration.experiments.metric_names import ddpo_metrics
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
 from orchestration.experiments.sweep.trial import Trial
 from orchestration.runs.config import ConfigError, load_config
+from pipelines.generators import GENERATORS
 from policies.common.search_space import exact
 from tests.models import build_tiny_pipeline
 from tests.processes import start, wait_until
@@ -163,9 +164,9 @@ def test_the_metrics_of_closed_form_families_are_those_that_they_measure() -> No
         ("categorical", CategoricalGenerator, CategoricalSettings()),
     ):
         model: Any = kind
-        assert tuple(model.fit(own, model.truth(own, [0], 0, 50), [0]).measure()) == MAD[name]
+        assert tuple(model.fit(own, model.truth(own, [0], 0, 50), [0]).measure()) == GENERATORS.find(name).metrics
     points = np.random.default_rng(0).normal(size=(2, 30, 2))
-    assert tuple(measure_points(*points, mode_centres(4))) == MAD["mixture"]
+    assert tuple(measure_points(*points, mode_centres(4))) == GENERATORS.find("mixture").metrics
 
 
 POINTS = st.dictionaries(

@@ -10,12 +10,14 @@ from pydantic import BaseModel
 
 from orchestration.cluster.ray_cluster import Machine
 
+Committed = Callable[[int, Path], None]
+
 
 class Experiment(ABC):
     """A kind of experiment: its configuration, and how it is planned, run and resumed.
 
     That is done by the functions of its package that are named for it: of the experiment ``mad`` by ``preflight_mad``
-    and ``describe_mad`` in ``preflight.py``, ``run_mad`` and ``resume_mad`` in ``loop.py``.
+    and ``describe_mad`` in ``preflight.py``, and by ``run_mad`` in ``loop.py``, which runs it or goes on with it.
     """
 
     name: ClassVar[str]  # its command, and ``loop`` in the manifest of its runs
@@ -40,7 +42,10 @@ class Experiment(ABC):
     def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
         """Go on with the run in ``directory``. Raises ConfigError if another person began it and it is not ``trusted``,
         or if its inputs have changed and no ``changes`` are accepted."""
-        return Path(self._own("loop", "resume")(directory, trusted, changes))
+        from orchestration.runs.run import going_on
+
+        with going_on(directory, self.schema, trusted) as (_, config):
+            return self.run(config, trusted=trusted, changes=changes)
 
     def _own(self, module: str, verb: str) -> Any:
         package = type(self).__module__.rpartition(".")[0]
@@ -92,9 +97,7 @@ class SweptExperiment(Experiment):
         """What a trial has committed so far: ``metric``, "step" and "images", in order."""
 
     @abstractmethod
-    def run_trial(
-        self, config: Any, begun: bool, changes: bool, committed: Callable[[int, Path], None], copied: Path | None
-    ) -> None:
+    def run_trial(self, config: Any, begun: bool, changes: bool, committed: Committed, copied: Path | None) -> None:
         """In a trial's process: run it, or go on with one that has ``begun``.
 
         ``committed(step, commit)`` is called after each step but the last; ``copied`` is a commit of another trial to

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pipelines.data.digits import SLOTS
-from pipelines.generators import GENERATORS, NEIGHBOURS
+from pipelines.generators import NEIGHBOURS
 
 EVALUATED = ("evaluator/", "evaluation/", "seen/", "unseen/", "rewards/")  # what only evaluations measure
 STEPS = {
@@ -21,16 +21,6 @@ _HIGHER |= {"class_entropy", "label_accuracy", "images_per_second", "images/dive
 _HIGHER |= {"reward/mean", "reward/min", "reward/max", "evaluation/reward"}
 
 
-class _OfFamilies(dict[str, tuple[str, ...]]):
-    """The metrics of a generator, by its name."""
-
-    def __missing__(self, family: str) -> tuple[str, ...]:
-        return GENERATORS.find(family).metrics
-
-
-MAD = _OfFamilies()  # trials are compared by the first of them if none is named
-
-
 def better_end(metric: str) -> Literal["max", "min"] | None:
     """Which end of a metric is better; None if that depends on what is wanted."""
     if metric in _HIGHER or metric.startswith(("evaluator/", "seen/", "unseen/", "rewards/")):
@@ -40,19 +30,19 @@ def better_end(metric: str) -> Literal["max", "min"] | None:
 
 def ddpo_metrics(config: Any, prompts: Sequence[str], unseen: Sequence[str]) -> list[str]:
     """What a DDPO run of ``config``, on ``prompts`` and those never trained on, reports."""
-    names = [f"{part}/{name}" for part, parts in STEPS.items() for name in parts]
-    names += ["images_per_second", "discarded_images", "object_store_bytes", "evaluation/reward"]
-    names += [f"policy/{name}" for name in RATIO if config.training.algorithm.clips_ratio]
-    names += (
-        ["policy/behaviour_kl"] if config.training.depth and not config.training.algorithm.on_forward_process else []
-    )
-    names += ["evaluation/kl_to_base"]
-    names += ["images/diversity"] if config.training.images_per_prompt > 1 else []
-    names += ["evaluation/diversity"] if config.evaluation.images > len(prompts) + len(unseen) else []
-    judged = config.evaluation.evaluator is not None
-    names += [f"evaluator/{name}" for name in (*SLOTS, "full") if judged]
-    names += ["evaluator/agreement"] if judged and config.captioner.path else []
+    training, judged, functions = config.training, config.evaluation.evaluator is not None, config.reward.functions
     parts = ("seen", "unseen") if unseen else ()
+    several = config.evaluation.images > len(prompts) + len(unseen)
+    listed: dict[str, Any] = {  # names, and whether a run has them
+        "images_per_second discarded_images object_store_bytes evaluation/reward evaluation/kl_to_base": True,
+        "policy/behaviour_kl": training.depth and not training.algorithm.on_forward_process,
+        "images/diversity": training.images_per_prompt > 1,
+        "evaluation/diversity": several,
+        "evaluator/agreement": judged and config.captioner.path,
+    }
+    names = [f"{part}/{name}" for part, ends in STEPS.items() for name in ends]
+    names += [name for line, has in listed.items() if has for name in line.split()]
+    names += [f"policy/{name}" for name in RATIO if training.algorithm.clips_ratio]
+    names += [f"evaluator/{name}" for name in (*SLOTS, "full") if judged]
     names += [f"{part}/{name}" for part in parts for name in ("reward", *(["full"] if judged else []))]
-    functions = config.reward.functions
     return names + [f"rewards/{name}" for name in functions if len(functions) > 1]

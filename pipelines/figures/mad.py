@@ -4,17 +4,16 @@ A colour belongs to an arm, in the order of first appearance. Bands and bars are
 gap. Generations count from 1. Equal input gives equal bytes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.figures.plots import image_grid
-from pipelines.figures.style import DPI, FAINT, FRAME, INK, LINES, dress, panel_figure, save
+from pipelines.figures.style import DPI, FAINT, FRAME, INK, LINES, arm_colours, dress, finish, panel_figure, save
 from policies.common.intervals import Scale, interval, scale_of
 
-ARM_COLOURS = (*LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
 _BLUE = LINES["blue"]
 _FLOOR = {"color": FAINT, "linestyle": ":", "linewidth": 1.4, "label": "real against real"}
 _Arms = Mapping[str, np.ndarray]
@@ -32,7 +31,7 @@ def arm_curves(
     ``laws`` (metric → arm → (generations,)) are dashed over the means, ``floors`` (metric → what real data scores
     against real data) dotted; ``titles`` head the panels.
     """
-    colours = _colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
+    colours = arm_colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
     figure, panels = panel_figure(len(curves), 3, 4.3, 2.9)
     for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
         dress(axes, titles.get(metric, metric), "generation")
@@ -46,7 +45,7 @@ def arm_curves(
         if metric in floors:
             axes.axhline(floors[metric], **_FLOOR)
         _draw_bands(axes, bands, colours)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -54,7 +53,7 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
 
     Lines are means over seeds, their dots grow with the generation; single seeds are faint.
     """
-    colours = _colours(paths)
+    colours = arm_colours(paths)
     figure, (axes,) = panel_figure(1, 1, 5.6, 4.9)
     dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
@@ -66,7 +65,7 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
         axes.plot(x, y, color=colours[name], lw=1.6, label=name)
         axes.scatter(x[1:], y[1:], np.linspace(4, 34, len(x))[1:], color=colours[name], lw=0, zorder=3)
         axes.scatter(x[:1], y[:1], 26, facecolors="white", edgecolors=colours[name], lw=1.6, zorder=4)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def fresh_fraction_curve(
@@ -84,30 +83,12 @@ def fresh_fraction_curve(
     if floor is not None:
         axes.axhline(floor, **_FLOOR)
     axes.set_ylim(bottom=0)
-    _finish(figure, path)
-
-
-def arm_values(path: Path, metrics: Mapping[str, _Arms]) -> None:
-    """Write a PNG with a panel for each of ``metrics``: metric → arm → (seeds,). Seeds are dots."""
-    colours = _colours(name for arms in metrics.values() for name in arms)
-    figure, panels = panel_figure(len(metrics), 3, 4.3, 2.9)
-    for axes, (metric, arms) in zip(panels, metrics.items(), strict=True):
-        dress(axes, metric, "")
-        for place, (name, values) in enumerate(arms.items()):
-            mean, low, high = interval(values, scale_of(metric))
-            axes.scatter(np.full(len(values), place), values, 18, color=colours[name], alpha=0.35, lw=0)
-            ends = [[mean - low], [high - mean]]
-            axes.errorbar([place], [mean], ends, fmt="D", ms=5, capsize=4, color=colours[name], label=name)
-        axes.set_xticks([])
-        axes.set_xlim(-0.5, len(arms) - 0.5)
-        axes.title.set_parse_math(False)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
     """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
-    rgb = np.broadcast_to(images, (*images.shape[:-1], 3))
-    grid = image_grid(rgb.reshape(-1, *rgb.shape[2:]), images.shape[1])
+    grid = image_grid(images.reshape(-1, *images.shape[2:]), images.shape[1])
     figure, (axes,) = panel_figure(1, 1, grid.shape[1] / DPI + 0.8, grid.shape[0] / DPI + 0.5)
     axes.imshow(grid)
     axes.set_title("each column: one latent seed", fontsize=8, color=FAINT)
@@ -135,7 +116,7 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
         for name, dots, colour in (("real", reference, FAINT), ("generated", cloud, _BLUE)):
             size = np.clip(4000 / len(dots), 1.5, 8)
             axes.scatter(*dots.T, s=size, color=colour, alpha=0.5, linewidths=0, label=name)
-    _finish(figure, path, markerscale=2)
+    finish(figure, path, markerscale=2)
 
 
 def class_heatmap(path: Path, shares: np.ndarray) -> None:
@@ -152,15 +133,6 @@ def class_heatmap(path: Path, shares: np.ndarray) -> None:
     save(figure, path)
 
 
-def _colours(names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Red, green and blue (3,) of each name; beyond the palette, evenly from the rainbow."""
-    from matplotlib import colormaps, colors
-
-    arms = list(dict.fromkeys(names))
-    palette = ARM_COLOURS if len(arms) <= len(ARM_COLOURS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
-    return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
-
-
 def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _Arms) -> None:
     """Fill the intervals. The view makes room for them, but at most its own height above and below."""
     scale = axes.yaxis.get_transform()
@@ -170,15 +142,3 @@ def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _
         axes.fill_between(x, *band, color=colours[name], alpha=0.14, lw=0, label=label)
     lowest, highest = scale.transform(axes.get_ylim())
     axes.set_ylim(*scale.inverted().transform((max(lowest, 2 * low - high), min(highest, 2 * high - low))))
-
-
-def _finish(figure: Any, path: Path, **options: Any) -> None:
-    """Save with a legend below: every label once, in rows as full as the longest allows."""
-    found = (axes.get_legend_handles_labels() for axes in figure.axes)
-    keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
-    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
-    style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
-    for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
-        text.set_parse_math(False)
-    save(figure, path)

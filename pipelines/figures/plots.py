@@ -57,9 +57,9 @@ _MOST_LANES = 32
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """One picture (height, width, 3) uint8 of ``images``, row by row, with thin gutters; small ones are enlarged by a
-    whole factor."""
-    count, height = images.shape[:2]
+    """One picture (height, width, 3) uint8 of ``images`` (n, height, width, 1 or 3), row by row, with thin gutters;
+    small ones are enlarged by a whole factor."""
+    images, (count, height) = np.broadcast_to(images, (*images.shape[:-1], 3)), images.shape[:2]
     columns = min(columns, count)
     zoom = max(1, -(-_GRID_PIXELS // height))
     gutter = max(1, zoom // 3)

@@ -1,8 +1,11 @@
 """What all figures look like: colours, panels, and how they are written. matplotlib is imported when it is used."""
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 DPI = 160
 INK, FAINT, FRAME, RIGHT, WRONG = "#1f2430", "#8b93a1", "#cfd5de", "#1a7f4b", "#c0392b"
 LINES = {"blue": "#3b6fd4", "green": "#1a9e77", "orange": "#e0822f", "purple": "#8757c7", "red": "#cf4a5a"}
+
+ARM_COLOURS = (*LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
 
 
 def panel_figure(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -59,3 +64,24 @@ def save(figure: "Figure", path: Path) -> None:
     """Write the PNG without matplotlib's version in it, so that equal pictures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def arm_colours(names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Red, green and blue (3,) of each name; beyond the palette, evenly from the rainbow."""
+    from matplotlib import colormaps, colors
+
+    arms = list(dict.fromkeys(names))
+    palette = ARM_COLOURS if len(arms) <= len(ARM_COLOURS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
+    return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
+
+
+def finish(figure: Any, path: Path, **options: Any) -> None:
+    """Save with a legend below: every label once, in rows as full as the longest allows."""
+    found = (axes.get_legend_handles_labels() for axes in figure.axes)
+    keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
+    style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
+    for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
+        text.set_parse_math(False)
+    save(figure, path)

@@ -25,6 +25,17 @@ class RealSource:
     extractor: Task | None = None
     classes: int = 0
 
+    @property
+    def tasks(self) -> list[Task]:
+        """Those that real images come from and are looked at by."""
+        return [task for task in (self.data, self.extractor) if task]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Of images, what :func:`image_source` makes an equal source from."""
+        sha256 = self.data.parameters["sha256"] if self.data else None
+        return {"sha256": sha256, "samples": self.samples, "pool": self.pool, "classes": self.classes}
+
 
 def image_source(sha256: str, samples: int, pool: int, classes: int) -> RealSource:
     """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest."""
@@ -32,25 +43,24 @@ def image_source(sha256: str, samples: int, pool: int, classes: int) -> RealSour
     return RealSource(samples, pool, data, Task("extractor", {"classes": classes}, (data,), "extractor"), classes)
 
 
+@dataclass(frozen=True)
 class Chain:
     """Task by task, the generations of one arm in some universes (seeds)."""
 
-    def __init__(
-        self,
-        name: str,
-        loop: Rule,
-        family: str,
-        settings: Mapping[str, Any],
-        seeds: Sequence[int],
-        source: RealSource,
-    ) -> None:
-        self._name = f"{name}, seed {seeds[0]}" + (f"–{seeds[-1]}" if len(seeds) > 1 else "")
-        self._loop = loop
-        self._common = {"family": family, "settings": dict(settings), "seeds": list(seeds)}
-        self._generator = GENERATORS.find(family)
-        self._source = source
-        self._real = [task for task in (source.data, source.extractor) if task]
-        self._selection = loop.selection()
+    name: str
+    loop: Rule
+    family: str
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+    source: RealSource
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"family": self.family, "settings": dict(self.settings), "seeds": list(self.seeds)}
+
+    @property
+    def _generator(self) -> Any:
+        return GENERATORS.find(self.family)
 
     def fit(self, manifest: Manifest, drawn: Mapping["Batch", Task], start: Task | None, kept: bool) -> Task:
         """Train the model of a generation on its manifest, going on from ``start`` if there is one.
@@ -60,57 +70,55 @@ class Chain:
         parameters, inputs = self._training_set(manifest, drawn)
         inputs += [start] if start else []
         kept = kept or not self._generator.many_universes
-        parameters["fine_tunes"] = start is not None
-        return self._task("fit", manifest.generation, parameters, inputs, kept)
+        return self._task("fit", manifest.generation, parameters | {"fine_tunes": start is not None}, inputs, kept)
 
     def sample(self, model: Task, generation: int, start: int, stop: int) -> "Drawn":
         """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
         if self._generator.closed_form:
             return Drawn(model, start, stop)
-        inputs = [model, self._real[1]] if self._selection else [model]
-        parameters = {"selection": self._selection, "role": "training", "start": start, "count": stop - start}
-        return Drawn(self._draw(model, generation, parameters, inputs), start, stop)
+        judge = [self.source.extractor] if self.loop.selection() and self.source.extractor else []
+        parameters = {"selection": self.loop.selection(), "role": "training", "start": start, "count": stop - start}
+        return Drawn(self._draw(model, generation, parameters, judge), start, stop)
 
     def evaluation(self, model: Task, generation: int) -> Task | None:
         """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
         if self._generator.closed_form:
             return None
-        return self._draw(model, generation, {"role": "evaluation", "count": self._source.samples}, [model])
+        return self._draw(model, generation, {"role": "evaluation", "count": self.source.samples}, [])
 
     def measure(self, model: Task, evaluation: Task | None, manifest: Manifest, drawn: Mapping["Batch", Task]) -> Task:
         """Measure a generation: its moments, or its samples beside the reference and its training set."""
         if evaluation is None:
-            parameters: dict[str, Any] = {"samples": self._source.samples, "sampling_bias": self._loop.sampling_bias}
+            parameters: dict[str, Any] = {"samples": self.source.samples, "sampling_bias": self.loop.sampling_bias}
             return self._task("measure", manifest.generation, self._common | parameters, [model])
         parameters, training = self._training_set(manifest, drawn)
-        inputs = [evaluation, *self._real, *training]
-        return self._task("measure", manifest.generation, {**parameters, "classes": self._source.classes}, inputs)
+        inputs = [evaluation, *self.source.tasks, *training]
+        return self._task("measure", manifest.generation, {**parameters, "classes": self.source.classes}, inputs)
 
     def _training_set(self, manifest: Manifest, drawn: Mapping["Batch", Task]) -> tuple[dict[str, Any], list[Task]]:
         """Parameters and inputs from which a manifest's samples can be read or drawn."""
-        inputs: list[Task] = []
-        sources: list[int | None] = []  # for each part the input that it is read or drawn from
-        parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json(), "sources": sources}
+        parameters: dict[str, Any] = {**self._common, "manifest": manifest.as_json()}
+        inputs: dict[str, Task] = {}  # by key
+        read: list[Task | None] = []  # for each part: what it is read or drawn from; None: a distribution
         for part in manifest.parts:
-            if part.generation == REAL and not self._real:
-                sources.append(None)
-                continue
-            task = self._real[0] if part.generation == REAL else drawn[part.generation, part.start]
+            read.append(self.source.data if part.generation == REAL else drawn[part.generation, part.start])
             if part.generation != REAL and self._generator.closed_form:
-                parameters |= {"sampling_bias": self._loop.sampling_bias, "selection": self._selection}
-            if task not in inputs:
-                inputs.append(task)
-            sources.append(inputs.index(task))
-        return parameters, inputs
+                parameters |= {"sampling_bias": self.loop.sampling_bias, "selection": self.loop.selection()}
+            inputs |= {task.key: task for task in read[-1:] if task}
+        numbers = {key: number for number, key in enumerate(inputs)}
+        return parameters | {"sources": [task and numbers[task.key] for task in read]}, [*inputs.values()]
 
     def _draw(self, model: Task, generation: int, parameters: dict[str, Any], inputs: Sequence[Task]) -> Task:
-        about = {"generation": generation, "checkpoint": model.key, "sampling_bias": self._loop.sampling_bias}
-        return self._task("sample", generation, self._common | about | parameters, inputs)
+        about = {"generation": generation, "checkpoint": model.key, "sampling_bias": self.loop.sampling_bias}
+        return self._task("sample", generation, self._common | about | parameters, [model, *inputs])
 
     def _task(
         self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task], kept: bool = True
     ) -> Task:
-        return Task(kind, parameters, tuple(inputs), f"{self._name}, generation {generation}: {kind}", kept)
+        seeds = "–".join(map(str, dict.fromkeys((self.seeds[0], self.seeds[-1]))))
+        return Task(
+            kind, parameters, tuple(inputs), f"{self.name}, seed {seeds}, generation {generation}: {kind}", kept
+        )
 
 
 Batch = tuple[int, int]  # a generation, and the number of the first sample

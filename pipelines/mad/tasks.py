@@ -99,17 +99,15 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
         selection, start = parameters["selection"], parameters["start"]
         drawn = draw(model, count, seeds, parameters["generation"], bias, selection, extractor, start)
+    about = {"role": ("string", parameters["role"]), "generation": ("int32", parameters["generation"])}
+    about |= {"seed": ("int64", seeds[0]), "checkpoint": ("string", parameters["checkpoint"])}
+    about |= {"sampling_bias": ("float64", bias)}
     rows = {
         "image": [image.squeeze(-1) if image.shape[-1] == 1 else image for image in drawn.values[0]],
         "label": [None] * count if drawn.labels is None else drawn.labels[0].tolist(),
-        "role": [parameters["role"]] * count,
-        "generation": [parameters["generation"]] * count,
-        "seed": [seeds[0]] * count,
-        "checkpoint": [parameters["checkpoint"]] * count,
-        "sampling_bias": [bias] * count,
+        **{name: [value] * count for name, (_, value) in about.items()},
     }
-    kinds = {"image": Image(), "label": Value("int64"), "role": Value("string"), "generation": Value("int32")}
-    kinds |= {"seed": Value("int64"), "checkpoint": Value("string"), "sampling_bias": Value("float64")}
+    kinds = {"image": Image(), "label": Value("int64")} | {name: Value(kind) for name, (kind, _) in about.items()}
     disable_progress_bars()
     return packed(Dataset.from_dict(rows, features=Features(kinds)).save_to_disk)
 

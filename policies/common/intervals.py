@@ -64,6 +64,11 @@ def interval(values: np.ndarray, scale: Scale = "plain") -> Interval:
         return Interval(back(mean), back(mean - half), back(mean + half))
 
 
+def summary_of(metric: str, values: np.ndarray) -> dict[str, Any]:
+    """A metric's ``values`` (seeds, …), their mean and the ends of its 95 % interval, for machines."""
+    return {"values": values} | interval(values, scale_of(metric))._asdict()
+
+
 def paired(a: ArrayLike, b: ArrayLike, metric: str) -> tuple[Interval, bool]:
     """How a metric changes from ``b`` to ``a``, both (seeds,): log a/b of a distance, else a − b; and whether log."""
     a, b, ratio = np.asarray(a, float), np.asarray(b, float), metric in RATIOS

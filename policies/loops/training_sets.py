@@ -59,20 +59,28 @@ class Manifest:
         """Samples in the training set."""
         return sum(part.size for part in self.parts) if self.subsample is None else self.subsample
 
+    @property
+    def synthetic(self) -> int:
+        """Synthetic samples among them (in expectation, where it is a draw)."""
+        whole = sum(part.size for part in self.parts)
+        return round(sum(part.size for part in self.parts if part.role == "synthetic") * self.size / whole)
+
     def rows(self, seed: int) -> list[np.ndarray]:
         """For each part, the ids one universe takes from it: int64 positions in the part's source."""
-        rows = []
-        for part in self.parts:
-            if part.drawn is None:
-                rows.append(np.arange(part.start, part.stop))
-            else:
-                random = np.random.default_rng(derive_seed(seed, "ledger draw", self.generation))
-                rows.append(random.integers(part.start, part.stop, part.drawn))
+
+        def random(stream: str) -> np.random.Generator:
+            return np.random.default_rng(derive_seed(seed, stream, self.generation))
+
+        rows = [
+            np.arange(part.start, part.stop)
+            if part.drawn is None
+            else random("ledger draw").integers(part.start, part.stop, part.drawn)
+            for part in self.parts
+        ]
         if self.subsample is None:
             return rows
-        random = np.random.default_rng(derive_seed(seed, "subsample", self.generation))
         ends = np.cumsum([len(each) for each in rows])
-        chosen = np.sort(random.choice(ends[-1], self.subsample, replace=False))
+        chosen = np.sort(random("subsample").choice(ends[-1], self.subsample, replace=False))
         pieces = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
         starts = ends - [len(each) for each in rows]
         return [each[piece - start] for each, piece, start in zip(rows, pieces, starts, strict=True)]

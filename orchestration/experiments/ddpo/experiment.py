@@ -20,6 +20,12 @@ class Ddpo(SweptExperiment):
     end = "max"
     reports_steps = asks_rewards = leaves_pipeline = True
 
+    def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
+        """See :class:`Experiment`: on from its last commit."""
+        from orchestration.experiments.ddpo.loop import resume_ddpo
+
+        return resume_ddpo(directory, trusted, changes)
+
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""
         return {"seed": seed}

@@ -1,13 +1,12 @@
 """MAD as commands, jobs and sweeps see it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestration.cluster.ray_cluster import Machine
-from orchestration.experiments.experiment import SweptExperiment
+from orchestration.experiments.experiment import Committed, SweptExperiment
 from orchestration.experiments.mad.config import MadConfig
-from orchestration.experiments.metric_names import MAD
 from orchestration.runs.config import ConfigError
 from orchestration.runs.manifest import read_summary
 
@@ -30,16 +29,17 @@ class Mad(SweptExperiment):
 
     def default_metric(self, config: MadConfig) -> str:
         """See :class:`SweptExperiment`: the distance of the family."""
-        return MAD[config.family][0]
+        metric: str = config.generator.metrics[0]
+        return metric
 
-    def check(self, config: MadConfig, machine: Machine) -> Sequence[str]:
+    def check(self, config: MadConfig, machine: Machine) -> list[str]:
         """See :class:`SweptExperiment`."""
         from orchestration.experiments.mad.preflight import preflight_mad
 
         if len(config.resolved_arms) > 1:
             raise ConfigError("the configuration has several arms: a trial runs one, so put what differs into space")
         preflight_mad(config, machine)
-        return MAD[config.family]
+        return [*config.generator.metrics]
 
     def reads(self, config: MadConfig) -> tuple[dict[str, str], set[str]]:
         """See :class:`SweptExperiment`."""
@@ -54,7 +54,7 @@ class Mad(SweptExperiment):
         return [{metric: values[-1], "step": len(values), "images": 0}]
 
     def run_trial(
-        self, config: MadConfig, begun: bool, changes: bool, committed: Callable[[int, Path], None], copied: Path | None
+        self, config: MadConfig, begun: bool, changes: bool, committed: Committed, copied: Path | None
     ) -> None:
         """See :class:`SweptExperiment`."""
         from orchestration.experiments.mad.loop import run_mad

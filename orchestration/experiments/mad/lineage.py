@@ -1,6 +1,6 @@
 """Where a sample comes from: back through the models and training sets of a MAD run to the real data."""
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,9 @@ from pipelines.mad.graph import Generation, RealSource, image_source
 from pipelines.storage.tasks import TaskStore
 from policies.loops.training_sets import REAL, training_sets
 
-
-@dataclass(frozen=True)
-class Ancestry:
-    """The real data behind a generation. ``hops`` (generations,): share of its training set that is real data seen
-    through h generations (0: real itself); ``real`` the distinct real samples it descends from, by number."""
-
-    hops: np.ndarray
-    real: frozenset[int]
+Ancestry = tuple[np.ndarray, frozenset[int]]
+"""The real data behind a generation: (generations,) the share of its training set that is real data seen through h
+generations (0: real itself); and the distinct real samples that it descends from, by number."""
 
 
 def ancestry(generations: list[Generation], seed: int) -> list[Ancestry]:
@@ -33,17 +28,16 @@ def ancestry(generations: list[Generation], seed: int) -> list[Ancestry]:
     found: list[Ancestry] = []
     for generation in generations:
         hops, real = np.zeros(len(generations)), frozenset[int]()
-        rows = generation.manifest.rows(seed)
-        for part, taken in zip(generation.manifest.parts, rows, strict=True):
+        for part, taken in zip(generation.manifest.parts, generation.manifest.rows(seed), strict=True):
             share = len(taken) / generation.manifest.size
             if part.generation == REAL:
                 hops[0] += share
                 real |= frozenset(taken.tolist())
             else:
-                earlier = found[part.generation - 1]
-                hops[1:] += share * earlier.hops[:-1]
-                real |= earlier.real
-        found.append(Ancestry(hops, real))
+                earlier, behind = found[part.generation - 1]
+                hops[1:] += share * earlier[:-1]
+                real |= behind
+        found.append((hops, real))
     return found
 
 
@@ -68,29 +62,28 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
     seeds = next(block for block in blocks if seed in block)
     generations = list(chain(name, arm, seeds, config.generations, source))[:number]
     store, last = TaskStore(directory / "tasks"), generations[-1]
-    title = f"{name}, seed {seed}, generation {number}" + ("" if row is None else f", sample {row}")
-    lines = [Text(title, style="bold")]
+    lines = [Text(f"{name}, seed {seed}, generation {number}", style="bold")]
     if row is not None:
+        lines[0].append(f", sample {row}")
         if not last.drawn:
             raise ConfigError(f"{sample}: no later generation reads samples of generation {number}, so none were drawn")
         batch = next((batch for batch in last.drawn if batch.start <= row < batch.stop), None)
         if batch is None:
             raise ConfigError(f"{sample}: generation {number} drew {last.drawn[-1].stop} samples, counted from 0")
+        again = "drawn again where it is read"
+        stored = again if batch.task is last.fit else f"stored in {store.path(batch.task.key)}"
         how = f"drawn by model {last.fit.key}, sampling bias {arm.loop.sampling_bias:g}, "
-        how += f"stream sampling/{number}/{batch.start}, number {row - batch.start} of it"
-        again = batch.task is last.fit
-        stored = "drawn again where it is read" if again else f"stored in {store.path(batch.task.key)}"
-        lines.append(Text(f"{how}; {stored}"))
+        how += f"stream sampling/{number}/{batch.start}, number {row - batch.start} of it; {stored}"
+        lines.append(Text(how))
     headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
     table = plain_table(headings)
-    for generation, behind in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
-        through = float(np.arange(len(behind.hops)) @ behind.hops)
+    for generation, (hops, real) in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
         table.add_row(
             f"G{generation.number}",
             contents(generation.manifest),
-            f"{behind.hops[0]:.1%}",
-            f"{through:.2f} generations",
-            f"{len(behind.real):,}",
+            f"{hops[0]:.1%}",
+            f"{np.arange(len(hops)) @ hops:.2f} generations",
+            f"{len(real):,}",
             generation.fit.key[:12] + ("" if generation.fit.key in store else " (not trained yet)"),
         )
     return Group(*lines, Text(""), table)
@@ -99,11 +92,9 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
 def _parse(sample: str, config: MadConfig) -> tuple[str, int, int, int | None]:
     """(arm, seed, generation, number or None); arms may have slashes in their names."""
     for name in config.resolved_arms:
-        rest = sample.removeprefix(f"{name}/").split("/")
-        if sample.startswith(f"{name}/") and 2 <= len(rest) <= 3 and all(part.isdecimal() for part in rest):
-            seed, number = int(rest[0]), int(rest[1])
-            if seed in config.seed_list and 1 <= number <= config.generations:
-                return name, seed, number, int(rest[2]) if len(rest) == 3 else None
+        found = re.fullmatch(re.escape(name) + r"/([0-9]+)/([0-9]+)(?:/([0-9]+))?", sample)
+        if found and int(found[1]) in config.seed_list and 1 <= int(found[2]) <= config.generations:
+            return name, int(found[1]), int(found[2]), int(found[3]) if found[3] else None
     raise ConfigError(
         f"no sample {sample!r}: give ARM/SEED/GENERATION or ARM/SEED/GENERATION/NUMBER with an arm of "
         f"{', '.join(config.resolved_arms)}, a seed of {config.seed_list[0]} to {config.seed_list[-1]}, "

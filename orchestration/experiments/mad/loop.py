@@ -12,7 +12,6 @@ from orchestration.experiments.mad.config import ArmSettings, MadConfig
 from orchestration.experiments.mad.preflight import Experiment, preflight_mad
 from orchestration.experiments.mad.report import report
 from orchestration.experiments.mad.run import MadRun
-from orchestration.runs.run import going_on
 from pipelines.mad.graph import Batch, Chain, Generation, RealSource, batches
 from pipelines.mad.tasks import perform
 from pipelines.storage.tasks import Task
@@ -31,16 +30,10 @@ def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> 
         return report(run)
 
 
-def resume_mad(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
-    """Go on with the experiment that ``directory`` holds. Raises ConfigError as ``run_mad`` does."""
-    with going_on(directory, MadConfig, trusted) as (_, config):
-        return run_mad(config, trusted, changes)
-
-
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:
     """Every chain of the experiment, generation by generation, so that arms and seeds advance together."""
     chains = [
-        list(chain(name, arm, seeds, config.generations, experiment.sources[name]))
+        chain(name, arm, seeds, config.generations, experiment.sources[name])
         for name, arm in config.resolved_arms.items()
         for seeds in experiment.blocks[name]
     ]

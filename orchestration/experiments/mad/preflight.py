@@ -1,17 +1,16 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from orchestration.cluster.ray_cluster import Machine, find_machine
+from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.mad.config import GENERATOR_KEYS, ArmSettings, MadConfig
-from orchestration.experiments.settings import task_resources
+from orchestration.experiments.task_run import check_same, task_resources
 from orchestration.runs.config import about, validate
-from orchestration.runs.manifest import has_only_begun, known_manifest
-from orchestration.runs.run import TEMPLATES, check_output
-from pipelines.data.real_data import RealData
+from orchestration.runs.run import TEMPLATES
+from pipelines.data.real_data import RealData, load_real_data, split_reference
 from pipelines.mad.graph import RealSource, image_source
 from pipelines.pages import fill
 from pipelines.rewards import RewardError
@@ -34,10 +33,11 @@ class Experiment:
     manifests: dict[str, list[Manifest]]  # by arm
     blocks: dict[str, list[tuple[int, ...]]]  # by arm: the seeds of one task
     floors: dict[str, Task]  # by family: what the metrics say of real samples
-    real_files: dict[str, Files]  # by the key of the task whose result they are
+    images: RealSource | None  # real images, if an arm is trained on such
+    real_files: Files  # the result of the task that they come from
+    found: list[str]  # what real images were found, in words
     gpus: int
     resources: dict[str, Any]  # of one task, and the longest wait
-    images: list[str]  # what real images were found, in words
 
 
 def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experiment:
@@ -47,27 +47,31 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         config.check_arms()
         for name, arm in arms.items():
             with config.about_arm(name):
-                _check_arm(arm)
-        _check_output(config)
-        images, real, real_files, found = None, None, dict[str, Files](), list[str]()
-        if not all(arm.generator.many_universes for arm in arms.values()):
-            _check_reference(config)
-        if not all(arm.generator.closed_form for arm in arms.values()):
-            real, images, real_files, found = _image_source(config)
-        points = RealSource(config.data.reference)
-        sources, manifests = {}, {}
+                arm.generator.check(arm.generator_settings, arm.loop)
+                arm.loop.check_family(arm.family, draws_images=not arm.generator.closed_form)
+        check_same("mad", config, lambda held: _differing(config, validate(MadConfig, held)))
+        reference = config.data.reference
+        compared = not all(arm.generator.many_universes for arm in arms.values())
+        if compared and not _LEAST_REFERENCE <= reference <= _MOST_REFERENCE:
+            raise ValueError(
+                f"data.reference is {reference}: metrics need {_LEAST_REFERENCE} real samples or more, and compare "
+                f"each pair, of {_MOST_REFERENCE} samples at most"
+            )
+        trained = [arm for arm in arms.values() if not arm.generator.closed_form]
+        real = load_real_data(config.data) if trained else None
+        images, files, found = _image_source(config, real, trained) if real else (None, {}, [])
+        points = RealSource(reference)
+        sources = {name: images if images and arm in trained else points for name, arm in arms.items()}
+        manifests = {}
         for name, arm in arms.items():
-            sources[name] = points if images is None or arm.generator.closed_form else images
             with config.about_arm(name):
                 manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
-                _check_sizes(arm, manifests[name], 1 if real is None else real.images[0].size)
-                _check_reward(arm, real)
-        machine = machine or find_machine(config.workers.device)
-        on_gpu = not all(arm.generator.closed_form for arm in arms.values())
-        gpus, resources = task_resources(config.workers, machine, on_gpu)
+                _check_sizes(arm, manifests[name], real.images[0].size if real else 1)
+                _check_reward(arm, real if arm in trained else None)
+        gpus, resources = task_resources(config.workers, machine, bool(trained))
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
-    floors: dict[str, Task] = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
-    return Experiment(sources, manifests, blocks, floors, real_files, gpus, resources, found)
+    floors = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
+    return Experiment(sources, manifests, blocks, floors, images, files, found, gpus, resources)
 
 
 def describe_mad(config: MadConfig, experiment: Experiment) -> str:
@@ -84,9 +88,13 @@ def contents(manifest: Manifest) -> str:
     return drawn + " + ".join(f"{count} {source}" for source, count in by_source.items())
 
 
-def _check_arm(arm: ArmSettings) -> None:
-    arm.generator.check(arm.generator_settings, arm.loop)
-    arm.loop.check_family(arm.family, draws_images=not arm.generator.closed_form)
+def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
+    """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
+    size = 1
+    if arm.generator.many_universes:
+        numbers = max(arm.generator.numbers(arm.generator_settings, manifest.size) for manifest in manifests)
+        size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
+    return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
 
 
 def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> None:
@@ -102,7 +110,7 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
     """One's own functions have to answer for two real samples."""
     if not arm.loop.functions:
         return
-    if real is None or arm.generator.closed_form:
+    if real is None:
         values, labels = arm.generator.truth(arm.generator_settings, [0], 0, 2).values[0], None
     else:
         values, labels = real.images[:2], real.labels
@@ -113,34 +121,19 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
         raise ValueError(f"of two real samples: {error}") from error
 
 
-def _check_reference(config: MadConfig) -> None:
-    if (wanted := config.data.reference) < _LEAST_REFERENCE:
-        raise ValueError(f"data.reference is {wanted}: metrics need {_LEAST_REFERENCE} real samples or more")
-    if wanted > _MOST_REFERENCE:
-        raise ValueError(f"data.reference is {wanted}: metrics compare each pair, of {_MOST_REFERENCE} samples at most")
-
-
-def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Files], list[str]]:
+def _image_source(
+    config: MadConfig, real: RealData, arms: Sequence[ArmSettings]
+) -> tuple[RealSource, Files, list[str]]:
     """The images that models learn from and are measured by, and what was found, in words."""
-    from pipelines.data.real_data import load_real_data, split_reference
     from pipelines.mad.tasks import real_data_files
 
-    real = load_real_data(config.data)
-    arms = config.resolved_arms.values()
+    height, width = real.images.shape[1:3]
     for arm in arms:
-        if arm.generator.closed_form:
-            continue
         least, multiple = arm.generator.least_side, arm.generator.side_multiple(arm.generator_settings)
-        height, width = real.images.shape[1:3]
-        if min(height, width) < least:
-            raise ValueError(
-                f"family {arm.family} needs sides of {least} pixels at least, not {height}×{width}: set data.image_size"
-            )
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"family {arm.family} needs sides that are multiples of {multiple}, not {height}×{width}: "
-                "set data.image_size"
-            )
+        lacking = f"of {least} pixels at least" if min(height, width) < least else None
+        lacking = lacking or (f"that are multiples of {multiple}" if height % multiple or width % multiple else None)
+        if lacking:
+            raise ValueError(f"family {arm.family} needs sides {lacking}, not {height}×{width}: set data.image_size")
     if real.labels is None:
         conditional = next((arm.family for arm in arms if arm.generator.conditional), None)
         who = f"family {conditional} is class-conditional" if conditional else "the metrics' extractor is a classifier"
@@ -151,10 +144,9 @@ def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Fi
     wanted = config.data.reference
     pool, reference = split_reference(real, wanted)
     if len(pool) <= len(reference):
-        most = (len(real.images) - 1) // 2
         raise ValueError(
             f"data.reference: {wanted} of {len(real.images)} images leave {len(pool)}, too few to measure as many real "
-            f"images beside them: give {most} at most"
+            f"images beside them: give {(len(real.images) - 1) // 2} at most"
         )
     classes = int(real.labels.max()) + 1
     if classes < 2:
@@ -162,54 +154,29 @@ def _image_source(config: MadConfig) -> tuple[RealData, RealSource, dict[str, Fi
     for arm in arms:
         arm.generator.check_classes(arm.generator_settings, classes)
     source = image_source(real.sha256, len(reference), len(pool), classes)
-    assert source.data is not None
     apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
-    files = {source.data.key: real_data_files(real.images, real.labels, pool, reference)}
-    return real, source, files, [*real.describe(), apart]
+    return source, real_data_files(real.images, real.labels, pool, reference), [*real.describe(), apart]
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
     """The task that measures real samples in place of generated ones."""
     if source.data is not None and source.extractor is not None:
         return Task("floor", {"family": "images", "classes": source.classes}, (source.data, source.extractor), "floor")
-    if not arm.generator.many_universes:
-        parameters = {"family": arm.family, "settings": arm.family_settings(), "samples": source.samples}
-        return Task("floor", parameters, (), "floor")
-    return None
-
-
-def seed_blocks(seeds: list[int], arm: ArmSettings, manifests: list[Manifest]) -> list[tuple[int, ...]]:
-    """Seeds that one task does together. It depends on the settings alone, so that a rerun finds its tasks again."""
     if arm.generator.many_universes:
-        numbers = max(arm.generator.numbers(arm.generator_settings, manifest.size) for manifest in manifests)
-        size = max(1, min(_MOST_UNIVERSES, _UNIVERSE_NUMBERS // numbers))
-    else:
-        size = 1
-    return [tuple(seeds[start : start + size]) for start in range(0, len(seeds), size)]
+        return None
+    parameters = {"family": arm.family, "settings": arm.family_settings(), "samples": source.samples}
+    return Task("floor", parameters, (), "floor")
 
 
-def _check_output(config: MadConfig) -> None:
-    """A directory may hold the same experiment, or a smaller one; what is there is never overwritten by another."""
-    directory = Path(config.output_dir or "").expanduser()
-    manifest = known_manifest(directory) if config.output_dir else {}
-    if not manifest or has_only_begun(directory):
-        check_output(config.output_dir)
-        return
-    if manifest.get("loop") != "mad":
-        raise ValueError(f"output_dir {directory} holds a run of another loop: choose another directory")
-    held = validate(MadConfig, manifest["config"])
+def _differing(config: MadConfig, held: MadConfig) -> list[str]:
+    """In what ``held`` is no part of ``config``."""
     differing = [key for key in ("name", "data") if getattr(held, key) != getattr(config, key)]
     for name, arm in held.resolved_arms.items():
-        mine = _essence(config.resolved_arms[name]) if name in config.resolved_arms else {}
-        changed = [key for key, value in _essence(arm).items() if mine.get(key) != value]
+        now = _essence(config.resolved_arms[name]) if name in config.resolved_arms else {}
+        changed = [key for key, value in _essence(arm).items() if now.get(key) != value]
         differing += [f"arms.{name}.{key}" if held.arms else key for key in changed]
-    if held.generations > config.generations or not set(held.seed_list) <= set(config.seed_list):
-        differing.append("fewer generations or seeds")
-    if differing:
-        raise ValueError(
-            f"output_dir {directory} holds another experiment (different: {', '.join(dict.fromkeys(differing))}); "
-            "choose another directory. More generations, seeds or arms may be added to an experiment"
-        )
+    fewer = held.generations > config.generations or not set(held.seed_list) <= set(config.seed_list)
+    return differing + ["fewer generations or seeds"] * fewer
 
 
 def _essence(arm: ArmSettings) -> dict[str, Any]:

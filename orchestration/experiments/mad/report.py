@@ -12,7 +12,7 @@ from orchestration.experiments.mad.config import DeriveSettings
 from orchestration.experiments.mad.run import MadRun
 from orchestration.runs.html_report import conclude
 from pipelines.storage.names import file_name
-from policies.common.intervals import interval, scale_of
+from policies.common.intervals import scale_of, summary_of
 from policies.loops.verdicts import plain
 
 _TITLES = {
@@ -42,20 +42,21 @@ def report(run: MadRun) -> Path:
 
 def summarise(run: MadRun) -> dict[str, Any]:
     """What machines read of an experiment."""
-    config = run.config
+    config, images = run.config, run.experiment.images
     arms: dict[str, dict[str, Any]] = {}
     for name, arm in config.resolved_arms.items():
-        exact, values = run.laws[name], run.values[name]
-        arms[name] = {
-            "settings": arm.described | arm.family_settings(),
-            "sizes": [[m.size - (s := _synthetic(m)), s] for m in run.experiment.manifests[name]],
-            "metrics": {metric: _metric(metric, values[metric], exact.get(metric)) for metric in values},
-            "verdict": verdict(values),
-        }
+        values, laws = run.values[name], {metric: {"oracle": law} for metric, law in run.laws[name].items()}
+        metrics = {metric: summary_of(metric, held) | laws.get(metric, {}) for metric, held in values.items()}
+        sizes = [
+            [manifest.size - manifest.synthetic, manifest.synthetic] for manifest in run.experiment.manifests[name]
+        ]
+        settings = arm.described | arm.family_settings()
+        arms[name] = {"settings": settings, "sizes": sizes, "metrics": plain(metrics), "verdict": verdict(values)}
         if run.histograms[name]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
         if config.derive != DeriveSettings() and arm.underivable(config.generations) is None:
             arms[name]["effective_samples"] = plain(effective_samples(arm, values, config))
+    extractor = json.loads(run.store.load(images.extractor.key)["about.json"]) if images and images.extractor else {}
     return {
         "name": config.name,
         "generations": config.generations,
@@ -63,7 +64,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         "arms": arms,
         "floor": _floors(run),
         "comparisons": plain(comparisons(config, run.values, run.experiment.manifests)),
-        "extractor_sha256": _extractor_hash(run),
+        "extractor_sha256": extractor.get("sha256"),
         "seconds_by_generation": _seconds_by_generation(run),
     }
 
@@ -72,22 +73,22 @@ def draw(run: MadRun) -> Path:
     """Every figure the experiment has something for. Returns their directory."""
     from pipelines.figures import mad as mad_figures
 
-    directory, config = run.directory / "figures", run.config
+    directory, by_arm = run.directory / "figures", run.values
     directory.mkdir(exist_ok=True)
-    shown = [metric for metric in _CURVES if any(metric in values for values in run.values.values())]
-    curves = {metric: {name: v[metric] for name, v in run.values.items() if metric in v} for metric in shown}
-    theory = {metric: {name: found[metric] for name, found in run.laws.items() if metric in found} for metric in shown}
+    shown = [metric for metric in _CURVES if any(metric in values for values in by_arm.values())]
+    curves, theory = (
+        {metric: {name: held[metric] for name, held in found.items() if metric in held} for metric in shown}
+        for found in (by_arm, run.laws)
+    )
     floors = {k: value for found in _floors(run).values() for k, value in found.items() if k in shown}
     mad_figures.arm_curves(directory / "curves.png", curves, theory, floors, titles=_TITLES)
-    paths = {name: (v["precision"], v["recall"]) for name, v in run.values.items() if "precision" in v}
-    if paths:
+    if paths := {name: (held["precision"], held["recall"]) for name, held in by_arm.items() if "precision" in held}:
         mad_figures.precision_recall_paths(directory / "precision_recall.png", paths)
     for metric in DISTANCES:
-        series = fresh_series(config, run.values, metric)
-        if series is not None:
+        if (series := fresh_series(run.config, by_arm, metric)) is not None:
             path, floor = directory / "fresh_fraction.png", floors.get(metric)
             mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric], scale_of(metric))
-    for name in config.resolved_arms:
+    for name in by_arm:
         _draw_samples(run, name, directory)
     return directory
 
@@ -101,52 +102,28 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
     picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
-    file = file_name(name)
+    labels, path = [f"G{each.number}" for each in picked], directory / f"samples_{file_name(name)}.png"
     if not arm.generator.closed_form:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
-        rows = np.stack([images[:_GRID_COLUMNS] for images in sets])
-        mad_figures.generations_grid(directory / f"samples_{file}.png", rows, [f"G{each.number}" for each in picked])
-        shares = np.array(_mean_histograms(run, name))
-        mad_figures.class_heatmap(directory / f"classes_{file}.png", shares)
+        mad_figures.generations_grid(path, np.stack([images[:_GRID_COLUMNS] for images in sets]), labels)
+        mad_figures.class_heatmap(directory / f"classes_{file_name(name)}.png", np.array(_mean_histograms(run, name)))
     elif not arm.generator.many_universes:
-        points = {}
-        for each in picked:
-            model = load_generator(arm.family, run.store.load(each.fit.key))
-            points[f"G{each.number}"], real = evaluation_points(model, each.measure.parameters)
-        mad_figures.points_grid(directory / f"samples_{file}.png", points, real)
+        models = [load_generator(arm.family, run.store.load(each.fit.key)) for each in picked]
+        clouds = [evaluation_points(model, each.measure.parameters) for model, each in zip(models, picked, strict=True)]
+        points = {label: drawn for label, (drawn, _) in zip(labels, clouds, strict=True)}
+        mad_figures.points_grid(path, points, reference=clouds[-1][1])
 
 
 def _floors(run: MadRun) -> dict[str, dict[str, float]]:
     """By family, what the metrics say of real samples."""
-    tasks = run.experiment.floors
-    return {family: {k: v[0] for k, v in run.metrics_of(task).items()} for family, task in tasks.items()}
-
-
-def _metric(metric: str, values: np.ndarray, exact: np.ndarray | None) -> dict[str, Any]:
-    """One metric for machines: ``values`` as seeds × generations, their means and 95 % intervals, the exact law."""
-    found = dict(zip(("values", "mean", "low", "high"), (values, *interval(values, scale_of(metric))), strict=True))
-    content: dict[str, Any] = plain(found if exact is None else found | {"oracle": exact})
-    return content
-
-
-def _synthetic(manifest: Any) -> int:
-    """Synthetic samples in a training set (in expectation, where it is a draw)."""
-    whole = sum(part.size for part in manifest.parts)
-    synthetic = sum(part.size for part in manifest.parts if part.role == "synthetic")
-    return round(synthetic * manifest.size / whole)
+    floors = {family: run.measured(task)[0] for family, task in run.experiment.floors.items()}
+    return {family: {metric: values[0] for metric, values in metrics.items()} for family, metrics in floors.items()}
 
 
 def _mean_histograms(run: MadRun, name: str) -> list[list[float]]:
     """Class shares (generations, classes), the mean over seeds."""
-    held = run.histograms[name]
-    generations = range(1, run.config.generations + 1)
-    return [np.mean([held[seed, number] for seed in run.config.seed_list], axis=0).tolist() for number in generations]
-
-
-def _extractor_hash(run: MadRun) -> str | None:
-    tasks = {source.extractor.key for source in run.experiment.sources.values() if source.extractor}
-    hashes = [json.loads(run.store.load(key)["about.json"])["sha256"] for key in tasks]
-    return hashes[0] if hashes else None
+    held, seeds = run.histograms[name], run.config.seed_list
+    return [np.mean([held[s, n] for s in seeds], axis=0).tolist() for n in range(1, run.config.generations + 1)]
 
 
 def _seconds_by_generation(run: MadRun) -> dict[str, list[float]]:

@@ -10,7 +10,6 @@ from orchestration.experiments.study.config import Study
 from orchestration.experiments.study.preflight import preflight_study
 from orchestration.experiments.study.report import report
 from orchestration.experiments.study.run import StudyRun
-from orchestration.runs.run import going_on
 from pipelines.studies import perform
 
 
@@ -22,9 +21,3 @@ def run_study(config: Study, trusted: bool = False, changes: bool = False) -> Pa
     with StudyRun(config, plan, trusted, changes) as run:
         run.perform(perform, plan.reported, plan.gpus, plan.resources)
         return report(run)
-
-
-def resume_study(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
-    """Go on with the study that ``directory`` holds. Raises ConfigError as ``run_study`` does."""
-    with going_on(directory, Study, trusted) as (_, config):  # type: ignore[type-abstract]
-        return run_study(config, trusted, changes)

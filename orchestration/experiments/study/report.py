@@ -12,7 +12,7 @@ from orchestration.experiments.study.run import StudyRun
 from orchestration.runs.html_report import conclude
 from orchestration.runs.tables import claim_lines
 from policies.common.claims import OUTCOMES, judge
-from policies.common.intervals import interval, scale_of
+from policies.common.intervals import summary_of
 from policies.loops.verdicts import plain
 
 _MOST_PANELS = 12
@@ -28,20 +28,17 @@ def report(run: StudyRun) -> Path:
     run.tracker.tags({f"claim/{number:02d}": line for number, line in enumerate(lines, 1)})
     counts = Counter(claim["outcome"] for claim in summary["claims"])
     run.tracker.metrics(0, {f"claims/{outcome}": counts[outcome] for outcome in OUTCOMES}, int(1000 * time.time()))
-    return conclude(
-        run, path, draw(run), lines=lines, products=sorted(path for of_arm in run.products.values() for path in of_arm)
-    )
+    products = sorted(path for of_arm in run.products.values() for path in of_arm)
+    return conclude(run, path, draw(run), lines=lines, products=products)
 
 
 def draw(run: StudyRun) -> Path:
     """The values of every arm and seed, claimed metrics first. Returns the directory of all figures."""
-    from pipelines.figures.mad import arm_values
+    from pipelines.figures.arms import arm_values
 
     directory, values = run.directory / "figures", run.values()
     directory.mkdir(exist_ok=True)
-    names = dict.fromkeys(
-        [*(claim.metric for claim in run.plan.claims), *(name for arm in values.values() for name in arm)]
-    )
+    names = dict.fromkeys([*run.first, *(name for held in values.values() for name in held)])
     metrics = {name: {arm: np.array(held[name]) for arm, held in values.items() if name in held} for name in names}
     if shown := {name: arms for name, arms in [*metrics.items()][:_MOST_PANELS] if arms}:
         arm_values(directory / "arms.png", shown)
@@ -49,22 +46,16 @@ def draw(run: StudyRun) -> Path:
 
 
 def summarise(run: StudyRun) -> dict[str, Any]:
-    """What machines read of a study."""
-    values = run.values()
+    """What machines read of a study: of each metric the values, one a seed, and their mean with its interval."""
+    config, values = run.config, run.values()
     arms = {
         arm: {
-            "metrics": {name: _metric(name, of_seeds) for name, of_seeds in values[arm].items()},
+            "metrics": {name: summary_of(name, np.array(of_seeds)) for name, of_seeds in values[arm].items()},
             "products": sorted(run.products[arm]),
         }
-        for arm in run.config.arms
+        for arm in config.arms
     }
     claims = [asdict(claim) | asdict(judge(claim, values)) for claim in run.plan.claims]
-    found = {"name": run.config.name, "study": run.config.study, "seeds": run.config.seed_list}
-    content: dict[str, Any] = plain(found | {"arms": arms, "claims": claims})
+    found = {"name": config.name, "study": config.study, "seeds": config.seed_list, "arms": arms, "claims": claims}
+    content: dict[str, Any] = plain(found)
     return content
-
-
-def _metric(name: str, of_seeds: list[float]) -> dict[str, Any]:
-    """A metric's ``values``, one a seed, their mean and its 95 % interval."""
-    mean, low, high = map(float, interval(np.array(of_seeds), scale_of(name)))
-    return {"values": of_seeds, "mean": mean, "low": low, "high": high}

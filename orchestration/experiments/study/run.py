@@ -12,15 +12,10 @@ from orchestration.experiments.study.config import Study
 from orchestration.experiments.study.preflight import Plan
 from orchestration.experiments.task_run import TaskRun
 from orchestration.runs.display import Row
-from orchestration.runs.inputs import accept
-from orchestration.runs.manifest import new_manifest, open_run
-from orchestration.runs.run import new_directory
-from orchestration.tracking.tracker import FIRST_LOOK
 from pipelines.storage.atomic import DamagedFiles, Files, commit_directory, read_directory, replace_durably
 from pipelines.storage.names import file_name
 from pipelines.storage.tasks import Task
 from pipelines.studies import FIGURES, IMAGES, METRICS, products
-from policies.common.intervals import interval, scale_of
 
 _MOST_ROWS = 6  # of metrics on the display
 
@@ -31,43 +26,35 @@ class StudyRun(TaskRun):
 
     config: Study
 
-    def __init__(self, config: Study, plan: Plan, trusted: bool = False, changes: bool = False) -> None:
-        directory = new_directory(config)
-        held = open_run(directory, trusted) if (directory / "manifest.json").exists() else {}
-        manifest = new_manifest("study", config, held)
-        manifest |= {"total_steps": len(plan.order), "committed_step": 0}
-        accept(directory, manifest, held, plan.inputs, changes)
-        claimed = list(dict.fromkeys(claim.metric for claim in plan.claims))[:_MOST_ROWS]
-        rows = [Row(name, name, name.replace("{", "{{").replace("}", "}}") + " {}") for name in claimed]
-        super().__init__(directory, config, manifest, len(plan.order), rows=rows, unit="task")
-        self.plan = plan
+    def __init__(self, config: Study, plan: Plan, *given: bool) -> None:
+        claimed = list(dict.fromkeys(claim.metric for claim in plan.claims))
+        rows = [Row(name, name, name.replace("{", "{{").replace("}", "}}") + " {}") for name in claimed[:_MOST_ROWS]]
+        about = {"loop": "study", "total_steps": len(plan.order)}
+        super().__init__(config, about, plan.inputs, rows, "task", *given)
+        self.plan, self.first = plan, claimed
         self.courses: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(dict)
         self.products: dict[str, list[str]] = defaultdict(list)  # by arm, relative to the run's directory
-        self._waiting: dict[str, list[tuple[str, int]]] = defaultdict(list)  # by task: whose it is
-        for pair, tasks in plan.tasks.items():
-            for key in (task.key for task in tasks):
-                self._waiting[key].append(pair)
-        self._left = {pair: len(tasks) for pair, tasks in plan.tasks.items()}
+        self._left = {pair: {task.key for task in tasks} for pair, tasks in plan.tasks.items()}
         self._latest: dict[str, int] = defaultdict(int)  # by arm, when its last result came, in ms
 
     def on_start(self) -> None:
         """Open the runs below this one: an arm each, and below it a seed each if they are few."""
-        config = self.config
-        size = f"{len(config.arms)} arms × {len(config.seed_list)} seeds, {len(self.plan.order)} tasks"
+        config, tags = self.config, {"study": self.config.study}
+        size = f"{len(config.arms)} arms × {len(config.seed_list)} seeds, {self.manifest['total_steps']} tasks"
         note = f"**{config.name}** ({config.study}): {size}. Its claims are tags, and in the artifact `report.html`."
-        self.log_params(self.manifest["config"], {"study": config.study}, note)
-        tags = {"study": config.study}
-        self.open_arms({arm: ({"arm": arm}, tags) for arm in config.arms}, config.seed_list)
+        self.log_params(self.manifest["config"], tags, note)
+        self.open_arms({arm: ({"arm": arm}, tags) for arm in config.arms})
 
     def progress(self) -> str:
         """How many tasks are done."""
-        return f"{self._done} of {len(self.plan.order)} tasks are done"
+        return f"{self._done} of {self.manifest['total_steps']} tasks are done"
 
     def taken(self, task: Task, timestamp_ms: int) -> None:
         """The metrics and files of a task, for every arm and seed that reports them."""
         shown: dict[str, float] = {}
-        files = self.store.load(task.key) if task.key in self._waiting else {}
-        for arm, seed in self._waiting.get(task.key, []):
+        pairs = [pair for pair, left in self._left.items() if task.key in left]
+        files = self.store.load(task.key) if pairs else {}
+        for arm, seed in pairs:
             courses = _courses(task, files)
             self.courses[arm, seed] |= courses
             shown = {name: course[-1] for name, course in courses.items()}
@@ -76,9 +63,9 @@ class StudyRun(TaskRun):
                 self.note(arm, seed, step, there, timestamp_ms)
             self._put_files(arm, seed, task, files)
             self._latest[arm] = max(self._latest[arm], timestamp_ms)
-            self._left[arm, seed] -= 1
+            self._left[arm, seed].remove(task.key)
             if not any(left for (of, _), left in self._left.items() if of == arm):
-                self._note_means(arm)
+                self._note_all_means(arm)
         self.advance(shown, task.label)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
@@ -93,8 +80,7 @@ class StudyRun(TaskRun):
     def _put_files(self, arm: str, seed: int, task: Task, files: Files) -> None:
         """Images to MLflow, figures and a product into the run's directory."""
         place = file_name(f"{arm}-seed{seed}")
-        tracker = self.tracker_of(arm, seed)
-        if tracker:
+        if tracker := self.tracker_of(arm, seed):
             for name, content in _below(files, IMAGES):
                 image, _, step = name.rpartition("/")
                 is_numbered = bool(image) and step.isdecimal()
@@ -107,9 +93,7 @@ class StudyRun(TaskRun):
             target = self.directory / "products" / place / (file_name(name) if name else "")
             there = str(target.relative_to(self.directory))
             if any(f"{each}/".startswith(f"{there}/") or there.startswith(f"{each}/") for each in self.products[arm]):
-                raise ValueError(
-                    f"task {task.label}: its product would replace another's at {there}: use product/NAME/"
-                )
+                raise ValueError(f"task {task.label}: {there} holds another task's product: use product/NAME/")
             self.products[arm].append(there)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -119,21 +103,14 @@ class StudyRun(TaskRun):
             if not same:
                 commit_directory(target, product, {"arm": arm, "seed": seed, "task": task.key})
 
-    def _note_means(self, arm: str) -> None:
-        """An arm's means over its seeds with their intervals, of what all of them have."""
+    def _note_all_means(self, arm: str) -> None:
+        """An arm's means over its seeds, step by step, of what all of them have."""
         of_seeds = [self.courses[arm, seed] for seed in self.config.seed_list]
         for name in of_seeds[0]:
-            lengths = {len(courses.get(name, ())) for courses in of_seeds}
-            for step in range(lengths.pop() if len(lengths) == 1 else 0):
-                values = np.array([courses[name][step] for courses in of_seeds])
-                mean, low, high = map(float, interval(values, scale_of(name)))
-                ends = {f"interval/{name}_low": low, f"interval/{name}_high": high}
-                first = {f"{FIRST_LOOK}/{name}": mean} if name in self._claimed else {}
-                self.note(arm, None, step, {name: mean, **ends, **first}, self._latest[arm])
-
-    @property
-    def _claimed(self) -> set[str]:
-        return {claim.metric for claim in self.plan.claims}
+            courses = [courses.get(name, []) for courses in of_seeds]
+            if len({*map(len, courses)}) == 1:
+                for step, values in enumerate(np.transpose(courses)):
+                    self.note_means(arm, step, {name: values}, self._latest[arm], {})
 
 
 def _below(files: Files, place: str) -> Iterator[tuple[str, bytes]]:

@@ -12,17 +12,8 @@ from orchestration.experiments.registry import SWEPT
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.tracking.tracker import TrackingSettings
 from pipelines.storage.locations import find
-from policies.common.search_space import (
-    FRESH_SEEDS,
-    MOST_POINTS,
-    Dimension,
-    Point,
-    common_points,
-    corner_points,
-    grid_points,
-    random_points,
-    read_space,
-)
+from policies.common import search_space
+from policies.common.search_space import FRESH_SEEDS, MOST_POINTS, Dimension, Point
 from policies.rl.settings import Name, Settings
 
 
@@ -75,25 +66,24 @@ class SweepConfig(Settings):
 
     @model_validator(mode="after")
     def _can_run(self) -> Self:
-        space = self.dimensions
+        space, scheduler, experiment = self.dimensions, self.scheduler.kind, self.experiment
         if self.search == "grid":
-            grid_points(space)
-        both = sorted(set(space) & set(self.fixed))
-        if both:
+            search_space.grid_points(space)
+        if both := sorted(set(space) & set(self.fixed)):
             raise ValueError(f"{both[0]} is in both space and fixed: take it out of one")
         for key in (*self.fixed, *space):
             if whole := next((each for each in space if key.startswith(f"{each}.")), None):
                 raise ValueError(f"space.{whole} sets all below it, so {key} would be lost: name only keys below")
-        own = sorted({"seed", "seeds", "output_dir", "tracking"} & {key.split(".")[0] for key in (*space, *self.fixed)})
+        own = {"seed", "seeds", "output_dir", "tracking"} & {key.split(".")[0] for key in (*space, *self.fixed)}
         if own:
-            raise ValueError(f"{own[0]} of a trial is set by the sweep: use the sweep's own seeds and tracking")
-        if self.scheduler.kind != "none" and not self.experiment.reports_steps:
+            raise ValueError(f"{min(own)} of a trial is set by the sweep: use the sweep's own seeds and tracking")
+        if scheduler != "none" and not experiment.reports_steps:
             raise ValueError("scheduler.kind: a MAD trial reports once, at its end, so nothing can stop it before")
-        if self.scheduler.kind == "pbt" and (self.search != "random" or self.seeds > 1 or self.trials < 4):
+        if scheduler == "pbt" and (self.search != "random" or self.seeds > 1 or self.trials < 4):
             raise ValueError("scheduler.kind pbt needs search=random, seeds=1 and 4 trials or more: they are copied")
-        if self.budget.reward_queries and not self.experiment.asks_rewards:
+        if self.budget.reward_queries and not experiment.asks_rewards:
             raise ValueError("budget.reward_queries: the MAD loop asks no reward; set budget.hours")
-        if self.register_as and not self.experiment.leaves_pipeline:
+        if self.register_as and not experiment.leaves_pipeline:
             raise ValueError("register_as: only DDPO trials leave a pipeline to register")
         return self
 
@@ -105,26 +95,39 @@ class SweepConfig(Settings):
     @cached_property
     def dimensions(self) -> dict[str, Dimension]:
         """The space, read."""
-        return read_space(self.space)
+        return search_space.read_space(self.space)
 
     @property
     def points(self) -> list[Point]:
         """What a grid or random search will try; for optuna, nothing is known before."""
-        if self.search == "optuna":
-            return []
-        grid = self.search == "grid"
-        found = grid_points(self.dimensions) if grid else random_points(self.dimensions, self.trials, self.seed)
-        return found if self.scheduler.kind == "pbt" else common_points(found)  # members of a population may be alike
+        if self.search != "random":
+            return (
+                search_space.common_points(search_space.grid_points(self.dimensions)) if self.search == "grid" else []
+            )
+        found = search_space.random_points(self.dimensions, self.trials, self.seed)
+        return (
+            found if self.scheduler.kind == "pbt" else search_space.common_points(found)
+        )  # members of a population may be alike
 
     @cached_property
     def example(self) -> Any:
         """The configuration of one trial, for what all of them share. Raises ConfigError."""
-        return self.trial_config(corner_points(self.dimensions)[0], 0)
+        return self.trial_config(search_space.corner_points(self.dimensions)[0], 0)
 
     @property
     def direction(self) -> Literal["max", "min"]:
         """Whether larger or smaller values of the metric are better."""
         return self.mode or better_end(self.metric or "") or self.experiment.end
+
+    @cached_property
+    def compared(self) -> str:
+        """The metric that trials are compared by."""
+        return self.metric or self.experiment.default_metric(self.example)
+
+    @cached_property
+    def period(self) -> int:
+        """Steps between two reports of a trial."""
+        return self.experiment.period(self.example, self.compared)
 
     def trial_config(self, point: Point, seed: int, place: Mapping[str, Any] | None = None) -> Any:
         """The configuration of one trial; ``place`` holds its output_dir and tracking. Raises ConfigError."""

@@ -1,11 +1,8 @@
 """Sweeps as commands and jobs see them."""
 
-from typing import TYPE_CHECKING
+from pydantic import BaseModel
 
 from orchestration.experiments.experiment import Experiment
-
-if TYPE_CHECKING:  # its configuration asks the registry, which asks for this
-    from orchestration.experiments.sweep.config import SweepConfig
 
 
 class Sweep(Experiment):
@@ -14,8 +11,8 @@ class Sweep(Experiment):
     name = "sweep"
 
     @property
-    def schema(self) -> type["SweepConfig"]:
+    def schema(self) -> type[BaseModel]:
         """See :class:`Experiment`."""
-        from orchestration.experiments.sweep.config import SweepConfig
+        from orchestration.experiments.sweep.config import SweepConfig  # asks the registry, which asks for this
 
         return SweepConfig

@@ -13,7 +13,6 @@ from orchestration.experiments.sweep.preflight import preflight_sweep
 from orchestration.experiments.sweep.report import Table, report
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial
-from orchestration.runs.run import going_on
 from policies.common.search_space import FRESH_SEEDS, Point, common_points
 
 
@@ -29,23 +28,18 @@ def run_sweep(config: SweepConfig, trusted: bool = False, changes: bool = False)
         return report(run, Table(run))
 
 
-def resume_sweep(directory: Path, trusted: bool = False, changes: bool = False) -> Path:
-    """Go on with the sweep that ``directory`` holds. Raises ConfigError as ``run_sweep`` does."""
-    with going_on(directory, SweepConfig, trusted) as (_, config):
-        return run_sweep(config, trusted, changes)
-
-
 def _search(run: SweepRun) -> None:
     config, root = run.config, run.directory
     if config.search == "optuna":
         known = [trial.point for trial in run.trials() if trial.seed < FRESH_SEEDS]
-        return search.suggested(run, common_points(known))
-    if config.scheduler.kind == "pbt":
-        return search.population(run, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
-    trials = [Trial.of(root, point, seed) for point in config.points for seed in range(config.seeds)]
-    # A scheduler compares with what is done as well; without one, that needs no place.
-    wanted = [each for each in trials if config.scheduler.kind != "none" or not each.over()]
-    return search.listed(run, wanted, stopping=True)
+        search.suggested(run, common_points(known))
+    elif config.scheduler.kind == "pbt":
+        search.population(run, [Trial.member(root, i, point) for i, point in enumerate(config.points)])
+    else:
+        trials = [Trial.of(root, point, seed) for point in config.points for seed in range(config.seeds)]
+        # A scheduler compares with what is done as well; without one, that needs no place.
+        wanted = [each for each in trials if config.scheduler.kind != "none" or not each.over()]
+        search.listed(run, wanted, stopping=True)
 
 
 def _confirm(run: SweepRun, best: Point) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -51,11 +50,11 @@ class PointResult:
     """A point over its seeds: their mean on the metric's scale and its 95 % interval, nan where it has none."""
 
     point: Point
-    values: list[float]
-    mean: float
-    low: float
-    high: float
     complete: bool  # every seed has finished
+    values: list[float]
+    mean: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
 
 
 class Table:
@@ -68,40 +67,33 @@ class Table:
         self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
         self.best = next((point for point in self.points if point.complete and point.values), None)
 
-    def searched(self, point: Point) -> list[Outcome]:
-        """The trials of a point in the search."""
-        return [each for each in self.outcomes if exact(each.point) == exact(point) and each.seed < FRESH_SEEDS]
-
     def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
         found = []
         for point in common_points([each.point for each in outcomes]):
-            mine = [each for each in outcomes if exact(each.point) == exact(point)]
-            values = [each.value for each in mine if each.value is not None]
-            mean, low, high = (
-                map(float, interval(np.array(values), scale_of(self._metric))) if values else (np.nan,) * 3
-            )
-            complete = all(each.status == "FINISHED" for each in mine)
-            found.append(PointResult(point, values, mean, low, high, complete))
+            tried = [each for each in outcomes if exact(each.point) == exact(point)]
+            values = [each.value for each in tried if each.value is not None]
+            ends = map(float, interval(np.array(values), scale_of(self._metric))) if values else ()
+            found.append(PointResult(point, all(each.status == "FINISHED" for each in tried), values, *ends))
         # A point that was stopped early is not compared with one that was not.
         return sorted(found, key=lambda p: (p.complete, self._better * p.mean if p.values else -np.inf), reverse=True)
 
     def first(self, point: Point) -> Outcome:
-        """The best trial of a point, all of which have finished."""
-        return max(self.searched(point), key=lambda each: self._better * (each.value or 0.0))
+        """The best trial in the search of a point, all of which have finished."""
+        tried = [each for each in self.outcomes if exact(each.point) == exact(point) and each.seed < FRESH_SEEDS]
+        return max(tried, key=lambda each: self._better * (each.value or 0.0))
 
     def confirmation(self) -> dict[str, Any] | None:
         """The best point's gain over the unchanged configuration, paired by fresh seed: positive is better."""
-        means = {exact(each.point): each for each in self.fresh if each.complete and each.values}
-        if self.best is None or exact(self.best.point) not in means or "{}" not in means:
+        values = {exact(each.point): each.values for each in self.fresh if each.complete and each.values}
+        if self.best is None or not {exact(self.best.point), "{}"} <= values.keys():
             return None
-        best, unchanged = means[exact(self.best.point)], means["{}"]
-        ends = (best.values, unchanged.values) if self._better > 0 else (unchanged.values, best.values)
-        gain, ratio = paired(*ends, self._metric)
+        best, unchanged = values[exact(self.best.point)], values["{}"]
+        gain, ratio = paired(*((best, unchanged) if self._better > 0 else (unchanged, best)), self._metric)
         return {
-            "best": best.values,
-            "unchanged": unchanged.values,
+            "best": best,
+            "unchanged": unchanged,
             "gain": {name: float(value) for name, value in gain._asdict().items()} | {"logarithm": ratio},
-            "beats_unchanged": bool(gain.low > 0 if len(best.values) > 1 else gain.mean > 0),
+            "beats_unchanged": bool(gain.low > 0 if len(best) > 1 else gain.mean > 0),
         }
 
 
@@ -114,7 +106,12 @@ def report(run: SweepRun, table: Table) -> Path:
         raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
     figures = _draw(run, [(point, value) for point, value in tried if point])
     confirmation = table.confirmation()
-    model = _register(run, table, confirmation) if config.register_as and table.best else None
+    model = None
+    if config.register_as and table.best:  # its best trial becomes a version of an MLflow model
+        first = table.first(table.best.point)
+        tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
+        tags |= {"gain_on_fresh_seeds": json.dumps(confirmation["gain"])} if confirmation else {}
+        model = register(run.directory / "trials" / first.name, config.register_as, "best", run.display.say, tags)
     content = {
         "metric": run.metric,
         "mode": config.direction,
@@ -146,14 +143,3 @@ def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
     if run.config.search == "grid" and len(wide := [key for key in space if len(space[key].values) > 1]) >= 2:
         phase_diagram(figures / "phase_diagram.png", tried, run.metric, *wide[:2])
     return figures
-
-
-def _register(run: SweepRun, table: Table, confirmation: Mapping[str, Any] | None) -> str:
-    """The best point's best trial as a version of an MLflow model, with the alias "best"."""
-    assert table.best is not None
-    first = table.first(table.best.point)
-    tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
-    if confirmation:
-        tags["gain_on_fresh_seeds"] = json.dumps(confirmation["gain"])
-    name = str(run.config.register_as)
-    return register(run.directory / "trials" / first.name, name, "best", run.display.say, tags)

@@ -8,7 +8,7 @@ from ray.tune import Stopper
 
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.sweep.config import BudgetSettings, SweepConfig
-from orchestration.experiments.sweep.trial import Trial, metric_of, reports, trials_in
+from orchestration.experiments.sweep.trial import Trial, reports, trials_in
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import Row
 from orchestration.runs.inputs import Inputs, accept, code_of, fingerprints
@@ -61,21 +61,21 @@ class SweepRun(Run):
             if held["config"].get(key) != manifest["config"][key]:
                 raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
         accept(directory, manifest, held, _inputs(config, held.get("inputs")), changes)
-        self.metric = metric_of(config)
+        self.metric = config.compared
         label = self.metric.replace("_", " ")
         row = Row(self.metric, label, f"{label} {{}}", colour="green")
         total = len(config.points or range(config.trials)) * config.seeds + 2 * config.confirm_seeds
         begun = list(trials_in(directory))
         self._done = {trial.name for trial in begun if trial.over()}
-        super().__init__(directory, config, manifest, total, len(self._done), rows=(row,), unit="trial")
+        super().__init__(directory, config, manifest, total, len(self._done), rows=[row], unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         used = {trial.name: told[-1]["images"] for trial in begun if (told := reports(config, trial))}
         self.budget = Budget(config.budget, self._wall_before, used)
 
     def on_start(self) -> None:
         """Tell MLflow what is swept."""
-        tags = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
-        self.log_params(self.manifest["config"], tags)
+        about = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
+        self.log_params(self.manifest["config"], about)
 
     def __exit__(self, *error: Any) -> None:
         try:

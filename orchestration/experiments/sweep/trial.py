@@ -92,19 +92,9 @@ class Trial:
 def reports(sweep: SweepConfig, trial: Trial) -> list[dict[str, Any]]:
     """What a trial has to report so far: the metric, steps and images at each commit that measured it."""
     manifest = trial.manifest()
-    found = sweep.experiment.reports(trial.directory, manifest, metric_of(sweep))
-    due = [each for each in found if each["step"] % period(sweep) == 0 or each["step"] == manifest["total_steps"]]
+    found = sweep.experiment.reports(trial.directory, manifest, sweep.compared)
+    due = [each for each in found if each["step"] % sweep.period == 0 or each["step"] == manifest["total_steps"]]
     return [{**each, "trial": trial.name} for each in due]
-
-
-def period(sweep: SweepConfig) -> int:
-    """Steps between two reports of a trial."""
-    return sweep.experiment.period(sweep.example, metric_of(sweep))
-
-
-def metric_of(sweep: SweepConfig) -> str:
-    """The metric that a sweep compares."""
-    return sweep.metric or sweep.experiment.default_metric(sweep.example)
 
 
 def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], changes: bool = False) -> None:
@@ -112,17 +102,16 @@ def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], cha
     from ray import tune
 
     trial.wait_until_free()
+    # A member of a population takes weights from others: its own past is no measure of it.
     copies = sweep.scheduler.kind == "pbt" and trial.seed < FRESH_SEEDS
-    found = reports(sweep, trial)
-    for report in found[-1:] if copies and trial.over() else [] if copies else found:
+    found, over = reports(sweep, trial), trial.over()
+    for report in found if not copies else found[-1:] if over else []:
         tune.report(report)
-    if trial.over():
+    if over:
         return
     trial.note(error=None)
-    # A member of a population takes weights from others: its own past is no measure of it.
-    own = {"evaluation.patience": 0} if copies else {}
-    place = {"output_dir": str(trial.directory), "tracking": {**tracking}}
-    config = sweep.trial_config(trial.point, trial.seed, own | place)
+    place: dict[str, Any] = {"output_dir": str(trial.directory), "tracking": {**tracking}}
+    config = sweep.trial_config(trial.point, trial.seed, place | ({"evaluation.patience": 0} if copies else {}))
 
     def committed(step: int, commit: Path) -> None:
         found = reports(sweep, trial)

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field
 
 from policies.common.user_code import Named, Registry
-from policies.loops.laws import Laws
+from policies.loops.laws import Laws, accumulate, augmentation, fresh
 from policies.loops.samples import Samples
-from policies.loops.training_sets import Ledger, Part
+from policies.loops.training_sets import Ledger, Part, spread
 from policies.rl.settings import Settings
 
 Supply = Literal["fixed", "fresh", "fresh_with_replacement"]
@@ -52,10 +52,12 @@ class Rule(Named, Settings):
 
     names: ClassVar[tuple[str, ...]] = ()
     supplied: ClassVar[bool] = False  # whether real samples may be other than one fixed set
+    same_real: ClassVar[bool] = False  # whether the real set is the same every time, so that no fraction is asked for
+    real_first: ClassVar[bool] = False  # whether n_ini, if it is null, is the real set alone
+    needs_one: ClassVar[tuple[str, ...]] = ()  # sizes of which one has to be given; none: both counts, or a fraction
     fine_tunes: ClassVar[bool] = False  # whether a generation goes on from the last one's weights
-    sized_by: ClassVar[int] = (
-        2  # so many of n_real and n_synthetic are the one size of all later sets; 3: there is none
-    )
+    sized_by: ClassVar[int] = 2  # so many of n_real and n_synthetic are the size of all later sets; 3: there is none
+    mixed: ClassVar[bool] = False  # whether the law of mixtures is its own
     effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
     simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
 
@@ -74,7 +76,7 @@ class Rule(Named, Settings):
         """Raise ValueError unless the rule has what it needs and nothing that contradicts it."""
         counts = {"n_real": self.n_real, "n_synthetic": self.n_synthetic}
         given = [name for name, value in counts.items() if value is not None]
-        total = sum(value for value in counts.values() if value is not None)
+        total = (self.n_real or 0) + (self.n_synthetic or 0)
         if self.fresh_fraction is not None and given:
             raise ValueError(
                 f"sizes are given both ways: fresh_fraction with {' and '.join(given)}; "
@@ -82,6 +84,8 @@ class Rule(Named, Settings):
             )
         if self.n_total not in (None, total) and len(given) >= self.sized_by:
             raise ValueError(f"n_total is {self.n_total}, but {' + '.join(given)} is {total}: leave one of them out")
+        if self.same_real and self.fresh_fraction is not None:
+            raise ValueError(f"rule {self.name()} uses the same real set every time: give n_real, not fresh_fraction")
         if problem := self.contradiction():
             raise ValueError(problem)
         if self.real_supply not in (None, "fixed") and not self.supplied:
@@ -95,6 +99,9 @@ class Rule(Named, Settings):
 
     def missing(self) -> str | None:
         """What the rule cannot do without, in words."""
+        if self.needs_one:
+            given = any(getattr(self, size) is not None for size in self.needs_one)
+            return None if given else " or ".join(self.needs_one)
         fraction = self.fresh_fraction is not None and (self.n_ini is not None or self.n_total is not None)
         counts = self.n_real is not None and self.n_synthetic is not None
         return None if counts or fraction else "n_real and n_synthetic, or n_total and fresh_fraction"
@@ -122,7 +129,12 @@ class Rule(Named, Settings):
 
     def looks_back(self, generations: int) -> int:
         """How many earlier generations a training set reads at most."""
-        return generations if self.accumulates else 1
+        return generations if self.accumulates else self.remembered
+
+    @property
+    def remembered(self) -> int:
+        """Of how many earlier generations new synthetic samples are."""
+        return 1
 
     def initial(self) -> int:
         """n_ini: the real samples of generation 1."""
@@ -130,6 +142,8 @@ class Rule(Named, Settings):
 
     def first_size(self) -> int:
         """What n_ini is if it is null."""
+        if self.real_first and self.fresh_fraction is None:
+            return first_of(self.n_real, 0)
         return first_of(self.n_total, first_of(self.n_real, 0) + first_of(self.n_synthetic, 0))
 
     def total(self) -> int:
@@ -168,8 +182,15 @@ class Rule(Named, Settings):
         return [real, *drawn], ledger
 
     def synthetic(self, generation: int, count: int) -> dict[int, int]:
-        """Of which earlier generations a training set takes how many of its ``count`` new samples."""
-        return {generation - 1: count}
+        """Of which earlier generations a training set takes how many of its ``count`` new samples: as even as can be,
+        later ones getting the rest."""
+        earlier = range(max(1, generation - self.remembered), generation)
+        if 0 < count < len(earlier):
+            raise ValueError(
+                f"generation {generation}: {count} synthetic samples are too few for {len(earlier)} generations: "
+                f"set memory to {count} at most"
+            )
+        return dict(zip(earlier, spread(count, len(earlier)), strict=True))
 
     def subsample(self) -> int | None:
         """How many samples of its parts a training set draws; None: it is all of them."""
@@ -188,7 +209,16 @@ class Rule(Named, Settings):
     def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
         """What the Gaussian family does on average in two generations or more; empty where no law is known. ``how`` is
         what every law is given: generations, sampling_bias, covariance."""
-        return {}
+        if not self.mixed:
+            return {}
+        if self.supply != "fixed":
+            n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
+            return fresh(**how, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic, memory=self.remembered)
+        if (once := self.once(generations)) is None:
+            return {}
+        if self.accumulates:
+            return accumulate(**how, n_ini=self.initial(), n_synthetic=once)
+        return augmentation(**how, n_real=self.initial(), n_synthetic=once, memory=self.remembered)
 
     def categorical_law(self, generations: int, probabilities: Sequence[float]) -> Laws:
         """What the categorical family does on average; empty where no law is known."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.loops.laws import Laws, accumulate_subsample
-from policies.loops.rules import Rule
 from policies.loops.rules.accumulate import Accumulate
 
 
@@ -12,15 +11,12 @@ class AccumulateSubsample(Accumulate):
     """N samples, drawn without replacement from the real set and every earlier batch."""
 
     names = ("accumulate_subsample",)
+    real_first = False
 
     def contradiction(self) -> str | None:
-        """Weights, besides."""
+        """Weights."""
         alike = "rule accumulate_subsample draws all samples alike: leave real_weight out"
-        return super().contradiction() or (alike if self.real_weight != 1 else None)
-
-    def first_size(self) -> int:
-        """N."""
-        return Rule.first_size(self)
+        return alike if self.real_weight != 1 else None
 
     def subsample(self) -> int:
         """N."""

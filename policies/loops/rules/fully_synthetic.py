@@ -11,18 +11,13 @@ class FullySynthetic(Rule):
     """n_synthetic samples of the previous generation, and no real ones."""
 
     names = ("fully_synthetic",)
+    needs_one = ("n_synthetic", "n_ini", "n_total")
     sized_by = 1
 
     def contradiction(self) -> str | None:
         """Real data."""
-        if not (self.n_real or self.fresh_fraction):
-            return None
-        return "rule fully_synthetic uses no real data after generation 1: leave n_real and fresh_fraction out"
-
-    def missing(self) -> str | None:
-        """A size."""
-        sized = (self.n_ini, self.n_synthetic, self.n_total) != (None, None, None)
-        return None if sized else "n_synthetic or n_ini"
+        without = "rule fully_synthetic uses no real data after generation 1: leave n_real and fresh_fraction out"
+        return without if self.n_real or self.fresh_fraction else None
 
     def first_size(self) -> int:
         """That of the later sets."""

@@ -12,11 +12,8 @@ class RealOnly(Rule):
     """The same real samples every time."""
 
     names = ("real_only",)
+    needs_one = ("n_ini",)
     sized_by = 3
-
-    def missing(self) -> str | None:
-        """n_ini."""
-        return None if self.n_ini is not None else "n_ini"
 
     def sizes(self, generation: int, generations: int) -> tuple[int, int]:
         """n_ini, and nothing else."""

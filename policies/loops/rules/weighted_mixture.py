@@ -15,6 +15,7 @@ class WeightedMixture(Rule):
     """``shares`` of N from the fixed real set, new real data, the previous generation, and those before it."""
 
     names = ("weighted_mixture",)
+    needs_one = ("n_total", "n_ini")
     sized_by = 3
 
     shares: dict[Source, Share] | None = Field(None, description="weighted_mixture: each source's share of n_total")
@@ -24,10 +25,6 @@ class WeightedMixture(Rule):
         if self.shares and abs(sum(self.shares.values()) - 1) <= 1e-9:
             return None
         return "rule weighted_mixture needs shares that sum to 1, such as {real_fixed: 0.3, previous: 0.7}"
-
-    def missing(self) -> str | None:
-        """N."""
-        return None if (self.n_ini, self.n_total) != (None, None) else "n_total or n_ini"
 
     def looks_back(self, generations: int) -> int:
         """All of them."""
