@@ -6,14 +6,14 @@ Everything is a function of the pipeline, the settings and the seed; on one mach
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.captioner import Captioner
 from pipelines.denoisers import load_family
@@ -24,31 +24,29 @@ from pipelines.settings import CaptionerSettings, ModelSettings
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import find, resolve_model
 from pipelines.storage.model_files import ModelFilesError, read_json
-from pipelines.studies import metrics
+from pipelines.studies import metrics, products
 from policies.common.seeding import derive_seed
 from policies.erasing import ErasingSettings, Variant, esd_target, trained_modules, uce_weight
 from policies.rl.settings import SamplingSettings
 
-_PIPELINE = "StableDiffusionPipeline"
+# Prompts: which of them name the concept, and what is neutral in its place.
 
 
-def _place(concept: str, text: str) -> re.Match[str] | None:
-    return re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", text, re.IGNORECASE)
+def _words(concept: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
 
 
 def is_named(concept: str, text: str) -> bool:
     """Whether ``text`` holds the words of ``concept``, in any case."""
-    return _place(concept, text) is not None
+    return _words(concept).search(text) is not None
 
 
 def renamed(text: str, concept: str, word: str) -> str:
-    """``text`` with another word for the concept."""
-    found = _place(concept, text)
-    return text if found is None else text[: found.start()] + word + text[found.end() :]
+    """``text`` with another word for the concept, where it is first named."""
+    return _words(concept).sub(lambda _: word, text, count=1)
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """The prompts that name a concept, or the concept by itself where none does, and the ``others``.
 
     ``instead``: words that stand in its place in neutral prompts. Without any ∅ is neutral, as in the papers.
@@ -63,22 +61,25 @@ class Prompts:
     def of(cls, concept: str, prompts: Sequence[str], instead: Sequence[str] = ()) -> "Prompts":
         """Those of ``prompts``."""
         named = tuple(each for each in prompts if is_named(concept, each))
-        others = tuple(each for each in prompts if not is_named(concept, each))
-        return cls(concept, named or (concept,), others, tuple(instead))
+        return cls(concept, named or (concept,), tuple(each for each in prompts if each not in named), tuple(instead))
 
     def neutral(self, prompt: str) -> list[str | None]:
         """What one that names the concept is to be answered as."""
         return [renamed(prompt, self.concept, word) for word in self.instead] or [None]
 
 
+# Training.
+
+Drawn = tuple[Tensor, Tensor, Tensor]
+
+
 def check_erasable(path: str) -> None:
     """Raise ModelFilesError unless ``path`` is a directory of Stable Diffusion 1.x or 2.x."""
-    directory = find(path)
+    directory, wanted = find(path), "StableDiffusionPipeline"
     if directory is None or not directory.is_dir():
         raise ModelFilesError(f"path: there is no directory {path!r}; name one that save_pretrained wrote")
-    kind = read_json(directory / "model_index.json").get("_class_name")
-    if kind != _PIPELINE:
-        raise ModelFilesError(f"path: {path!r} is a {kind}, and what is erased here is a {_PIPELINE}'s cross-attention")
+    if (kind := read_json(directory / "model_index.json").get("_class_name")) != wanted:
+        raise ModelFilesError(f"path: {path!r} is a {kind}, and what is erased here is a {wanted}'s cross-attention")
 
 
 class Eraser:
@@ -86,25 +87,18 @@ class Eraser:
 
     def __init__(self, path: str, device: str = "cpu") -> None:
         check_erasable(path)
-        self.device = torch.device(device)
-        self.family = load_family(path, torch.float32)
+        self.device, self.family = torch.device(device), load_family(path, torch.float32)
         self.network: nn.Module = self.family.network.to(self.device)
         self.frozen = deepcopy(self.network)
         for encoder in self.family.text_encoders:
             encoder.to(self.device)
         self._states: dict[str | None, Tensor] = {}
 
-    @property
-    def pipeline(self) -> Any:
-        """The product: a stock ``StableDiffusionPipeline`` with the edited network."""
-        return self.family.pipeline
-
     @torch.no_grad()
     def states(self, prompts: Sequence[str | None]) -> Tensor:
         """Text states (prompts, tokens, width); of None those of ∅, encoded as guidance's empty prompt is."""
-        for prompt in prompts:
-            if prompt not in self._states:
-                self._states[prompt] = self.family.encode(prompt, self.device)["encoder_hidden_states"]
+        for prompt in {*prompts} - self._states.keys():
+            self._states[prompt] = self.family.encode(prompt, self.device)["encoder_hidden_states"]
         return torch.stack([self._states[prompt] for prompt in prompts])
 
     def erase(self, prompts: Prompts, variant: Variant, settings: ErasingSettings, seed: int) -> list[float]:
@@ -119,15 +113,14 @@ class Eraser:
         schedule = self.family.schedule(SamplingSettings(steps=settings.steps))
         weights = [each for _, module in trained_modules(self.network, variant) for each in module.parameters()]
         optimizer = torch.optim.Adam((each.requires_grad_(True) for each in weights), lr=settings.learning_rate)
-        count = settings.rounds * settings.updates
-        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / count)
+        falling = LambdaLR(optimizer, lambda update: 1 - update / (settings.rounds * settings.updates))
         random = torch.Generator().manual_seed(derive_seed(seed, "erasing"))
         losses = []
         for _ in range(settings.rounds):
             states, latents, targets = self._draw(prompts, settings, schedule, random)
             for _ in range(settings.updates):
-                image = torch.randint(settings.images, (settings.batch,), generator=random)
-                step = torch.randint(settings.steps, (settings.batch,), generator=random)
+                sizes = (settings.images, settings.steps)
+                image, step = (torch.randint(most, (settings.batch,), generator=random) for most in sizes)
                 answer = self._ask(self.network, latents[step, image], schedule.timesteps[step], states[image])
                 loss = (answer - targets[step, image]).square().mean()
                 optimizer.zero_grad()
@@ -135,14 +128,11 @@ class Eraser:
                 optimizer.step()
                 falling.step()
                 losses.append(loss.item())
-        for each in weights:
-            each.requires_grad_(False)
+        self.network.requires_grad_(False)
         return losses
 
     @torch.no_grad()
-    def _draw(
-        self, prompts: Prompts, settings: ErasingSettings, schedule: Any, random: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, prompts: Prompts, settings: ErasingSettings, schedule: Any, random: torch.Generator) -> Drawn:
         """Text states (images, tokens, width); x_t and what is to be answered there, each (steps, images, …)."""
 
         def pick(among: Sequence[str], count: int) -> list[str]:
@@ -176,9 +166,8 @@ class Eraser:
         all states of other prompts. (A causal encoder hands a word on to every token behind it.)"""
         concepts, guides = [], []
         for prompt in prompts.named:
-            found = _place(prompts.concept, prompt)
-            assert found is not None  # it is named
-            last = len(self.pipeline.tokenizer(prompt[: found.end()]).input_ids) - 2  # the end token comes after it
+            until = next(_words(prompts.concept).finditer(prompt)).end()  # it is named
+            last = len(self.family.pipeline.tokenizer(prompt[:until]).input_ids) - 2  # the end token comes after it
             concepts.append(self.states([prompt])[0, last:])
             guides.append(self.states(prompts.neutral(prompt)).mean(dim=0)[last:])
         kept = self.states(prompts.others).flatten(0, 1) if prompts.others else concepts[0][:0]
@@ -197,13 +186,16 @@ def erase(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     settings = ErasingSettings(**parameters["settings"])
     prompts = Prompts.of(parameters["concept"], parameters["prompts"], parameters["instead"])
     losses = eraser.erase(prompts, parameters["variant"], settings, parameters["seed"])
-    pipeline = eraser.pipeline.to("cpu")
+    pipeline = eraser.family.pipeline.to("cpu")
     for part in (pipeline, *pipeline.components.values()):  # else equal products would say where they came from
         if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
             part.register_to_config(_name_or_path="")
     files = packed(lambda directory: pipeline.save_pretrained(directory, safe_serialization=True))
     series = metrics({f"{key}/loss": losses} if losses else {})
     return series | {f"product/{key}/{name}": content for name, content in files.items()}
+
+
+# Judging.
 
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -213,17 +205,16 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     show what other prompts ask for in its slot (``others``) and in each other slot, and so where it is named
     (``SLOT_where_named``). The captioner says how many captions hold the word there (``mentioned``), and elsewhere.
     """
-    concept, key, path = parameters["concept"], parameters["key"], parameters["path"]
+    concept, key, path, size = (parameters[each] for each in ("concept", "key", "path", "batch"))
     asked = list(parameters["prompts"]) * parameters["images_per_prompt"]
     seeds = [derive_seed(parameters["seed"], "judged", number) for number in range(len(asked))]
     sampling = SamplingSettings(steps=parameters["steps"], guidance_scale=parameters["guidance_scale"])
-    if inputs:
-        start = f"product/{key}/"
-        product = {name.removeprefix(start): each for name, each in inputs[0].items() if name.startswith(start)}
-        policy = unpacked(product, lambda at: DiffusionPolicy(ModelSettings(path=str(at)), sampling, device))
-    else:
-        policy = DiffusionPolicy(ModelSettings(path=path), sampling, device)
-    batches = [slice(first, first + parameters["batch"]) for first in range(0, len(asked), parameters["batch"])]
+
+    def load(directory: Any) -> DiffusionPolicy:
+        return DiffusionPolicy(ModelSettings(path=str(directory)), sampling, device)
+
+    policy = unpacked(products(inputs[0])[key], load) if inputs else load(path)
+    batches = [slice(first, first + size) for first in range(0, len(asked), size)]
     images = np.concatenate([policy.rollout(asked[each], seeds[each])[0] for each in batches])
     named = np.array([is_named(concept, prompt) for prompt in asked])
     found: dict[str, Any] = {}

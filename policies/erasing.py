@@ -54,14 +54,12 @@ def trained_modules(network: nn.Module, variant: Variant) -> Iterator[tuple[str,
     """
     from torch import nn
 
+    elsewhere = variant == "esd-u"
+    kinds = nn.Linear | nn.Conv2d if elsewhere else nn.Linear
+    ends = (".to_k", ".to_v") if variant in ("esd-x-strict", "uce") else ("",)
     for name, module in network.named_modules():
         crossed = "attn2" in name.split(".")
-        if variant == "esd-u":
-            chosen = isinstance(module, nn.Linear | nn.Conv2d) and not crossed
-        else:
-            chosen = isinstance(module, nn.Linear) and crossed
-            chosen = chosen and (variant == "esd-x" or name.endswith((".to_k", ".to_v")))
-        if chosen:
+        if isinstance(module, kinds) and crossed != elsewhere and name.endswith(ends):
             yield name, module
 
 

@@ -82,7 +82,7 @@ def test_gradient_is_that_of_the_equation(model: str, request: pytest.FixtureReq
     (loss,) = eraser.erase(prompts, "esd-x-strict", settings, seed=1)
     latents, time, states = seen["inputs"][0]
     assert torch.equal(states[0], plain.family.encode(PROMPTS[0], torch.device("cpu"))["encoder_hidden_states"])
-    nothing = plain.pipeline.encode_prompt("", "cpu", 1, False)[0]  # as guidance's unconditional half is
+    nothing = plain.family.pipeline.encode_prompt("", "cpu", 1, False)[0]  # as guidance's unconditional half is
     for each in plain.network.parameters():
         each.requires_grad_(True)
     with torch.no_grad():

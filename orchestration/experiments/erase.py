@@ -67,20 +67,19 @@ class Erase(Study):
 
     def preflight(self) -> None:
         """The pipeline is one that can be erased from, and the judges know the concepts."""
-        from pipelines.erasing import Prompts, check_erasable
+        from pipelines.erasing import check_erasable, is_named
 
         check_erasable(self.path)
         texts, slots = read_prompts(self.prompts)[0], self._slots()
         if len({each.key for each in self.concepts}) < len(self.concepts):
             raise ValueError("concepts: give each once")
-        for concept in self.concepts:
-            prompts = Prompts.of(concept.word, texts)
-            if prompts.named == (concept.word,) or not prompts.others:
-                raise ValueError(f"concepts: some prompts of {self.prompts!r} have to name {concept.word!r}, not all")
-            if Prompts.of(concept.unused, texts).named != (concept.unused,):
-                raise ValueError(f"concepts: unused {concept.unused!r} is in {self.prompts!r}; choose another word")
-            if slots and not any(concept.word in words for words in slots.values()):
-                raise ValueError(f"concepts: {self.judging.evaluator!r} knows no {concept.word!r}; set it to null")
+        for word, unused in [(concept.word, concept.unused) for concept in self.concepts]:
+            if not 0 < sum(is_named(word, text) for text in texts) < len(texts):
+                raise ValueError(f"concepts: some prompts of {self.prompts!r} have to name {word!r}, not all")
+            if any(is_named(unused, text) for text in texts):
+                raise ValueError(f"concepts: unused {unused!r} is in {self.prompts!r}; choose another word")
+            if slots and not any(word in words for words in slots.values()):
+                raise ValueError(f"concepts: {self.judging.evaluator!r} knows no {word!r}; set it to null")
         if unknown := [arm for arm in self.learning_rates if arm not in type(self).model_fields["arms"].default]:
             raise ValueError(f"learning_rates: {unknown[0]!r} is no arm")
         if self.judging.captioner:
@@ -103,23 +102,19 @@ class Erase(Study):
         judging |= {who: portable(judging[who]) for who in ("evaluator", "captioner") if judging[who]}
         for concept in self.concepts:
             common = {"path": portable(self.path), "key": concept.key, "seed": seed, "read": read}
-            inputs = []
-            if arm != "base":
-                job = {**common, **self._job(arm, concept, texts)}
-                inputs = [task(erase, job, label=f"{concept.word}, {arm}, seed {seed}")]
+            label = f"{concept.word}, {arm}, seed {seed}"
+            erased = [task(erase, common | self._job(arm, concept, texts), label=label)] if arm != "base" else []
             asked = {**common, **judging, "concept": concept.word, "prompts": texts}
             asked["guidance_scale"] = concept.guidance_scale
-            found += [*inputs, task(measure, asked, *inputs, label=f"{concept.word}, {arm}, seed {seed}, judged")]
+            found += [*erased, task(measure, asked, *erased, label=f"{label}, judged")]
         return found
 
     def _job(self, arm: str, concept: Concept, texts: list[str]) -> dict[str, Any]:
         """Which concept is erased from which prompts, and how."""
         from pipelines.erasing import renamed
 
-        settings = {
-            **self.erasing.model_dump(),
-            "learning_rate": self.learning_rates.get(arm, self.erasing.learning_rate),
-        }
+        rate = self.learning_rates.get(arm, self.erasing.learning_rate)
+        settings = self.erasing.model_dump() | {"learning_rate": rate}
         word, instead = concept.word, list(concept.instead)
         if arm == "esd-x-paper":
             instead, settings["retain"] = [], 0.0
@@ -134,22 +129,23 @@ class Erase(Study):
 
     def _claims(self, concept: Concept) -> Iterator[Claim]:
         word, key, slots = concept.word, concept.key, self._slots()
+
+        def stays(sentence: str, metric: str, arm: str) -> Claim:
+            return Claim(sentence, f"{key}/{metric}", arm, "at least", -self.harm, "base", "difference")
+
         judges = {"target": "the evaluator sees"} if slots else {}
         judges |= {"mentioned": "captions name"} if self.judging.captioner else {}
         kept = {"others" if word in words else slot: slot for slot, words in slots.items()}
+        how: Any = {"control": "base", "kind": "ratio"} if concept.relative else {"scale": "share"}
         for arm in (*ERASED, "esd-x-paper"):
             for metric, says in judges.items():
-                sentence = f"{arm} erases {word}: where it is asked for, {says} it"
-                if concept.relative:
-                    yield Claim(f"{sentence} less", f"{key}/{metric}", arm, "at most", concept.left, "base", "ratio")
-                else:
-                    yield Claim(f"{sentence} seldom", f"{key}/{metric}", arm, "at most", concept.left, scale="share")
+                sentence = f"{arm} erases {word}: where it is asked for, {says} it "
+                sentence += "less" if concept.relative else "seldom"
+                yield Claim(sentence, f"{key}/{metric}", arm, "at most", concept.left, **how)
             for metric, slot in kept.items():
-                sentence = f"{arm} of {word}: each {slot} that other prompts ask for stays"
-                yield Claim(sentence, f"{key}/{metric}", arm, "at least", -self.harm, "base", "difference")
+                yield stays(f"{arm} of {word}: each {slot} that other prompts ask for stays", metric, arm)
         for metric in judges:
-            sentence = f"control: erasing {concept.unused!r} leaves {word} ({metric})"
-            yield Claim(sentence, f"{key}/{metric}", "unused", "at least", -self.harm, "base", "difference")
+            yield stays(f"control: erasing {concept.unused!r} leaves {word} ({metric})", metric, "unused")
 
     def _slots(self) -> dict[str, list[str]]:
         """What the evaluator tells apart, by slot."""

@@ -13,7 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from policies.common.user_code import Named, Registry
-from policies.loops.laws import Laws, accumulate, augmentation, fresh
+from policies.loops import laws  # as this package has modules of its functions' names
+from policies.loops.laws import Laws
 from policies.loops.samples import Samples
 from policies.loops.training_sets import Ledger, Part, spread
 from policies.rl.settings import Settings
@@ -213,12 +214,14 @@ class Rule(Named, Settings):
             return {}
         if self.supply != "fixed":
             n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
-            return fresh(**how, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic, memory=self.remembered)
+            return laws.fresh(
+                **how, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic, memory=self.remembered
+            )
         if (once := self.once(generations)) is None:
             return {}
         if self.accumulates:
-            return accumulate(**how, n_ini=self.initial(), n_synthetic=once)
-        return augmentation(**how, n_real=self.initial(), n_synthetic=once, memory=self.remembered)
+            return laws.accumulate(**how, n_ini=self.initial(), n_synthetic=once)
+        return laws.augmentation(**how, n_real=self.initial(), n_synthetic=once, memory=self.remembered)
 
     def categorical_law(self, generations: int, probabilities: Sequence[float]) -> Laws:
         """What the categorical family does on average; empty where no law is known."""
