@@ -14,7 +14,7 @@ from pydantic import Field
 from pipelines.generators import ClosedForm
 from policies.common.seeding import derive_seed
 from policies.loops.effective_samples import wasserstein_squared
-from policies.loops.laws import Covariance, Laws, real_only
+from policies.loops.laws import Covariance, How, Laws, real_only
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 from policies.loops.training_sets import REAL, Manifest
@@ -127,7 +127,7 @@ class GaussianGenerator(ClosedForm):
         """The loop's own; with one generation, that of real data."""
         if loop.real_weight != 1:
             return {}
-        how: Any = {"generations": generations, "sampling_bias": loop.sampling_bias, "covariance": settings.covariance}
+        how: How = {"generations": generations, "sampling_bias": loop.sampling_bias, "covariance": settings.covariance}
         dimension = settings.dimension
         if generations == 1:
             found = real_only(**how, n_ini=loop.initial(), dimension=dimension)

@@ -14,7 +14,7 @@ variance. Loops and notation: Alemohammad et al., "Self-Consuming Generative Mod
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -26,16 +26,25 @@ Covariance = Literal["unbiased", "mle", "known"]
 real distribution's own (known): then the mean alone is fitted, and V = 1 in every law."""
 
 
-def real_only(*, generations: int, n_ini: int, dimension: int, covariance: Covariance, sampling_bias: float) -> Laws:
+Sizes = int | Sequence[int]
+
+
+class How(TypedDict):
+    """What every Gaussian law is given."""
+
+    generations: int
+    sampling_bias: float
+    covariance: Covariance
+
+
+def real_only(*, n_ini: int, dimension: int, **how: Unpack[How]) -> Laws:
     """Every model is fitted to the same ``n_ini`` real samples, so that each generation is a first one."""
-    how: Any = {"generations": 1, "sampling_bias": sampling_bias, "covariance": covariance}
-    first = fully_synthetic(**how, n_ini=n_ini, n_synthetic=n_ini, dimension=dimension)
-    return {metric: np.repeat(values, generations) for metric, values in first.items()}
+    once: How = {**how, "generations": 1}
+    first = fully_synthetic(**once, n_ini=n_ini, n_synthetic=n_ini, dimension=dimension)
+    return {metric: np.repeat(values, how["generations"]) for metric, values in first.items()}
 
 
-def fully_synthetic(
-    *, generations: int, n_ini: int, n_synthetic: int, dimension: int, sampling_bias: float, covariance: Covariance
-) -> Laws:
+def fully_synthetic(*, n_ini: int, n_synthetic: int, dimension: int, **how: Unpack[How]) -> Laws:
     """Model 1 is fitted to ``n_ini`` real samples, every later one to ``n_synthetic`` samples of its predecessor.
 
     By Bartlett's decomposition det Σ_t/det(λΣ_{t−1}) is a product of independent χ²_{n−i}/(n − 1), i = 1 … d (for the
@@ -44,11 +53,12 @@ def fully_synthetic(
     """
     from scipy.special import digamma, gammaln
 
+    generations, covariance = how["generations"], how["covariance"]
     n = _sizes(generations, n_ini, n_synthetic)
-    bias = np.append(1.0, np.full(generations - 1, sampling_bias))
+    bias = np.append(1.0, np.full(generations - 1, how["sampling_bias"]))
     shrinkage = _shrinkage(n, covariance)
     variance = np.ones(generations) if covariance == "known" else np.cumprod(bias * shrinkage)
-    source = np.concatenate([[1.0], sampling_bias * variance[:-1]])
+    source = np.concatenate([[1.0], how["sampling_bias"] * variance[:-1]])
     laws = {"variance": variance, "mean_square": np.cumsum(source / n)}
     if covariance == "known":
         return laws
@@ -62,16 +72,7 @@ def fully_synthetic(
     return laws
 
 
-def fresh(
-    *,
-    generations: int,
-    n_ini: int,
-    n_real: int | Sequence[int],
-    n_synthetic: int | Sequence[int],
-    sampling_bias: float,
-    covariance: Covariance,
-    memory: int = 1,
-) -> Laws:
+def fresh(*, n_ini: int, n_real: Sizes, n_synthetic: Sizes, memory: int = 1, **how: Unpack[How]) -> Laws:
     """Generation t ≥ 2 trains on n_r new real samples and on n_s new ones, spread over the last K = ``memory`` models;
     N = n_r + n_s, p = n_r/N, w_j = n_j/N of model j. Sizes are one for all t ≥ 2, or a sequence for t = 2 … T.
 
@@ -80,8 +81,9 @@ def fresh(
     V_1 = 1, Γ_11 = 1/n_ini. The MLE's V is (1 − 1/N) times as large. The dimension does not enter. For K = 1 this is
     V_t = p + λqV_{t−1} + pq N/(N−1) C_{t−1};  C_t = (p + λqV_{t−1})/N + q²C_{t−1}, C_t = Γ_tt, q = n_s/N.
     """
+    generations = how["generations"]
     real, synthetic = _sizes(generations, n_ini, n_real), _sizes(generations, 0, n_synthetic)
-    return _mixed(real, synthetic, memory, sampling_bias, covariance, fixed=False)
+    return _mixed(real, synthetic, memory, False, **how)
 
 
 def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -> tuple[float, float]:
@@ -96,15 +98,7 @@ def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -
     return v, (p + sampling_bias * q * v) / (total * (1 - q**2))
 
 
-def augmentation(
-    *,
-    generations: int,
-    n_real: int,
-    n_synthetic: int,
-    sampling_bias: float,
-    covariance: Covariance,
-    memory: int = 1,
-) -> Laws:
+def augmentation(*, n_real: int, n_synthetic: int, memory: int = 1, **how: Unpack[How]) -> Laws:
     """As :func:`fresh`, but with the same ``n_real`` real samples at every generation, the first one's too. The
     expectation is over the real set as well.
 
@@ -112,15 +106,14 @@ def augmentation(
     brings no new noise: V_t = (n_r − 1)/(N − 1) + λ Σ w_j V_j + N/(N−1) (Σ w_j Γ_jj − wᵀΓw), the sums in Γ over a too;
     Γ_tt = λ Σ w_j V_j/N + wᵀΓw.
     """
+    generations = how["generations"]
     real, synthetic = _sizes(generations, n_real, n_real), _sizes(generations, 0, n_synthetic)
-    return _mixed(real, synthetic, memory, sampling_bias, covariance, fixed=True)
+    return _mixed(real, synthetic, memory, True, **how)
 
 
-def _mixed(
-    real: np.ndarray, synthetic: np.ndarray, memory: int, sampling_bias: float, covariance: Covariance, fixed: bool
-) -> Laws:
+def _mixed(real: np.ndarray, synthetic: np.ndarray, memory: int, fixed: bool, **how: Unpack[How]) -> Laws:
     """The recursion of :func:`fresh` and :func:`augmentation`; sizes (generations,)."""
-    total = real + synthetic
+    total, covariance = real + synthetic, how["covariance"]
     shrinkage = _shrinkage(total, covariance)
     v, c = shrinkage.copy(), 1 / total
     means = np.full((2, 2), c[0])  # Γ of the real set's mean and of the last models', the latest at the end
@@ -128,7 +121,7 @@ def _mixed(
         n = total[t]
         remembered = spread(int(synthetic[t]), min(memory, t))
         weights = np.array([real[t] if fixed else 0, *remembered]) / n
-        drawn = sampling_bias * weights[1:] @ v[t - len(remembered) : t]
+        drawn = how["sampling_bias"] * weights[1:] @ v[t - len(remembered) : t]
         pulled = weights @ means
         c[t] = (drawn if fixed else real[t] / n + drawn) / n + pulled @ weights
         within = ((real[t] - 1) / (n - 1) if fixed else real[t] / n) + drawn
@@ -140,7 +133,7 @@ def _mixed(
     return {"variance": v, "mean_square": c}
 
 
-def accumulate(*, generations: int, n_ini: int, n_synthetic: int, sampling_bias: float, covariance: Covariance) -> Laws:
+def accumulate(*, n_ini: int, n_synthetic: int, **how: Unpack[How]) -> Laws:
     """Every generation trains on the real set and on the ``n_synthetic`` samples of each earlier model (Gerstgrasser
     et al., 2404.01413).
 
@@ -148,18 +141,19 @@ def accumulate(*, generations: int, n_ini: int, n_synthetic: int, sampling_bias:
     S' = [NS + λΣ n(1 − 1/(N + n))]/(N + n). For the MLE (Σ = S), λ = 1 and n_ini = n this is
     E tr(Σ_t)/d = Π_{k≤t} (1 − 1/(k²n)), which falls to sin(π/√n)/(π/√n) and no further.
     """
+    generations, covariance = how["generations"], how["covariance"]
     pool = n_ini + n_synthetic * np.arange(generations)
     fitted = _shrinkage(pool, covariance) * pool / (pool - 1)
     s, m = np.empty(generations), np.empty(generations)
     s[0], m[0] = 1 - 1 / n_ini, 1 / n_ini
     for t in range(1, generations):
-        drawn = sampling_bias * (1 if covariance == "known" else fitted[t - 1] * s[t - 1])
+        drawn = how["sampling_bias"] * (1 if covariance == "known" else fitted[t - 1] * s[t - 1])
         s[t] = (pool[t - 1] * s[t - 1] + drawn * n_synthetic * (1 - 1 / pool[t])) / pool[t]
         m[t] = m[t - 1] + n_synthetic * drawn / pool[t] ** 2
     return {"variance": np.ones(generations) if covariance == "known" else fitted * s, "mean_square": m}
 
 
-def accumulate_subsample(*, generations: int, n: int, sampling_bias: float, covariance: Covariance) -> Laws:
+def accumulate_subsample(*, n: int, **how: Unpack[How]) -> Laws:
     """As :func:`accumulate` with n_ini = n_synthetic = n, but model t is fitted to n points drawn from the pool of nt
     without replacement (Kazdan et al., 2410.16713).
 
@@ -167,13 +161,14 @@ def accumulate_subsample(*, generations: int, n: int, sampling_bias: float, cova
     mean strays from the pool's by (1 − 1/t)U_t/n, the batch's by D_t = [(1 − 1/t)U_t + λV_t]/n, so
     S_{t+1} = [tS_t + λ(1 − 1/n)V_t]/(t + 1) + t/(t + 1)² D_t.
     """
+    generations, covariance = how["generations"], how["covariance"]
     g = float(_shrinkage(np.array([n]), covariance)[0])
     s, m = 1 - 1 / n, 1 / n
     variance, mean_square = np.empty(generations), np.empty(generations)
     for t in range(1, generations + 1):
         u = n * t / (n * t - 1) * s
         variance[t - 1], mean_square[t - 1] = 1 if covariance == "known" else g * u, m + (1 - 1 / t) * u / n
-        drawn = sampling_bias * variance[t - 1]
+        drawn = how["sampling_bias"] * variance[t - 1]
         strays = ((1 - 1 / t) * u + drawn) / n
         s = (t * s + drawn * (1 - 1 / n)) / (t + 1) + t / (t + 1) ** 2 * strays
         m += strays / (t + 1) ** 2
@@ -187,7 +182,7 @@ def categorical(*, generations: int, n_ini: int, n: int, probabilities: Sequence
     return {"heterozygosity": (1 - np.sum(p**2)) * np.cumprod(1 - 1 / _sizes(generations, n_ini, n))}
 
 
-def _sizes(generations: int, first: int, later: int | Sequence[int]) -> np.ndarray:
+def _sizes(generations: int, first: int, later: Sizes) -> np.ndarray:
     """float64 (generations,): ``first``, then ``later``."""
     rest = [later] * (generations - 1) if isinstance(later, int) else later
     return np.array([first, *rest], dtype=np.float64)

@@ -6,8 +6,9 @@ holding them: ranges of the real data in a seed's own order, and ranges of what 
 repetition.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -95,36 +96,34 @@ class Manifest:
         return cls(content["generation"], tuple(Part(**part) for part in content["parts"]), content["subsample"])
 
 
-@dataclass(frozen=True)
 class Ledger:
-    """What training sets have held so far: ``used`` real samples of ``size`` (None: a distribution that never runs
-    out), and of what each generation drew (``read``)."""
+    """What training sets have held so far: of ``size`` real samples (None: a distribution that never runs out) so many
+    ``used``, and of what each generation drew so many read."""
 
-    size: int | None
-    used: int = 0
-    read: Mapping[int, int] = field(default_factory=dict)
+    def __init__(self, size: int | None) -> None:
+        self.size, self.used = size, 0
+        self._read: Counter[int] = Counter()
 
-    def fixed(self, count: int) -> tuple[Part, "Ledger"]:
+    def fixed(self, count: int) -> Part:
         """The first ``count`` real samples, the same every time. Raises LedgerExhausted."""
         self._check(count, 0)
-        return Part("real-fixed", REAL, 0, count), replace(self, used=max(self.used, count))
+        self.used = max(self.used, count)
+        return Part("real-fixed", REAL, 0, count)
 
-    def fresh(self, count: int) -> tuple[Part, "Ledger"]:
+    def fresh(self, count: int) -> Part:
         """``count`` real samples that no generation has seen. Raises LedgerExhausted."""
         self._check(count, self.used)
-        return Part("real-fresh", REAL, self.used, self.used + count), replace(self, used=self.used + count)
+        self.used += count
+        return Part("real-fresh", REAL, self.used - count, self.used)
 
-    def fresh_with_replacement(self, count: int) -> tuple[Part, "Ledger"]:
+    def fresh_with_replacement(self, count: int) -> Part:
         """``count`` independent draws from the real data, which may repeat."""
-        if self.size is None:
-            return self.fresh(count)
-        return Part("real-fresh", REAL, 0, self.size, drawn=count), self
+        return self.fresh(count) if self.size is None else Part("real-fresh", REAL, 0, self.size, drawn=count)
 
-    def anew(self, counts: Mapping[int, int]) -> tuple[list[Part], "Ledger"]:
+    def anew(self, counts: Mapping[int, int]) -> list[Part]:
         """Of each generation in ``counts`` so many samples that no training set has held."""
-        read = {generation: self.read.get(generation, 0) for generation in counts}
-        parts = [Part("synthetic", g, read[g], read[g] + count) for g, count in counts.items()]
-        return parts, replace(self, read={**self.read, **{part.generation: part.stop for part in parts}})
+        self._read.update(counts)
+        return [Part("synthetic", g, self._read[g] - count, self._read[g]) for g, count in counts.items()]
 
     def _check(self, count: int, used: int) -> None:
         if self.size is not None and used + count > self.size:
@@ -133,24 +132,31 @@ class Ledger:
             )
 
 
-def mix(loop: "Rule", generation: int, generations: int, ledger: Ledger) -> tuple[Manifest, Ledger]:
-    """The training set of ``generation`` (1 to ``generations``), and the ledger after it.
+def training_sets(loop: "Rule", generations: int, pool: int | None) -> list[Manifest]:
+    """What every generation is trained on, given ``pool`` real samples (None: endless).
 
-    Raises LedgerExhausted if unseen real samples run out, ValueError if the set cannot be drawn or is next to empty.
+    Raises LedgerExhausted if unseen real samples run out, ValueError if a set cannot be drawn, is next to empty, or
+    there is too much to name.
     """
+    parts = generations * min(generations, loop.looks_back(generations))
+    if parts > MOST_PARTS:
+        raise ValueError(
+            f"generations is {generations}: with rule {loop.name()} that is {parts} batches of samples to name"
+        )
+    ledger = Ledger(pool)
+    return [_training_set(loop, generation, generations, ledger) for generation in range(1, generations + 1)]
+
+
+def _training_set(loop: "Rule", generation: int, generations: int, ledger: Ledger) -> Manifest:
     try:
-        if generation == 1:
-            part, after = ledger.fixed(loop.initial())
-            parts = [part]
-        else:
-            parts, after = loop.parts(generation, generations, ledger)
+        first = generation == 1
+        parts = [ledger.fixed(loop.initial())] if first else loop.parts(generation, generations, ledger)
     except LedgerExhausted as error:
         raise LedgerExhausted(
             f"generation {generation}: {error}; use fewer (n_ini, n_real, fresh_fraction, generations), keep a smaller "
             f"reference, or allow repeats with real_supply=fresh_with_replacement"
         ) from error
-    subsample = loop.subsample() if generation > 1 else None
-    whole = sum(part.size for part in parts)
+    subsample, whole = loop.subsample() if generation > 1 else None, sum(part.size for part in parts)
     if subsample is not None and subsample > whole:
         raise ValueError(
             f"generation {generation}: {subsample} samples cannot be drawn from a pool of {whole} without replacement: "
@@ -159,21 +165,7 @@ def mix(loop: "Rule", generation: int, generations: int, ledger: Ledger) -> tupl
     manifest = Manifest(generation, tuple(part for part in parts if part.size), subsample)
     if manifest.size < 2:
         raise ValueError(f"generation {generation} would be trained on {manifest.size} samples: give larger sizes")
-    return manifest, after
-
-
-def training_sets(loop: "Rule", generations: int, pool: int | None) -> list[Manifest]:
-    """What every generation is trained on, given ``pool`` real samples (None: endless). Raises as :func:`mix`."""
-    parts = generations * min(generations, loop.looks_back(generations))
-    if parts > MOST_PARTS:
-        raise ValueError(
-            f"generations is {generations}: with rule {loop.name()} that is {parts} batches of samples to name"
-        )
-    ledger, manifests = Ledger(pool), []
-    for generation in range(1, generations + 1):
-        manifest, ledger = mix(loop, generation, generations, ledger)
-        manifests.append(manifest)
-    return manifests
+    return manifest
 
 
 def spread(total: int, parts: int) -> list[int]:

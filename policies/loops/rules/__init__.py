@@ -14,7 +14,7 @@ from pydantic import Field
 
 from policies.common.user_code import Named, Registry
 from policies.loops import laws  # as this package has modules of its functions' names
-from policies.loops.laws import Laws
+from policies.loops.laws import How, Laws
 from policies.loops.samples import Samples
 from policies.loops.training_sets import Ledger, Part, spread
 from policies.rl.settings import Settings
@@ -169,18 +169,16 @@ class Rule(Named, Settings):
         """(n_real, n_synthetic) of generations 2, 3, …"""
         return [self.sizes(generation, generations) for generation in range(2, generations + 1)]
 
-    def parts(self, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
-        """What a generation ≥ 2 is trained on, and the ledger after it; parts may be empty.
+    def parts(self, generation: int, generations: int, ledger: Ledger) -> list[Part]:
+        """What a generation ≥ 2 is trained on, as the ledger gives it; parts may be empty.
 
         Raises LedgerExhausted, or ValueError if the set cannot be drawn.
         """
         count, synthetic = self.sizes(generation, generations)
-        real, ledger = getattr(ledger, self.supply)(count)
-        real = replace(real, weight=self.real_weight)
+        real = replace(getattr(ledger, self.supply)(count), weight=self.real_weight)
         if self.accumulates:
-            return [real, *(Part("synthetic", g, 0, synthetic) for g in range(1, generation))], ledger
-        drawn, ledger = ledger.anew(self.synthetic(generation, synthetic))
-        return [real, *drawn], ledger
+            return [real, *(Part("synthetic", g, 0, synthetic) for g in range(1, generation))]
+        return [real, *ledger.anew(self.synthetic(generation, synthetic))]
 
     def synthetic(self, generation: int, count: int) -> dict[int, int]:
         """Of which earlier generations a training set takes how many of its ``count`` new samples: as even as can be,
@@ -207,7 +205,7 @@ class Rule(Named, Settings):
         """Selected samples, of each universe as many as are asked for."""
         raise NotImplementedError
 
-    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: How) -> Laws:
         """What the Gaussian family does on average in two generations or more; empty where no law is known. ``how`` is
         what every law is given: generations, sampling_bias, covariance."""
         if not self.mixed:

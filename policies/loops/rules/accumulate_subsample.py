@@ -1,9 +1,6 @@
 """Accumulation under a budget: a draw of fixed size from all that came before (Kazdan et al., 2410.16713)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from policies.loops.laws import Laws, accumulate_subsample
+from policies.loops.laws import How, Laws, accumulate_subsample
 from policies.loops.rules.accumulate import Accumulate
 
 
@@ -22,7 +19,7 @@ class AccumulateSubsample(Accumulate):
         """N."""
         return self.total()
 
-    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: How) -> Laws:
         """If the real set, a batch and N are of one size."""
         alike = self.once(generations) == self.initial() == self.total()
         return accumulate_subsample(**how, n=self.initial()) if alike else {}

@@ -1,9 +1,8 @@
 """The fully synthetic loop: real data at generation 1 only, then samples of the previous generation."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from policies.loops.laws import Laws, categorical, fully_synthetic
+from policies.loops.laws import How, Laws, categorical, fully_synthetic
 from policies.loops.rules import Rule, Supply, first_of
 
 
@@ -29,7 +28,7 @@ class FullySynthetic(Rule):
             return super().sizes(generation, generations)
         return 0, first_of(self.n_synthetic, self.total())
 
-    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: How) -> Laws:
         """Bartlett's decomposition gives log det as well."""
         _, later = self.sizes(2, generations)
         return fully_synthetic(**how, n_ini=self.initial(), n_synthetic=later, dimension=dimension)

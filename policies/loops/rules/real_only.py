@@ -1,9 +1,6 @@
 """The control: every generation is trained on the first one's real set."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from policies.loops.laws import Laws, real_only
+from policies.loops.laws import How, Laws, real_only
 from policies.loops.rules import Rule
 from policies.loops.training_sets import Ledger, Part
 
@@ -19,11 +16,10 @@ class RealOnly(Rule):
         """n_ini, and nothing else."""
         return self.initial(), 0
 
-    def parts(self, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    def parts(self, generation: int, generations: int, ledger: Ledger) -> list[Part]:
         """The one real set."""
-        part, ledger = ledger.fixed(self.initial())
-        return [part], ledger
+        return [ledger.fixed(self.initial())]
 
-    def gaussian_law(self, generations: int, dimension: int, how: Mapping[str, Any]) -> Laws:
+    def gaussian_law(self, generations: int, dimension: int, how: How) -> Laws:
         """That of a first generation, at every one."""
         return real_only(**how, n_ini=self.initial(), dimension=dimension)

@@ -1,5 +1,6 @@
 """Any mixture of old and new real data with the previous generation and those before it."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
@@ -30,19 +31,16 @@ class WeightedMixture(Rule):
         """All of them."""
         return generations
 
-    def parts(self, generation: int, generations: int, ledger: Ledger) -> tuple[list[Part], Ledger]:
+    def parts(self, generation: int, generations: int, ledger: Ledger) -> list[Part]:
         """Whole numbers of samples of every source."""
-        counts = dict.fromkeys(("real_fixed", "real_fresh", "previous", "earlier"), 0)
         shares = {str(source): share for source, share in (self.shares or {}).items()}
-        counts |= largest_remainder(self.total(), shares)
+        counts = Counter(largest_remainder(self.total(), shares))
         if nothing := [source for source, share in shares.items() if share and not counts[source]]:
             raise ValueError(f"shares.{nothing[0]} of {self.total()} samples rounds to none: raise it, or leave it out")
-        fixed, ledger = ledger.fixed(counts["real_fixed"])
-        fresh, ledger = ledger.fresh(counts["real_fresh"])
-        real = [replace(part, weight=self.real_weight) for part in (fixed, fresh)]
+        real = ledger.fixed(counts["real_fixed"]), ledger.fresh(counts["real_fresh"])
         if generation == 2:  # nothing earlier yet
-            drawn, ledger = ledger.anew({1: counts["previous"] + counts["earlier"]})
+            drawn = {1: counts["previous"] + counts["earlier"]}
         else:
-            earlier = enumerate(spread(counts["earlier"], generation - 2), start=1)
-            drawn, ledger = ledger.anew({**dict(earlier), generation - 1: counts["previous"]})
-        return [*real, *drawn], ledger
+            drawn = dict(enumerate(spread(counts["earlier"], generation - 2), start=1))
+            drawn[generation - 1] = counts["previous"]
+        return [*(replace(part, weight=self.real_weight) for part in real), *ledger.anew(drawn)]
