@@ -11,20 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.figures.style import (
-    FAINT,
-    FRAME,
-    INK,
-    LINES,
-    RIGHT,
-    WRONG,
-    dress,
-    figure_of,
-    legend,
-    panel_figure,
-    save,
-    write,
-)
+from pipelines.figures import style
+from pipelines.figures.style import FAINT, FRAME, INK, LINES, dress, legend, panel_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,24 +23,17 @@ _Draw = Callable[["Axes", "DataFrame"], None]
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
 _GUTTER = 170  # grey of the gutters, seen between white images as between black ones
 
-_STAGES = {
-    "sample": "#3b6fd4",
-    "reward": "#e9b44c",
-    "learn": "#1a9e77",
-    "publish": "#8757c7",
-    "evaluate": "#e0822f",
-    "commit": "#9aa3b2",
+_STAGES = {"sample": "#3b6fd4", "reward": "#e9b44c", "learn": "#1a9e77", "publish": "#8757c7"}
+_STAGES |= {"evaluate": "#e0822f", "commit": "#9aa3b2"}
+_WORK = {
+    "sample": "drawing",
+    "reward": "scoring",
+    "learn": "learning",
+    "publish": "taking weights",
+    "evaluate": "judging",
 }
-_KINDS = {  # of work, and of the driver's waiting for it
-    **_STAGES,
-    "drawing": _STAGES["sample"],
-    "captioning": "#56b4d3",
-    "scoring": _STAGES["reward"],
-    "learning": _STAGES["learn"],
-    "taking weights": _STAGES["publish"],
-    "judging": _STAGES["evaluate"],
-    "comparing with the base": _STAGES["evaluate"],
-}
+_KINDS = _STAGES | {work: _STAGES[stage] for stage, work in _WORK.items()}  # and the driver's waiting for it
+_KINDS |= {"captioning": "#56b4d3", "comparing with the base": _STAGES["evaluate"]}
 _MOST_LANES = 32
 
 
@@ -86,22 +67,22 @@ def before_after(
     columns = next((number for number in (4, 5, 3) if len(prompts) % number == 0), min(4, len(prompts)))
     rows = -(-len(prompts) // columns)
     width, height = 3.0 * columns, 2.36 * rows + 0.4  # inches
-    figure = figure_of(width, height)
+    figure = style.figure_of(width, height)
     figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=FAINT)
     edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.95 / height}
     places = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.75, **edges)
     looks = {"before": (before, captions_before), "after": (after, captions_after)}
     for index, prompt in enumerate(prompts):
         pair: Any = places[index].subgridspec(1, 2, wspace=0.05).subplots()
-        write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")
+        style.write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")
         for axes, (name, (images, captions)) in zip(pair, looks.items(), strict=True):
             axes.imshow(images[index])
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color(FRAME)
             axes.set_title(name, fontsize=6.5, color=FAINT, pad=3)
             if captions:
-                colour = RIGHT if captions[index].strip() == prompt.strip() else WRONG
-                write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
+                colour = style.RIGHT if captions[index].strip() == prompt.strip() else style.WRONG
+                style.write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
     save(figure, path)
 
 
@@ -156,9 +137,9 @@ def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:
     slots = [key for key in table if key.startswith("evaluator/") and not key.endswith(("/full", "/agreement"))]
     for colour, key in zip(cycle(("orange", "purple", "red", "blue")), slots, strict=False):
         axes.plot(table[key].dropna(), color=LINES[colour], linewidth=1, alpha=0.75, label=key.split("/", 1)[1])
-    for key, style, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
+    for key, marker, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
         if key in table:
-            axes.plot(table[key].dropna(), style, color=LINES["green"], linewidth=2, markersize=3, label=label)
+            axes.plot(table[key].dropna(), marker, color=LINES["green"], linewidth=2, markersize=3, label=label)
     legend(axes)
 
 

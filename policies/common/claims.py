@@ -7,7 +7,7 @@ that is no number. Each claim is judged by itself: of twenty that hold exactly a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -36,9 +36,7 @@ class Claim:
         if (self.control is None) != (self.kind == "absolute"):
             raise ValueError(f"claim {self.sentence!r}: a difference or a ratio has a control, an absolute value none")
         if self.direction not in ("at most", "at least"):
-            raise ValueError(
-                f"claim {self.sentence!r}: direction {self.direction!r} is neither 'at most' nor 'at least'"
-            )
+            raise ValueError(f"claim {self.sentence!r}: {self.direction!r} is neither 'at most' nor 'at least'")
         if not np.isfinite(self.bound):
             raise ValueError(f"claim {self.sentence!r}: its bound is {self.bound}")
 
@@ -58,22 +56,23 @@ class Judgement:
 def judge(claim: Claim, values: Values) -> Judgement:
     """Hold ``claim`` against the ``values`` of the arms that were run."""
     needed = [claim.arm] if claim.control is None else [claim.arm, claim.control]
-    for arm in needed:
-        if claim.metric not in values.get(arm, {}):
-            return Judgement("undecided", reason=f"there is no {claim.metric} of arm {arm}")
+    if lacking := next((arm for arm in needed if claim.metric not in values.get(arm, {})), None):
+        return Judgement("undecided", reason=f"there is no {claim.metric} of arm {lacking}")
     found = [np.asarray(values[arm][claim.metric], dtype=np.float64) for arm in needed]
-    if found[0].shape != found[-1].shape or not found[0].size:
-        return Judgement("undecided", reason="its arms have not the same seeds")
     seeds = len(found[0])
+    if found[0].shape != found[-1].shape or not seeds:
+        return Judgement("undecided", reason="its arms have not the same seeds")
     if not np.isfinite(found).all():
         return Judgement("undecided", seeds=seeds, reason=f"{claim.metric} is no number at a seed")
     value, low, high = _within(claim, found)
     if not (np.isfinite(low) and np.isfinite(high)):
-        return Judgement("undecided", value, seeds=seeds, reason=f"no interval of {_seeds(seeds)} such as these")
-    most = claim.direction == "at most"
-    if high <= claim.bound if most else low >= claim.bound:
+        many = "1 seed" if seeds == 1 else f"{seeds} seeds"
+        return Judgement("undecided", value, seeds=seeds, reason=f"no interval of {many} such as these")
+    sign = 1 if claim.direction == "at most" else -1
+    near, far = sorted((sign * low, sign * high))  # the ends, as of a claim that something is at most its bound
+    if far <= sign * claim.bound:
         return Judgement("kept", value, low, high, seeds)
-    if low > claim.bound if most else high < claim.bound:
+    if near > sign * claim.bound:
         return Judgement("missed", value, low, high, seeds)
     return Judgement("undecided", value, low, high, seeds, f"the interval holds the bound, {claim.bound:g}")
 
@@ -82,16 +81,12 @@ def _within(claim: Claim, found: Sequence[np.ndarray]) -> tuple[float, float, fl
     """Mean and 95 % interval over seeds, paired with the control's."""
     scale = claim.scale or scale_of(claim.metric)
     if claim.kind == "absolute":
-        ends: Any = interval(found[0], scale)
+        mean, low, high = interval(found[0], scale)
     elif claim.kind == "ratio":
         with np.errstate(divide="ignore", invalid="ignore"):
-            ends = paired_ratio(*found)
+            mean, low, high = paired_ratio(*found)
     else:
-        ends = interval(found[0] - found[1])
-        if scale == "share" and ends.low == ends.high:  # as of seeds that all show 0 or 1: no certainty
-            ends = (ends.mean, np.nan, np.nan)
-    return float(ends[0]), float(ends[1]), float(ends[2])
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+        mean, low, high = interval(found[0] - found[1])
+        if scale == "share" and low == high:  # as of seeds that all show 0 or 1: no certainty
+            low, high = np.nan, np.nan
+    return float(mean), float(low), float(high)

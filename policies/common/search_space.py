@@ -6,7 +6,7 @@ A dimension is a list of values, or one of ``{uniform: [low, high]}``, ``{log_un
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -17,7 +17,11 @@ Point = dict[str, Any]
 Kind = Literal["values", "uniform", "log_uniform", "integers"]
 MOST_POINTS = 10_000
 FRESH_SEEDS = 1000  # seeds from here on take no part in a search
-_RANGES = ("uniform", "log_uniform", "integers")
+_RANGES: dict[str, Callable[[np.random.Generator, Any, Any], Any]] = {
+    "uniform": lambda random, low, high: float(random.uniform(low, high)),
+    "log_uniform": lambda random, low, high: float(np.exp(random.uniform(np.log(low), np.log(high)))),
+    "integers": lambda random, low, high: int(random.integers(low, high + 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,17 @@ class Dimension:
             raise ValueError(f"space.{key}.log_uniform starts at {ends[0]}: a logarithm needs more than 0")
         if kind == "integers" and not all(isinstance(end, int) for end in ends):
             raise ValueError(f"space.{key}.integers is {list(ends)}: give whole numbers")
-        found = cls(kind, tuple(ends))
         try:
-            found.draw(np.random.default_rng(0))
+            _RANGES[kind](np.random.default_rng(0), *ends)
         except (ValueError, OverflowError) as error:
             raise ValueError(f"space.{key}.{kind} is {list(ends)}, too wide to draw from: {error}") from error
-        return found
+        return cls(kind, tuple(ends))
 
     def draw(self, random: np.random.Generator) -> Any:
         """One value, as plain Python."""
         if self.kind == "values":
             return self.values[int(random.integers(len(self.values)))]
-        low, high = self.values
-        if self.kind == "integers":
-            return int(random.integers(low, high + 1))
-        if self.kind == "uniform":
-            return float(random.uniform(low, high))
-        return float(np.exp(random.uniform(np.log(low), np.log(high))))
+        return _RANGES[self.kind](random, *self.values)
 
     def clipped(self, value: Any) -> Any:
         """``value``, or the nearer end of the range if it lies outside."""
@@ -82,9 +80,8 @@ def grid_points(space: Mapping[str, Dimension]) -> list[Point]:
     count = math.prod(len(dimension.values) for dimension in space.values())
     if count > MOST_POINTS:
         raise ValueError(f"space: the grid has {count:,} points, {MOST_POINTS:,} at most; shorten it or draw from it")
-    return [
-        dict(zip(space, values, strict=True)) for values in product(*(dimension.values for dimension in space.values()))
-    ]
+    combinations = product(*(dimension.values for dimension in space.values()))
+    return [dict(zip(space, values, strict=True)) for values in combinations]
 
 
 def random_points(space: Mapping[str, Dimension], count: int, seed: int) -> list[Point]:

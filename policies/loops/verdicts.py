@@ -14,6 +14,7 @@ import numpy as np
 
 from policies.common.intervals import half_width, interval
 
+Outcome = Literal["improves", "holds", "degrades", "undecided"]
 FEWEST_SEEDS = 3
 MOST_SEEDS = 10_000
 
@@ -33,7 +34,7 @@ class Verdict:
     change: float
     low: float
     high: float
-    verdict: Literal["improves", "holds", "degrades", "undecided"]
+    verdict: Outcome
     seeds_needed: int | None
 
 
@@ -52,7 +53,7 @@ def judge(values: np.ndarray, better: Literal["lower", "higher"], margin: float 
     else:
         changes, limit, worse = ends[:, 1] - ends[:, 0], margin * first, -1
     change, low, high = (float(value) for value in interval(changes))
-    verdict: Literal["improves", "holds", "degrades", "undecided"] = "undecided"
+    verdict: Outcome = "undecided"
     if max(-low, high) <= limit:
         verdict = "holds"
     elif abs(change) > limit and low * high > 0:
@@ -67,21 +68,16 @@ def mad_verdict(distance: Verdict, quality: Verdict | None, diversity: Verdict |
     ``warnings`` are sentences about what the number of ``seeds`` does not support.
     """
     parts = {"distance": distance, "quality": quality, "diversity": diversity}
-    warnings = []
-    if seeds < FEWEST_SEEDS:
-        warnings.append(f"{seeds} seed{'s' * (seeds > 1)} cannot carry a claim: run at least {FEWEST_SEEDS}.")
+    many = f"{seeds} seed{'s' * (seeds > 1)}"
+    warnings = [f"{many} cannot carry a claim: run at least {FEWEST_SEEDS}."] if seeds < FEWEST_SEEDS else []
     for name, part in parts.items():
         if part and part.verdict == "undecided":
-            takes = (
-                f"with this spread it takes about {part.seeds_needed}" if part.seeds_needed else "it is 0 or unknown"
-            )
-            warnings.append(f"{name.capitalize()} is undecided after {seeds} seed{'s' * (seeds > 1)}: {takes}.")
+            needed = part.seeds_needed
+            takes = f"with this spread it takes about {needed}" if needed else "it is 0 or unknown"
+            warnings.append(f"{name.capitalize()} is undecided after {many}: {takes}.")
     answer = {"degrades": "yes", "improves": "no", "holds": "no", "undecided": "undecided"}[distance.verdict]
-    return {
-        "goes_mad": answer,
-        **{name: plain(part and asdict(part)) for name, part in parts.items()},
-        "warnings": warnings,
-    }
+    content = {name: plain(part and asdict(part)) for name, part in parts.items()}
+    return {"goes_mad": answer, **content, "warnings": warnings}
 
 
 def forgetting_time(small: np.ndarray, large: np.ndarray, share: float = 0.1) -> int | None:

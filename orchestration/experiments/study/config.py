@@ -68,11 +68,11 @@ class Study(TaskRunSettings, ABC):
     @field_validator("arms")
     @classmethod
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
-        known = cls.model_fields["arms"].default
+        known, listed = cls.model_fields["arms"].default, ", ".join(cls.model_fields["arms"].default)
         if unknown := [arm for arm in arms if arm not in known]:
-            raise ValueError(f"{unknown[0]!r} is none of the arms {', '.join(known)}")
+            raise ValueError(f"{unknown[0]!r} is none of the arms {listed}")
         if not arms or len(set(arms)) < len(arms):
-            raise ValueError(f"give each arm once, of {', '.join(known)}")
+            raise ValueError(f"give each arm once, of {listed}")
         return arms
 
 
