@@ -3,6 +3,8 @@
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -214,6 +216,41 @@ def test_what_may_have_been_delivered_before_a_crash_is_delivered_again(tmp_path
     again.close()
     assert sorted(listener.heard) == [0, 2]
     assert not undelivered(tmp_path / "outbox")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from orchestration.tracking.outbox import Outbox
+
+place, start = Path(sys.argv[1]), int(sys.argv[2])
+heard, put = (open(place / name, "a", buffering=1) for name in ("heard", "put"))
+outbox = Outbox(place / "outbox", lambda records: heard.write("".join(f"{each.step}\\n" for each in records)), print)
+for number in range(start, 10**6):
+    step = {"run": "a", "kind": "metrics", "once": str(number), "step": number, "values": {}, "timestamp_ms": 1}
+    outbox.put(step)
+    put.write(f"{number}\\n")
+"""
+
+
+def test_sigkill_loses_nothing_that_was_put(tmp_path: Path, listener: Listener) -> None:
+    """At any moment, with what was put last put once more, as a resume does: all arrives, in order."""
+    numbers = lambda name: [int(line) for line in (tmp_path / name).read_text().split()]  # noqa: E731
+    start = 0
+    for more in (20, 1, 30):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(max(0, start - 3))])
+        while not (tmp_path / "put").exists() or len(numbers("put")) < start + more:
+            assert writer.poll() is None
+            time.sleep(0.01)
+        writer.kill()
+        writer.wait()
+        start = max(numbers("put")) + 1
+    outbox = box(tmp_path, listener)
+    assert outbox.drain(10)
+    outbox.close()
+    heard = list(dict.fromkeys(numbers("heard") + listener.heard))
+    assert set(range(start)) <= set(heard)
+    assert heard == sorted(heard)
 
 
 BAD_CONTENTS = [

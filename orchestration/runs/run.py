@@ -212,8 +212,7 @@ def check_output(output_dir: str | None) -> None:
     """Raise ValueError unless a new run can be put there."""
     if output_dir is None:
         return
-    directory = Path(output_dir).expanduser()
-    if has_only_begun(directory):
+    if has_only_begun(directory := Path(output_dir).expanduser()):
         return
     if (directory / "manifest.json").exists():
         raise ValueError(f"output_dir {directory} holds a run already: continue it with 'ouroboros resume {directory}'")

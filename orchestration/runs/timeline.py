@@ -108,10 +108,8 @@ def write_trace(directory: Path) -> Path:
     events: list[dict[str, object]] = []
     for number, (name, spans) in enumerate(read_spans(directory).items()):
         events.append({"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": name}})
-        times = [(what, round(1e6 * began), round(1e6 * ended)) for what, began, ended in spans]
-        events += [
-            {"ph": "X", "name": what, "pid": 1, "tid": number, "ts": began, "dur": ended - began}
-            for what, began, ended in times
-        ]
+        for what, began, ended in spans:
+            at = round(1e6 * began)
+            events.append({"ph": "X", "name": what, "pid": 1, "tid": number, "ts": at, "dur": round(1e6 * ended) - at})
     write_json(path := directory / "trace.json", {"traceEvents": events})
     return path
