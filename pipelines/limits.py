@@ -14,11 +14,10 @@ def cpu_limit(root: Path = _ROOT) -> int:
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     quotas = [bound * 1.0]
     for group in _groups("cpu", root):
-        if (both := _read(group / "cpu.max")) and len(both) == 2 and both[0] != "max":  # version 2
-            quotas.append(int(both[0]) / int(both[1]))
-        quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
-        if quota and period and int(quota[0]) > 0:
-            quotas.append(int(quota[0]) / int(period[0]))
+        old = [*_read(group / "cpu.cfs_quota_us"), *_read(group / "cpu.cfs_period_us")]
+        for each in (_read(group / "cpu.max"), old):  # of version 2, and of version 1
+            if len(each) == 2 and each[0].isdigit():  # else "max", or -1
+                quotas.append(int(each[0]) / int(each[1]))
     return max(1, int(min(quotas)))
 
 

@@ -20,6 +20,7 @@ from policies.loops.samples import Samples
 from policies.loops.training_sets import Manifest
 from policies.rl.settings import Settings
 
+Seeds = Sequence[int]
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
 
@@ -36,13 +37,11 @@ class Generator(Named):
     metrics: ClassVar[tuple[str, ...]] = ("fid", *NEIGHBOURS, "class_entropy", "memorisation")  # the first one compares
 
     @classmethod
-    def fit(
-        cls, settings: Any, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
-    ) -> Self:
+    def fit(cls, settings: Any, data: Samples, seeds: Seeds, start: Self | None = None, device: str = "cpu") -> Self:
         """Train from scratch on ``data``, or go on from ``start``."""
         raise NotImplementedError
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """``count`` samples a universe; ``bias`` in (0, 1] trades diversity for quality, 1 is unbiased (MAD's λ)."""
         raise NotImplementedError
 
@@ -99,7 +98,7 @@ class ClosedForm(Generator):
     closed_form = True
 
     @classmethod
-    def truth(cls, settings: Any, seeds: Sequence[int], start: int, count: int) -> Samples:
+    def truth(cls, settings: Any, seeds: Seeds, start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on."""
         raise NotImplementedError
 

@@ -3,15 +3,14 @@
 A sampling bias λ sharpens: it draws with probabilities ∝ p^(1/λ).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from pydantic import Field
 
-from pipelines.generators import ClosedForm
-from policies.common.seeding import derive_seed
+from pipelines.generators import ClosedForm, Seeds
+from policies.common.seeding import streams
 from policies.loops.laws import Laws
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
@@ -36,25 +35,23 @@ class CategoricalGenerator(ClosedForm):
     probabilities: np.ndarray
 
     @classmethod
-    def truth(cls, settings: CategoricalSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    def truth(cls, settings: CategoricalSettings, seeds: Seeds, start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on, uniform over the categories."""
-        streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
-        return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in streams]))
+        real = streams(seeds, "real", start)
+        return Samples(np.stack([stream.integers(0, settings.categories, count) for stream in real]))
 
     @classmethod
     def fit(
-        cls, settings: CategoricalSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+        cls, settings: CategoricalSettings, data: Samples, seeds: Seeds, start: Any = None, device: str = "cpu"
     ) -> Self:
         """The (weighted) frequency of each category; nothing else changes it."""
         universes, count = data.values.shape
         weights = np.ones(count) if data.weights is None else data.weights
-        cell = data.values + settings.categories * np.arange(universes)[:, None]
-        totals = np.bincount(
-            cell.ravel(), np.broadcast_to(weights, cell.shape).ravel(), minlength=universes * settings.categories
-        )
+        cell, cells = data.values + settings.categories * np.arange(universes)[:, None], universes * settings.categories
+        totals = np.bincount(cell.ravel(), np.broadcast_to(weights, cell.shape).ravel(), minlength=cells)
         return cls(totals.reshape(universes, -1) / weights.sum())
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """Draw from p^(1/λ), normalised, by inverting the cumulative distribution."""
         with np.errstate(divide="ignore", over="ignore"):
             logs = np.log(self.probabilities)

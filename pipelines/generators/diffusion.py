@@ -5,7 +5,6 @@ sampling can be biased toward what a label says: MAD's λ is a diffusers ``guida
 """
 
 import json
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipelines.generators import Generator
+from pipelines.generators import Generator, Seeds
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 from policies.rl.health import check_drawn
@@ -68,12 +67,7 @@ class DiffusionGenerator(Generator):
 
     @classmethod
     def fit(
-        cls,
-        settings: DiffusionSettings,
-        data: Samples,
-        seeds: Sequence[int],
-        start: Self | None = None,
-        device: str = "cpu",
+        cls, settings: DiffusionSettings, data: Samples, seeds: Seeds, start: Self | None = None, device: str = "cpu"
     ) -> Self:
         """Train from scratch, or on from ``start``'s weights, on batches drawn in proportion to ``data.weights``."""
         import torch
@@ -113,7 +107,7 @@ class DiffusionGenerator(Generator):
         train(unet, loss, settings.training_steps, settings.learning_rate, fused=True)
         unet.eval().requires_grad_(False)
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """``count`` images and the labels they were asked to show: the training set's own, in random order.
 
         A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
@@ -169,14 +163,11 @@ class DiffusionGenerator(Generator):
     @classmethod
     def check(cls, settings: DiffusionSettings, loop: Rule) -> None:
         """A sampling bias is guidance."""
-        if loop.sampling_bias < 1:
-            if not settings.label_dropout:
-                raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
-            if loop.sampling_bias * _MOST_GUIDANCE < 1:
-                raise ValueError(
-                    f"sampling_bias {loop.sampling_bias:g} is guidance of scale {1 / loop.sampling_bias:.3g}: "
-                    f"at most {_MOST_GUIDANCE}"
-                )
+        bias = loop.sampling_bias
+        if bias < 1 and not settings.label_dropout:
+            raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
+        if bias * _MOST_GUIDANCE < 1:
+            raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {_MOST_GUIDANCE}")
 
     @classmethod
     def check_classes(cls, settings: DiffusionSettings, classes: int) -> None:
@@ -213,15 +204,8 @@ def _build(settings: DiffusionSettings, images: "Tensor", labels: "Tensor", seed
     _, channels, *size = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel(
-            tuple(size),
-            channels,
-            channels,
-            down_block_types=("DownBlock2D",) * settings.levels,
-            up_block_types=("UpBlock2D",) * settings.levels,
-            block_out_channels=tuple(settings.channels * 2**level for level in range(settings.levels)),
-            layers_per_block=1,
-            add_attention=False,
-            norm_num_groups=8,
-            num_class_embeds=(settings.classes or int(labels.max()) + 1) + 1,
-        )
+        levels, classes = settings.levels, settings.classes or int(labels.max()) + 1
+        blocks: Any = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
+        blocks["block_out_channels"] = tuple(settings.channels * 2**level for level in range(levels))
+        sizes = {"layers_per_block": 1, "norm_num_groups": 8, "num_class_embeds": classes + 1}
+        return UNet2DModel(tuple(size), channels, channels, add_attention=False, **blocks, **sizes)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
-from pipelines.generators import Generator
+from pipelines.generators import Generator, Seeds
 from policies.loops.samples import Samples
 from policies.rl.health import check_drawn
 from policies.rl.settings import Settings
@@ -68,7 +68,7 @@ class GanGenerator(Generator):
 
     @classmethod
     def fit(
-        cls, settings: GanSettings, data: Samples, seeds: Sequence[int], start: Self | None = None, device: str = "cpu"
+        cls, settings: GanSettings, data: Samples, seeds: Seeds, start: Self | None = None, device: str = "cpu"
     ) -> Self:
         """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``."""
         import torch
@@ -104,7 +104,7 @@ class GanGenerator(Generator):
         networks.centres = torch.from_numpy(clusters.cluster_centers_).to(device)
         return cls(settings, networks)
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """``count`` images; ``bias`` is the truncation factor: 1 is none, toward 0 only 16 images are left."""
         import torch
 

@@ -11,8 +11,8 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field
 
-from pipelines.generators import ClosedForm
-from policies.common.seeding import derive_seed
+from pipelines.generators import ClosedForm, Seeds
+from policies.common.seeding import streams
 from policies.loops.effective_samples import wasserstein_squared
 from policies.loops.laws import Covariance, How, Laws, real_only
 from policies.loops.rules import Rule
@@ -46,14 +46,14 @@ class GaussianGenerator(ClosedForm):
     covariance: np.ndarray
 
     @classmethod
-    def truth(cls, settings: GaussianSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    def truth(cls, settings: GaussianSettings, seeds: Seeds, start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on, of N(0, I)."""
-        streams = [np.random.default_rng(derive_seed(seed, "real", start)) for seed in seeds]
-        return Samples(np.stack([stream.standard_normal((count, settings.dimension)) for stream in streams]))
+        real = streams(seeds, "real", start)
+        return Samples(np.stack([stream.standard_normal((count, settings.dimension)) for stream in real]))
 
     @classmethod
     def fit(
-        cls, settings: GaussianSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+        cls, settings: GaussianSettings, data: Samples, seeds: Seeds, start: Any = None, device: str = "cpu"
     ) -> Self:
         """Mean and covariance of the data. A closed form has one optimum: nothing else changes it."""
         universes, count, dimension = data.values.shape
@@ -72,7 +72,7 @@ class GaussianGenerator(ClosedForm):
         """The same spread around 0, and the mean (universes, d) that it was around."""
         return replace(self, mean=np.zeros_like(self.mean)), self.mean
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """Draw from N(μ, λΣ)."""
         noise = np.stack([np.random.default_rng(seed).standard_normal((count, self.mean.shape[1])) for seed in seeds])
         values = noise @ np.swapaxes(_square_root(bias * self.covariance), 1, 2)
@@ -129,10 +129,8 @@ class GaussianGenerator(ClosedForm):
             return {}
         how: How = {"generations": generations, "sampling_bias": loop.sampling_bias, "covariance": settings.covariance}
         dimension = settings.dimension
-        if generations == 1:
-            found = real_only(**how, n_ini=loop.initial(), dimension=dimension)
-        else:
-            found = loop.gaussian_law(generations, dimension, how)
+        first = real_only(**how, n_ini=loop.initial(), dimension=dimension) if generations == 1 else None
+        found = loop.gaussian_law(generations, dimension, how) if first is None else first
         if settings.covariance == "known" and found:  # nothing but the mean is away from the truth
             found |= {"w2_squared": dimension * found["mean_square"], "log_det": np.zeros(generations)}
         return found
@@ -151,10 +149,8 @@ class GaussianGenerator(ClosedForm):
         simulated = loop.simulated and settings.covariance == "unbiased" and loop.real_weight == 1 and n_real > 1
         bisected = settings.dimension <= MOST_BISECTED and loop.sampling_bias <= MOST_BIAS
         if largest and not (simulated and (loop.sampling_bias == 1 or bisected)):
-            return (
-                f"rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a dimension of "
-                f"{MOST_BISECTED} and a sampling_bias of {MOST_BIAS} at most (or 1, where every n_s is admissible)"
-            )
+            least = "rule=fresh, covariance=unbiased, real_weight=1, n_real of 2 or more, and a dimension of "
+            return least + f"{MOST_BISECTED} and a sampling_bias of {MOST_BIAS} at most (or 1: every n_s is admissible)"
         return None
 
 

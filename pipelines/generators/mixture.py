@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field
 
-from pipelines.generators import NEIGHBOURS, ClosedForm
-from policies.common.seeding import derive_seed
+from pipelines.generators import NEIGHBOURS, ClosedForm, Seeds
+from policies.common.seeding import derive_seed, streams
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 from policies.loops.training_sets import Manifest
@@ -45,22 +45,17 @@ class MixtureGenerator(ClosedForm):
     modes: np.ndarray
 
     @classmethod
-    def truth(cls, settings: MixtureSettings, seeds: Sequence[int], start: int, count: int) -> Samples:
+    def truth(cls, settings: MixtureSettings, seeds: Seeds, start: int, count: int) -> Samples:
         """``count`` real samples a universe, from the ``start``-th on: a uniform mode, a Gaussian around it."""
         centres = mode_centres(settings.modes)
-
-        def draw(seed: int) -> np.ndarray:
-            # Two streams, so that the first samples are the same however many are asked for.
-            which, where = (
-                np.random.default_rng(derive_seed(seed, f"real {part}", start)) for part in ("mode", "point")
-            )
-            return centres[which.integers(0, len(centres), count)] + SPREAD * where.standard_normal((count, 2))
-
-        return Samples(np.stack([draw(seed) for seed in seeds]))
+        # Two streams, so that the first samples are the same however many are asked for.
+        both = zip(streams(seeds, "real mode", start), streams(seeds, "real point", start), strict=True)
+        drawn = [(mode.integers(0, len(centres), count), point.standard_normal((count, 2))) for mode, point in both]
+        return Samples(np.stack([centres[mode] + SPREAD * point for mode, point in drawn]))
 
     @classmethod
     def fit(
-        cls, settings: MixtureSettings, data: Samples, seeds: Sequence[int], start: Any = None, device: str = "cpu"
+        cls, settings: MixtureSettings, data: Samples, seeds: Seeds, start: Any = None, device: str = "cpu"
     ) -> Self:
         """Maximise the likelihood by EM from k-means++; weighted samples are resampled by their weights."""
         universes = zip(data.values, seeds, strict=True)
@@ -68,7 +63,7 @@ class MixtureGenerator(ClosedForm):
         weights, means, variances = (np.stack(each) for each in zip(*fitted, strict=True))
         return cls(weights, means, variances, mode_centres(settings.modes))
 
-    def sample(self, count: int, seeds: Sequence[int], bias: float) -> Samples:
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """Choose components by weight, then draw with covariance λΣ_k."""
         drawn = []
         for weights, means, variances, seed in zip(self.weights, self.means, self.variances, seeds, strict=True):

@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pipelines.generators import Generator
-from policies.common.seeding import derive_seed
+from policies.common.seeding import derive_seed, streams
 from policies.loops.rules import RULES, Classifier, Drawing
 from policies.loops.samples import Samples
 
@@ -32,5 +30,5 @@ def draw(
 
     if selection is None:
         return plainly(count)
-    streams = [np.random.default_rng(derive_seed(seed, "curation", generation)) for seed in seeds]
-    return RULES.find(selection["rule"]).select(selection, Drawing(plainly, count, streams, classifier))
+    drawing = Drawing(plainly, count, streams(seeds, "curation", generation), classifier)
+    return RULES.find(selection["rule"]).select(selection, drawing)

@@ -15,6 +15,11 @@ def derive_seed(run_seed: int, stream: str, *position: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def streams(seeds: Sequence[int], stream: str, *position: int) -> list[np.random.Generator]:
+    """One position of a stream, of each of several runs."""
+    return [np.random.default_rng(derive_seed(seed, stream, *position)) for seed in seeds]
+
+
 class PromptSchedule:
     """Which prompts a step draws: every prompt once in random order, then all again in a new order.
 
