@@ -107,9 +107,8 @@ def ledger_order(size_of_pool: int, seed: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, "ledger")).permutation(size_of_pool)
 
 
-_Found = tuple[
-    Sequence[Any], Sequence[int] | np.ndarray | None, Sequence[str], Sequence[str]
-]  # images to decode, labels
+# Images to decode, their labels, the names of the classes, and what was left out.
+_Found = tuple[Sequence[Any], Sequence[int] | np.ndarray | None, Sequence[str], Sequence[str]]
 
 
 def _digits() -> _Found:

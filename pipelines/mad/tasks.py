@@ -80,11 +80,8 @@ def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     start = load_generator(parameters["family"], inputs[-1], device) if parameters["fine_tunes"] else None
     data, ids = _training_set(parameters, inputs)
     streams = [derive_seed(seed, "initialisation", parameters["manifest"]["generation"]) for seed in seeds]
-    model = kind.fit(settings, data, streams, start=start, device=device)
-    files = packed(model.save)
-    if not kind.closed_form:
-        files["training_set.json"] = json.dumps(ids).encode()
-    return files
+    files = packed(kind.fit(settings, data, streams, start=start, device=device).save)
+    return files if kind.closed_form else files | {"training_set.json": json.dumps(ids).encode()}
 
 
 def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
@@ -135,9 +132,8 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     kind, settings = _generator(parameters)
     if kind.closed_form:
         model = load_generator(parameters["family"], inputs[0])
-        if kind.many_universes:
-            return _metrics(model.measure())
-        return _metrics(kind.compare(settings, *evaluation_points(model, parameters)))
+        points = () if kind.many_universes else evaluation_points(model, parameters)
+        return _metrics(kind.compare(settings, *points) if points else model.measure())
     from pipelines.measures.distances import measure_images
 
     drawn, real, extractor = read_samples(inputs[0]), read_real_data(inputs[1]), _load_extractor(inputs[2], device)
@@ -182,7 +178,7 @@ def _metrics(values: Mapping[str, float | np.ndarray], histogram: Sequence[float
 def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samples, list[dict[str, Any]]]:
     """The samples that a manifest names, part after part; and their ids in the first universe."""
     manifest = Manifest.from_json(parameters["manifest"])
-    parts = zip(manifest.parts, parameters["sources"], strict=True)
+    parts = [*zip(manifest.parts, parameters["sources"], strict=True)]
     held = [_held(parameters, part, source, inputs) for part, source in parts]
     alike = manifest.subsample is None and all(part.drawn is None for part in manifest.parts)
     rows = [  # of each universe, for each part: a subsample takes other numbers of each in every universe
@@ -193,23 +189,23 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
         if alike:
             return np.concatenate([array[:, row] for array, row in zip(arrays, rows[0], strict=True)], axis=1)
-        universes = [[array[u][row] for array, row in zip(arrays, mine, strict=True)] for u, mine in enumerate(rows)]
+        universes = [[array[u][row] for array, row in zip(arrays, own, strict=True)] for u, own in enumerate(rows)]
         return np.stack([np.concatenate(parts) for parts in universes])
 
     origin = next((each.origin for each in held if each.origin is not None), None)
     labels = [each.samples.labels for each in held if each.samples.labels is not None]
-    weights = np.repeat([part.weight for part in manifest.parts], [len(row) for row in rows[0]])
+    weights = np.repeat([part.weight for part in manifest.parts], [*map(len, rows[0])])
     samples = Samples(
         joined([each.values_from(origin) for each in held]),
         joined(labels) if len(labels) == len(held) else None,  # an unconditional model labels nothing
         None if np.all(weights == weights[0]) else weights,
         origin,
     )
-    ids = [
-        {"role": part.role, "generation": part.generation, "ids": each.names[row].tolist()}
-        for part, each, row in zip(manifest.parts, held, rows[0], strict=True)
+    taken = zip(manifest.parts, held, rows[0], strict=True)
+    names = [
+        {"role": part.role, "generation": part.generation, "ids": each.names[row].tolist()} for part, each, row in taken
     ]
-    return samples, ids
+    return samples, names
 
 
 class _Held(NamedTuple):

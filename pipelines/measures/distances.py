@@ -132,6 +132,5 @@ def _check_equally_many(real: np.ndarray, generated: np.ndarray) -> None:
 def _check(features: np.ndarray, fewest: int) -> None:
     if len(features) < fewest:
         raise ValueError(f"{len(features)} samples are too few for this figure: give {fewest} or more")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if bad.size:
-        raise ValueError(f"{bad.size} of {len(features)} samples have features that are no finite numbers")
+    if bad := np.count_nonzero(~np.isfinite(features).all(axis=1)):
+        raise ValueError(f"{bad} of {len(features)} samples have features that are no finite numbers")

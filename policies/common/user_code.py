@@ -31,8 +31,8 @@ def described(error: BaseException) -> str:
 
 def import_function(path: str, setting: str, built_in: Iterable[str], what: str = "function") -> Any:
     """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
-    module_name, separator, function_name = path.partition(":")
-    if not (separator and module_name and function_name):
+    module_name, _, function_name = path.partition(":")
+    if not (module_name and function_name):
         raise ValueError(
             f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:{what}'"
         )
@@ -41,8 +41,7 @@ def import_function(path: str, setting: str, built_in: Iterable[str], what: str 
     except (Exception, SystemExit) as error:  # an imported module may fail in any way
         reason = f"module {module_name!r} cannot be imported: {described(error)}"
         raise ValueError(f"{setting} {path!r}: {reason}") from error
-    function = getattr(module, function_name, None)
-    if function is None:
+    if (function := getattr(module, function_name, None)) is None:
         raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
     if not callable(function):
         raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
@@ -126,14 +125,11 @@ class Registry(Generic[Kind]):
     @cached_property
     def built_in(self) -> dict[str, type[Kind]]:
         """This program's own, by name."""
-        found: dict[str, type[Kind]] = {}
-        for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
-            if module.name in self._besides:
-                continue
-            held = vars(importlib.import_module(f"{self._package}.{module.name}"))
-            kinds = [each for each in held.values() if isinstance(each, type) and issubclass(each, self.base)]
-            found |= {name: kind for kind in kinds for name in vars(kind).get("names", ())}
-        return found
+        modules = {each.name for each in pkgutil.iter_modules(importlib.import_module(self._package).__path__)}
+        held = [vars(importlib.import_module(f"{self._package}.{name}")) for name in sorted(modules - {*self._besides})]
+        found = [each for module in held for each in module.values() if isinstance(each, type)]
+        kinds = [each for each in found if issubclass(each, self.base)]
+        return {name: kind for kind in kinds for name in vars(kind).get("names", ())}
 
     @cached_property
     def installed(self) -> dict[str, EntryPoint]:

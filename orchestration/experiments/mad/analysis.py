@@ -33,15 +33,12 @@ def verdict(values: Values) -> dict[str, Any] | None:
     seeds, generations = next(iter(values.values())).shape
     if generations < 2:
         return None
-    distance = next((metric for metric in DISTANCES if metric in values), None)
-    diversity = next((metric for metric in _DIVERSITY if metric in values), None)
-    return mad_verdict(
-        # With a uniform truth Σ(p − 1/k)² = 1 − 1/k − heterozygosity, and unlike the distance it is never 0.
-        judge(values[distance], "lower") if distance else judge(values["heterozygosity"], "higher"),
-        judge(values["precision"], "higher") if "precision" in values else None,
-        judge(values[diversity], "higher") if diversity else None,
-        seeds,
-    )
+    distance, diversity = (next((each for each in kind if each in values), None) for kind in (DISTANCES, _DIVERSITY))
+    # With a uniform truth Σ(p − 1/k)² = 1 − 1/k − heterozygosity, and unlike the distance it is never 0.
+    grows = judge(values[distance], "lower") if distance else judge(values["heterozygosity"], "higher")
+    kinds = ("precision", diversity or "")
+    quality, spread = (judge(values[each], "higher") if each in values else None for each in kinds)
+    return mad_verdict(grows, quality, spread, seeds)
 
 
 def limit(distances: np.ndarray) -> np.ndarray:
@@ -56,19 +53,14 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
     settings = arm.generator_settings
     n_real, _ = arm.loop.sizes(config.generations, config.generations)
     reached = limit(values["w2_squared"])
-    result: dict[str, Any] = {
-        "limit": float(reached.mean()),
-        "limit_standard_error": float(reached.std(ddof=1) / math.sqrt(len(reached))) if len(reached) > 1 else None,
-    }
+    error = float(reached.std(ddof=1) / math.sqrt(len(reached))) if len(reached) > 1 else None
+    result: dict[str, Any] = {"limit": float(reached.mean()), "limit_standard_error": error}
     try:
         found = effective_sample_size(reached, settings.dimension, covariance=settings.covariance)
-    except ValueError as error:  # a limit that no number of real samples has
-        return result | {"problem": str(error)}
-    result |= {
-        "n_e": found._asdict(),
-        "n_e_over_n_r": {name: value / n_real for name, value in found._asdict().items()},
-        "admissible": found.value >= n_real,
-    }
+    except ValueError as problem:  # a limit that no number of real samples has
+        return result | {"problem": str(problem)}
+    shares = {name: value / n_real for name, value in found._asdict().items()}
+    result |= {"n_e": found._asdict(), "n_e_over_n_r": shares, "admissible": found.value >= n_real}
     if config.derive.largest_admissible and arm.underivable(config.generations, largest=True) is None:
         universes = max(32, _ADMISSIBLE_NUMBERS // settings.dimension**2)
         found_most = largest_admissible(n_real, arm.loop.sampling_bias, settings.dimension, universes, seed=0)
@@ -91,18 +83,17 @@ def comparisons(
             same_later = _sizes(manifests[small][1:]) == _sizes(manifests[large][1:])
             if alike and same_later and arms[small].loop.initial() < arms[large].loop.initial():
                 pair = values[small][metric], values[large][metric]
-                told: dict[str, Any] = {"arms": [small, large], "metric": metric}
-                told |= {"forgetting_time": forgetting_time(*pair)}
-                told |= {"final_ratio": paired_ratio(limit(pair[0]), limit(pair[1]))._asdict()}
-                found.setdefault("n_ini", []).append(told)
-        series = fresh_series(config, values, metric)
-        if series is not None:
-            found["fresh_fraction"] = {
-                "metric": metric,
-                "fractions": series[0].tolist(),
-                "final": series[1].tolist(),
-                "rank_correlation": rank_correlation(*series)._asdict(),
-            }
+                about: dict[str, Any] = {
+                    "arms": [small, large],
+                    "metric": metric,
+                    "forgetting_time": forgetting_time(*pair),
+                }
+                about["final_ratio"] = paired_ratio(*map(limit, pair))._asdict()
+                found.setdefault("n_ini", []).append(about)
+        if (series := fresh_series(config, values, metric)) is not None:
+            about = dict(zip(("fractions", "final"), (each.tolist() for each in series), strict=True))
+            correlation = rank_correlation(*series)._asdict()
+            found["fresh_fraction"] = {"metric": metric, **about, "rank_correlation": correlation}
     return found
 
 
