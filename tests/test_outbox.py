@@ -328,12 +328,15 @@ def test_a_damaged_outbox_is_named_and_the_run_goes_on(tmp_path: Path, listener:
     assert path.with_suffix(".damaged").exists()
 
 
-@pytest.mark.parametrize("note", ['{"records": 2, "files": 1, "began": 1.0}', "garbage", None])
-def test_an_outbox_of_lines_is_taken_over(tmp_path: Path, listener: Listener, note: str | None) -> None:
+NOTE = '{"records": 2, "files": 1, "began": 1.0}'
+
+
+@pytest.mark.parametrize(("note", "damage"), [(NOTE, b""), ("garbage", b""), (None, b""), (NOTE, b"garbage\n")])
+def test_an_outbox_of_lines_is_taken_over(tmp_path: Path, listener: Listener, note: str | None, damage: bytes) -> None:
     """As runs left it that were begun before it was a database."""
     (tmp_path / "outbox").mkdir()
     lines = [record(1, once="step 1"), artifact(2), record(3, once="step 3")]
-    (tmp_path / "outbox" / "records.jsonl").write_bytes(as_lines(lines))
+    (tmp_path / "outbox" / "records.jsonl").write_bytes(damage + as_lines(lines))
     if note:
         (tmp_path / "outbox" / "delivered.json").write_text(note)
     assert undelivered(tmp_path / "outbox")
@@ -342,7 +345,7 @@ def test_an_outbox_of_lines_is_taken_over(tmp_path: Path, listener: Listener, no
         outbox.put(record(1, once="step 1"))
         assert outbox.drain(10)
         outbox.close()
-    assert sorted(listener.heard) == ([2, 3] if note and "records" in note else [1, 2, 3])
+    assert sorted(listener.heard) == ([2, 3] if note == NOTE and not damage else [1, 2, 3])
     assert not undelivered(tmp_path / "outbox")
 
 

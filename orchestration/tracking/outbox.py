@@ -234,9 +234,10 @@ class Outbox:
     def _adopt_lines(self, lines: Path) -> None:
         """Take over what a run left that was begun when an outbox was lines in a file."""
         if lines.exists() and not self._sql("SELECT 1 FROM records LIMIT 1", ()):
-            self.put(*read_lines(lines))
+            damaged: list[str] = []
+            self.put(*read_lines(lines, damaged=damaged))
             with suppress(DamagedFiles, KeyError):  # then all is delivered again, and what MLflow knows it keeps once
-                note = read_json(self.directory / "delivered.json")
+                note = {} if damaged else read_json(self.directory / "delivered.json")
                 passed = (False, note["records"]), (True, note["files"])
                 self._sql("UPDATE records SET state = 'delivered' WHERE has_files = ? AND number <= ?", *passed)
 
