@@ -1,4 +1,4 @@
-"""What of a machine this process may use: a container or a batch system (Linux's cgroups) gives it less than all."""
+"""CPUs and memory that this process may use: a container or a batch system (Linux's cgroups) gives it a share."""
 
 import os
 from collections.abc import Iterator

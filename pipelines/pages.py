@@ -1,4 +1,4 @@
-"""Text for people, made from templates: pages, cards, and what a terminal is told."""
+"""Text for people, made from templates: pages, cards, and what a terminal shows."""
 
 from pathlib import Path
 from typing import Any

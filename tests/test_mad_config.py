@@ -285,6 +285,18 @@ def test_what_is_accepted_can_be_drawn_fitted_and_derived_from(
             assert ("n_e" in (found := effective_samples(arm, values, config))) != ("problem" in found)
 
 
+def test_an_arm_differs_within_a_block_and_gives_shares_anew() -> None:
+    blocks = ["gan.width=8", "gan.steps=3", "a:B.x=1", "a:B.y=2", "shares={real_fixed: 0.5, previous: 0.5}"]
+    arm = "arms.a={rule: a:B, gan: {steps: 5}, 'a:B': {y: 3}, shares: {earlier: 1.0}}"
+    found = load_config(MadConfig, None, ["n_ini=50", *blocks, arm]).resolved_arms["a"]
+    assert (found.gan.width, found.gan.steps, found.own, found.shares) == (
+        8,
+        5,
+        {"a:B": {"x": 1, "y": 3}},
+        {"earlier": 1.0},
+    )
+
+
 def test_every_key_of_the_guide_can_be_overridden() -> None:
     overrides = {
         "family": "gaussian",

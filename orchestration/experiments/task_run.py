@@ -60,8 +60,8 @@ class TaskRun(Run):
         self._recorded: set[str] = set()  # keys
 
     def perform(self, work: Work, tasks: Sequence[Task], gpus: int, resources: Mapping[str, Any]) -> None:
-        """Do what of ``tasks`` is not stored yet, and take in the results of all. Workers that are lost cost what they
-        were doing. Raises ActorFailure or ActorLost if the run comes no further."""
+        """Do those of ``tasks`` that are not stored yet, and take in the results of all. Workers that are lost cost
+        what they were doing. Raises ActorFailure or ActorLost if the run comes no further."""
         while True:
             try:
                 with connected(gpus, self.display.remedy):

@@ -52,8 +52,8 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
 
 
 def unseen_words(prompts: Sequence[str], files: ModelFiles) -> list[str]:
-    """What of ``prompts`` the model's text encoders do not see, for people: a line for each prompt that one of them
-    cuts, and for each that is the same to all of them as one before."""
+    """Words of ``prompts`` that the model's text encoders do not see, for people: a line for each prompt that one of
+    them cuts, and for each that is the same to all of them as one before."""
     ids: list[list[tuple[int, ...]]] = [[] for _ in prompts]
     lines = []
     tokenizers = sorted(part for part in files.parts if part.startswith("tokenizer"))

@@ -1,6 +1,6 @@
 """Independent random streams: a seed is a function of (run seed, stream name, position), never of a worker or a clock.
 
-Resuming, retrying and resharding therefore need no generator state: whoever does the work derives the same seed.
+Resuming, retrying and resharding therefore need no generator state: every worker derives the same seed.
 """
 
 import hashlib

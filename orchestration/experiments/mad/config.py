@@ -45,13 +45,10 @@ class ArmSettings(_KEYS, Settings):
     def _known_keys_only(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
         if "options" in content:
             raise ValueError("options: what it held stands under its own name now, as in my_rule:EveryOther.every=3")
-        own = [key for key in content if ":" in key or key in RULES.installed or key in GENERATORS.installed]
-        problems: Any = [
-            {"type": "extra_forbidden", "loc": (key,), "input": content[key]}
-            for key in content
-            if key not in cls.model_fields and key not in own
-        ]
-        if problems:
+        known = {*cls.model_fields, *RULES.installed, *GENERATORS.installed}
+        unknown = [(key, value) for key, value in content.items() if key not in known and ":" not in key]
+        if unknown:
+            problems: Any = [{"type": "extra_forbidden", "loc": (key,), "input": value} for key, value in unknown]
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return content
 
@@ -174,7 +171,7 @@ class MadConfig(ArmSettings, TaskRunSettings):
             blocks = {
                 key: dict(own[key]) | value
                 for key, value in overrides.items()
-                if isinstance(value, dict) and isinstance(own.get(key), Settings | dict)
+                if isinstance(value, dict) and (isinstance(own.get(key), Settings) or key in self.own)
             }
             try:
                 resolved[name] = ArmSettings.model_validate(own | overrides | blocks)

@@ -1,4 +1,4 @@
-"""A MAD run: the values that come in, and what of them goes to the terminal and to MLflow."""
+"""A MAD run: the values that come in, and how they go to the terminal and to MLflow."""
 
 import json
 from collections import defaultdict

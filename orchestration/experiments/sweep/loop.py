@@ -1,7 +1,7 @@
 """A sweep: points × seeds of one loop under Ray Tune, then the best point against the unchanged configuration.
 
 Tune decides what runs when, and what is not worth finishing. It is asked anew in each session: a trial's own directory
-is the only memory, so whoever gives the command again loses nothing and runs nothing twice.
+is the only memory, so the command given again loses nothing and runs nothing twice.
 """
 
 from pathlib import Path

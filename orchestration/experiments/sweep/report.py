@@ -36,8 +36,8 @@ class Outcome:
     @classmethod
     def of(cls, run: SweepRun, trial: Trial) -> Self:
         """Read from the trial's directory."""
-        known, manifest, told = trial.known(), trial.manifest(), reports(run.config, trial)
-        last: dict[str, Any] = told[-1] if told else {run.metric: None, "step": 0, "images": 0}
+        known, manifest, found = trial.known(), trial.manifest(), reports(run.config, trial)
+        last: dict[str, Any] = found[-1] if found else {run.metric: None, "step": 0, "images": 0}
         status = "STOPPED" if "stopped" in known else manifest.get("status", "FAILED")
         value = last[run.metric]
         value = value if value is not None and math.isfinite(value) else None  # not a number: nothing to compare

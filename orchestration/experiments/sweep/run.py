@@ -69,7 +69,7 @@ class SweepRun(Run):
         self._done = {trial.name for trial in begun if trial.over()}
         super().__init__(directory, config, manifest, total, len(self._done), rows=[row], unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
-        used = {trial.name: told[-1]["images"] for trial in begun if (told := reports(config, trial))}
+        used = {trial.name: found[-1]["images"] for trial in begun if (found := reports(config, trial))}
         self.budget = Budget(config.budget, self._wall_before, used)
 
     def on_start(self) -> None:
@@ -116,12 +116,12 @@ class SweepRun(Run):
         """Close what trials left open in MLflow: Tune ends a trial's process without asking."""
         for trial in self.trials():
             known, status = trial.known(), trial.manifest().get("status")
-            untold = "stopped" in known and not known.get("told")
-            if untold or status == "RUNNING" or undelivered(trial.directory / "outbox"):
+            unsaid = "stopped" in known and not known.get("told")
+            if unsaid or status == "RUNNING" or undelivered(trial.directory / "outbox"):
                 trial.wait_until_free()
-                why = {"stopped_by": f"{self.config.scheduler.kind} after step {known['stopped']}"} if untold else None
+                why = {"stopped_by": f"{self.config.scheduler.kind} after step {known['stopped']}"} if unsaid else None
                 sync(trial.directory, self.display.say, why, self._trusted)
-                if untold:
+                if unsaid:
                     trial.note(told=True)
 
 

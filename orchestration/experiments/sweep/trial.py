@@ -1,7 +1,7 @@
-"""One trial of a sweep: a run of its loop in a directory of its own, told to Ray Tune commit by commit.
+"""One trial of a sweep: a run of its loop in a directory of its own, reported to Ray Tune commit by commit.
 
 The directory is named by the point and the seed, so a trial that is asked for again goes on from its last commit, and
-one that is done answers from what it left. What a trial tells is what its journal holds, in the same order each time.
+one that is done answers from what it left. What a trial reports is what its journal holds, in the same order each time.
 """
 
 import contextlib

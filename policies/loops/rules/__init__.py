@@ -95,7 +95,7 @@ class Rule(Named, Settings):
             raise ValueError(f"rule {self.name()} needs {missing}")
 
     def contradiction(self) -> str | None:
-        """What of the settings the rule has no use for, as a message."""
+        """Settings that the rule cannot have, as a message; None: there are none."""
         return None
 
     def missing(self) -> str | None:
