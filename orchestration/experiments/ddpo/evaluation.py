@@ -59,23 +59,18 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """For charts: evaluation/reward, /diversity and /kl_to_base, evaluator/<slot>, /full and /agreement,
         rewards/<function>; of seen and of unseen prompts apart, seen/reward and /full, unseen/reward and /full."""
+        judged = self.fulfilled or {}
         values = {"evaluation/reward": float(self.scores.mean())}
         if len(self.by_function) > 1:
             values |= {f"rewards/{name}": float(scores.mean()) for name, scores in self.by_function.items()}
-        if self.kl_to_base is not None:
-            values["evaluation/kl_to_base"] = self.kl_to_base
         for part, mask in (("seen", ~self.unseen), ("unseen", self.unseen)) if self.unseen.any() else ():
             values[f"{part}/reward"] = float(self.scores[mask].mean())
-            if self.fulfilled is not None:
-                values[f"{part}/full"] = float(self.fulfilled["full"][mask].mean())
+            values |= {f"{part}/full": float(judged["full"][mask].mean())} if judged else {}
+        values |= {f"evaluator/{slot}": float(hits.mean()) for slot, hits in judged.items()}
         spread = diversity(self.images, self.prompts)
-        if spread is not None:
-            values["evaluation/diversity"] = spread
-        if self.fulfilled is not None:
-            values |= {f"evaluator/{slot}": float(hits.mean()) for slot, hits in self.fulfilled.items()}
-        if self.agreement is not None:
-            values["evaluator/agreement"] = self.agreement
-        return values
+        others = {"evaluation/kl_to_base": self.kl_to_base, "evaluation/diversity": spread}
+        others |= {"evaluator/agreement": self.agreement}
+        return values | {name: value for name, value in others.items() if value is not None}
 
 
 def fixed_work(prompts: Sequence[str], images: int) -> tuple[list[str], list[int]]:
