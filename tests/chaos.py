@@ -28,7 +28,6 @@ import psutil
 
 from orchestration.runs.manifest import git_commit
 from orchestration.tracking.outbox import undelivered
-from tests import prefork
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 from tests.nodes import Nodes, environment
 from tests.processes import start, wait_until
@@ -215,13 +214,12 @@ def disturbed(stage: Stage, loop: str, directory: Path, strikes: Sequence[Strike
     """A run with faults, resumed as often as its driver ends by one. Returns what it leaves."""
     log, deadline = Path(f"{directory}.log"), time.monotonic() + _RUN_SECONDS
     cluster = environment(stage.nodes.address) if stage.nodes else None
-    # A stopped worker is ended by who looks among the children of its raylet, which forks are not.
-    process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster, afresh=True)
+    process = start([*stage.arguments[loop], f"output_dir={directory}"], log, cluster)
     coming, struck, stood = list(strikes), 0.0, 0
     while process.poll() is None or process.poll() in _ends(stage.strikes):  # else it is done, or stopped by itself
         assert time.monotonic() < deadline, f"{directory} does not end; see {log}"
         if process.poll() is not None:
-            process = start(["resume", str(directory)], log, cluster, afresh=True)
+            process = start(["resume", str(directory)], log, cluster)
         now = committed(directory)
         if stage.strikes and stage.strikes[-1].seconds is None and now > stood:
             stage.strikes[-1].seconds = time.monotonic() - struck
@@ -274,7 +272,7 @@ def hit(stage: Stage, process: subprocess.Popen[bytes], strike: Strike) -> bool:
 
 def _one_of(stage: Stage, process: subprocess.Popen[bytes], title: str) -> int | None:
     found = []
-    for child in prefork.family(psutil.Process(process.pid)):
+    for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error, IndexError):
             if child.cmdline()[0].startswith(title) or child.name() == title:
                 found.append(child.pid)

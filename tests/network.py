@@ -7,8 +7,6 @@ from typing import Self
 
 import psutil
 
-from tests import prefork
-
 
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
@@ -20,7 +18,7 @@ def free_port() -> int:
 def listeners(process: psutil.Process) -> set[tuple[str, int]]:
     """(address, port) on which a process and its children take connections or datagrams."""
     found = set()
-    for member in [process, *prefork.family(process)]:
+    for member in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             for each in member.net_connections(kind="inet"):
                 if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr):

@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -62,8 +61,8 @@ class Nodes:
             role = {"include_dashboard": False, "no_monitor": True}
         # The path of a Unix socket has to be short, and pytest's own are long.
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
-        settings = {**_COMMON, **role, "temp_dir": directory, "resources": {name: 1}, **prefork.settings(directory)}
-        command = [*self._apart, *([directory] if self._apart else []), sys.executable, "-c", _NODE]
+        settings = {**_COMMON, **role, "temp_dir": directory, "resources": {name: 1}}
+        command = [*self._apart, *([directory] if self._apart else []), *prefork.node(_NODE, directory)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         process = subprocess.Popen([*command, json.dumps(settings)], env=environment(None), **pipes)
         self._processes[name] = self._stack.enter_context(process)
@@ -74,7 +73,7 @@ class Nodes:
 
     def family(self, name: str) -> list[psutil.Process]:
         """Every process of a node but the one that started it: its raylet, agents and workers."""
-        return prefork.family(psutil.Process(self._processes[name].pid))
+        return psutil.Process(self._processes[name].pid).children(recursive=True)
 
     def lose(self, name: str) -> None:
         """SIGKILL for a node's raylet: what lived by it ends as it does when a machine is gone."""

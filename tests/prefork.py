@@ -1,13 +1,14 @@
-"""Ray's worker processes as forks of one that has imported the models' libraries already: seconds less for each.
+"""Python processes as forks of one that has imported the libraries already: seconds less for each.
 
-A worker that is started afresh imports torch, diffusers and transformers, which is most of what a run of tiny models
-costs. Where tests start a Ray, in their own process (:func:`preloaded`), by a command (:func:`environment`) or as nodes
-(:func:`settings`), its workers come from there instead; all else of Ray is as ever, and so is the command's process.
+A process that is started afresh imports torch, diffusers, transformers, Ray and MLflow, which is most of what a run of
+tiny models costs. Where tests start a Ray, in their own process (:func:`preloaded`), by a command (:func:`command`) or
+as nodes (:func:`node`), its workers and agents come from there instead, and so does the command; all else is as ever.
 Some commands are left alone, so that what a person starts is tested whole, too.
 
-Ray starts this file as it would start its own ``setup_worker.py``. What it should become is asked of the process that
-serves at ``SOCKET``, which forks; this one stays until the fork has ended, and takes it along. The fork has the
-arguments, environment, streams, directory and view of the file system of who asked.
+This file is started in place of the script, with the script as its first word. What it should become is asked of the
+process that serves at ``SOCKET``, which forks; this one stays until the fork has ended, takes it along, passes signals
+on to it and ends as it did. The fork has the arguments, environment, streams, directory and view of the file system of
+who asked, and psutil shows it at that one's place.
 """
 
 import contextlib
@@ -15,13 +16,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-SOCKET = "OUROBOROS_TESTS_PREFORK"
+SOCKET, STORE = "OUROBOROS_TESTS_PREFORK", "OUROBOROS_TESTS_STORE"  # in the environment of who has forks
 _LARGEST = 2**20
 _NAMESPACES = {"user": 0x10000000, "mnt": 0x00020000}
 _OWN = ("orchestration", "actors", "pipelines", "policies", "tests")
@@ -31,44 +33,56 @@ _LIBRARIES += ["diffusers.models.unets.unet_2d", "transformers.models.blip.model
 _LIBRARIES += ["transformers.models.blip.processing_blip", "transformers.models.clip.modeling_clip"]
 _LIBRARIES += ["pipelines.rl.policy", "pipelines.rl.learning", "pipelines.captioner", "pipelines.measures.evaluator"]
 _LIBRARIES += ["pipelines.rewards.text", "pipelines.rewards.images", "pipelines.rewards.jpeg", "pipelines.mad.tasks"]
+_LIBRARIES += ["orchestration.cli.main", "orchestration.tracking.tracker", "orchestration.runs.html_report"]
+_LIBRARIES += [
+    "mlflow.store.tracking.sqlalchemy_store",
+    "matplotlib.figure",
+    "aiohttp.web",
+    "grpc.aio",
+    "unittest.mock",
+]
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
 
 
 def become() -> None:
-    """What Ray starts: ask for a fork with these arguments, environment and streams."""
-    script, path = sys.argv[1], sys.path[1:]
+    """What is started: ask for a fork with these arguments, environment and streams, and end as it does."""
+    path = sys.path[1:]
     options = dict(each.removeprefix("--").split("=", 1) for each in sys.argv if each.startswith("--") and "=" in each)
     context = json.loads(options.get("serialized-runtime-env-context", "{}"))
     environ = os.environ | {name: os.path.expandvars(each) for name, each in context.get("env_vars", {}).items()}
     path = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each not in path] + path
-    wanted = {"argv": sys.argv[1:], "environ": environ, "path": [os.path.dirname(script), *path], "anew": False}
+    first = os.getcwd() if sys.argv[1] == "-m" else os.path.dirname(sys.argv[1])
+    wanted = {"argv": sys.argv[1:], "environ": environ, "path": [first, *path], "anew": False, "file": sys.argv[0]}
     wanted["cwd"] = os.getcwd()
     if prefix := context.get("command_prefix"):  # the program is the one that was brought to this node
         _, wanted["cwd"], _ = (shlex.split(each)[0] for each in prefix)
         wanted["anew"] = True
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until it is known to whom
     with _asking() as asked:
         views = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
         socket.send_fds(asked, [json.dumps(wanted).encode()], [0, 1, 2, *views])
-        asked.recv(1)  # until the fork has ended
+        fork = int(asked.recv(_LARGEST))
+        for number in _PASSED_ON:
+            signal.signal(number, lambda received, _: _send(fork, received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        code = int(asked.recv(_LARGEST) or -signal.SIGKILL)
+    if code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no other meaning
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
-def forks() -> dict[int, int]:
-    """By the process that Ray started, the fork that lives for it."""
+def _send(fork: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(fork, number)
+
+
+def _forks() -> dict[int, int]:
+    """By the process that was started, the fork that lives for it."""
     with _asking() as asked:
         asked.send(b"forks")
         return {int(asker): fork for asker, fork in json.loads(asked.recv(_LARGEST)).items()}
-
-
-def family(process: Any) -> list[Any]:
-    """The processes that a ``psutil.Process`` started, those that these started, and so on, their forks among them."""
-    import psutil
-
-    found = process.children(recursive=True)
-    forked = forks() if SOCKET in os.environ else {}
-    for pid in [forked[each.pid] for each in found if each.pid in forked]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            fork = psutil.Process(pid)
-            found += [fork, *fork.children(recursive=True)]
-    return found
 
 
 def _asking() -> socket.socket:
@@ -82,10 +96,10 @@ def serve(place: str) -> None:
     import gc
     import importlib
     import selectors
-    import signal
 
     for name in _LIBRARIES:
         importlib.import_module(name)
+    assert "ray" not in sys.modules, "Ray reads the environment once, which is not this process's"
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads would not survive a fork"
     gc.collect()
@@ -107,7 +121,9 @@ def serve(place: str) -> None:
                 return
             for ended, (pid, asked) in [*forks.items()]:
                 if ended in ready:
-                    os.waitpid(pid, 0)
+                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    with contextlib.suppress(OSError):  # who asked is gone
+                        asked.send(str(code).encode())
                     for each in (ended, asked):
                         waiting.unregister(each)
                     os.close(ended)
@@ -122,7 +138,7 @@ def serve(place: str) -> None:
                     askers = {
                         struct.unpack("3i", each.getsockopt(*credentials))[0]: pid for pid, each in forks.values()
                     }
-                    with contextlib.suppress(OSError):  # who asked is gone
+                    with contextlib.suppress(OSError):
                         asked.send(json.dumps(askers).encode())
                     asked.close()
                     continue
@@ -135,6 +151,8 @@ def serve(place: str) -> None:
                     _run(json.loads(said), streams)
                 for stream in streams:
                     os.close(stream)
+                with contextlib.suppress(OSError):
+                    asked.send(str(pid).encode())
                 ended = os.pidfd_open(pid)
                 forks[ended] = pid, asked
                 waiting.register(ended, selectors.EVENT_READ)
@@ -142,35 +160,48 @@ def serve(place: str) -> None:
 
 
 def _run(wanted: dict[str, Any], streams: Sequence[int]) -> NoReturn:
-    """Be, in a fork, the script that was asked for."""
+    """Be, in a fork, the script or module that was asked for."""
+    import atexit
     import importlib
     import runpy
+    import tempfile
+    import threading
     import traceback
 
     code = 1
     try:
-        os.setpgid(0, 0)  # a raylet kills the group of a worker that has ended
+        os.setsid()  # a raylet kills the group of a worker that has ended
         for view, (kind, flag) in zip(streams[3:], _NAMESPACES.items(), strict=True):
             _enter(view, kind, flag)
         for number, stream in enumerate(streams[:3]):
             os.dup2(stream, number)
             os.close(stream)
+        for text in (sys.stdout, sys.stderr):
+            text.reconfigure(write_through=True)  # type: ignore[union-attr]
         os.environ.clear()
         os.environ.update(wanted["environ"])
         os.chdir(wanted["cwd"])
-        sys.path[:] = wanted["path"]
+        sys.path[:], tempfile.tempdir = wanted["path"], None
         if wanted["anew"]:
             for name in [each for each in sys.modules if each.partition(".")[0] in _OWN]:
                 del sys.modules[name]
             importlib.invalidate_caches()
         sys.argv = [each for each in wanted["argv"] if not each.startswith(("--serialized-runtime-env", "--language"))]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        with _changed(wanted["file"]):
+            if sys.argv[0] == "-m":
+                del sys.argv[0]
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
+        ends: Any = threading
+        ends._shutdown()
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -186,45 +217,114 @@ def _enter(view: int, kind: str, flag: int) -> None:
 
 
 @contextlib.contextmanager
+def _changed(file: str) -> Iterator[None]:
+    """In this block a Ray that this process starts has its workers and agents forked by ``file``, this one or a copy;
+    psutil shows forks at the place of those that they live for; and a new MLflow store is a copy of the first, as its
+    tables take seconds to create."""
+    from functools import partial
+    from unittest.mock import patch
+
+    import psutil
+    from mlflow.store.db import utils
+    from ray._private import parameter, services
+
+    program = "_build_python_executable_command_memory_profileable"
+    whole_program: Any = getattr(services, program)
+    whole_children, whole_parent, whole_tables = (
+        psutil.Process.children,
+        psutil.Process.parent,
+        utils._initialize_tables,
+    )
+
+    class Fork(psutil.Process):
+        def __init__(self, pid: int, asker: int) -> None:
+            super().__init__(pid)
+            self._asker = psutil.Process(asker)
+
+        def environ(self) -> dict[str, str]:
+            return self._asker.environ()
+
+    def children(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        forked, found = _forks(), []
+        started = [process, *whole_children(process, recursive)]
+        for each in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if each.pid not in forked:
+                    found.append(each)
+                    continue
+                found.append(Fork(forked[each.pid], each.pid))
+                found += children(found[-1], recursive) if recursive else []
+        return found if process.pid in forked else found[1:]
+
+    def parent(process: psutil.Process) -> psutil.Process | None:
+        asker = next((asker for asker, fork in _forks().items() if fork == process.pid), None)
+        return whole_parent(psutil.Process(asker) if asker else process)
+
+    def tables(engine: Any) -> None:
+        template, path = os.environ.get(STORE, ""), engine.url.database
+        if engine.dialect.name != "sqlite" or not os.path.isdir(os.path.dirname(template)):
+            whole_tables(engine)
+        elif os.path.exists(template):
+            _copy_store(template, path)
+        else:
+            whole_tables(engine)
+            _copy_store(path, f"{template}.{os.getpid()}")
+            os.replace(f"{template}.{os.getpid()}", template)
+
+    with (
+        patch.object(parameter, "RayParams", partial(parameter.RayParams, setup_worker_path=file)),
+        patch.object(services, program, lambda *words, **more: [*whole_program(*words, **more), file]),
+        patch.object(psutil.Process, "children", children),
+        patch.object(psutil.Process, "parent", parent),
+        patch.object(utils, "_initialize_tables", tables),
+    ):
+        yield
+
+
+def _copy_store(source: str, target: str) -> None:
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(source)) as one, contextlib.closing(sqlite3.connect(target)) as other:
+        one.backup(other)
+
+
+@contextlib.contextmanager
 def preloaded() -> Iterator[None]:
     """In this block a Ray that this process starts has its workers forked; what else may, is said above."""
     import secrets
     import subprocess
-    from functools import partial
+    import tempfile
 
-    from ray._private import parameter
-
-    names: dict[str, Any] = vars(parameter)
     place = f"ouroboros-{secrets.token_hex(8)}"
     # The long word is room for the titles that workers give themselves.
-    command = [sys.executable, __file__, "serve", place, "-" * 200]
+    serving = [sys.executable, __file__, "serve", place, "-" * 200]
     quiet = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not survive a fork
-    server: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
-    whole = names["RayParams"]
-    names["RayParams"] = partial(whole, setup_worker_path=__file__)
-    os.environ[SOCKET] = place
+    server: Any = subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
     try:
         assert server.stdout.readline() == b"ready\n"
-        yield
+        with tempfile.TemporaryDirectory() as directory, _changed(__file__):
+            os.environ.update({SOCKET: place, STORE: f"{directory}/store.db"})
+            yield
     finally:
-        del os.environ[SOCKET]
-        names["RayParams"] = whole
+        for name in (SOCKET, STORE):
+            os.environ.pop(name, None)
         server.stdin.close()
         server.wait()
 
 
-def environment(before: Mapping[str, str]) -> dict[str, str]:
-    """What a command needs so that a Ray that it starts has its workers forked, if this process has; see
-    ``preloading/sitecustomize.py``."""
+def command(*words: str) -> list[str]:
+    """A command in Python, of a script or ``-m`` and a module, as a fork if this process has some."""
+    return [sys.executable, *([__file__] if SOCKET in os.environ else []), *words]
+
+
+def node(script: str, directory: str) -> list[str]:
+    """The same for ``script``, the text of a program, where nothing but ``directory`` may be seen of the checkout."""
     if SOCKET not in os.environ:
-        return dict(before)
-    places = [os.path.join(os.path.dirname(__file__), "preloading"), *filter(None, [before.get("PYTHONPATH")])]
-    return {**before, SOCKET: os.environ[SOCKET], "PYTHONPATH": os.pathsep.join(places)}
-
-
-def settings(directory: str) -> dict[str, str]:
-    """Ray's for a node with ``directory``, where this file can be found also if the node does not see the checkout."""
-    return {"setup_worker_path": shutil.copy(__file__, directory)} if SOCKET in os.environ else {}
+        return [sys.executable, "-c", script]
+    place = os.path.join(directory, "node.py")
+    with open(place, "w") as file:
+        file.write(script)
+    return [sys.executable, shutil.copy(__file__, directory), place]
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ def start(
     arguments: list[str], log: Path, environment: Mapping[str, str] | None = None, afresh: bool = False
 ) -> subprocess.Popen[bytes]:
     """``ouroboros`` in a process group of its own, as a shell would start it; with a Ray of its own, unless
-    ``environment`` says otherwise. ``afresh``: also if the workers of other Rays are forks."""
+    ``environment`` says otherwise. ``afresh``: no fork, though others may be."""
     if environment is None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    if not afresh:
-        environment = prefork.environment(environment)
+    words = ["-m", "orchestration.cli", *arguments]
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestration.cli", *arguments],
+        [sys.executable, *words] if afresh else prefork.command(*words),
         stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -49,7 +49,7 @@ class Head:
         """The command, as a client of this head."""
         address = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.port}"}
         return subprocess.Popen(
-            [sys.executable, "-m", "orchestration.cli", *words],
+            prefork.command("-m", "orchestration.cli", *words),
             env={**self.environment, **address, **environment},
             cwd=CHECKOUT,
             stdout=log.open("wb"),
@@ -90,11 +90,11 @@ def head(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="ray") as short:  # the path of a socket has 107 characters at most
         process = psutil.Popen(
             [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
+                *prefork.command("-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
                 *(f"--{name}={port}" for name, port in ports.items()),
                 f"--temp-dir={short}",
             ],
-            env=prefork.environment({**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
+            env={**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
             stdout=(directory / "head.log").open("wb"),
             stderr=subprocess.STDOUT,
         )

@@ -19,6 +19,7 @@ from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.runs.config import load_config
 from pipelines.storage.locations import CHECKOUT
+from tests import prefork
 from tests.nodes import Nodes, environment
 from tests.processes import wait_until
 
@@ -60,7 +61,7 @@ print(json.dumps({"seen": seen, "actors": actors}))
 
 def ouroboros(*words: str, address: str) -> subprocess.CompletedProcess[str]:
     """The command, on the cluster at ``address``."""
-    command = [sys.executable, "-m", "orchestration.cli", *words]
+    command = prefork.command("-m", "orchestration.cli", *words)
     options: dict[str, Any] = {"env": environment(address), "cwd": CHECKOUT, "timeout": 600, "text": True}
     return subprocess.run(command, capture_output=True, **options)
 
@@ -245,7 +246,7 @@ def test_nodes_of_a_kind_that_is_not_there_are_missed_before_anything_starts(clu
 def test_a_lost_node_is_done_without(nodes: Nodes, ddpo_runs: list[Path], tmp_path: Path) -> None:
     """Last, as the node is gone for good: the run goes back to its last commit on the one that is left."""
     words = [*TINY_DDPO, *FEWER_ACTORS, "actors.samplers=2", f"output_dir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "orchestration.cli", "ddpo", *words]
+    command = prefork.command("-m", "orchestration.cli", "ddpo", *words)
     with (tmp_path / "log").open("wb") as log:
         driver = subprocess.Popen(command, env=environment(nodes.address), cwd=CHECKOUT, stdout=log, stderr=log)
     wait_until(lambda: (tmp_path / "run/checkpoints").exists() or driver.poll() is not None, 400, "the first commit")
