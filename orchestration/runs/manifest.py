@@ -51,8 +51,12 @@ def _checked(path: Path) -> dict[str, Any]:
     """The content of a file that keeps to its schema."""
     content = read_json(path)
     for flaw in _schema(path.stem).iter_errors(content):
-        place = ".".join(map(str, flaw.absolute_path)) or "it"
-        raise DamagedFiles(f"{path} is damaged: {place} is not of {flaw.validator} {str(flaw.validator_value)[:80]}")
+        wanted = f"not of {flaw.validator} {str(flaw.validator_value)[:80]}"
+        lacking = (
+            [key for key in flaw.validator_value if key not in flaw.instance] if flaw.validator == "required" else []
+        )
+        place = ".".join(map(str, [*flaw.absolute_path, *lacking[:1]])) or "it"
+        raise DamagedFiles(f"{path} is damaged: {place} is {'missing' if lacking else wanted}")
     return content
 
 
