@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ import torch
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")  # the machine may be, which says nothing of a test
 
 # The files that take minutes come first, so that no worker is left with one of them when the others are done.
 LONG = ("faults", "multinode", "mad", "loop", "sweep", "jobs", "remote_rewards", "listeners", "overlap")

@@ -245,16 +245,14 @@ def _changed(file: str) -> Iterator[None]:
             return self._asker.environ()
 
     def children(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
-        forked, found = _forks(), []
-        started = [process, *whole_children(process, recursive)]
-        for each in started:
+        forked = _forks()
+        found: dict[int, psutil.Process] = {}  # what a fork started is found by it and by the server of forks
+        for each in [process, *whole_children(process, recursive)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if each.pid not in forked:
-                    found.append(each)
-                    continue
-                found.append(Fork(forked[each.pid], each.pid))
-                found += children(found[-1], recursive) if recursive else []
-        return found if process.pid in forked else found[1:]
+                family = [Fork(forked[each.pid], each.pid)] if each.pid in forked else []
+                family += children(family[0], recursive) if family and recursive else []
+                found |= {member.pid: member for member in family or [each]}
+        return [each for pid, each in found.items() if pid != process.pid]
 
     def parent(process: psutil.Process) -> psutil.Process | None:
         asker = next((asker for asker, fork in _forks().items() if fork == process.pid), None)
