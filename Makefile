@@ -29,7 +29,7 @@ lock: $(READY)  ## write requirements.lock from what is installed
 # uv unpacks in seconds what takes pip minutes. It is given pip's settings, as it has others of its own; where it fails, pip
 # does it. Rebuilt when a requirement changes, and only then. What the lock leaves out (pip freezes no setuptools, and a
 # build of torch may need more than another) comes in the second step.
-PIPS = $(shell $(BIN)/pip config list | sed -nE "s/^.*\\.(find-links|index-url)='(.*)'$$/--\1=\2/p")
+PIPS = $$($(BIN)/pip config list | sed -nE "s/.*\.(find-links|index-url)='(.*)'/--\1=\2/p")
 INSTALL = $(BIN)/uv pip install --quiet --native-tls --python=$(BIN)/python $(PIPS)
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
