@@ -19,8 +19,8 @@ check: $(READY)  ## style, layers and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-suite: $(READY)  ## two files at a time: most of a test with Ray is waiting for processes
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+suite: $(READY)  ## two files at a time: most of a test with Ray is waiting for processes, which need not compile all of this anew
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lock: $(READY)  ## write requirements.lock from what is installed
 	{ echo "# Written by 'make lock'; installed by 'make demo' and 'make test'."; \
