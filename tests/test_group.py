@@ -52,7 +52,9 @@ AT_ANY_RATIO = {"ratio_tolerance": float("inf")}
 def pool() -> Iterator[list[Pool]]:
     """A process for each rank, as torch remembers which it was, that has imported what learners need and no more."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    models = ("unets.unet_2d_condition", "transformers.transformer_sd3", "autoencoders.autoencoder_kl")
+    parts = ["peft", "torch.distributed.fsdp", "torch._dynamo", *(f"diffusers.models.{each}" for each in models)]
+    context.set_forkserver_preload([__name__, *parts])
     with context.Pool(1) as first, context.Pool(1) as second, context.Pool(1) as third:
         yield [first, second, third]
 
