@@ -3,7 +3,6 @@
 Everything is a function of the pipeline, the settings and the seed; on one machine a repeat gives the same bytes.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from io import BytesIO
@@ -16,34 +15,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.captioner import Captioner
+from pipelines.data.prompts import naming, renamed
 from pipelines.denoisers import load_family
 from pipelines.figures.plots import image_grid
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import CaptionerSettings, ModelSettings
-from pipelines.storage.atomic import Files, packed, unpacked
-from pipelines.storage.locations import find, resolve_model
-from pipelines.storage.model_files import ModelFilesError, read_json
-from pipelines.studies import metrics, products
+from pipelines.storage.atomic import Files, unpacked
+from pipelines.storage.locations import resolve_model
+from pipelines.storage.model_files import check_pipeline
+from pipelines.studies import metrics, product, products
 from policies.common.seeding import derive_seed
 from policies.erasing import ErasingSettings, Variant, esd_target, trained_modules, uce_weight
 from policies.rl.settings import SamplingSettings
-
-# Prompts: which of them name the concept, and what is neutral in its place.
-
-
-def _words(concept: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
-
-
-def is_named(concept: str, text: str) -> bool:
-    """Whether ``text`` holds the words of ``concept``, in any case."""
-    return _words(concept).search(text) is not None
-
-
-def renamed(text: str, concept: str, word: str) -> str:
-    """``text`` with another word for the concept, where it is first named."""
-    return _words(concept).sub(lambda _: word, text, count=1)
 
 
 class Prompts(NamedTuple):
@@ -60,7 +44,7 @@ class Prompts(NamedTuple):
     @classmethod
     def of(cls, concept: str, prompts: Sequence[str], instead: Sequence[str] = ()) -> "Prompts":
         """Those of ``prompts``."""
-        named = tuple(each for each in prompts if is_named(concept, each))
+        named = tuple(each for each in prompts if naming(concept, each))
         return cls(concept, named or (concept,), tuple(each for each in prompts if each not in named), tuple(instead))
 
     def neutral(self, prompt: str) -> list[str | None]:
@@ -68,25 +52,11 @@ class Prompts(NamedTuple):
         return [renamed(prompt, self.concept, word) for word in self.instead] or [None]
 
 
-# Training.
-
-Drawn = tuple[Tensor, Tensor, Tensor]
-
-
-def check_erasable(path: str) -> None:
-    """Raise ModelFilesError unless ``path`` is a directory of Stable Diffusion 1.x or 2.x."""
-    directory, wanted = find(path), "StableDiffusionPipeline"
-    if directory is None or not directory.is_dir():
-        raise ModelFilesError(f"path: there is no directory {path!r}; name one that save_pretrained wrote")
-    if (kind := read_json(directory / "model_index.json").get("_class_name")) != wanted:
-        raise ModelFilesError(f"path: {path!r} is a {kind}, and what is erased here is a {wanted}'s cross-attention")
-
-
 class Eraser:
     """A pipeline whose network is edited, beside the frozen network as it came."""
 
     def __init__(self, path: str, device: str = "cpu") -> None:
-        check_erasable(path)
+        check_pipeline(path, "StableDiffusionPipeline")
         self.device, self.family = torch.device(device), load_family(path, torch.float32)
         self.network: nn.Module = self.family.network.to(self.device)
         self.frozen = deepcopy(self.network)
@@ -132,7 +102,9 @@ class Eraser:
         return losses
 
     @torch.no_grad()
-    def _draw(self, prompts: Prompts, settings: ErasingSettings, schedule: Any, random: torch.Generator) -> Drawn:
+    def _draw(
+        self, prompts: Prompts, settings: ErasingSettings, schedule: Any, random: torch.Generator
+    ) -> list[Tensor]:
         """Text states (images, tokens, width); x_t and what is to be answered there, each (steps, images, …)."""
 
         def pick(among: Sequence[str], count: int) -> list[str]:
@@ -158,7 +130,7 @@ class Eraser:
                 empty, answer = self._ask(self.network, latents.repeat(2, 1, 1, 1), time, both).chunk(2)
             output = empty + settings.guidance_scale * (answer - empty)
             latents = self.family.step(schedule, step, latents, output, torch.zeros_like(latents), 0.0)
-        return states, torch.stack(seen), torch.stack(targets)
+        return [states, torch.stack(seen), torch.stack(targets)]
 
     @torch.no_grad()
     def _solve(self, prompts: Prompts, stiffness: float) -> None:
@@ -166,8 +138,9 @@ class Eraser:
         all states of other prompts. (A causal encoder hands a word on to every token behind it.)"""
         concepts, guides = [], []
         for prompt in prompts.named:
-            until = next(_words(prompts.concept).finditer(prompt)).end()  # it is named
-            last = len(self.family.pipeline.tokenizer(prompt[:until]).input_ids) - 2  # the end token comes after it
+            word = naming(prompts.concept, prompt)
+            until = prompt[: word.end()] if word else prompt
+            last = len(self.family.pipeline.tokenizer(until).input_ids) - 2  # the end token comes after it
             concepts.append(self.states([prompt])[0, last:])
             guides.append(self.states(prompts.neutral(prompt)).mean(dim=0)[last:])
         kept = self.states(prompts.others).flatten(0, 1) if prompts.others else concepts[0][:0]
@@ -186,16 +159,7 @@ def erase(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     settings = ErasingSettings(**parameters["settings"])
     prompts = Prompts.of(parameters["concept"], parameters["prompts"], parameters["instead"])
     losses = eraser.erase(prompts, parameters["variant"], settings, parameters["seed"])
-    pipeline = eraser.family.pipeline.to("cpu")
-    for part in (pipeline, *pipeline.components.values()):  # else equal products would say where they came from
-        if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
-            part.register_to_config(_name_or_path="")
-    files = packed(lambda directory: pipeline.save_pretrained(directory, safe_serialization=True))
-    series = metrics({f"{key}/loss": losses} if losses else {})
-    return series | {f"product/{key}/{name}": content for name, content in files.items()}
-
-
-# Judging.
+    return metrics({f"{key}/loss": losses} if losses else {}) | product(eraser.family.pipeline.to("cpu"), key)
 
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -216,7 +180,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     policy = unpacked(products(inputs[0])[key], load) if inputs else load(path)
     batches = [slice(first, first + size) for first in range(0, len(asked), size)]
     images = np.concatenate([policy.rollout(asked[each], seeds[each])[0] for each in batches])
-    named = np.array([is_named(concept, prompt) for prompt in asked])
+    named = np.array([naming(concept, prompt) is not None for prompt in asked])
     found: dict[str, Any] = {}
     if parameters["evaluator"]:
         judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
@@ -228,7 +192,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     if parameters["captioner"]:
         captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
         captions = [text for each in batches for text in captioner.caption(images[each])]
-        says = np.array([is_named(concept, text) for text in captions])
+        says = np.array([naming(concept, text) is not None for text in captions])
         found |= {"mentioned": says[named], "mentioned_elsewhere": says[~named]}
     Image.fromarray(image_grid(images[named][:48], columns=12)).save(grid := BytesIO(), "PNG")
     series = metrics({f"{key}/{name}": float(np.mean(each)) for name, each in sorted(found.items())})

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Files, packed
 from pipelines.storage.tasks import Task
 from policies.common.user_code import import_function
 
@@ -46,6 +46,15 @@ def metrics(values: Mapping[str, float | Sequence[float]]) -> Files:
         for name, value in values.items()
     }
     return {METRICS: json.dumps(content).encode()}
+
+
+def product(pipeline: Any, name: str) -> Files:
+    """The files of a diffusers pipeline as a product; equal ones are equal wherever they came from."""
+    for part in (pipeline, *pipeline.components.values()):
+        if hasattr(part, "register_to_config") and "_name_or_path" in part.config:
+            part.register_to_config(_name_or_path="")
+    files = packed(lambda directory: pipeline.save_pretrained(directory, safe_serialization=True))
+    return {f"{PRODUCT}{name}/{path}": content for path, content in files.items()}
 
 
 def products(files: Files) -> dict[str, Files]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from orchestration.experiments.erase import Erase
-from pipelines.erasing import Eraser, Prompts, erase, measure, renamed
+from pipelines.data.prompts import renamed
+from pipelines.erasing import Eraser, Prompts, erase, measure
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import ModelFilesError

@@ -7,15 +7,15 @@ answer to another prompt is held). The judges, an evaluator and a captioner, tak
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
 
 from orchestration.experiments.study.config import Study
-from pipelines.data.prompts import read_prompts
+from pipelines.data.prompts import naming, read_prompts, renamed
 from pipelines.storage.locations import check_model, find, fingerprint, portable
-from pipelines.storage.model_files import read_json
+from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
 from policies.common.claims import Claim
@@ -67,16 +67,14 @@ class Erase(Study):
 
     def preflight(self) -> None:
         """The pipeline is one that can be erased from, and the judges know the concepts."""
-        from pipelines.erasing import check_erasable, is_named
-
-        check_erasable(self.path)
+        check_pipeline(self.path, "StableDiffusionPipeline")
         texts, slots = read_prompts(self.prompts)[0], self._slots()
         if len({each.key for each in self.concepts}) < len(self.concepts):
             raise ValueError("concepts: give each once")
         for word, unused in [(concept.word, concept.unused) for concept in self.concepts]:
-            if not 0 < sum(is_named(word, text) for text in texts) < len(texts):
+            if len({naming(word, text) is None for text in texts}) < 2:
                 raise ValueError(f"concepts: some prompts of {self.prompts!r} have to name {word!r}, not all")
-            if any(is_named(unused, text) for text in texts):
+            if any(naming(unused, text) for text in texts):
                 raise ValueError(f"concepts: unused {unused!r} is in {self.prompts!r}; choose another word")
             if slots and not any(word in words for words in slots.values()):
                 raise ValueError(f"concepts: {self.judging.evaluator!r} knows no {word!r}; set it to null")
@@ -97,11 +95,10 @@ class Erase(Study):
         from pipelines.erasing import erase, measure
 
         texts, found = read_prompts(self.prompts)[0], list[Task]()
-        read = {at: _digest(at) for key, at in sorted(self.reads().items()) if key != "prompts"}
         judging = self.judging.model_dump()
         judging |= {who: portable(judging[who]) for who in ("evaluator", "captioner") if judging[who]}
         for concept in self.concepts:
-            common = {"path": portable(self.path), "key": concept.key, "seed": seed, "read": read}
+            common = {"path": portable(self.path), "key": concept.key, "seed": seed, "read": self._digests}
             label = f"{concept.word}, {arm}, seed {seed}"
             erased = [task(erase, common | self._job(arm, concept, texts), label=label)] if arm != "base" else []
             asked = {**common, **judging, "concept": concept.word, "prompts": texts}
@@ -109,10 +106,12 @@ class Erase(Study):
             found += [*erased, task(measure, asked, *erased, label=f"{label}, judged")]
         return found
 
+    @cached_property
+    def _digests(self) -> dict[str, str | None]:
+        return {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "prompts"}
+
     def _job(self, arm: str, concept: Concept, texts: list[str]) -> dict[str, Any]:
         """Which concept is erased from which prompts, and how."""
-        from pipelines.erasing import renamed
-
         rate = self.learning_rates.get(arm, self.erasing.learning_rate)
         settings = self.erasing.model_dump() | {"learning_rate": rate}
         word, instead = concept.word, list(concept.instead)
@@ -139,8 +138,8 @@ class Erase(Study):
         how: Any = {"control": "base", "kind": "ratio"} if concept.relative else {"scale": "share"}
         for arm in (*ERASED, "esd-x-paper"):
             for metric, says in judges.items():
-                sentence = f"{arm} erases {word}: where it is asked for, {says} it "
-                sentence += "less" if concept.relative else "seldom"
+                much = "less" if concept.relative else "seldom"
+                sentence = f"{arm} erases {word}: where it is asked for, {says} it {much}"
                 yield Claim(sentence, f"{key}/{metric}", arm, "at most", concept.left, **how)
             for metric, slot in kept.items():
                 yield stays(f"{arm} of {word}: each {slot} that other prompts ask for stays", metric, arm)
@@ -156,8 +155,3 @@ class Erase(Study):
         if not isinstance(classes, dict):
             raise ValueError(f"judging.evaluator: {self.judging.evaluator!r} is no directory of an evaluator")
         return classes
-
-
-@lru_cache
-def _digest(path: str) -> str | None:
-    return fingerprint(path)["sha256"]

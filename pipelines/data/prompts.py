@@ -51,6 +51,17 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
     return prompts, unseen
 
 
+def naming(concept: str, text: str) -> re.Match[str] | None:
+    """Where ``text`` first holds the words of ``concept``, in any case; None: nowhere."""
+    return re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", text, re.IGNORECASE)
+
+
+def renamed(text: str, concept: str, word: str) -> str:
+    """``text`` with another word for the concept, where it is first named."""
+    found = naming(concept, text)
+    return f"{text[: found.start()]}{word}{text[found.end() :]}" if found else text
+
+
 def unseen_words(prompts: Sequence[str], files: ModelFiles) -> list[str]:
     """Words of ``prompts`` that the model's text encoders do not see, for people: a line for each prompt that one of
     them cuts, and for each that is the same to all of them as one before."""

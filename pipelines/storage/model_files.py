@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage import atomic
+from pipelines.storage.locations import find
 
 _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers call them
 _MOST_LAYERS, _MOST = 1000, 10**9  # in a configuration: beyond, memory and time would end before the network begins
@@ -56,6 +57,15 @@ def read_json(file: Path) -> dict[str, Any]:
         return atomic.read_json(file)
     except atomic.DamagedFiles as error:
         raise ModelFilesError(str(error)) from error
+
+
+def check_pipeline(path: str, kind: str) -> None:
+    """Raise ModelFilesError unless ``path`` is a directory of a diffusers pipeline of the class ``kind``."""
+    directory = find(path)
+    if directory is None or not directory.is_dir():
+        raise ModelFilesError(f"path: there is no directory {path!r}; name one that save_pretrained wrote")
+    if (found := read_json(directory / "model_index.json").get("_class_name")) != kind:
+        raise ModelFilesError(f"path: {path!r} is a {found}; give a {kind}")
 
 
 def read_config(file: Path) -> dict[str, Any]:
