@@ -1,5 +1,6 @@
 """What every test starts from: no network, one thread, fixed seeds, and tiny models built once."""
 
+import contextlib
 import os
 import sys
 
@@ -25,6 +26,15 @@ hypothesis.settings.load_profile("busy")  # the machine may be, which says nothi
 
 # The files that take minutes come first, so that no worker is left with one of them when the others are done.
 LONG = ("faults", "multinode", "mad", "loop", "sweep", "jobs", "remote_rewards", "listeners", "overlap")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that run tests side by side have one server of forks."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from tests import prefork
+
+        (several := contextlib.ExitStack()).enter_context(prefork.serving())
+        config.add_cleanup(several.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,9 +21,11 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, NoReturn
 
 SOCKET, STORE = "OUROBOROS_TESTS_PREFORK", "OUROBOROS_TESTS_STORE"  # in the environment of who has forks
+_CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LARGEST = 2**20
 _NAMESPACES = {"user": 0x10000000, "mnt": 0x00020000}
 _OWN = ("orchestration", "actors", "pipelines", "policies", "tests")
@@ -41,6 +43,10 @@ _LIBRARIES += [
     "grpc.aio",
     "unittest.mock",
 ]
+_RAY = ["ray.dashboard.dashboard", "ray.dashboard.modules.usage_stats.usage_stats_head", "ray.dashboard.agent"]
+_RAY += ["ray.dashboard.modules.job.job_agent", "ray.dashboard.modules.reporter.reporter_agent"]
+_RAY += ["ray._private.runtime_env.agent.main", "ray._private.runtime_env.agent.runtime_env_agent"]
+_RAY += ["ray._private.workers.default_worker"]
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
 
 
@@ -52,8 +58,8 @@ def become() -> None:
     environ = os.environ | {name: os.path.expandvars(each) for name, each in context.get("env_vars", {}).items()}
     path = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each and each not in path] + path
     first = os.getcwd() if sys.argv[1] == "-m" else os.path.dirname(sys.argv[1])
-    wanted = {"argv": sys.argv[1:], "environ": environ, "path": [first, *path], "anew": False, "file": sys.argv[0]}
-    wanted["cwd"] = os.getcwd()
+    wanted = {"argv": sys.argv[1:], "environ": environ, "path": [first, *path], "file": sys.argv[0], "cwd": os.getcwd()}
+    wanted["anew"] = sys.argv[1] == "-m" and os.getcwd() != _CHECKOUT  # it may be of a copy of the checkout
     if prefix := context.get("command_prefix"):  # the program is the one that was brought to this node
         _, wanted["cwd"], _ = (shlex.split(each)[0] for each in prefix)
         wanted["anew"] = True
@@ -91,72 +97,124 @@ def _asking() -> socket.socket:
     return asked
 
 
-def serve(place: str) -> None:
+def serve(door: socket.socket) -> None:
     """Import the libraries, then fork for everyone who asks, until standard input ends."""
-    import gc
-    import importlib
-    import selectors
-
-    for name in _LIBRARIES:
-        importlib.import_module(name)
     assert "ray" not in sys.modules, "Ray reads the environment once, which is not this process's"
-    threads = len(os.listdir("/proc/self/task"))
-    assert threads == 1, f"{threads} threads would not survive a fork"
-    gc.collect()
-    gc.freeze()
-    waiting = selectors.DefaultSelector()
-    forks: dict[int, tuple[int, socket.socket]] = {}  # by what is read once a fork has ended: its pid, who asked for it
-    credentials = socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
-        door.bind(f"\0{place}")
-        door.listen(64)
-        print("ready", flush=True)
-        waiting.register(0, selectors.EVENT_READ)
-        waiting.register(door, selectors.EVENT_READ)
+    _Server(door, _LIBRARIES).run()
+
+
+class _Server:
+    """Who forks: the first, which has no Ray, and one with Ray for every environment that Ray may have read, to which
+    the first hands what is Ray's."""
+
+    def __init__(self, door: socket.socket, libraries: Sequence[str]) -> None:
+        import gc
+        import importlib
+
+        for name in libraries:
+            importlib.import_module(name)
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, f"{threads} threads would not survive a fork"
+        gc.collect()
+        gc.freeze()
+        self._door, self._waiting = door, DefaultSelector()
+        self._forks: dict[int, tuple[int, socket.socket]] = {}  # by what is read once it ended: its pid, who asked
+        self._with_ray: dict[str, socket.socket] = {}
+
+    def run(self) -> None:
+        for each in (0, self._door):
+            self._waiting.register(each, EVENT_READ)
         while True:
-            ready = {key.fd for key, _ in waiting.select()}
+            ready = {key.fd for key, _ in self._waiting.select()}
             if 0 in ready:
-                for pid, _ in forks.values():
+                for pid, _ in self._forks.values():
                     os.kill(pid, signal.SIGKILL)
                 return
-            for ended, (pid, asked) in [*forks.items()]:
+            for ended, (pid, asked) in [*self._forks.items()]:
                 if ended in ready:
-                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    with contextlib.suppress(OSError):  # who asked is gone
-                        asked.send(str(code).encode())
-                    for each in (ended, asked):
-                        waiting.unregister(each)
-                    os.close(ended)
-                    asked.close()
-                    del forks[ended]
+                    self._bury(ended)
                 elif asked.fileno() in ready:  # who asked was killed
                     os.kill(pid, signal.SIGKILL)
-            if door.fileno() in ready:
-                asked, _ = door.accept()
-                said, streams, _, _ = socket.recv_fds(asked, _LARGEST, 3 + len(_NAMESPACES))
-                if not streams:
-                    askers = {
-                        struct.unpack("3i", each.getsockopt(*credentials))[0]: pid for pid, each in forks.values()
-                    }
-                    with contextlib.suppress(OSError):
-                        asked.send(json.dumps(askers).encode())
-                    asked.close()
-                    continue
-                if (pid := os.fork()) == 0:
-                    waiting.close()
-                    door.close()
-                    for ended, (_, other) in forks.items():
-                        os.close(ended)
-                        other.close()
-                    _run(json.loads(said), streams)
-                for stream in streams:
-                    os.close(stream)
-                with contextlib.suppress(OSError):
-                    asked.send(str(pid).encode())
-                ended = os.pidfd_open(pid)
-                forks[ended] = pid, asked
-                waiting.register(ended, selectors.EVENT_READ)
-                waiting.register(asked, selectors.EVENT_READ)
+            if self._door.fileno() in ready:
+                self._answer()
+
+    def _bury(self, ended: int) -> None:
+        pid, asked = self._forks.pop(ended)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError):  # who asked is gone
+            asked.send(str(code).encode())
+        for each in (ended, asked):
+            self._waiting.unregister(each)
+        os.close(ended)
+        asked.close()
+
+    def _answer(self) -> None:
+        many = 4 + len(_NAMESPACES)
+        if self._door.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            asked, _ = self._door.accept()
+            said, given, _, _ = socket.recv_fds(asked, _LARGEST, many)
+        else:
+            said, given, _, _ = socket.recv_fds(self._door, _LARGEST, many)
+            asked = socket.socket(fileno=given.pop(0)) if given else self._door
+        if not given:
+            with contextlib.suppress(OSError):
+                asked.send(json.dumps(self._askers()).encode())
+        elif asked is not self._door and (server := self._of_ray(json.loads(said))):
+            socket.send_fds(server, [said], [asked.fileno(), *given])
+        else:
+            return self._fork(asked, json.loads(said), given)
+        for each in given:
+            os.close(each)
+        if asked is not self._door:
+            asked.close()
+        return None
+
+    def _askers(self) -> dict[int, int]:
+        credentials = socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        found = {struct.unpack("3i", each.getsockopt(*credentials))[0]: pid for pid, each in self._forks.values()}
+        for server in self._with_ray.values():
+            server.send(b"forks")
+            found |= {int(asker): pid for asker, pid in json.loads(server.recv(_LARGEST)).items()}
+        return found
+
+    def _of_ray(self, wanted: dict[str, Any]) -> socket.socket | None:
+        """For a program of Ray's, the way to the server that has Ray, as read in this environment."""
+        if "ray" in sys.modules or f"{os.sep}ray{os.sep}" not in wanted["argv"][0]:
+            return None
+        key = json.dumps(sorted(each for each in wanted["environ"].items() if each[0].startswith("RAY_")))
+        if key not in self._with_ray:
+            self._with_ray[key], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            if os.fork() == 0:
+                self._alone()
+                os.environ.clear()
+                os.environ.update(wanted["environ"])
+                _Server(theirs, _RAY).run()
+                os._exit(0)
+            theirs.close()
+        return self._with_ray[key]
+
+    def _alone(self) -> None:
+        """In a fork: let go of what is the server's."""
+        self._waiting.close()
+        self._door.close()
+        for each in self._with_ray.values():
+            each.close()
+        for ended, (_, asked) in self._forks.items():
+            os.close(ended)
+            asked.close()
+
+    def _fork(self, asked: socket.socket, wanted: dict[str, Any], streams: Sequence[int]) -> None:
+        if (pid := os.fork()) == 0:
+            self._alone()
+            _run(wanted, streams)
+        for stream in streams:
+            os.close(stream)
+        with contextlib.suppress(OSError):
+            asked.send(str(pid).encode())
+        ended = os.pidfd_open(pid)
+        self._forks[ended] = pid, asked
+        self._waiting.register(ended, EVENT_READ)
+        self._waiting.register(asked, EVENT_READ)
 
 
 def _run(wanted: dict[str, Any], streams: Sequence[int]) -> NoReturn:
@@ -186,7 +244,8 @@ def _run(wanted: dict[str, Any], streams: Sequence[int]) -> NoReturn:
             for name in [each for each in sys.modules if each.partition(".")[0] in _OWN]:
                 del sys.modules[name]
             importlib.invalidate_caches()
-        sys.argv = [each for each in wanted["argv"] if not each.startswith(("--serialized-runtime-env", "--language"))]
+        unread = ("--serialized-runtime-env", "--language")
+        sys.argv = [each for each in wanted["argv"] if not each.startswith(unread)]
         with _changed(wanted["file"]):
             if sys.argv[0] == "-m":
                 del sys.argv[0]
@@ -287,20 +346,22 @@ def _copy_store(source: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def preloaded() -> Iterator[None]:
-    """In this block a Ray that this process starts has its workers forked; what else may, is said above."""
+def serving() -> Iterator[None]:
+    """In this block there is a server of forks, also for what is started in it. Nobody need wait for it."""
     import secrets
     import subprocess
     import tempfile
 
     place = f"ouroboros-{secrets.token_hex(8)}"
-    # The long word is room for the titles that workers give themselves.
-    serving = [sys.executable, __file__, "serve", place, "-" * 200]
     quiet = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a thread would not survive a fork
-    server: Any = subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(f"\0{place}")
+        door.listen(64)
+        # The long word is room for the titles that workers give themselves.
+        words = [sys.executable, __file__, "serve", str(door.fileno()), "-" * 200]
+        server: Any = subprocess.Popen(words, stdin=subprocess.PIPE, env=quiet, pass_fds=[door.fileno()])
     try:
-        assert server.stdout.readline() == b"ready\n"
-        with tempfile.TemporaryDirectory() as directory, _changed(__file__):
+        with tempfile.TemporaryDirectory() as directory:
             os.environ.update({SOCKET: place, STORE: f"{directory}/store.db"})
             yield
     finally:
@@ -308,6 +369,13 @@ def preloaded() -> Iterator[None]:
             os.environ.pop(name, None)
         server.stdin.close()
         server.wait()
+
+
+@contextlib.contextmanager
+def preloaded() -> Iterator[None]:
+    """In this block a Ray that this process starts has its workers forked; what else may, is said above."""
+    with contextlib.nullcontext() if SOCKET in os.environ else serving(), _changed(__file__):
+        yield
 
 
 def command(*words: str) -> list[str]:
@@ -327,7 +395,7 @@ def node(script: str, directory: str) -> list[str]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        serve(sys.argv[2])
+        sys.path[0] = _CHECKOUT
+        serve(socket.socket(fileno=int(sys.argv[2])))
     else:
         become()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -76,6 +77,9 @@ def head(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     directory = tmp_path_factory.mktemp("head")
     (directory / "runs").mkdir()
     (directory / "token").write_text(TOKEN)
+    python = directory / "python"  # a job's driver is a fork as well
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(prefork.command())} "$@"\n')
+    python.chmod(0o755)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -83,7 +87,7 @@ def head(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
         "MLFLOW_TRACKING_USERNAME": "somebody",
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
     ports = {name: free_port() for name in names}
