@@ -37,9 +37,9 @@ def configure(directory: Path, *more: str, arms: dict[str, str] = ARMS) -> MadCo
         f"data.limit={POOL + REFERENCE}",
         f"data.reference={REFERENCE}",
         "diffusion.channels=8",
-        "diffusion.training_steps=20",
+        "diffusion.training_steps=6",
         "diffusion.sampling_steps=3",
-        "gan.steps=20",
+        "gan.steps=6",
         "tracking.system_metrics=false",
         *(f"arms.{name}={settings}" for name, settings in arms.items()),
     ]

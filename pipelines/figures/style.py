@@ -61,9 +61,15 @@ def figure_of(width: float, height: float, **options: Any) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the PNG without matplotlib's version in it, so that equal pictures are equal files."""
+    """Write the PNG, without matplotlib's version in it, so that equal pictures are equal files, and drawn once:
+    ``savefig`` draws twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, format="png")
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, np.ndarray]:
