@@ -42,7 +42,7 @@ class Shrink(Study):
             Claim(
                 "shrinking makes numbers smaller", "size", "shrunk", "at most", 0.75, control="untouched", kind="ratio"
             ),
-            Claim("shrunk numbers are next to nothing", "size", "shrunk", "at most", 0.01),
+            Claim("shrunk numbers are next to nothing", "size", "shrunk", "at most", 0.01, scale="logarithm"),
         ]
 
 

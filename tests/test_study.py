@@ -142,6 +142,9 @@ def test_the_summary_has_every_seed_and_judges_the_claims(finished: Path) -> Non
     assert (ratio["outcome"], small["outcome"]) == ("kept", "missed")
     assert ratio["value"] == pytest.approx(0.5)
     assert small["low"] > 0.01
+    shown = summary["arms"]["shrunk"]["metrics"]["size"]
+    assert [shown[end] for end in ("mean", "low", "high")] == [small[end] for end in ("value", "low", "high")]
+    assert shown["mean"] == pytest.approx(np.exp(np.log(sizes["shrunk"]).mean()))  # on the claim's scale
     assert summary["seconds_by_stage"].keys() >= {"draw/cpu", "shrink/cpu", "measure/wall"}
 
 

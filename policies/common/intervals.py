@@ -64,9 +64,9 @@ def interval(values: np.ndarray, scale: Scale = "plain") -> Interval:
         return Interval(back(mean), back(mean - half), back(mean + half))
 
 
-def summary_of(metric: str, values: np.ndarray) -> dict[str, Any]:
-    """A metric's ``values`` (seeds, …), their mean and the ends of its 95 % interval, for machines."""
-    return {"values": values} | interval(values, scale_of(metric))._asdict()
+def summary_of(metric: str, values: np.ndarray, scale: Scale | None = None) -> dict[str, Any]:
+    """A metric's ``values`` (seeds, …), their mean and the ends of its 95 % interval, on its own scale."""
+    return {"values": values} | interval(values, scale or scale_of(metric))._asdict()
 
 
 def paired(a: ArrayLike, b: ArrayLike, metric: str) -> tuple[Interval, bool]:

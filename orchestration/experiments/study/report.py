@@ -12,7 +12,7 @@ from orchestration.experiments.study.run import StudyRun
 from orchestration.runs.html_report import conclude
 from orchestration.runs.tables import claim_lines
 from policies.common.claims import OUTCOMES, judge
-from policies.common.intervals import summary_of
+from policies.common.intervals import Scale, summary_of
 from policies.loops.verdicts import plain
 
 _MOST_PANELS = 12
@@ -41,16 +41,21 @@ def draw(run: StudyRun) -> Path:
     names = dict.fromkeys([*run.first, *(name for held in values.values() for name in held)])
     metrics = {name: {arm: np.array(held[name]) for arm, held in values.items() if name in held} for name in names}
     if shown := {name: arms for name, arms in [*metrics.items()][:_MOST_PANELS] if arms}:
-        arm_values(directory / "arms.png", shown)
+        arm_values(directory / "arms.png", shown, _scales(run))
     return directory
+
+
+def _scales(run: StudyRun) -> dict[str, Scale]:
+    """Those on which claims of a metric itself are judged, so that pictures and summary show the same interval."""
+    return {claim.metric: claim.scale for claim in run.plan.claims if claim.scale and claim.kind == "absolute"}
 
 
 def summarise(run: StudyRun) -> dict[str, Any]:
     """What machines read of a study: of each metric the values, one a seed, and their mean with its interval."""
-    config, values = run.config, run.values()
+    config, values, scales = run.config, run.values(), _scales(run)
     arms = {
         arm: {
-            "metrics": {name: summary_of(name, np.array(of_seeds)) for name, of_seeds in values[arm].items()},
+            "metrics": {name: summary_of(name, np.array(of), scales.get(name)) for name, of in values[arm].items()},
             "products": sorted(run.products[arm]),
         }
         for arm in config.arms
