@@ -88,6 +88,19 @@ def test_differences_and_ratios_are_paired_over_seeds() -> None:
     assert judge(least(0.6, control="base", kind="ratio"), halves).outcome == "missed"
 
 
+def test_a_ratio_that_is_a_share_may_be_nothing_at_a_seed() -> None:
+    left = {"treated": {"loss": [0.0, 0.1, 0.1]}, "base": {"loss": [0.8, 1.0, 0.8]}}
+    found = judge(most(0.6, control="base", kind="ratio", scale="share"), left)
+    angles = np.arcsin(np.sqrt([0, 0.1, 0.125]))
+    half = T3 * angles.std(ddof=1) / sqrt(3)
+    ends = np.sin(np.clip([angles.mean(), angles.mean() - half, angles.mean() + half], 0, np.pi / 2)) ** 2
+    assert found.outcome == "kept"
+    np.testing.assert_allclose([found.value, found.low, found.high], ends)
+    assert judge(most(0.6, control="base", kind="ratio"), left).outcome == "undecided"  # its mean is geometric
+    more = judge(most(3, control="base", kind="ratio", scale="share"), {**left, "treated": {"loss": [0.8, 1, 1.6]}})
+    assert more.value == pytest.approx(2 ** (1 / 3))  # no share of the control's
+
+
 def test_a_ratio_to_nothing_decides_nothing() -> None:
     values = {"treated": {"loss": [1.0, 2.0]}, "base": {"loss": [0.0, 0.0]}}
     assert judge(least(1, control="base", kind="ratio"), values).outcome == "undecided"

@@ -135,7 +135,7 @@ class Erase(Study):
         judges = {"target": "the evaluator sees"} if slots else {}
         judges |= {"mentioned": "captions name"} if self.judging.captioner else {}
         kept = {"others" if word in words else slot: slot for slot, words in slots.items()}
-        how: Any = {"control": "base", "kind": "ratio"} if concept.relative else {"scale": "share"}
+        how: Any = {"scale": "share"} | ({"control": "base", "kind": "ratio"} if concept.relative else {})
         for arm in (*ERASED, "esd-x-paper"):
             for metric, says in judges.items():
                 much = "less" if concept.relative else "seldom"

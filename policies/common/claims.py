@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from policies.common.intervals import Scale, interval, paired_ratio, scale_of
+from policies.common.intervals import Scale, interval, scale_of
 
 Outcome = Literal["kept", "missed", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "missed", "undecided")
@@ -30,7 +30,7 @@ class Claim:
     bound: float
     control: str | None = None
     kind: Kind = "absolute"  # of arm; arm − control; arm / control
-    scale: Scale | None = None  # of an absolute claim's interval; None: the metric's own, by its name
+    scale: Scale | None = None  # of the metric, or of a ratio that is a share of the control's; None: by the name
 
     def __post_init__(self) -> None:
         if (self.control is None) != (self.kind == "absolute"):
@@ -84,7 +84,11 @@ def _within(claim: Claim, found: Sequence[np.ndarray]) -> tuple[float, float, fl
         mean, low, high = interval(found[0], scale)
     elif claim.kind == "ratio":
         with np.errstate(divide="ignore", invalid="ignore"):
-            mean, low, high = paired_ratio(*found)
+            of_control = found[0] / found[1]
+        share = (
+            claim.scale == "share" and (of_control <= 1).all()
+        )  # of which nothing may be left, which no logarithm has
+        mean, low, high = interval(of_control, "share" if share else "logarithm")
     else:
         mean, low, high = interval(found[0] - found[1])
         if scale == "share" and low == high:  # as of seeds that all show 0 or 1: no certainty

@@ -46,8 +46,8 @@ def draw(run: StudyRun) -> Path:
 
 
 def _scales(run: StudyRun) -> dict[str, Scale]:
-    """Those on which claims of a metric itself are judged, so that pictures and summary show the same interval."""
-    return {claim.metric: claim.scale for claim in run.plan.claims if claim.scale and claim.kind == "absolute"}
+    """Those on which claims are judged, so that pictures and summary show the same interval."""
+    return {claim.metric: claim.scale for claim in run.plan.claims if claim.scale}
 
 
 def summarise(run: StudyRun) -> dict[str, Any]:
