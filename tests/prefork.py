@@ -149,6 +149,8 @@ class _Server:
         asked.close()
 
     def _answer(self) -> None:
+        """Whoever is at the door, for the first server an asker, for another what the first hands on: one that wants a
+        fork, with streams and views, or to know the forks, with nothing."""
         many = 4 + len(_NAMESPACES)
         if self._door.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             asked, _ = self._door.accept()
@@ -244,8 +246,7 @@ def _run(wanted: dict[str, Any], streams: Sequence[int]) -> NoReturn:
             for name in [each for each in sys.modules if each.partition(".")[0] in _OWN]:
                 del sys.modules[name]
             importlib.invalidate_caches()
-        unread = ("--serialized-runtime-env", "--language")
-        sys.argv = [each for each in wanted["argv"] if not each.startswith(unread)]
+        sys.argv = [each for each in wanted["argv"] if not each.startswith(("--serialized-runtime-env", "--language"))]
         with _changed(wanted["file"]):
             if sys.argv[0] == "-m":
                 del sys.argv[0]

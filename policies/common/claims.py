@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from policies.common.intervals import Scale, interval, scale_of
+from policies.common.intervals import Scale, interval, paired_ratio, scale_of
 
 Outcome = Literal["kept", "missed", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "missed", "undecided")
@@ -83,12 +83,10 @@ def _within(claim: Claim, found: Sequence[np.ndarray]) -> tuple[float, float, fl
     if claim.kind == "absolute":
         mean, low, high = interval(found[0], scale)
     elif claim.kind == "ratio":
+        # Nothing may be left of the control's share, which has no logarithm.
+        share = claim.scale == "share" and (found[0] <= found[1]).all()
         with np.errstate(divide="ignore", invalid="ignore"):
-            of_control = found[0] / found[1]
-        share = (
-            claim.scale == "share" and (of_control <= 1).all()
-        )  # of which nothing may be left, which no logarithm has
-        mean, low, high = interval(of_control, "share" if share else "logarithm")
+            mean, low, high = interval(found[0] / found[1], "share") if share else paired_ratio(*found)
     else:
         mean, low, high = interval(found[0] - found[1])
         if scale == "share" and low == high:  # as of seeds that all show 0 or 1: no certainty

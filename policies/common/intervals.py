@@ -65,7 +65,7 @@ def interval(values: np.ndarray, scale: Scale = "plain") -> Interval:
 
 
 def summary_of(metric: str, values: np.ndarray, scale: Scale | None = None) -> dict[str, Any]:
-    """A metric's ``values`` (seeds, …), their mean and the ends of its 95 % interval, on its own scale."""
+    """A metric's ``values`` (seeds, …), their mean and the ends of its 95 % interval, on ``scale`` or its own."""
     return {"values": values} | interval(values, scale or scale_of(metric))._asdict()
 
 
