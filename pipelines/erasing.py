@@ -114,21 +114,17 @@ class Eraser:
         named = pick(prompts.named, settings.images - kept)  # the first images are those of the concept
         asked = [*named, *(pick(prompts.others, kept) if kept else [])]
         states = self.states(asked)
-        both = torch.cat([self.states([None] * len(asked)), states])
         latents = torch.randn((len(asked), *self.family.latent_shape), generator=random).to(self.device)
         seen, targets = [], []
         for step, time in enumerate(schedule.timesteps):
-            empty, answer = self._ask(self.frozen, latents.repeat(2, 1, 1, 1), time, both).chunk(2)
-            free = empty[: len(named)]
-            if prompts.instead:
-                words = pick(prompts.instead, len(named))
-                neutral = [renamed(each, prompts.concept, word) for each, word in zip(named, words, strict=True)]
-                free = self._ask(self.frozen, latents[: len(named)], time, self.states(neutral))
+            answer, output = self._guided(self.frozen, latents, time, states, settings.guidance_scale)
+            words = torch.randint(max(1, len(prompts.instead)), (len(named),), generator=random).tolist()
+            neutral = [prompts.neutral(each)[word] for each, word in zip(named, words, strict=True)]
+            free = self._ask(self.frozen, latents[: len(named)], time, self.states(neutral))
             seen.append(latents)
             targets.append(torch.cat([esd_target(free, answer[: len(named)], settings.eta), answer[len(named) :]]))
             if settings.sampler == "edited":
-                empty, answer = self._ask(self.network, latents.repeat(2, 1, 1, 1), time, both).chunk(2)
-            output = empty + settings.guidance_scale * (answer - empty)
+                _, output = self._guided(self.network, latents, time, states, settings.guidance_scale)
             latents = self.family.step(schedule, step, latents, output, torch.zeros_like(latents), 0.0)
         return [states, torch.stack(seen), torch.stack(targets)]
 
@@ -147,6 +143,16 @@ class Eraser:
         for _, module in trained_modules(self.network, "uce"):
             weight = module.get_parameter("weight")
             weight.copy_(uce_weight(weight, torch.cat(concepts), torch.cat(guides), kept, stiffness))
+
+    def _guided(
+        self, network: nn.Module, latents: Tensor, time: Tensor, states: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The output of ``network``, and what guidance away from ∅ makes of it."""
+        answer = self._ask(network, latents, time, states)
+        if scale == 1:
+            return answer, answer
+        empty = self._ask(network, latents, time, self.states([None] * len(latents)))
+        return answer, empty + scale * (answer - empty)
 
     def _ask(self, network: nn.Module, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         """The output of ``network`` at ``times``, one for all or one each."""

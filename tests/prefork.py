@@ -40,6 +40,8 @@ _LIBRARIES += [
     "mlflow.store.tracking.sqlalchemy_store",
     "matplotlib.figure",
     "aiohttp.web",
+    "uvicorn.main",
+    "mlflow.server.fastapi_app",
     "grpc.aio",
     "unittest.mock",
 ]

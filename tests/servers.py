@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -12,8 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+from tests import prefork
 from tests.network import free_port
 from tests.processes import wait_until
+
+APP = "mlflow.server.fastapi_app:app"
 
 
 class MlflowServer:
@@ -32,15 +34,21 @@ class MlflowServer:
         return self
 
     def begin(self) -> None:
-        """Start it, and do not wait."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.directory}/server.db"]
-        command += ["--artifacts-destination", f"{self.directory}/stored"]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        """Start it, as ``mlflow server`` does, and do not wait."""
+        from mlflow import server
+
+        command = prefork.command("-m", "uvicorn", "--host=127.0.0.1", f"--port={self.port}", APP)
+        given = {
+            server.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{self.directory}/server.db",
+            server.ARTIFACTS_DESTINATION_ENV_VAR: f"{self.directory}/stored",
+            server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+            server.SERVE_ARTIFACTS_ENV_VAR: "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
         with (self.directory / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, **quiet},
+                env=os.environ | given,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
