@@ -262,6 +262,27 @@ def test_stages_are_measured_with_the_real_models(tmp_path: Path, tiny_pipeline:
     assert preflight_ddpo(config).roles == options[0].roles
 
 
+def test_a_plan_as_json_has_what_the_table_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--config", str(CHECKOUT / "configs/ddpo/alignment.yaml"), "--gpus", "2", "--price", "3"]
+    assert command(words, monkeypatch) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("2 ")]
+    assert command([*words, "--json"], monkeypatch) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert len(rows) == len(known["options"]) == 2
+    for row, each in zip(rows, known["options"], strict=True):
+        split = [str(each["gpus"]), str(each["depth"]), str(each["samplers"]), str(each["captioners"])]
+        assert [*row[:3], row[4]] == split
+        assert row[8] == f"{each['images_per_second']:.3g}"
+        assert row[9] == f"{each['dollars_per_1000_images']:.3g}"
+        assert each["dollars_per_1000_images"] == pytest.approx(1000 / each["images_per_second"] / 3600 * 3 * 2)
+        assert f"{row[10]} {row[11].rstrip(',')}" == "{} {:.0%}".format(*next(iter(each["limited_by"].items())))
+    assert [each["fastest"] for each in known["options"]].count(True) == 1
+    learner = next(role for role in known["options"][0]["memory"]["roles"] if role["role"] == "learner")
+    assert learner["bytes"] == sum(learner["parts"].values()) > 1e10
+
+
 def test_a_plan_names_no_captioner_where_there_is_none() -> None:
     config = load_config(DdpoConfig, CHECKOUT / "configs/ddpo/compressibility.yaml", ["captioner.path=null"])
     known = assumed(config, 300.0)

@@ -1,5 +1,6 @@
 """``ouroboros doctor``: what is wrong is found, with what to do about it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_the_exit_code_says_whether_there_is_something_to_do(capsys: pytest.Capt
     with pytest.raises(typer.Exit) as ill:
         cli.doctor(tracking_uri="http://127.0.0.1:9")
     assert capsys.readouterr().out.splitlines()[-1].startswith("FIX  MLflow: ")
+    assert ill.value.exit_code == 1
+
+
+def test_findings_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter([Finding("a [b]"), Finding("c", "do this")]))
+    with pytest.raises(typer.Exit) as ill:
+        cli.doctor(as_json=True)
+    assert json.loads(capsys.readouterr().out) == [
+        {"ok": True, "text": "a [b]", "fix": None},
+        {"ok": False, "text": "c", "fix": "do this"},
+    ]
     assert ill.value.exit_code == 1
 
 

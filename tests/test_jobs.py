@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import chdir as working_directory
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from ray.job_submission import JobDetails
 
 from orchestration.cli import main as cli
 from orchestration.cluster import jobs
@@ -164,6 +167,8 @@ def test_stop_closes_the_run_and_resume_ends_it(head: Head, tmp_path: Path) -> N
         ["longer", "SUCCEEDED"],
         ["long", "STOPPED"],
     ]
+    listed = json.loads(head.run("jobs", "list", "--json")[1])
+    assert [job["run"] for job in listed if job["job"] in ("longer", "long")] == [str(head.runs / "long")] * 2
     assert head.run("jobs", "logs", "long")[1] in log.read_text()
 
 
@@ -275,6 +280,24 @@ def test_what_ray_would_wait_for_or_follow_is_named_and_left_out(tmp_path: Path)
     packaging._zip_files(str(tree), excludes(left_out), str(target), include_gitignore=True)
     with zipfile.ZipFile(target) as package:
         assert set(package.namelist()) == {".gitignore", "inside", "orchestration/cli/main.py"}
+
+
+def test_jobs_as_a_table_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def job(name: str, status: str, **times: int) -> JobDetails:
+        about: Any = {"type": "SUBMISSION", "entrypoint": "x", "submission_id": name, "status": status, **times}
+        return JobDetails(**about, metadata={"run": f"/runs/{'long-' * 50}{name}"})
+
+    known = [job("one", "SUCCEEDED", start_time=1_700_000_000_125, end_time=1_700_000_090_250), job("two", "PENDING")]
+    monkeypatch.setattr(jobs, "connect", lambda _: SimpleNamespace(list_jobs=lambda: known))
+    assert command(["jobs", "list", "--json"], monkeypatch) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["job"], first["status"], first["seconds"]) == ("one", "SUCCEEDED", 90.125)
+    assert datetime.fromisoformat(first["started"]).timestamp() == 1_700_000_000.125
+    assert (second["started"], second["seconds"]) == (None, None)
+    assert command(["jobs", "list"], monkeypatch) == 0
+    _, row, waiting = capsys.readouterr().out.splitlines()
+    assert row.split()[:2] + row.split()[4:] == ["one", "SUCCEEDED", "1m30s", f"/runs/{'long-' * 50}one"]
+    assert waiting.split()[:4] == ["two", "PENDING", "–", "–"]
 
 
 def test_an_address_is_no_place_for_a_password() -> None:

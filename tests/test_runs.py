@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from rich.console import Console, RenderableType
 
+from orchestration.cli import main as cli
 from orchestration.runs.browse import (
     RunInfo,
+    compared,
     differing_keys,
+    everything,
     facts,
     find_run,
+    glance,
     list_runs,
     remove,
     render_compare,
@@ -25,6 +31,7 @@ from orchestration.runs.browse import (
 from orchestration.runs.config import ConfigError
 from orchestration.runs.manifest import SCHEMAS, read_manifest, read_summary
 from pipelines.storage.atomic import DamagedFiles
+from tests.test_config import command
 
 SUMMARY = {
     "reward_before": 0.81,
@@ -83,7 +90,7 @@ def row_of(text: str, first: str) -> list[str]:
 def test_a_finished_run(tmp_path: Path) -> None:
     run = RunInfo(make_run(tmp_path, "calm-heron", SUMMARY))
     assert (run.name, run.loop, run.status) == ("calm-heron", "ddpo", "FINISHED")
-    told = facts(run)
+    told = glance(facts(run))
     assert (told["step"], told["wall time"]) == ("80/80", "4m37s")
     assert (told["reward"], told["held-out accuracy"]) == ("0.810 → 0.930", "0.550 → 0.750")
 
@@ -96,22 +103,22 @@ def test_a_running_run_is_read_from_its_evaluations(tmp_path: Path) -> None:
     )
     (directory / "evaluations").mkdir()
     for step, (reward, full) in {0: (0.5, 0.4), 10: (0.6, 0.42), 20: (0.7, 0.45)}.items():
-        row = row_of(text_of(render_list([RunInfo(directory)])), "going")
+        row = row_of(text_of(render_list([facts(RunInfo(directory))])), "going")
         assert row == ["going", "RUNNING", "23/80", *ROWS[step], "1m00s"]
         measured = {"evaluation/reward": reward, "evaluator/full": full}
         (directory / "evaluations" / f"step-{step:06d}.json").write_text(json.dumps(measured))
-    assert row_of(text_of(render_list([RunInfo(directory)])), "going")[3:9] == ROWS[30]
+    assert row_of(text_of(render_list([facts(RunInfo(directory))])), "going")[3:9] == ROWS[30]
     (directory / "evaluations" / "step-000000.json").write_text("{")
     run = RunInfo(directory)
-    assert row_of(text_of(render_list([run])), "going")[3:6] == ["–", "→", "0.700"]
+    assert row_of(text_of(render_list([facts(run)])), "going")[3:6] == ["–", "→", "0.700"]
     assert "step-000000.json" in run.damaged[0]
 
 
 def test_no_evaluator_is_not_a_number_from_elsewhere(tmp_path: Path) -> None:
     summary = {**SUMMARY, "evaluator_accuracy_before": None, "evaluator_accuracy_after": None}
     run = RunInfo(make_run(tmp_path, "blind", summary))
-    assert facts(run)["held-out accuracy"] is None
-    assert row_of(text_of(render_list([run])), "blind")[-2:] == ["–", "4m37s"]
+    assert glance(facts(run))["held-out accuracy"] is None
+    assert row_of(text_of(render_list([facts(run)])), "blind")[-2:] == ["–", "4m37s"]
 
 
 def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> None:
@@ -132,11 +139,11 @@ def test_the_list_survives_damaged_and_foreign_directories(tmp_path: Path) -> No
     assert [run.directory.name for run in runs][:2] == ["newer", "older"]
     assert {run.directory.name for run in runs} == {"older", "newer", "cut", "list", "empty", "bytes", "odd"}
     assert {run.status for run in runs if run.directory.name in {*contents, "odd"}} == {"unreadable"}
-    text = text_of(render_list(runs))
+    text = text_of(render_list([facts(run) for run in runs]))
     assert row_of(text, "cut") == ["cut", "unreadable", "–", "–", "–", "–"]
     for run in runs:
-        assert run.directory.name in text_of(render_show(run.directory.name, tmp_path))
-    assert "unreadable" in text_of(render_compare([run.directory.name for run in runs], tmp_path), width=300)
+        assert run.directory.name in text_of(render_show(everything(run)))
+    assert "unreadable" in text_of(render_compare(compared(runs)), width=300)
 
 
 CLAIM = {"sentence": "s", "metric": "m", "arm": "a", "direction": "at most", "bound": 1.0, "control": None}
@@ -198,9 +205,106 @@ def test_an_unknown_run_gets_the_nearest_names(tmp_path: Path) -> None:
         find_run("calm-heron", tmp_path / "missing")
 
 
+def test_a_run_is_found_by_a_beginning_of_just_one_name(tmp_path: Path) -> None:
+    for name in ("calm-heron", "calm-otter", "calm", *(f"many-{number:02d}" for number in range(12))):
+        make_run(tmp_path, name)
+    (tmp_path / "calm-heron-notes").mkdir()  # no run
+    assert find_run("calm-h", tmp_path).directory.name == "calm-heron"
+    assert find_run("calm", tmp_path).directory.name == "calm"  # a whole name is no beginning of others
+    with pytest.raises(ConfigError, match=r"'cal' is the beginning of 3 names under .*: calm, calm-heron, calm-otter$"):
+        find_run("cal", tmp_path)
+    with pytest.raises(ConfigError, match=r"of 12 names .*many-09 and 2 more$"):
+        find_run("many", tmp_path)
+    with pytest.raises(ConfigError, match=r"no run 'calm-h'.*did you mean calm-heron\?"):
+        find_run("calm-h", tmp_path, whole=True)
+    with pytest.raises(ConfigError, match="no run ''"):
+        find_run("", tmp_path)
+
+
+def test_what_is_removed_unasked_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, "calm-heron")
+    assert command(["runs", "rm", "calm", "--yes", "--root", str(tmp_path)], monkeypatch) == 2
+    assert (tmp_path / "calm-heron").exists()
+    assert command(["runs", "rm", "calm-heron", "--yes", "--root", str(tmp_path)], monkeypatch) == 0
+    assert not (tmp_path / "calm-heron").exists()
+
+
+@pytest.mark.parametrize("words", [["resume"], ["sync"], ["lineage"], ["report"], ["generate", "--prompt", "x"]])
+def test_every_command_that_asks_for_a_run_takes_a_beginning(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("calm-heron", "calm-otter"):
+        make_run(tmp_path, name, loop="gone")
+    whole = [*words, *(["a/0/1"] if words == ["lineage"] else []), "--root", str(tmp_path)]
+    assert command([whole[0], "calm-h", *whole[1:]], monkeypatch) in (0, 2)
+    assert "no run" not in capsys.readouterr().err
+    assert command([whole[0], "calm", *whole[1:]], monkeypatch) == 2
+    assert "calm-heron, calm-otter" in capsys.readouterr().err
+
+
+def printed(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The JSON document that a command prints, and nothing besides."""
+    assert command([*words, "--json"], monkeypatch) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert told.out.isascii()
+    return json.loads(told.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_tables_as_json_have_the_facts_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, third = ["--root", str(tmp_path)], 1 / 3
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert printed(["runs", "list", *root], monkeypatch, capsys) == []
+    make_run(tmp_path, "calm-heron", {**SUMMARY, "reward_after": third, "seed": 7})
+    odd = make_run(tmp_path, "ødd \x9b", None, config={"training": {"learning_rate": math.inf}}, created="2025")
+    (odd / "summary.json").write_text("{")
+    first, second = printed(["runs", "list", *root], monkeypatch, capsys)
+    expected = {"run": "calm-heron", "status": "FINISHED", "step": 80, "total_steps": 80, "reward_before": 0.81}
+    expected |= {"reward_after": third, "evaluator_accuracy_after": 0.75, "wall_seconds": 277.4, "seeds": [7]}
+    assert expected.items() <= first.items()
+    assert first.keys() == second.keys()
+    assert (second["run"], second["reward_after"]) == ("ødd \x9b", None)
+    assert "summary.json" in second["damaged"][0]
+    shown = printed(["runs", "show", "calm", *root], monkeypatch, capsys)
+    assert first.items() <= shown.items()
+    assert shown["summary"]["seconds_by_stage"] == SUMMARY["seconds_by_stage"]
+    assert shown["config"]["training"]["learning_rate"] == 1e-4
+    compared = printed(["runs", "compare", "calm", "ø", *root], monkeypatch, capsys)
+    assert compared["runs"] == [first, second]
+    assert compared["differing"]["training.learning_rate"] == [1e-4, None]
+    assert command(["runs", "show", "none", "--json", *root], monkeypatch) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_no_name_is_cut_or_folded_in_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{letter * 200}-run" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    for name in names:
+        make_run(tmp_path, name, SUMMARY, config={"prompts": ["a prompt " * 10, name]})
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for words, lines in ((["list"], 27), (["compare", *names], 9)):
+        assert command(["runs", *words, "--root", str(tmp_path)], monkeypatch) == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in names)
+        assert len(text.splitlines()) == lines
+
+
+def test_a_shell_completes_the_name_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs", "calm-heron")
+    make_run(tmp_path / "runs", "wild-otter")
+    monkeypatch.chdir(tmp_path)
+    words = {"_OUROBOROS_COMPLETE": "complete_bash", "COMP_WORDS": "ouroboros runs show ca", "COMP_CWORD": "3"}
+    found = CliRunner().invoke(typer.main.get_command(cli.app), [], env=words, prog_name="ouroboros")
+    assert found.output.split() == ["calm-heron"]
+
+
 def test_show(tmp_path: Path) -> None:
     make_run(tmp_path, "calm-heron", SUMMARY)
-    text = text_of(render_show("calm-heron", tmp_path))
+    text = text_of(render_show(everything(find_run("calm-heron", tmp_path))))
     for expected in (
         "0.810 → 0.930",
         "0.550 → 0.750",
@@ -223,7 +327,7 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
     }
     two = RunInfo(make_run(tmp_path, "two", {**SUMMARY, "reward_after": 0.7}, config=config))
     assert differing_keys([one, two]) == {"training.learning_rate": [1e-4, 3e-4], "reward.encoder": [None, "x"]}
-    text = text_of(render_compare(["one", "two"], tmp_path))
+    text = text_of(render_compare(compared([one, two])))
     assert row_of(text, "training.learning_rate") == ["training.learning_rate", "0.0001", "0.0003"]
     assert row_of(text, "reward.encoder") == ["reward.encoder", "–", "x"]
     assert row_of(text, "reward") == ["reward", "0.810", "→", "0.930", "0.810", "→", "0.700"]
@@ -232,7 +336,7 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
 
 def test_compare_of_equal_configurations_says_so(tmp_path: Path) -> None:
     directories = [make_run(tmp_path, name, SUMMARY) for name in ("one", "two")]
-    text = text_of(render_compare([str(directory) for directory in directories], tmp_path / "elsewhere"))
+    text = text_of(render_compare(compared([RunInfo(directory) for directory in directories])))
     assert "the configurations are the same" in text
 
 

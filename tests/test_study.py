@@ -17,7 +17,7 @@ from rich.console import Console
 from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.experiments.study.config import Study, find_study
 from orchestration.experiments.study.preflight import describe_study, preflight_study
-from orchestration.runs.browse import RunInfo, render_list, render_show
+from orchestration.runs.browse import RunInfo, everything, facts, render_list, render_show
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.html_report import write_report
 from pipelines.storage.tasks import Task, in_order
@@ -205,12 +205,12 @@ def test_a_strangers_study_is_shown_and_none_of_its_code_imported(
         (copy / name).write_text((copy / name).read_text().replace("tests.studies", "strange_study"))
     shutil.copy(studies.__file__, tmp_path / "strange_study.py")
     monkeypatch.syspath_prepend(tmp_path)
-    text = text_of(render_show("copy", tmp_path))
+    text = text_of(render_show(everything(RunInfo(copy))))
     assert "kept" in text
     assert "missed" in text
     assert "shrinking makes numbers smaller" in text
     assert "means over seeds" in text
-    assert "15/15" in text_of(render_list([RunInfo(copy)]))
+    assert "15/15" in text_of(render_list([facts(RunInfo(copy))]))
     page = write_report(copy).read_text()
     assert '<span class="badge kept">kept</span>' in page
     assert "Does it go MAD?" not in page
@@ -236,8 +236,8 @@ def test_a_damaged_summary_is_named_and_stops_nothing(
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     summary = json.loads((copy / "summary.json").read_text()) | spoil
     (copy / "summary.json").write_text(json.dumps(summary))
-    assert says in text_of(render_show("copy", tmp_path))
-    assert "FINISHED" in text_of(render_list([RunInfo(copy)]))
+    assert says in text_of(render_show(everything(RunInfo(copy))))
+    assert "FINISHED" in text_of(render_list([facts(RunInfo(copy))]))
     assert says in write_report(copy).read_text()
 
 

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import typer
 
-from orchestration.cli.options import Address, Changes, Follow, JobId, NewId, Trust
-from orchestration.runs.display import Terminal as Console
+from orchestration.cli.options import Address, Changes, Follow, JobId, Json, NewId, Trust
+from orchestration.runs.display import Terminal
 
 jobs_app = typer.Typer(help="Look after the jobs of a cluster.", no_args_is_help=True)
 
 
 @jobs_app.command("list")
-def list_jobs(address: Address = None) -> None:
+def list_jobs(address: Address = None, as_json: Json = False) -> None:
     """One line a job."""
-    from orchestration.cluster.jobs import connect, render_jobs
+    from orchestration.cluster.jobs import connect, facts, render_jobs
 
-    Console().print(render_jobs(connect(address).list_jobs()))
+    Terminal().show(facts(connect(address).list_jobs()), render_jobs, as_json)
 
 
 @jobs_app.command()

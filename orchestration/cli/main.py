@@ -23,13 +23,13 @@ from orchestration.experiments.registry import EXPERIMENTS, experiment_of
 from orchestration.runs import run as run_directories
 from orchestration.runs.browse import find_run
 from orchestration.runs.config import ConfigError, about, load_config, override, visible
-from orchestration.runs.display import Terminal as Console
+from orchestration.runs.display import Terminal
 from orchestration.runs.manifest import check_links, read_manifest
 from pipelines.storage.atomic import DamagedFiles
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
-app = typer.Typer(name="ouroboros", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="ouroboros", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(runs_app, name="runs")
 app.add_typer(jobs_app, name="jobs")
 reward_app = typer.Typer(help="Rewards: try them out before they teach, serve them.", no_args_is_help=True)
@@ -68,7 +68,7 @@ def ddpo(
     if profile:
         from orchestration.runs.timeline import render_profile, write_trace
 
-        Console().print(render_profile(path.parent))
+        Terminal().print(render_profile(path.parent))
         print(write_trace(path.parent))
     print(path)
 
@@ -84,16 +84,17 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="write the stage costs to this file")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="dollars an hour of a GPU, or of a CPU machine")] = None,
     tflops: Annotated[float, typer.Option(min=1, help="what a GPU keeps up, where there is none to measure")] = 300.0,
+    as_json: common.Json = False,
 ) -> None:
     """Foresee a DDPO run: time, memory, price, what limits it, and how many should draw and learn."""
-    from orchestration.planning.plan import plan_run, render
+    from orchestration.planning.plan import facts, plan_run, render
 
     counts = gpus.split(",") if gpus else []
     if not all(count.isdecimal() and int(count) for count in counts):
         raise ConfigError(f"--gpus {gpus} is not a number of GPUs, or several as in 8,64,512")
     settings = _read("ddpo", config, overrides)
     options, known = plan_run(settings, [int(count) for count in counts], costs, save, tflops)
-    Console(highlight=False).print(render(options, known, price), soft_wrap=True)
+    Terminal().show(facts(options, known, price), render, as_json, wraps=False)
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:
@@ -120,16 +121,21 @@ for _experiment in EXPERIMENTS.values():
 
 
 @app.command()
-def resume(run: common.RunDirectory, trust: common.Trust = False, accept_changes: common.Changes = False) -> None:
+def resume(
+    run: common.RunName,
+    root: common.Root = Path("runs"),
+    trust: common.Trust = False,
+    accept_changes: common.Changes = False,
+) -> None:
     """Go on with an interrupted run, from what it has committed and in the same MLflow run."""
-    run = run.expanduser()  # a job's has no shell to do it
-    print(experiment_of(read_manifest(run)["loop"]).resume(run, trust, accept_changes))
+    directory = find_run(run, root).directory
+    print(experiment_of(read_manifest(directory)["loop"]).resume(directory, trust, accept_changes))
 
 
 @app.command()
-def sync(run: common.RunDirectory, trust: common.Trust = False) -> None:
+def sync(run: common.RunName, root: common.Root = Path("runs"), trust: common.Trust = False) -> None:
     """Deliver to MLflow what an interrupted run left undelivered."""
-    left = run_directories.sync(run.expanduser(), print, trusted=trust)
+    left = run_directories.sync(find_run(run, root).directory, print, trusted=trust)
     print(f"{left} records are left" if left else "everything is delivered")
     if left:
         raise typer.Exit(1)
@@ -137,14 +143,15 @@ def sync(run: common.RunDirectory, trust: common.Trust = False) -> None:
 
 @app.command()
 def lineage(
-    run: common.RunDirectory,
+    run: common.RunName,
     sample: Annotated[str, typer.Argument(metavar="SAMPLE", help="ARM/SEED/GENERATION, or with a /NUMBER")],
+    root: common.Root = Path("runs"),
     trust: common.Trust = False,
 ) -> None:
     """Walk from a sample of a MAD run back to the real data."""
     from orchestration.experiments.mad.lineage import render_lineage
 
-    Console().print(render_lineage(run, sample, trust))
+    Terminal().print(render_lineage(find_run(run, root).directory, sample, trust))
 
 
 @app.command()
@@ -163,18 +170,22 @@ def report(run: common.RunName, root: common.Root = Path("runs"), trust: common.
 
 @app.command()
 def generate(
-    source: Annotated[Path, typer.Argument(help="a run, one of its checkpoints, or a diffusers directory")],
+    source: Annotated[str, typer.Argument(help="a run, or the directory of a checkpoint or of a diffusers pipeline")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
     seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
     output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
+    root: common.Root = Path("runs"),
     trust: common.Trust = False,
 ) -> None:
     """Draw images with what a run has learned."""
     from orchestration.experiments.ddpo.generate import generate as draw
 
     pairs = [(text, seed + offset) for text in prompt for offset in range(count)]
-    for path in draw(source, [p for p, _ in pairs], [s for _, s in pairs], output, trusted=trust):
+    place = Path(source).expanduser()
+    if not place.exists() and place.parent == Path():
+        place = find_run(source, root).directory
+    for path in draw(place, [p for p, _ in pairs], [s for _, s in pairs], output, trusted=trust):
         print(path)
 
 
@@ -234,15 +245,23 @@ def mlflow(
 
 
 @app.command()
-def doctor(address: common.Address = None, tracking_uri: common.Server = None, config: common.File = None) -> None:
+def doctor(
+    address: common.Address = None,
+    tracking_uri: common.Server = None,
+    config: common.File = None,
+    as_json: common.Json = False,
+) -> None:
     """Look for what a run would trip over; each line is ok, or says what to do."""
     from orchestration.planning.doctor import examine
 
-    fixes = 0
+    found = []
     for finding in examine(address, tracking_uri, config):
-        Console(highlight=False).print(finding, soft_wrap=True)
-        fixes += finding.fix is not None
-    raise typer.Exit(FAILED if fixes else 0)
+        found.append({"ok": finding.fix is None, "text": finding.text, "fix": finding.fix})
+        if not as_json:
+            Terminal().print(finding, soft_wrap=True)
+    if as_json:
+        Terminal().document(found)
+    raise typer.Exit(0 if all(each["ok"] for each in found) else FAILED)
 
 
 @reward_app.command()
@@ -252,7 +271,7 @@ def check(overrides: common.Overrides = None, config: common.File = None) -> Non
     from orchestration.experiments.ddpo.reward_check import render
 
     findings = look(_read("ddpo", config, overrides))
-    Console().print(render(findings))
+    Terminal().print(render(findings))
     raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
 
 

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from orchestration.cli.options import Overrides, Root, RunName, RunNames, Trust
+from orchestration.cli.options import Json, Overrides, Root, RunName, RunNames, Trust
+from orchestration.runs import browse
 from orchestration.runs import run as run_directories
-from orchestration.runs.browse import find_run, list_runs, remove, render_compare, render_list, render_show
-from orchestration.runs.display import Terminal as Console
+from orchestration.runs.browse import find_run
+from orchestration.runs.display import Terminal
 
 runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 
 
 @runs_app.command("list")
-def list_command(root: Root = Path("runs")) -> None:
+def list_command(root: Root = Path("runs"), as_json: Json = False) -> None:
     """One line a run."""
-    Console().print(render_list(list_runs(root)))
+    Terminal().show([browse.facts(run) for run in browse.list_runs(root)], browse.render_list, as_json)
 
 
 @runs_app.command()
@@ -39,10 +40,10 @@ def rm(
     names: RunNames, root: Root = Path("runs"), yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False
 ) -> None:
     """Remove runs from the disk. What MLflow knows of them stays."""
-    found = [find_run(name, root) for name in names]
+    found = [find_run(name, root, whole=yes) for name in names]
     if yes or typer.confirm(f"remove {', '.join(str(each.directory) for each in found)}?"):
         for each in found:
-            remove(each)
+            browse.remove(each)
 
 
 @runs_app.command()
@@ -58,12 +59,13 @@ def register(
 
 
 @runs_app.command()
-def show(run: RunName, root: Root = Path("runs")) -> None:
+def show(run: RunName, root: Root = Path("runs"), as_json: Json = False) -> None:
     """Everything about one run."""
-    Console().print(render_show(run, root))
+    Terminal().show(browse.everything(find_run(run, root)), browse.render_show, as_json)
 
 
 @runs_app.command()
-def compare(names: RunNames, root: Root = Path("runs")) -> None:
+def compare(names: RunNames, root: Root = Path("runs"), as_json: Json = False) -> None:
     """Runs side by side: what differs in their configuration, and what came out."""
-    Console().print(render_compare(names, root))
+    found = browse.compared([find_run(name, root) for name in names])
+    Terminal().show(found, browse.render_compare, as_json)

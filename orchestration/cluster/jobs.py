@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +20,15 @@ from typing import Any
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from orchestration.cluster.package import excludes, shipped_files
 from orchestration.cluster.ray_cluster import environment
+from orchestration.runs.browse import plain_table
 from orchestration.runs.config import ConfigError, about, visible
 from orchestration.runs.display import duration
+from orchestration.runs.tables import ABSENT
 from orchestration.tracking.tracker import names_user
 from pipelines.storage.names import file_name
 from policies.rl.settings import check_name
@@ -230,23 +232,30 @@ def run_of(cluster: Cluster, job: str) -> str:
     return run
 
 
-def render_jobs(jobs: Sequence[JobDetails]) -> Table | Text:
-    """A line a job, the newest first."""
-    submitted = [job for job in jobs if job.submission_id]
-    if not submitted:
-        return Text("no jobs")
-    whole = [Column(name, no_wrap=True) for name in ("job", "status", "started", "took")]
-    table = Table(*whole, Column("run", overflow="fold"), box=None, pad_edge=False, header_style="bold")
-    for job in sorted(submitted, key=lambda job: job.start_time or 0, reverse=True):
-        began, now = (job.start_time or 0) / 1000, (job.end_time or time.time() * 1000) / 1000
-        table.add_row(
-            job.submission_id,
-            Text(job.status.value, _COLOURS[job.status.value]),
-            f"{datetime.fromtimestamp(began):%Y-%m-%d %H:%M:%S}",
-            duration(now - began),
-            (job.metadata or {}).get("run", "–"),
-        )
-    return table
+def facts(jobs: Sequence[JobDetails]) -> list[dict[str, Any]]:
+    """What is known of each job that was submitted, the newest first."""
+    found, now = [], datetime.now().astimezone()
+    for job in sorted((job for job in jobs if job.submission_id), key=lambda job: job.start_time or 0, reverse=True):
+        begun, ended = _instant(job.start_time), _instant(job.end_time)
+        known: dict[str, Any] = {"job": job.submission_id, "status": job.status.value}
+        known |= {"started": begun and begun.isoformat(), "ended": ended and ended.isoformat()}
+        known["seconds"] = ((ended or now) - begun).total_seconds() if begun else None
+        found.append(known | {"run": (job.metadata or {}).get("run")})
+    return found
+
+
+def _instant(milliseconds: int | None) -> datetime | None:
+    return datetime.fromtimestamp(milliseconds / 1000).astimezone() if milliseconds else None
+
+
+def render_jobs(jobs: Sequence[Mapping[str, Any]]) -> Table | Text:
+    """A line a job."""
+    rows = []
+    for job in jobs:
+        started, took = (job["started"] or ABSENT)[:19].replace("T", " "), job["seconds"]
+        row = [job["job"], Text(job["status"], _COLOURS[job["status"]]), started]
+        rows.append([*row, ABSENT if took is None else duration(took), job["run"] or ABSENT])
+    return plain_table(["job", "status", "started", "took", "run"], rows) if rows else Text("no jobs")
 
 
 def _exit_code(details: JobDetails) -> int:

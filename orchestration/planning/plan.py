@@ -3,15 +3,16 @@ on the machine there is, or on GPUs there are not.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.allocation import Offer, Role, cards_of, reward_roles
 from actors.settings import ActorSettings
 from orchestration.cluster.ray_cluster import Machine, find_machine, imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.memory_plan import memory_plan
+from orchestration.experiments.ddpo.memory_plan import memory_lines, memory_of
 from orchestration.experiments.ddpo.preflight import learnable_steps, place_roles, preflight_ddpo
 from orchestration.planning.cost_model import Cast, Forecast, Processor, Seat, Work, bottlenecks, simulate
 from orchestration.planning.stage_costs import StageCosts, assumed, measure
@@ -140,11 +141,38 @@ def plan_run(
     return [as_given, *best(config, machine, known)], known
 
 
-def render(options: Sequence[Option], known: StageCosts, price: float | None) -> str:
-    """Costs, a row for each option, and of the fastest on so many GPUs all there is to say. ``price``: dollars an hour
-    of a GPU."""
+def facts(options: Sequence[Option], known: StageCosts, price: float | None) -> dict[str, Any]:
+    """All there is to say of the options and the costs behind them. ``price``: dollars an hour of a GPU."""
     fastest: dict[int, Option] = {}
     for option in sorted(options, key=lambda each: each.forecast.images_per_second, reverse=True):
         fastest.setdefault(option.gpus, option)
-    shown = {"options": options, "fastest": fastest, "known": known, "price": price}
-    return fill(TEMPLATES / "forecast.txt", **shown, limits=bottlenecks, memory=memory_plan)
+    costs = {"machine": known.machine, "costs": known.costs.model_dump(mode="json"), "price": price}
+    return {**costs, "options": [_facts(each, known, price, fastest[each.gpus] is each) for each in options]}
+
+
+def _facts(option: Option, known: StageCosts, price: float | None, fastest: bool) -> dict[str, Any]:
+    actors, forecast, counts = option.config.actors, option.forecast, option.counts
+    settings = {"training.depth": option.work.depth}
+    names = "samplers", "learners", "placement", "replicas", "images_per_call"
+    settings |= {f"actors.{name}": getattr(actors, name) for name in names}
+    hours = 1000 / forecast.images_per_second / 3600
+    return {
+        "gpus": option.gpus,
+        "depth": option.work.depth,
+        **{f"{role}s": counts.get(role, 0) for role in ("sampler", "captioner", "learner")},
+        "images_per_call": option.work.images_per_call,
+        "images_per_second": forecast.images_per_second,
+        "dollars_per_1000_images": None if price is None else hours * price * max(1, option.gpus),
+        "limited_by": bottlenecks(option.work, known.costs, option.cast),
+        "fastest": fastest,
+        "settings": settings,
+        "seconds_per_step": forecast.seconds,
+        "driver_waits_seconds": forecast.waits,
+        "busy": forecast.busy,
+        "memory": memory_of(option.config, option.roles, option.offers),
+    }
+
+
+def render(known: Mapping[str, Any]) -> str:
+    """Costs, a row for each option, and of the fastest on so many GPUs all there is to say."""
+    return fill(TEMPLATES / "forecast.txt", **known, memory_lines=memory_lines)

@@ -27,6 +27,7 @@ from orchestration.runs.tables import ABSENT, change_of, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
+_CANDIDATES = 10  # that are named of those which begin as asked for
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 
 
@@ -70,12 +71,16 @@ class RunInfo:
 
 def list_runs(root: Path) -> list[RunInfo]:
     """The runs under ``root``, newest first; none if it does not exist."""
+    runs = [RunInfo(root / name) for name in run_names(root)]
+    return sorted(runs, key=lambda run: (run.created, run.directory.name), reverse=True)
+
+
+def run_names(root: Path) -> list[str]:
+    """The names of the runs under ``root``, of which nothing is read."""
     try:
-        entries = [*root.iterdir()]
+        return sorted(entry.name for entry in root.iterdir() if _is_run(entry))
     except OSError:
         return []
-    runs = [RunInfo(entry) for entry in entries if _is_run(entry)]
-    return sorted(runs, key=lambda run: (run.created, run.directory.name), reverse=True)
 
 
 def _is_run(directory: Path) -> bool:
@@ -86,17 +91,25 @@ def _is_run(directory: Path) -> bool:
         return False
 
 
-def find_run(run: str, root: Path) -> RunInfo:
-    """The run of a directory, or of a name under ``root``. Raises ConfigError with the nearest names if unknown."""
-    places = Path(run), root / run
+def find_run(run: str, root: Path, whole: bool = False) -> RunInfo:
+    """The run of a directory, or of a name under ``root``, or, unless it has to be ``whole``, of the beginning of one
+    name there. Raises ConfigError with the candidates if there are several, with the nearest names if there is none."""
+    places = Path(run).expanduser(), root / run
     for directory in places:
         if _is_run(directory):
             return RunInfo(directory)
     for directory in places:
         if run and directory.exists():
             raise ConfigError(f"{directory} is no run: it holds no manifest.json")
-    names = [entry.directory.name for entry in list_runs(root)]
-    near = difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
+    names = run_names(root)
+    begun = [name for name in names if run and name.startswith(run)]
+    if len(begun) == 1 and not whole:
+        return RunInfo(root / begun[0])
+    if len(begun) > 1:
+        more = f" and {len(begun) - _CANDIDATES} more" if len(begun) > _CANDIDATES else ""
+        listed = ", ".join(begun[:_CANDIDATES])
+        raise ConfigError(f"{run!r} is the beginning of {len(begun)} names under {root}: {listed}{more}")
+    near = begun or difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"
     raise ConfigError(f"no run {run!r}, neither a run directory nor a name under {root}: {hint}")
 
@@ -110,89 +123,100 @@ def remove(run: RunInfo) -> None:
     shutil.rmtree(run.directory)
 
 
-def render_list(runs: Sequence[RunInfo]) -> RenderableType:
-    """A table of runs."""
-    if not runs:
-        return Text("no runs", style="dim")
-    table = plain_table(["run", "status"])
-    for heading in ("step", "reward", "held-out", "wall"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        texts = _texts(run)
-        shown = (texts[label] for label in ("status", "step", "reward", "held-out accuracy", "wall time"))
-        table.add_row(Text(run.directory.name), *shown)
-    return Group(table, *_warnings(*runs))
-
-
-def render_show(name: str, root: Path) -> RenderableType:
-    """One run: what it is, what came out, and its configuration. Raises ConfigError if there is none."""
-    run = find_run(name, root)
-    known = {label: text for label, text in _texts(run).items() if str(text) != ABSENT}
-    panels: list[tuple[str, Table | Mapping[str, Text]]] = [(run.name, known)]
-    panels += [(title, plain_table(*cells)) for title, cells in tables(run.summary).items()]
-    for title, values in (
-        ("seconds by stage", run.summary.get("seconds_by_stage")),
-        ("resolved by the program", run.manifest.get("resolved")),
-        ("configuration", run.manifest.get("config")),
-    ):
-        if values:
-            panels.append((title, {key: _plain(value) for key, value in flatten(values).items()}))
-    return Group(*(_panel(*panel) for panel in panels), *_warnings(run))
-
-
 def facts(run: RunInfo) -> dict[str, Any]:
     """A run at a glance, None where it does not say; without a summary, of its held-out measures so far."""
     manifest, summary, measured = run.manifest, run.summary, {} if run.summary else run.evaluations()
-    seconds = {**manifest, **summary}.get("wall_seconds")
-
-    def change(result: str, metric: str) -> str | None:
-        if f"{result}_before" in summary:
-            return change_of(summary[f"{result}_before"], summary.get(f"{result}_after"))
-        last = max(measured, default=0)
-        return change_of(*(measured.get(step, {}).get(metric) for step in (0, last or -1)))
-
-    total = f"/{manifest['total_steps']}" if manifest.get("total_steps") is not None else ""
-    return {
+    last = max(measured, default=0) or -1
+    seed = summary.get("seed")
+    found: dict[str, Any] = {
+        "run": run.directory.name,
+        "name": run.name,
+        "status": run.status,
         "loop": run.loop or None,
-        "created": run.created[:16].replace("T", " ") or None,
-        "step": f"{manifest['committed_step']}{total}" if "committed_step" in manifest else None,
-        "reward": change("reward", "evaluation/reward"),
-        "held-out accuracy": change("evaluator_accuracy", "evaluator/full"),
-        "wall time": None if seconds is None else duration(seconds),
+        "created": run.created or None,
+        "step": manifest.get("committed_step"),
+        "total_steps": manifest.get("total_steps"),
+        "seeds": summary.get("seeds") or ([] if seed is None else [seed]),
         "images": summary.get("images"),
-        "seeds": len(summary.get("seeds") or ()) or summary.get("seed"),
-        "weights SHA-256": summary.get("weights_sha256"),
-        "git commit": manifest.get("git_commit"),
-        "MLflow run": manifest.get("mlflow_run_id"),
-        "directory": str(run.directory),
+        "wall_seconds": {**manifest, **summary}.get("wall_seconds"),
     }
+    for result, metric in (("reward", "evaluation/reward"), ("evaluator_accuracy", "evaluator/full")):
+        for end, step in (("before", 0), ("after", last)):
+            found[f"{result}_{end}"] = summary.get(f"{result}_{end}", measured.get(step, {}).get(metric))
+    origin = {"git_commit": manifest.get("git_commit"), "mlflow_run_id": manifest.get("mlflow_run_id")}
+    origin |= {"weights_sha256": summary.get("weights_sha256"), "directory": str(run.directory)}
+    return {**found, **origin, "damaged": run.damaged}
 
 
-def _texts(run: RunInfo) -> dict[str, Text]:
-    """The facts and the status for a terminal, a dash where the run does not say."""
-    status = Text(run.status, style=_COLOURS.get(run.status, "magenta"))
-    return {"status": status, **{label: _plain(value) for label, value in facts(run).items()}}
+def glance(known: Mapping[str, Any]) -> dict[str, str | None]:
+    """Facts as people read them, by label."""
+    seeds, seconds, total = known["seeds"], known["wall_seconds"], known["total_steps"]
+    of = "" if total is None else f"/{total}"
+    found = {
+        "loop": known["loop"],
+        "created": (known["created"] or "")[:16].replace("T", " ") or None,
+        "step": None if known["step"] is None else f"{known['step']}{of}",
+        "reward": change_of(known["reward_before"], known["reward_after"]),
+        "held-out accuracy": change_of(known["evaluator_accuracy_before"], known["evaluator_accuracy_after"]),
+        "wall time": None if seconds is None else duration(seconds),
+        "images": known["images"],
+        "seeds" if len(seeds) > 1 else "seed": (len(seeds) if len(seeds) > 1 else seeds[0]) if seeds else None,
+        "weights SHA-256": known["weights_sha256"],
+        "git commit": known["git_commit"],
+        "MLflow run": known["mlflow_run_id"],
+        "directory": known["directory"],
+    }
+    return {label: None if value is None else str(value) for label, value in found.items()}
 
 
-def render_compare(names: Sequence[str], root: Path) -> RenderableType:
-    """Runs side by side: their results, then the configuration keys in which they differ.
+def everything(run: RunInfo) -> dict[str, Any]:
+    """All that ``runs show`` has of a run."""
+    return {**facts(run), "summary": run.summary} | {key: run.manifest.get(key) for key in ("resolved", "config")}
 
-    Raises ConfigError if one of them does not exist.
-    """
-    runs = [find_run(name, root) for name in names]
-    table = plain_table(["", *(run.directory.name for run in runs)])
+
+def compared(runs: Sequence[RunInfo]) -> dict[str, Any]:
+    """Runs side by side: the facts of each, and the configuration keys in which they differ."""
+    return {"runs": [facts(run) for run in runs], "differing": differing_keys(runs)}
+
+
+def render_list(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A table of the facts of runs."""
+    if not runs:
+        return Text("no runs", style="dim")
+    labels = {"step": "step", "reward": "reward", "held-out": "held-out accuracy", "wall": "wall time"}
+    rows = [[known["run"], _status(known), *(_plain(glance(known)[of]) for of in labels.values())] for known in runs]
+    return Group(plain_table(["run", "status", *labels], rows, numbers=[*labels]), *_warnings(*runs))
+
+
+def render_show(known: Mapping[str, Any]) -> RenderableType:
+    """One run: what it is, what came out, and its configuration."""
+    texts = {"status": _status(known)} | {label: Text(text) for label, text in glance(known).items() if text}
+    panels: list[tuple[str, Table | Mapping[str, Text]]] = [(known["name"], texts)]
+    panels += [(title, plain_table(*cells)) for title, cells in tables(known["summary"]).items()]
+    for title, values in (
+        ("seconds by stage", known["summary"].get("seconds_by_stage")),
+        ("resolved by the program", known["resolved"]),
+        ("configuration", known["config"]),
+    ):
+        if values:
+            panels.append((title, {key: _plain(value) for key, value in flatten(values).items()}))
+    return Group(*(_panel(*panel) for panel in panels), *_warnings(known))
+
+
+def render_compare(known: Mapping[str, Any]) -> RenderableType:
+    """Runs side by side: their results, then the configuration keys in which they differ."""
+    runs = known["runs"]
+    table = plain_table(["", *(each["run"] for each in runs)], [["status", *map(_status, runs)]])
     table.columns[0].style = "dim"
-    texts = [_texts(run) for run in runs]
-    for label in ("status", "step", "reward", "held-out accuracy", "images", "wall time"):
-        table.add_row(label, *(each[label] for each in texts))
-    table.add_row("weights", *(each["weights SHA-256"][:12] for each in texts))
+    texts = [glance(each) for each in runs]
+    for label in ("step", "reward", "held-out accuracy", "images", "wall time"):
+        table.add_row(label, *(_plain(each[label]) for each in texts))
+    table.add_row("weights", *(_plain(each["weights SHA-256"] and each["weights SHA-256"][:12]) for each in texts))
     table.add_section()
-    differing = differing_keys(runs)
-    for key, values in differing.items():
+    for key, values in known["differing"].items():
         table.add_row(Text(key), *map(_plain, values))
-    if differing:
-        return table
-    return Group(table, Text("\nthe configurations are the same", style="dim"))
+    same = [] if known["differing"] else [Text("\nthe configurations are the same", style="dim")]
+    return Group(table, *same, *_warnings(*runs))
 
 
 def differing_keys(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
@@ -210,18 +234,25 @@ def _plain(value: Any) -> Text:
     return Text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]] = ()) -> Table:
-    """A table without lines, whose cells fold where they are too wide."""
+def _status(known: Mapping[str, Any]) -> Text:
+    return Text(known["status"], style=_COLOURS.get(known["status"], "magenta"))
+
+
+def plain_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str | Text]] = (), numbers: Sequence[str] = ()
+) -> Table:
+    """A table without lines, whose cells fold where they are too wide for a terminal; columns of ``numbers`` do not."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(escape(heading), overflow="fold")
+        whole: Any = {"no_wrap": True, "justify": "right"} if heading in numbers else {}
+        table.add_column(escape(heading), overflow="fold", **whole)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def _warnings(*runs: RunInfo) -> list[Text]:
-    return [Text(f"warning: {each}", style="yellow") for run in runs for each in run.damaged]
+def _warnings(*runs: Mapping[str, Any]) -> list[Text]:
+    return [Text(f"warning: {each}", style="yellow") for known in runs for each in known["damaged"]]
 
 
 def _panel(title: str, content: Table | Mapping[str, Text]) -> RenderableType:

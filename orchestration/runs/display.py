@@ -5,11 +5,12 @@ back however the block is left.
 """
 
 import contextlib
+import json
 import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -30,7 +31,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
 _SILENT_SECONDS = 30.0  # after which a plain log says what it is waiting for
 _WIDEST = 100  # columns; a wider terminal gains nothing
-_PIPE_WIDTH = 4000
+_PIPE_WIDTH = 10**6
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
 
 
@@ -51,13 +52,25 @@ class Row:
 
 
 class Terminal(Console):
-    """Where everything for people is printed. No text can command the terminal, and a terminal that
-    is closed stops nothing."""
+    """Where all is printed. No text can command the terminal, and a terminal that is closed stops nothing."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, **options})
-        if not self.is_terminal and "width" not in options:  # a pipe or a file: no line is folded for what reads it
-            self.width = _PIPE_WIDTH
+        with contextlib.suppress(AttributeError, ValueError):  # closed
+            if "width" not in options and not self.file.isatty():  # a pipe or a file: nothing is folded for its reader
+                self.width = _PIPE_WIDTH
+
+    def show(self, facts: Any, render: Callable[[Any], RenderableType], as_json: bool, wraps: bool = True) -> None:
+        """Facts as a JSON document, or as ``render`` makes them readable, with lines that are broken to fit or not."""
+        if as_json:
+            self.document(facts)
+        else:
+            self.print(render(facts), soft_wrap=not wraps)
+
+    def document(self, content: Any) -> None:
+        """One JSON document, numbers in full, in ASCII. What JSON has no number for is null."""
+        plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
+        self.print_json(data=plain, highlight=False, ensure_ascii=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """What rich renders, without control characters in its texts."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from orchestration.runs.browse import RunInfo, facts
+from orchestration.runs.browse import RunInfo, facts, glance
 from orchestration.runs.config import ConfigError
 from orchestration.runs.evaluations import kept_evaluations, kept_step
 from orchestration.runs.run import TEMPLATES, Run, is_free
@@ -39,7 +39,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             TEMPLATES / "report.html",
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
-            facts=facts(run),
+            facts=glance(facts(run)),
             tables={title: cells for title, cells in tables(run.summary).items() if title != GENERATIONS},
             measured=_measured(run),
             pictures=dict(_pictures(directory / "figures")),

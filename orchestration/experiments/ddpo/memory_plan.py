@@ -5,8 +5,9 @@ Parameters are counted in the headers of a model's files; a model that is still 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,6 +24,11 @@ KNOWN = Path(__file__).with_name("known_models.yaml")
 
 def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer]) -> list[str]:
     """Lines for people, in GB (1e9 bytes). What follows a role in brackets are the parts of its sum."""
+    return memory_lines(memory_of(config, roles, offers))
+
+
+def memory_of(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offer]) -> dict[str, Any]:
+    """Bytes of an actor of each role and of their parts, of GPUs that roles share, and of everything."""
     training, size = config.training, BYTES[config.model.dtype]
     model, captioner = counted(config.model.path, config.model.lora_targets), counted(config.captioner.path)
     encoders = sum(count for part, count in model.items() if part.startswith("text_encoder"))
@@ -38,17 +44,35 @@ def memory_plan(config: DdpoConfig, roles: Sequence[Role], offers: Sequence[Offe
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     held = {"sampler": drawing, "learner": learning, "captioner": captioning}
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments
-    lines, crowds = [], Counter(map(tuple, cards_of(roles, offers)))
-    for role in roles:
-        parts = {name: amount / 1e9 for name, amount in held.get(role.name, {}).items() if amount}
-        shown = ", ".join(f"{name} {amount:.3g}" for name, amount in parts.items()) or "models not counted"
-        lines.append(f"  {role.count} × {role.name} on {role.device}: {sum(parts.values()):.3g} GB ({shown})")
-    for names, count in crowds.items():
-        shared = " + ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "no actor"
-        most, least = (sum(sum(held[n].values()) - out.get(n, 0) for n in names) / 1e9 for out in ({}, away))
-        lines.append(f"  {count} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
-    everything = sum(role.count * (PROCESS + sum(held.get(role.name, {}).values())) for role in roles) / 1e9
-    return [*lines, f"  together {everything:.1f} GB, of it {PROCESS / 1e9} GB for each process; activations apart"]
+    sums = {role.name: sum(held.get(role.name, {}).values()) for role in roles}
+    return {
+        "roles": [
+            {"role": role.name, "actors": role.count, "device": role.device, "bytes": sums[role.name]}
+            | {"parts": {name: amount for name, amount in held.get(role.name, {}).items() if amount}}
+            for role in roles
+        ],
+        "gpus": [
+            {"gpus": count, "actors": dict(Counter(names)), "bytes": sum(sums[n] - away.get(n, 0) for n in names)}
+            | {"while_encoding": sum(sums[n] for n in names)}
+            for names, count in Counter(map(tuple, cards_of(roles, offers))).items()
+        ],
+        "together": sum(role.count * (PROCESS + sums[role.name]) for role in roles),
+    }
+
+
+def memory_lines(known: Mapping[str, Any]) -> list[str]:
+    """What ``memory_of`` found, for people."""
+    lines = []
+    for each in known["roles"]:
+        shown = ", ".join(f"{name} {amount / 1e9:.3g}" for name, amount in each["parts"].items())
+        of = f"{each['bytes'] / 1e9:.3g} GB ({shown or 'models not counted'})"
+        lines.append(f"  {each['actors']} × {each['role']} on {each['device']}: {of}")
+    for each in known["gpus"]:
+        shared = " + ".join(f"{count} {name}" for name, count in each["actors"].items()) or "no actor"
+        least, most = each["bytes"] / 1e9, each["while_encoding"] / 1e9
+        lines.append(f"  {each['gpus']} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
+    together = known["together"] / 1e9
+    return [*lines, f"  together {together:.1f} GB, of it {PROCESS / 1e9} GB for each process; activations apart"]
 
 
 def counted(path: str | None, targets: Sequence[str] = ()) -> Counter[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Column, Table
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.worker_group import WorkerGroup
+from orchestration.runs.browse import plain_table
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 
@@ -141,10 +141,10 @@ def _seconds(workers: WorkerGroup, name: str, drawn: Evaluation, chunks: int | N
 
 def render(findings: Mapping[str, Finding]) -> Group:
     """A table, and a verdict on each."""
-    columns = ("true", "shuffled", "noise", "spread", "rank", "ms/image", "images/s")
-    table = Table("reward", *(Column(title, justify="right", no_wrap=True) for title in columns))
+    columns, rows = ("true", "shuffled", "noise", "spread", "rank", "ms/image", "images/s"), []
     for name, found in findings.items():
         rank = "–" if found.rank_correlation is None else f"{found.rank_correlation:.3f}"
         means = [f"{found.means[case]:.3f}" for case in columns[:3]]
-        table.add_row(name, *means, f"{found.spread:.4f}", rank, f"{found.milliseconds:.1f}", f"{found.per_second:.0f}")
-    return Group(table, *(f"{name}: {found.objection or 'can teach'}" for name, found in findings.items()))
+        rows.append([name, *means, f"{found.spread:.4f}", rank, f"{found.milliseconds:.1f}", f"{found.per_second:.0f}"])
+    verdicts = (f"{name}: {found.objection or 'can teach'}" for name, found in findings.items())
+    return Group(plain_table(["reward", *columns], rows, numbers=columns), *verdicts)
