@@ -13,7 +13,7 @@ Replicated = Annotated[str, Field(pattern="^(captioner|reward)$")]
 class ActorSettings(Settings):
     """How many of each role, and whether they share the machine."""
 
-    samplers: int = Field(2, ge=1)
+    samplers: int = Field(2, ge=1, description="actors that draw images, each with the network")
     learners: int = Field(1, ge=1, description="processes that share each update, on a GPU each where there are GPUs")
     replicas: dict[Replicated, Annotated[int, Field(ge=1)]] = Field(
         {},
@@ -37,9 +37,9 @@ class ActorSettings(Settings):
 
 
 class WorkerSettings(Settings):
-    """What each task of a MAD experiment takes of the cluster."""
+    """What each task of a MAD experiment or a study takes of the cluster."""
 
-    cpus_per_task: int = Field(1, ge=1)
+    cpus_per_task: int = Field(1, ge=1, description="CPUs that a task reserves")
     tasks_per_gpu: int = Field(4, ge=1, description="tasks that share a GPU, where there is one")
     nodes: str | None = Field(None, min_length=1, description="the resource that marks the nodes to use; null: any")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")

@@ -13,7 +13,9 @@ class ModelSettings(Settings):
     """The diffusion model: a pipeline of a known family (``pipelines/denoisers``), from a directory or the hub."""
 
     path: str = Field("models/digits/pipeline", description="directory or hub name")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="numbers that the model computes in"
+    )
     lora_rank: int = Field(0, ge=0, description="0 trains the whole network; the scale of LoRA is 1 (alpha = rank)")
     lora_targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), description="modules of the network that LoRA binds to"
@@ -23,8 +25,8 @@ class ModelSettings(Settings):
 class CaptionerSettings(Settings):
     """The captioner: any of BLIP or BLIP-2, from a directory or the hub; null for rewards that need no caption."""
 
-    path: str | None = "models/digits/captioner"
-    max_new_tokens: int = Field(16, ge=1)
+    path: str | None = Field("models/digits/captioner", description="directory or hub name; null: no captions")
+    max_new_tokens: int = Field(16, ge=1, description="longest caption, in tokens")
 
 
 class RewardSettings(Settings):

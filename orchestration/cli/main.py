@@ -189,6 +189,21 @@ def generate(
         print(path)
 
 
+@app.command("config")
+def print_reference(
+    name: Annotated[str | None, typer.Argument(help="an experiment, study, reward, rule or generator")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY|BLOCK]", help="such as training.steps")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print all of it as a page")] = False,
+    as_json: common.Json = False,
+) -> None:
+    """Look up settings: key, type, default and meaning."""
+    from orchestration.experiments import reference
+
+    if markdown:
+        return print(reference.page(), end="")
+    Terminal().show(reference.reference(name, key), reference.render, as_json)
+
+
 @app.command()
 def pretrain(
     output: Annotated[Path, typer.Option(help="directory to build the default models in")] = Path("models/digits"),

@@ -44,7 +44,7 @@ class Concept(Settings):
 class Judging(Settings):
     """The images that are judged, so many for each prompt, and who judges them."""
 
-    images_per_prompt: int = Field(4, ge=1)
+    images_per_prompt: int = Field(4, ge=1, description="images of each prompt that are judged")
     steps: int = Field(10, ge=1, le=1000, description="DDIM steps, with η = 1")
     batch: int = Field(90, ge=1, description="images drawn at once")
     evaluator: str | None = Field("models/digits/evaluator", description="says what an image shows; null: none")
@@ -59,7 +59,7 @@ class Erase(Study):
     arms: tuple[str, ...] = ("base", *ERASED, "esd-x-paper", "unused")
     path: str = Field("models/digits/pipeline", description="a directory of Stable Diffusion 1.x or 2.x")
     prompts: str = Field("configs/prompts/digits.txt", description="a file: those that name the concept, and others")
-    concepts: tuple[Concept, ...] = Field((Concept(word="red"),), min_length=1)
+    concepts: tuple[Concept, ...] = Field((Concept(word="red"),), min_length=1, description="erased one at a time")
     erasing: ErasingSettings = ErasingSettings()
     learning_rates: dict[str, float] = Field({}, description="of an arm, in place of erasing.learning_rate")
     judging: Judging = Judging()

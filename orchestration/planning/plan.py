@@ -3,6 +3,7 @@ on the machine there is, or on GPUs there are not.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,6 @@ class Option:
     def gpus(self) -> int:
         """How many there are."""
         return len(self.cast.processors) - 1
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many actors each role has."""
-        return {role.name: role.count for role in self.roles}
 
 
 def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
@@ -143,34 +139,22 @@ def plan_run(
 
 def facts(options: Sequence[Option], known: StageCosts, price: float | None) -> dict[str, Any]:
     """All there is to say of the options and the costs behind them. ``price``: dollars an hour of a GPU."""
-    fastest: dict[int, Option] = {}
-    for option in sorted(options, key=lambda each: each.forecast.images_per_second, reverse=True):
-        fastest.setdefault(option.gpus, option)
-    costs = {"machine": known.machine, "costs": known.costs.model_dump(mode="json"), "price": price}
-    return {**costs, "options": [_facts(each, known, price, fastest[each.gpus] is each) for each in options]}
-
-
-def _facts(option: Option, known: StageCosts, price: float | None, fastest: bool) -> dict[str, Any]:
-    actors, forecast, counts = option.config.actors, option.forecast, option.counts
-    settings = {"training.depth": option.work.depth}
-    names = "samplers", "learners", "placement", "replicas", "images_per_call"
-    settings |= {f"actors.{name}": getattr(actors, name) for name in names}
-    hours = 1000 / forecast.images_per_second / 3600
-    return {
-        "gpus": option.gpus,
-        "depth": option.work.depth,
-        **{f"{role}s": counts.get(role, 0) for role in ("sampler", "captioner", "learner")},
-        "images_per_call": option.work.images_per_call,
-        "images_per_second": forecast.images_per_second,
-        "dollars_per_1000_images": None if price is None else hours * price * max(1, option.gpus),
-        "limited_by": bottlenecks(option.work, known.costs, option.cast),
-        "fastest": fastest,
-        "settings": settings,
-        "seconds_per_step": forecast.seconds,
-        "driver_waits_seconds": forecast.waits,
-        "busy": forecast.busy,
-        "memory": memory_of(option.config, option.roles, option.offers),
-    }
+    found, names = [], ("samplers", "learners", "placement", "replicas", "images_per_call")
+    for option in options:
+        counts, speed = Counter({role.name: role.count for role in option.roles}), option.forecast.images_per_second
+        row: dict[str, Any] = {
+            "gpus": option.gpus,
+            "depth": option.work.depth,
+            "images_per_call": option.work.images_per_call,
+        }
+        row |= {f"{role}s": counts[role] for role in ("sampler", "captioner", "learner")}
+        settings = {f"actors.{name}": getattr(option.config.actors, name) for name in names}
+        best_of = max((o for o in options if o.gpus == option.gpus), key=lambda o: o.forecast.images_per_second)
+        row |= {"settings": {"training.depth": option.work.depth} | settings, "fastest": option is best_of}
+        row["dollars_per_1000_images"] = price and 1000 / speed / 3600 * price * max(1, option.gpus)
+        row["limited_by"] = bottlenecks(option.work, known.costs, option.cast)
+        found.append({**row, **vars(option.forecast), "memory": memory_of(option.config, option.roles, option.offers)})
+    return {"machine": known.machine, "costs": known.costs.model_dump(), "price": price, "options": found}
 
 
 def render(known: Mapping[str, Any]) -> str:

@@ -106,9 +106,8 @@ def find_run(run: str, root: Path, whole: bool = False) -> RunInfo:
     if len(begun) == 1 and not whole:
         return RunInfo(root / begun[0])
     if len(begun) > 1:
-        more = f" and {len(begun) - _CANDIDATES} more" if len(begun) > _CANDIDATES else ""
-        listed = ", ".join(begun[:_CANDIDATES])
-        raise ConfigError(f"{run!r} is the beginning of {len(begun)} names under {root}: {listed}{more}")
+        listed = ", ".join(begun[:_CANDIDATES]) + (", …" if len(begun) > _CANDIDATES else "")
+        raise ConfigError(f"{run!r} is the beginning of {len(begun)} names under {root}: {listed}")
     near = begun or difflib.get_close_matches(Path(run).name, names, n=3, cutoff=0.4) or names[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are no runs under {root}"
     raise ConfigError(f"no run {run!r}, neither a run directory nor a name under {root}: {hint}")

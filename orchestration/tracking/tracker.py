@@ -48,7 +48,7 @@ class TrackingSettings(Settings):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     uri: str | None = Field(None, description="http://server or sqlite:///file; null: SQLite in the run directory")
-    experiment: str | None = Field(default=None, min_length=1, description="null: the loop's name")
+    experiment: str | None = Field(default=None, min_length=1, description="MLflow's; null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
     parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
 

@@ -30,8 +30,8 @@ class DataSettings(Settings):
     split: str = Field("train", description="which split, where the source has several")
     image_size: int | None = Field(None, ge=1, description="crop to the middle square and resize; null: as they are")
     background: str = Field("white", description="what shows through transparent images: a colour's name or #rrggbb")
-    image_column: str | None = Field(None, description="null: the one column of images")
-    label_column: str | None = Field(None, description="null: the one column of class labels, or no labels")
+    image_column: str | None = Field(None, description="the column of images; null: the only one")
+    label_column: str | None = Field(None, description="null: the only one of class labels, or no labels")
     reference: int = Field(397, ge=1, description="images kept apart for the metrics; no model is trained on them")
     limit: int | None = Field(None, ge=2, description="use at most so many images, a fixed random choice; null: all")
 

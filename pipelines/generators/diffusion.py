@@ -26,13 +26,13 @@ _MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 
 
 class DiffusionSettings(Settings):
-    """The network, its training and its sampler."""
+    """A diffusion model trained from scratch: its network, training and sampler."""
 
     classes: int | None = Field(None, ge=1, description="number of labels; null: the largest label in the data + 1")
     channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
     levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
     training_steps: int = Field(400, ge=1, description="optimiser updates of one fit, annealed to rate 0")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="images of an update")
     learning_rate: float = Field(8e-3, gt=0, description="peak of the one-cycle schedule")
     timesteps: int = Field(200, ge=2, description="noise levels in training")
     sampling_steps: int = Field(20, ge=1, description="steps of the sampler, DPM-Solver++(2M); timesteps at most")

@@ -29,12 +29,12 @@ CENTRES, CENTRE_DRAWS = 16, 4096
 
 
 class GanSettings(Settings):
-    """The networks and their training."""
+    """A GAN trained from scratch: its networks and their training."""
 
     width: int = Field(32, ge=1, description="channels at half the resolution; twice as many at a quarter")
     latent: int = Field(32, ge=1, description="dimensions of z and of w")
     steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="images of an update")
     learning_rate: float = Field(8e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     gradient_penalty: float = Field(2.0, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
 

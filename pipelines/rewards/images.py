@@ -33,8 +33,8 @@ class VqaOptions(Reward):
     names = ("blip_vqa",)
     models: ClassVar = {"model": "config.json", "questions": ""}
     model: str = Field(description="directory or hub name")
-    question: Template = "does the image show {prompt}?"
-    answer: str = Field("yes", min_length=1)
+    question: Template = Field("does the image show {prompt}?", description="asked of every image")
+    answer: str = Field("yes", min_length=1, description="the answer whose probability is the score")
     questions: str | None = Field(
         None, description="YAML file of each prompt's own questions: prompt → list of {question, answer}"
     )

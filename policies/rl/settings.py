@@ -23,7 +23,9 @@ def check_name(name: str, most: int = 150) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(lambda name: check_name(name))]
+Name = Annotated[
+    str, AfterValidator(lambda name: check_name(name)), Field(description="what it is called, in files too")
+]
 
 
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
@@ -32,9 +34,7 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
     location = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         known = list(known_keys(schema))
-        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = difflib.get_close_matches(location, known, n=1, cutoff=0.6)
-        near = near or [leaf[name] for name in difflib.get_close_matches(location.rsplit(".", 1)[-1], leaf, n=1)]
+        near = nearest(location, known)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known) or 'none'}"
         return f"unknown key {location!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
@@ -45,6 +45,14 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
         else ""
     )
     return f"{location}: {message}{shown}" if location else message
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The known dotted key that a mistyped one is nearest to, by the whole of it or by its last part; none if it is to
+    none."""
+    leaf = {each.rsplit(".", 1)[-1]: each for each in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return near or [leaf[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1)]
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -87,8 +95,8 @@ class TrainingSettings(Settings):
     depth: int = Field(
         0, ge=0, le=1, description="steps drawn ahead: 1 draws the next one while this one is learned from (overlap)"
     )
-    images_per_step: int = Field(256, ge=1)
-    images_per_prompt: int = Field(8, ge=1)
+    images_per_step: int = Field(256, ge=1, description="images drawn, scored and learned from in a step")
+    images_per_prompt: int = Field(8, ge=1, description="images of each prompt of a step: a group")
     updates_per_step: int = Field(4, ge=1, description="optimiser updates a pass over the images, each on its share")
     inner_epochs: int = Field(1, ge=1, description="passes over a step's images")
     timestep_fraction: float = Field(
@@ -112,8 +120,8 @@ class TrainingSettings(Settings):
     log_density: Literal["mean", "sum"] = Field(
         "mean", description="reduction of the log-density over channels and pixels; published clip ranges mean 'mean'"
     )
-    learning_rate: float = Field(1e-4, gt=0)
-    max_gradient_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's")
+    max_gradient_norm: float = Field(1.0, gt=0, description="a longer gradient is scaled to this L2 norm")
     ratio_tolerance: float = Field(
         1e-4, gt=0, description="largest |Δ log p| allowed on a step's first update; beyond it the run stops"
     )

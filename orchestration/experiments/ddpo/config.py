@@ -19,7 +19,7 @@ class EvaluationSettings(Settings):
     )
     images: int = Field(1080, ge=1, description="images before and after the run")
     every: int = Field(10, ge=0, description="steps between interim evaluations; 0 for none")
-    interim_images: int = Field(180, ge=1)
+    interim_images: int = Field(180, ge=1, description="images of an evaluation on the way")
     patience: int = Field(
         2,
         ge=0,
@@ -53,7 +53,7 @@ class DdpoConfig(Settings):
     """One DDPO run."""
 
     name: Name = "ddpo"
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of all that is drawn: equal seeds give equal runs")
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>-seed<seed>")
     prompts: str = Field("configs/prompts/digits.txt", description="a text file, one prompt a line")
     model: ModelSettings = ModelSettings()

@@ -36,9 +36,11 @@ class ArmSettings(_KEYS, Settings):
     __pydantic_extra__: dict[str, dict[str, Any]]
 
     rule: Annotated[str, AfterValidator(RULES.check)] = Field(
-        "fully_synthetic", description="what a generation's training set is made of"
+        "fully_synthetic", description="what a generation is trained on: 'ouroboros config' lists them; or module:Name"
     )
-    family: Annotated[str, AfterValidator(GENERATORS.check)] = Field("gaussian", description="the generator")
+    family: Annotated[str, AfterValidator(GENERATORS.check)] = Field(
+        "gaussian", description="the generator: 'ouroboros config' lists them; or module:Name"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +130,9 @@ class MadConfig(ArmSettings, TaskRunSettings):
     model_config = ArmSettings.model_config
 
     name: Name = "mad"
-    generations: int = Field(10, ge=1, le=100_000)
+    generations: int = Field(
+        10, ge=1, le=100_000, description="models trained one after another; the first on real data"
+    )
     arms: dict[str, dict[str, Any]] = Field({}, description="by name, the keys in which an arm differs; none: one arm")
     data: DataSettings = DataSettings()
     derive: DeriveSettings = DeriveSettings()

@@ -28,7 +28,7 @@ class SchedulerSettings(Settings):
 class BudgetSettings(Settings):
     """What a sweep may spend, over all its sessions. It stops where the first is reached, and can be continued."""
 
-    hours: float | None = Field(None, gt=0)
+    hours: float | None = Field(None, gt=0, description="wall time of all sessions; null: no limit")
     reward_queries: int | None = Field(None, ge=1, description="images scored in training; DDPO only")
 
 
@@ -40,19 +40,19 @@ class SweepConfig(Settings):
     config: str = Field("configs/ddpo/digits.yaml", description="what every trial starts from")
     fixed: dict[str, Any] = Field({}, description="dotted keys that every trial overrides")
     space: dict[str, Any] = Field({}, description="dotted keys and the values to try: a list, or a range")
-    search: Literal["grid", "random", "optuna"] = "random"
+    search: Literal["grid", "random", "optuna"] = Field("random", description="how points of the space are chosen")
     trials: int = Field(8, ge=1, le=MOST_POINTS, description="points to try; a grid has its own number")
     seeds: int = Field(1, ge=1, le=FRESH_SEEDS, description="runs of each point")
-    seed: int = Field(0, ge=0, description="of the search")
+    seed: int = Field(0, ge=0, description="seed of the search")
     scheduler: SchedulerSettings = SchedulerSettings()
     metric: str | None = Field(None, description="what is compared; null: evaluator/full, or the family's distance")
-    mode: Literal["max", "min"] | None = Field(None, description="null: the better end of the metric")
+    mode: Literal["max", "min"] | None = Field(None, description="which end of it is better; null: as is known")
     confirm_seeds: int = Field(
         0, ge=0, le=FRESH_SEEDS, description="fresh seeds on which the best point meets the unchanged config"
     )
     budget: BudgetSettings = BudgetSettings()
-    cpus_per_trial: int | None = Field(None, ge=1, description="null: all that one machine has")
-    gpus_per_trial: int = Field(0, ge=0)
+    cpus_per_trial: int | None = Field(None, ge=1, description="CPUs of a trial; null: all that one machine has")
+    gpus_per_trial: int = Field(0, ge=0, description="0: trials run on CPUs")
     register_as: str | None = Field(None, description="name of the MLflow model that the best DDPO trial becomes")
     output_dir: str | None = Field(None, description="the sweep's directory; null: runs/<name>-<date>-<time>")
     tracking: TrackingSettings = TrackingSettings()

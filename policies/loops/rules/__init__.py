@@ -42,8 +42,8 @@ class Drawing(NamedTuple):
 class FreshSchedule(Settings):
     """A fresh fraction that goes linearly from ``first`` at generation 2 to ``last`` at the last generation."""
 
-    first: Share
-    last: Share
+    first: Share = Field(description="share of real data at generation 2")
+    last: Share = Field(description="share of real data at the last generation")
 
 
 class Rule(Named, Settings):
