@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from orchestration.runs.manifest import git_commit
-from policies.common.intervals import Scale, interval, paired, rank_correlation
+from policies.common.intervals import Scale, interval, paired, rank_correlation, share_of
 from policies.loops.effective_samples import limits, wasserstein_squared
 
 SEEDS = (3, 5, 10, 50, 500)
@@ -76,6 +76,9 @@ def rows() -> Iterator[Row]:
     for last in ((0.7, 0.17), (0.1, 0.065)):
         of = f"share .93 ± .02 to {last[0]} ± {last[1]}"
         yield "change of a share (verdict, gain)", of, changes(share(*last), share(0.93, 0.02), "precision")
+    for mean, deviation, images in ((0.1, 0.065, 400), (0.12, 0.08, 60), (0.05, 0.04, 36)):
+        of = f"share {mean} ± {deviation} of {images} images"
+        yield "share of the control's (claims)", of, left(share(mean, deviation, images), share(0.95, 0.02, images))
     for noise in (0.1, 0.3, 1.0):
         yield "rank correlation", f"FID falls, noise {noise} of its fall", correlations(noise)
 
@@ -90,6 +93,16 @@ def changes(a: Draw, b: Draw, metric: str) -> Callable[[int], np.ndarray]:
     """Those of the change of a metric from b to a around the true one."""
     truth = paired(a((TRUTH,)), b((TRUTH,)), metric)[0].mean
     return lambda seeds: np.stack(paired(a((seeds, EXPERIMENTS)), b((seeds, EXPERIMENTS)), metric)[0][1:]) - truth
+
+
+def left(a: Draw, b: Draw) -> Callable[[int], np.ndarray]:
+    """Those of how much of b is left in a around the true mean on a share's scale."""
+    truth = interval(share_of(a((TRUTH,)), b((TRUTH,))), "share").mean
+
+    def ends(seeds: int) -> np.ndarray:
+        return np.stack(interval(share_of(a((seeds, EXPERIMENTS)), b((seeds, EXPERIMENTS))), "share")[1:]) - truth
+
+    return ends
 
 
 def correlations(noise: float) -> Callable[[int], np.ndarray]:
@@ -113,10 +126,10 @@ def chisquare(freedom: int) -> Draw:
     return lambda shape: rng.chisquare(freedom, shape) / freedom
 
 
-def share(mean: float, deviation: float) -> Draw:
-    """Shares of 400 images, of seeds that differ."""
+def share(mean: float, deviation: float, images: int = 400) -> Draw:
+    """Shares of images, of seeds that differ."""
     size = mean * (1 - mean) / deviation**2 - 1
-    return lambda shape: rng.binomial(400, rng.beta(mean * size, (1 - mean) * size, shape)) / 400
+    return lambda shape: rng.binomial(images, rng.beta(mean * size, (1 - mean) * size, shape)) / images
 
 
 def pick(values: np.ndarray) -> Draw:

@@ -97,13 +97,14 @@ def test_a_ratio_that_is_a_share_may_be_nothing_at_a_seed() -> None:
     assert found.outcome == "kept"
     np.testing.assert_allclose([found.value, found.low, found.high], ends)
     assert judge(most(0.6, control="base", kind="ratio"), left).outcome == "undecided"  # its mean is geometric
-    more = judge(most(3, control="base", kind="ratio", scale="share"), {**left, "treated": {"loss": [0.8, 1, 1.6]}})
-    assert more.value == pytest.approx(2 ** (1 / 3))  # no share of the control's
+    whole = judge(most(1, control="base", kind="ratio", scale="share"), left | {"treated": {"loss": [0.4, 1.0, 1.6]}})
+    assert whole.value == pytest.approx(np.sin(np.arcsin(np.sqrt([0.5, 1, 1])).mean()) ** 2)  # at most all is left
 
 
 def test_a_ratio_to_nothing_decides_nothing() -> None:
     values = {"treated": {"loss": [1.0, 2.0]}, "base": {"loss": [0.0, 0.0]}}
     assert judge(least(1, control="base", kind="ratio"), values).outcome == "undecided"
+    assert judge(most(1, control="base", kind="ratio", scale="share"), values).outcome == "undecided"
 
 
 def test_shares_that_seeds_agree_on_are_not_certain() -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from policies.common.intervals import Scale, interval, paired_ratio, scale_of
+from policies.common.intervals import Scale, interval, paired_ratio, scale_of, share_of
 
 Outcome = Literal["kept", "missed", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "missed", "undecided")
@@ -30,7 +30,7 @@ class Claim:
     bound: float
     control: str | None = None
     kind: Kind = "absolute"  # of arm; arm − control; arm / control
-    scale: Scale | None = None  # of the metric, or of a ratio that is a share of the control's; None: by the name
+    scale: Scale | None = None  # of the metric; a ratio's `share`: what is left of the control's; None: by the name
 
     def __post_init__(self) -> None:
         if (self.control is None) != (self.kind == "absolute"):
@@ -83,10 +83,11 @@ def _within(claim: Claim, found: Sequence[np.ndarray]) -> tuple[float, float, fl
     if claim.kind == "absolute":
         mean, low, high = interval(found[0], scale)
     elif claim.kind == "ratio":
-        # Nothing may be left of the control's share, which has no logarithm.
-        share = claim.scale == "share" and (found[0] <= found[1]).all()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean, low, high = interval(found[0] / found[1], "share") if share else paired_ratio(*found)
+        if claim.scale == "share":  # nothing may be left of the control's, which has no logarithm
+            mean, low, high = interval(share_of(*found), "share")
+        else:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                mean, low, high = paired_ratio(*found)
     else:
         mean, low, high = interval(found[0] - found[1])
         if scale == "share" and low == high:  # as of seeds that all show 0 or 1: no certainty

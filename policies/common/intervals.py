@@ -81,6 +81,12 @@ def paired_ratio(a: np.ndarray, b: np.ndarray) -> Interval:
     return Interval(*map(float, interval(np.asarray(a) / np.asarray(b), "logarithm")))
 
 
+def share_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How much of ``b`` is left in ``a`` at each of paired seeds, both (seeds, …): at most all; nan of nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b > 0, np.minimum(a / b, 1), nan)
+
+
 def rank_correlation(levels: np.ndarray, values: np.ndarray) -> Correlation:
     """Spearman's ρ between ``levels`` (k,) and each seed's ``values`` (seeds, k). Few seeds have no interval:
     of some ranks nearly all values are ±1."""
