@@ -3,15 +3,19 @@
 import importlib.util
 import re
 import shlex
+from fnmatch import fnmatchcase
 
 import pytest
 import typer
 import yaml
 
 from orchestration.cli.main import app
+from orchestration.experiments.metric_names import ddpo_metrics
 from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.runs.config import load_config
+from pipelines.generators import GENERATORS
 from pipelines.storage.locations import CHECKOUT
+from policies.common.claims import OUTCOMES
 
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
@@ -34,6 +38,20 @@ def test_what_a_page_names_is_there(name: str) -> None:
         assert (CHECKOUT / path).exists() or path.startswith("configs/mine"), path
     for module in re.findall(r"python -m ((?:benchmarks|tests|orchestration|pipelines)[\w.]*)", TEXTS[name]):
         assert importlib.util.find_spec(module), module
+
+
+def test_every_metric_is_on_its_page() -> None:
+    words = ["reward.function={strict: 1, jpeg_compressibility: 1}", "training.depth=1"]
+    config = load_config(EXPERIMENTS["ddpo"].schema, None, words)
+    names = {f"first_update_error/timestep_{n:02d}" for n in range(3)} | {"sick", "seconds/evaluate", "seconds/commit"}
+    names |= {*ddpo_metrics(config, ["a"], ["b"]), *(f"claims/{outcome}" for outcome in OUTCOMES)}
+    names |= {f"calibration/{case}" for case in ("true", "shuffled", "noise")}
+    names |= {metric for kind in GENERATORS.built_in.values() for metric in kind.metrics}
+    page = {re.sub(r"<\w+>", "*", name) for name in re.findall(r"`([^`]+)`", TEXTS["metrics.md"])}
+    assert not {name for name in names if not any(fnmatchcase(name, known) for known in page)}
+    rows = [line.split("|")[1:-1] for line in TEXTS["metrics.md"].splitlines() if line.startswith("| `")]
+    assert all(cell.strip() for row in rows for cell in row[:3])
+    assert len({*map(len, rows)}) == 2  # MAD's say the family, too
 
 
 def parse(words: list[str]) -> None:
