@@ -37,3 +37,12 @@ def test_nothing_is_folded_in_a_pipe() -> None:
     Terminal(file=(narrow := io.StringIO()), width=80).print(table)
     assert len(pipe.getvalue().splitlines()) == 2
     assert len(narrow.getvalue().splitlines()) > 4
+
+
+def test_a_name_is_kept_together_on_a_terminal() -> None:
+    name = "training.images_per_prompt"
+    table = plain_table(["key", "meaning", "more"], [[name, "many words " * 20, "and more " * 20]])
+    Terminal(file=(narrow := io.StringIO()), width=60).print(table)
+    lines = narrow.getvalue().splitlines()
+    assert sum(name in line for line in lines) == 1
+    assert " ".join(" ".join(line[len(name) :].split()) for line in lines).count("words") == 20

@@ -21,13 +21,7 @@ from policies.loops.rules import RULES, Rule
 from policies.rl.settings import nearest
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
-_BOUNDS = {
-    "minimum": "≥",
-    "exclusiveMinimum": ">",
-    "maximum": "≤",
-    "exclusiveMaximum": "<",
-    "multipleOf": "multiple of",
-}
+_SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
 
 
 @functools.cache
@@ -116,7 +110,7 @@ def _type(field: Mapping[str, Any]) -> str:
     if kind == "object":
         held = [*field.get("patternProperties", {}).values(), field.get("additionalProperties")][0]
         return f"by name: {_type(held) if isinstance(held, dict) else 'anything'}"
-    bounds = " and ".join(f"{sign} {field[name]:g}" for name, sign in _BOUNDS.items() if name in field)
+    bounds = " and ".join(f"{sign} {field[name]:g}" for name, sign in _SIGNS.items() if name in field)
     return f"{_TYPES.get(kind, 'block' if '$ref' in field else 'anything')} {bounds}".rstrip()
 
 

@@ -28,6 +28,7 @@ from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
 _CANDIDATES = 10  # that are named of those which begin as asked for
+_NAME = 40  # characters of a name that are kept together on a terminal
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 
 
@@ -240,11 +241,13 @@ def _status(known: Mapping[str, Any]) -> Text:
 def plain_table(
     headings: Sequence[str], rows: Sequence[Sequence[str | Text]] = (), numbers: Sequence[str] = ()
 ) -> Table:
-    """A table without lines, whose cells fold where they are too wide for a terminal; columns of ``numbers`` do not."""
+    """A table without lines, whose cells fold where they are too wide for a terminal; ``numbers`` do not, and the names
+    in the first column only if they are long."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
         whole: Any = {"no_wrap": True, "justify": "right"} if heading in numbers else {}
         table.add_column(escape(heading), overflow="fold", **whole)
+    table.columns[0].no_wrap = all(len(row[0]) <= _NAME for row in rows)
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
