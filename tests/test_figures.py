@@ -1,6 +1,7 @@
 """The pictures: pixels stay what they were, and missing numbers leave a panel out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -9,8 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.figures import plots as figures
-from pipelines.figures import style
+from pipelines.figures import style, sweep
 from pipelines.figures.plots import before_after, curves, image_grid
+from policies.common.intervals import interval
+from policies.common.search_space import PointResult
 
 PROMPTS = ["a red seven on a black background", "a blue two on a white background", "a green one on a blue background"]
 
@@ -146,3 +149,29 @@ def test_the_running_mean_is_exact() -> None:
     whole, smooth = (line.get_ydata() for line in axes.lines)
     np.testing.assert_array_equal(whole, values)
     np.testing.assert_allclose(smooth, [values[max(0, i - 3) : i + 4].mean() for i in range(20)])
+
+
+def point(settings: dict[str, Any], *values: float, complete: bool = True) -> PointResult:
+    return PointResult(settings, complete, list(values), *map(float, interval(np.array(values))))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sweeps_best_is_seen_and_what_has_not_finished_is_grey(tmp_path: Path) -> None:
+    points = [
+        point({"rate": 1e-4, "rule": "fresh", "flag": True, "list": [1, 2]}, 0.9, 0.8),
+        point({"rate": 1e-3, "rule": "$odd_rule$", "flag": False, "list": [1]}, 0.5),
+        point({"rate": 1e-2, "rule": "fresh", "flag": True, "list": [1, 2]}, 0.95, complete=False),
+    ]
+    for name, some in {"all": points, "running": points[2:]}.items():
+        measured = sweep.Measured(some, "reward/mean", "max")
+        sweep.responses(tmp_path / f"{name}.png", measured, ["rate"])
+        sweep.parallel_coordinates(tmp_path / f"{name}_lines.png", measured, ["rate"])
+        for page in (picture(tmp_path / f"{name}.png"), picture(tmp_path / f"{name}_lines.png")):
+            assert has_colour(page, style.LINES["orange"]) == (name == "all")
+            assert has_colour(page, "#b9c0cb")
+    wide = [point({"a": a, "b": b}, 10.0**a, complete=a < 3) for a in (1, 2, 3) for b in ("x", "y")]
+    measured = sweep.Measured(wide, "fid", "min")
+    sweep.phase_diagram(tmp_path / "plane.png", measured, "a", "b")
+    colours = measured.colours(np.array([10.0, 31.6, 100.0, np.nan])).mean(axis=1)
+    assert colours[0] < colours[1] < colours[2]  # darker is better, on the logarithm
+    assert has_colour(picture(tmp_path / "plane.png"), "#1c3a7a")

@@ -1,7 +1,9 @@
 """Sweeps on a real Ray Tune and a real MLflow store, with tiny models: stopped, killed, continued, confirmed."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.experiments.sweep.preflight import describe_sweep, preflight_sweep
 from orchestration.experiments.sweep.trial import Trial
 from orchestration.runs.config import ConfigError, load_config
+from orchestration.runs.manifest import write_manifest
 from pipelines.generators import GENERATORS
 from policies.common.search_space import exact
 from tests.models import build_tiny_pipeline
@@ -362,13 +365,88 @@ def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
     assert set(statuses(directory).values()) == {"FINISHED"}
 
 
-def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    from orchestration.cluster.ray_cluster import Machine
-    from orchestration.experiments.sweep.run import SweepRun
+def pretend(directory: Path, point: dict[str, Any], seed: int, value: float | None, status: str = "FINISHED") -> None:
+    """A trial as its process leaves it: one that has a ``value`` has finished, or been stopped by the scheduler."""
+    trial = Trial.of(directory, point, seed)
+    trial.directory.mkdir(parents=True)
+    trial.note(error="ValueError: it broke" if status == "FAILED" else None)
+    manifest = {"loop": "mad", "status": "FINISHED" if value is not None else status, "total_steps": 5, "config": {}}
+    write_manifest(trial.directory, manifest)
+    arm = {"metrics": {"w2_squared": {"mean": [9.0] * 4 + [value]}}}
+    if value is not None:
+        (trial.directory / "summary.json").write_text(json.dumps({"arms": {"only": arm}}))
+    if status == "STOPPED":
+        trial.note(stopped=5)
 
-    content = {**PHASE, "output_dir": str(tmp_path)}
-    with SweepRun(configure(content), Machine(2, 0)):
-        pass
+
+def test_what_a_sweep_finds_is_where_people_look(
+    tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it goes on and at its end: report.html, ``runs show``, and MLflow's run. Stopped and failed trials are
+    shown and have no rank, however good they looked. Another sweep is refused there."""
+    from orchestration.cluster.ray_cluster import Machine
+    from orchestration.experiments.sweep import report
+    from orchestration.experiments.sweep.run import SweepRun
+    from orchestration.runs.browse import RunInfo, everything, render_show
+    from orchestration.runs.display import Terminal
+
+    directory = tmp_path / "swept"
+    directory.mkdir()
+    shutil.copy(empty_store, directory / "mlflow.db")
+    content = {**PHASE, "seeds": 2, "output_dir": str(directory), "tracking": {"system_metrics": False}}
+    points = configure(content).points
+    with contextlib.suppress(ZeroDivisionError), SweepRun(configure(content), Machine(2, 0)) as run:
+        report.report_so_far(run)  # too early: it costs time
+        assert not (directory / "report.html").exists()
+        pretend(directory, points[0], 0, 7.0)
+        pretend(directory, points[1], 0, None, "RUNNING")
+        run.next_report = 0.0
+        report.report_so_far(run)
+        assert "none yet: no point has finished all of its seeds" in (directory / "report.html").read_text()
+        assert json.loads((directory / "summary.json").read_text())["best"] is None
+        raise ZeroDivisionError
+    page = (directory / "report.html").read_text()
+    assert "FAILED" in page  # it does not go on saying that it runs
+    assert "running at 0" in page
+
+    shutil.rmtree(Trial.of(directory, points[1], 0).directory)
+    pretend(directory, points[0], 1, 5.0)
+    for seed, value in enumerate((3.0, 4.0)):
+        pretend(directory, points[2], seed, value)
+    pretend(directory, points[3], 0, 0.5, "STOPPED")
+    for seed, status in enumerate(("FAILED", "FINISHED")):
+        pretend(directory, points[1], seed, 0.1 if seed else None, status)
+    with SweepRun(configure(content), Machine(2, 0)) as run:
+        run.ended(Trial.of(directory, points[2], 0), None)
+        report.report(run, report.Table(run))
+    found = summary(directory)
+    assert [each["point"] for each in found["points"]] == [points[2], points[0], points[1], points[3]]
+    assert [each["complete"] for each in found["points"]] == [True, True, False, False]
+    assert found["best"]["trial"] == Trial.of(directory, points[2], 0).name
+
+    command = "ouroboros mad --config configs/mad/gaussian.yaml"
+    share = f"fresh_fraction={points[2]['fresh_fraction']}"
+    said = capsys.readouterr().out
+    Terminal().print(render_show(everything(RunInfo(directory))))
+    shown, page = capsys.readouterr().out, (directory / "report.html").read_text()
+    client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+    mlflow = client.get_run(found["mlflow_run_id"])
+    note = mlflow.data.tags["mlflow.note.content"]
+    for text in (said, shown, page, note):
+        assert command in text
+        assert share in text
+        assert "2 of the 30 seeds it takes" in text
+    for text in (said, shown, page):
+        assert "ValueError: it broke" in text
+        assert "stopped at 5" in text
+    assert mlflow.data.tags["best/command"].startswith(command)
+    assert mlflow.data.tags["best/point"].startswith(share)
+    assert mlflow.data.metrics["A first look/best"] == pytest.approx(found["best"]["mean"])
+    artifacts = {file.path for file in client.list_artifacts(found["mlflow_run_id"])}
+    assert {"report.html", "figures", "summary.json", "images"} <= artifacts
+    images = {Path(file.path).name.split("+")[0] for file in client.list_artifacts(found["mlflow_run_id"], "images")}
+    assert images == {f"A first look~{name}" for name in ("responses", "parallel_coordinates", "phase_diagram")}
+    assert all(caption in page for caption in ("Each setting against the metric", "The plane of the first two"))
     with pytest.raises(ConfigError, match="holds a sweep with another space"):
         SweepRun(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))
 

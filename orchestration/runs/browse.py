@@ -23,7 +23,7 @@ from orchestration.runs.display import duration
 from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.runs.run import is_free
-from orchestration.runs.tables import ABSENT, change_of, tables
+from orchestration.runs.tables import ABSENT, best_of, change_of, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
@@ -171,7 +171,8 @@ def glance(known: Mapping[str, Any]) -> dict[str, str | None]:
 
 def everything(run: RunInfo) -> dict[str, Any]:
     """All that ``runs show`` has of a run."""
-    return {**facts(run), "summary": run.summary} | {key: run.manifest.get(key) for key in ("resolved", "config")}
+    found = {**facts(run), "best": best_of(run.summary), "summary": run.summary}
+    return found | {key: run.manifest.get(key) for key in ("resolved", "config")}
 
 
 def compared(runs: Sequence[RunInfo]) -> dict[str, Any]:
@@ -191,6 +192,7 @@ def render_list(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
 def render_show(known: Mapping[str, Any]) -> RenderableType:
     """One run: what it is, what came out, and its configuration."""
     texts = {"status": _status(known)} | {label: Text(text) for label, text in glance(known).items() if text}
+    texts |= {label: Text(text) for label, text in known["best"].items()}
     panels: list[tuple[str, Table | Mapping[str, Text]]] = [(known["name"], texts)]
     panels += [(title, plain_table(*cells)) for title, cells in tables(known["summary"]).items()]
     for title, values in (

@@ -17,7 +17,7 @@ from orchestration.runs.browse import RunInfo, facts, glance
 from orchestration.runs.config import ConfigError
 from orchestration.runs.evaluations import kept_evaluations, kept_step
 from orchestration.runs.run import TEMPLATES, Run, is_free
-from orchestration.runs.tables import GENERATIONS, tables
+from orchestration.runs.tables import GENERATIONS, best_of, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.pages import fill
 from pipelines.storage.atomic import DamagedFiles, read_bytes, replace_durably
@@ -40,6 +40,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             run=run,
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=glance(facts(run)),
+            best=best_of(run.summary),
             tables={title: cells for title, cells in tables(run.summary).items() if title != GENERATIONS},
             measured=_measured(run),
             pictures=dict(_pictures(directory / "figures")),

@@ -27,10 +27,10 @@ SCHEMAS = Path(__file__).with_name("schemas")  # of both
 _PACKAGES = ["ray", "torch", "diffusers", "transformers", "peft", "sentence-transformers", "datasets", "scikit-learn"]
 _PACKAGES += ["scipy", "optuna", "mlflow", "numpy"]
 _KEPT: tuple[str, ...] = ("id", "former_ids", "created", "directory", "mlflow_run_id", "mlflow_children")
-_KEPT = (*_KEPT, "wall_seconds", "changes", "copied_from")
+_KEPT = (*_KEPT, "wall_seconds", "changes", "copied_from", "ends", "note")
 # What a run leaves that has committed nothing; all of it is made again by the same command.
 _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", "outbox", "evaluations", "checkpoints"}
-_BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html"}
+_BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html", "summary.json"}
 _COMMITS = {"checkpoints": "*step-*", "tasks": "*", "trials": "*"}
 
 

@@ -66,12 +66,13 @@ class Metrics(Record):
 
 
 class Describe(Record):
-    """What a run is. ``note`` is its description unless a person wrote one."""
+    """What a run is. ``note`` is its description unless a person wrote one in place of none, or of the ``former``."""
 
     kind: Literal["describe"]
     parameters: dict[str, Any]
     tags: dict[str, Any]
     note: str
+    former: str = ""
 
     def send(self, delivery: "Delivery") -> None:
         from mlflow.entities import Param
@@ -81,7 +82,7 @@ class Describe(Record):
         data = delivery.store.client.get_run(self.run).data
         new = [Param(key, value) for key, value in wanted.items() if key not in data.params]
         changed = {f"changed/{key}": value for key, value in wanted.items() if data.params.get(key, value) != value}
-        note = {NOTE: self.note} if self.note and NOTE not in data.tags else {}
+        note = {NOTE: self.note} if self.note and data.tags.get(NOTE, self.former) == self.former else {}
         refused = delivery.log(self.run, "params", new)
         _raise_all(refused + delivery.tag(self.run, {**self.tags, **changed, **note}))
 

@@ -151,13 +151,16 @@ class Tracker:
         tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
         return self._store.client.create_run(self._experiment_id, run_name=name, tags=tags)
 
-    def describe(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
+    def describe(
+        self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "", former: str = ""
+    ) -> None:
         """Record what the run is: ``parameters`` under dotted names, and ``tags``.
 
         MLflow's parameters cannot change: one that differs from what the run holds (a resume on another
-        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless a person wrote one.
+        machine) is recorded as the tag ``changed/<name>``. ``note`` is its description unless a person wrote one;
+        it takes the place of the ``former`` note.
         """
-        self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note)
+        self._put("describe", parameters=flatten(parameters), tags=dict(tags), note=note, former=former)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, in place of what they said."""

@@ -1,98 +1,164 @@
-"""The pictures of a sweep: each setting against the metric, all settings at once, and the plane of two of them."""
+"""The pictures of a sweep: each setting against the metric, all settings at once, and the plane of two of them.
 
-from collections.abc import Mapping, Sequence
+A point is the mean of its seeds on the metric's own scale. The best is orange; what failed, was stopped or still runs
+is grey, and counts for nothing.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.figures.style import FAINT, INK, LINES, dress, panel_figure, save
-from policies.common.search_space import exact, short
+from pipelines.figures.style import FRAME, INK, LINES, dress, finish, panel_figure, save
+from policies.common.intervals import interval, scale_of
+from policies.common.search_space import PointResult, exact, short
 
-Tried = Sequence[tuple[Mapping[str, Any], float]]  # (point, metric) of each trial that has one
+_RAMP = ("#dce6f8", "#7fa3e6", LINES["blue"], "#1c3a7a")  # from worse to better
+_BEST, _LEFT = LINES["orange"], "#b9c0cb"
+_POINT = "a point"
+_LETTERS, _MOST_NAMED = 45, 6  # that fit below a panel; values on an axis that are all named
+_WIDE = 20  # times the smallest: beyond, the metric is shown on its logarithm
 
-_MAP = "viridis"
+
+class Measured:
+    """The ``points`` of a sweep that have values, best first, and how their ``metric`` is drawn."""
+
+    def __init__(self, points: Sequence[PointResult], metric: str, direction: Literal["max", "min"]) -> None:
+        from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+
+        self.points, self.metric, self.direction = points, metric, direction
+        self.title = f"{metric} ({'larger' if direction == 'max' else 'smaller'} is better)"
+        self.means, self.finished = np.array([each.mean for each in points]), np.array([p.complete for p in points])
+        known = self.means[self.finished] if self.finished.any() else self.means
+        low, high = np.nanmin(known), np.nanmax(known)
+        self.is_wide = bool(np.nanmin(self.means) > 0 and high > _WIDE * low)
+        is_best = self.finished & (np.arange(len(points)) == 0)
+        best = "the best point", is_best, _BEST, 2.6, "-"
+        others = _POINT, self.finished & ~is_best, LINES["blue"], 1.4, "-"
+        left = "has not finished", ~self.finished, _LEFT, 1.4, ":"
+        self.groups = [group for group in (left, others, best) if group[1].any()]  # and how they are drawn
+        self._norm = (LogNorm if self.is_wide else Normalize)(low, high, clip=True)
+        self._map = LinearSegmentedColormap.from_list("better", _RAMP if direction == "max" else _RAMP[::-1])
+
+    def colours(self, values: np.ndarray) -> np.ndarray:
+        """Red, green, blue and alpha of each value, darker where it is better."""
+        return np.asarray(self._map(self._norm(values)))
+
+    def over(self, which: np.ndarray) -> float:
+        """The mean over those points, on the metric's scale."""
+        return float(interval(self.means[which], scale_of(self.metric)).mean)
+
+    def column(self, key: str) -> list[Any]:
+        """What each point has for a setting."""
+        return [each.point[key] for each in self.points]
 
 
-def responses(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
-    """One panel a setting: every trial's metric, and the mean at each value that several trials share."""
-    keys, values = list(tried[0][0]), np.array([value for _, value in tried])
-    figure, panels = panel_figure(len(keys), 3, 3.6, 2.9)
+def responses(path: Path, measured: Measured, logarithmic: Sequence[str]) -> None:
+    """One panel a setting: every point's mean and interval, its seeds, and the mean over the finished points at each
+    value that several of them share."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    keys, finished = list(measured.points[0].point), measured.finished
+    bars = ", 95 % interval" if any(np.isfinite(each.low) for each in measured.points) else ""
+    whose = np.repeat(np.arange(len(measured.points)), [len(each.values) for each in measured.points])
+    seeds = np.concatenate([each.values for each in measured.points])
+    ends = np.array([(each.mean - each.low, each.high - each.mean) for each in measured.points]).T
+    figure, panels = panel_figure(len(keys), 3, 4.3, 2.9)
     for number, (axes, key) in enumerate(zip(panels, keys, strict=True)):
-        places, labels = _places([point[key] for point, _ in tried])
-        dress(axes, "", key, "" if number % 3 else metric, integer=False, ticks=5)
-        axes.scatter(places, values, s=22, color=LINES["blue"], alpha=0.7, linewidth=0)
-        shared = [place for place in np.unique(places) if (places == place).sum() > 1]
-        if shared:
-            axes.plot(shared, [values[places == place].mean() for place in shared], color=INK, linewidth=1.2)
+        places, labels = _places(measured.column(key))
+        dress(axes, key, "", "" if number % 3 else measured.title, integer=False, ticks=5)
+        if number:
+            axes.sharey(panels[0])
+        for label, which, colour, *_ in measured.groups:
+            style = {"mfc": "white" if colour == _LEFT else colour, "color": colour, "label": label + bars}
+            axes.scatter(places[whose[which[whose]]], seeds[which[whose]], 12, color=colour, alpha=0.3, lw=0)
+            axes.errorbar(places[which], measured.means[which], ends[:, which], fmt="D", ms=5, capsize=3, **style)
+        if shared := [place for place in np.unique(places) if (finished & (places == place)).sum() > 1]:
+            over = [measured.over(finished & (places == place)) for place in shared]
+            axes.plot(shared, over, color=INK, lw=1.2, alpha=0.6, label="mean of the points at a value")
         if labels is not None:
-            axes.set_xticks(range(len(labels)), labels)
-        if key in logarithmic:
-            axes.set_xscale("log")
-        axes.sharey(panels[0])
-    save(figure, path)
+            slope = {"rotation": 20, "ha": "right"} if sum(map(len, labels)) > _LETTERS else {}
+            axes.set_xticks(range(len(labels)), labels, parse_math=False, **slope)
+            axes.set_xlim(-0.5, len(labels) - 0.5)
+        for name in [*(["x"] if key in logarithmic else []), *(["y"] if measured.is_wide else [])]:
+            axes.set(**{f"{name}scale": "log"})
+            axis = getattr(axes, f"{name}axis")
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter("{x:g}")
+        axes.title.set_parse_math(False)
+    finish(figure, path)
 
 
-def parallel_coordinates(path: Path, tried: Tried, metric: str, logarithmic: Sequence[str]) -> None:
-    """One line a trial through all of its settings to its metric, which colours it."""
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
+def parallel_coordinates(path: Path, measured: Measured, logarithmic: Sequence[str]) -> None:
+    """One line a point through all of its settings to its mean, which colours it."""
+    from matplotlib.collections import LineCollection
 
-    keys = [*tried[0][0], metric]
-    columns = [[point[key] for point, _ in tried] for key in keys[:-1]] + [[value for _, value in tried]]
-    values = np.array(columns[-1], dtype=float)
-    colours = colormaps[_MAP](Normalize(values.min(), values.max() or 1)(values))
-    figure, (axes,) = panel_figure(1, 1, 1.6 + 1.9 * len(keys), 3.6)
+    columns = {key: measured.column(key) for key in measured.points[0].point} | {measured.title: list(measured.means)}
+    figure, (axes,) = panel_figure(1, 1, 1.6 + 1.9 * len(columns), 3.9)
+    logarithmic = [*logarithmic, *([measured.title] if measured.is_wide else [])]
     heights = []
-    for index, (key, column) in enumerate(zip(keys, columns, strict=True)):
+    for index, (key, column) in enumerate(columns.items()):
         places, labels = _places(column)
-        places = np.log10(places) if key in logarithmic else places
-        low, span = places.min(), (places.max() - places.min()) or 1
-        heights.append((places - low) / span)
-        axes.axvline(index, color=FAINT, linewidth=0.8)
-        ends = [(0.0, short(min(column))), (1.0, short(max(column)))] if labels is None else []
-        marks = ends or [((place - low) / span, label) for place, label in enumerate(labels or [])]
-        for height, text in dict(marks).items():
-            axes.annotate(text, (index, height), xytext=(4, 2), textcoords="offset points", fontsize=7, color=INK)
-    for line, colour in zip(np.array(heights).T, colours, strict=True):
-        axes.plot(range(len(keys)), line, color=colour, linewidth=1.4, alpha=0.85)
-    axes.set_xticks(range(len(keys)), keys, fontsize=8)
-    axes.set_yticks([])
-    axes.set_xlim(-0.1, len(keys) - 0.55)
+        heights.append(height := _share(np.log(places) if key in logarithmic else places))
+        axes.axvline(index, color=FRAME, lw=1, zorder=0)
+        texts = map(short, column) if labels is None else labels[places.astype(int)]
+        named = dict(zip(height, texts, strict=True))
+        for at in named if labels is not None or len(named) <= _MOST_NAMED else (height.min(), height.max()):
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            style = {"fontsize": 7.5, "color": INK, "va": "center", "bbox": box, "zorder": 5, "parse_math": False}
+            axes.annotate(named[at], (index, at), xytext=(5, 0), textcoords="offset points", **style)
+    colours = measured.colours(measured.means)
+    lines = np.stack([np.broadcast_to(np.arange(len(columns)), (len(colours), len(columns))), np.array(heights).T], -1)
+    for label, which, colour, width, line in measured.groups:
+        drawn = LineCollection(list(lines[which]), colors=colour, linewidths=width, linestyles=line, label=label)
+        if label == _POINT:
+            drawn.set(colors=colours[which], label=f"{label}, darker if better")
+        axes.add_collection(drawn)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8.5, color=INK, weight="bold", parse_math=False)
+    axes.set(yticks=[], xlim=(-0.15, len(columns) - 0.5), ylim=(-0.06, 1.06))
+    axes.tick_params(length=0, pad=8)
+    axes.spines[:].set_visible(False)
+    finish(figure, path)
+
+
+def phase_diagram(path: Path, measured: Measured, across: str, up: str) -> None:
+    """The mean over the plane of two settings, of the finished points, with its number in each cell."""
+    (places, columns), (heights, rows) = (_places(measured.column(key)) for key in (across, up))
+    levels, lines = np.unique(places), np.unique(heights)
+    mean = np.full((len(lines), len(levels)), np.nan)
+    for row, column in np.ndindex(*mean.shape):
+        here = measured.finished & (heights == lines[row]) & (places == levels[column])
+        if here.any():
+            mean[row, column] = measured.over(here)
+    figure, (axes,) = panel_figure(1, 1, 2.2 + 0.95 * len(levels), 1.6 + 0.7 * len(lines))
+    dress(axes, measured.title, across, up)
+    axes.grid(visible=False)
+    colours = measured.colours(mean)
+    colours[~np.isfinite(mean)] = 1
+    axes.imshow(colours, origin="lower", aspect="auto")
+    best = np.nanmax(mean) if measured.direction == "max" else np.nanmin(mean)
+    for (row, column), value in np.ndenumerate(mean):
+        ink = "white" if colours[row, column, :3] @ (0.3, 0.6, 0.1) < 0.6 else INK
+        text, weight = f"{value:.3g}" if np.isfinite(value) else "–", "bold" if value == best else "normal"
+        axes.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
+    for axis, found, names in ((axes.xaxis, levels, columns), (axes.yaxis, lines, rows)):
+        axis.set_ticks(range(len(found)), [short(each) for each in (names if names is not None else found.tolist())])
     axes.spines[:].set_visible(False)
     save(figure, path)
 
 
-def phase_diagram(path: Path, tried: Tried, metric: str, across: str, up: str) -> None:
-    """The mean metric over the plane of two settings, with its number in each cell."""
-    import pandas
-    from matplotlib.colors import LogNorm
-
-    (places, columns), (heights, rows) = (_places([point[key] for point, _ in tried]) for key in (across, up))
-    table = pandas.DataFrame({"across": places, "up": heights, "value": [value for _, value in tried]})
-    plane = table.pivot_table("value", "up", "across")
-    columns, rows, mean = columns or list(plane.columns), rows or list(plane.index), plane.to_numpy()
-    known = mean[np.isfinite(mean)]
-    scale = LogNorm(known.min(), known.max()) if known.min() > 0 and known.max() > 20 * known.min() else None
-    figure, (axes,) = panel_figure(1, 1, 2.2 + 0.95 * len(columns), 1.6 + 0.7 * len(rows))
-    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap=_MAP, norm=scale)
-    for (row, column), value in np.ndenumerate(mean):
-        if np.isfinite(value):
-            red, green, blue, _ = picture.cmap(picture.norm(value))
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white" if dark else INK)
-    axes.set_xticks(range(len(columns)), [short(value) for value in columns])
-    axes.set_yticks(range(len(rows)), [short(value) for value in rows])
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    figure.colorbar(picture, label=metric)
-    save(figure, path)
+def _share(values: np.ndarray) -> np.ndarray:
+    """Where each value stands from the smallest, 0, to the largest, 1; of equal ones in the middle."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    return np.asarray((values - low) / (high - low) if high > low else np.full_like(values, 0.5))
 
 
-def _places(column: Sequence[Any]) -> tuple[np.ndarray, list[str] | None]:
+def _places(column: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
     """Where values stand on an axis; those that are no numbers stand side by side, with their labels."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
         return np.array(column, dtype=float), None
     texts = [value if isinstance(value, str) else exact(value) for value in column]
-    labels = sorted(set(texts))
-    return np.array([labels.index(text) for text in texts], dtype=float), [short(label) for label in labels]
+    labels, places = np.unique(texts, return_inverse=True)
+    return places.astype(float), np.array([short(label) for label in labels.tolist()])

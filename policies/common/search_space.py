@@ -65,6 +65,18 @@ class Dimension:
         return value if self.kind == "values" else min(max(value, self.values[0]), self.values[1])
 
 
+@dataclass(frozen=True)
+class PointResult:
+    """A point over its seeds: their mean on the metric's scale and its 95 % interval, nan where it has none."""
+
+    point: Point
+    complete: bool  # every seed has finished, with a value
+    values: list[float]
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
 def read_space(content: Mapping[str, Any]) -> dict[str, Dimension]:
     """Every dimension of a space. Raises ValueError if one cannot be read, or there is none."""
     if not content:

@@ -100,14 +100,13 @@ class SweepConfig(Settings):
     @property
     def points(self) -> list[Point]:
         """What a grid or random search will try; for optuna, nothing is known before."""
-        if self.search != "random":
-            return (
-                search_space.common_points(search_space.grid_points(self.dimensions)) if self.search == "grid" else []
-            )
+        if self.search == "optuna":
+            return []
+        if self.search == "grid":
+            return search_space.common_points(search_space.grid_points(self.dimensions))
         found = search_space.random_points(self.dimensions, self.trials, self.seed)
-        return (
-            found if self.scheduler.kind == "pbt" else search_space.common_points(found)
-        )  # members of a population may be alike
+        # Members of a population may be alike.
+        return found if self.scheduler.kind == "pbt" else search_space.common_points(found)
 
     @cached_property
     def example(self) -> Any:

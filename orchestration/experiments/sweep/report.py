@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,11 +12,14 @@ import numpy as np
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
 from orchestration.runs.browse import plain_table
-from orchestration.runs.html_report import conclude
-from orchestration.runs.run import register
-from orchestration.runs.tables import tables
+from orchestration.runs.html_report import conclude, write_report
+from orchestration.runs.run import TEMPLATES, register
+from orchestration.runs.tables import POINTS, best_of, tables
+from orchestration.tracking.tracker import FIRST_LOOK
+from pipelines.pages import fill
+from pipelines.storage.locations import find
 from policies.common.intervals import interval, paired, scale_of
-from policies.common.search_space import FRESH_SEEDS, Point, common_points, exact
+from policies.common.search_space import FRESH_SEEDS, Point, PointResult, common_points, exact
 from policies.loops.verdicts import plain
 
 
@@ -45,35 +49,25 @@ class Outcome:
         return cls(trial.name, trial.point, trial.seed, *ends, manifest.get("mlflow_run_id"))
 
 
-@dataclass(frozen=True)
-class PointResult:
-    """A point over its seeds: their mean on the metric's scale and its 95 % interval, nan where it has none."""
-
-    point: Point
-    complete: bool  # every seed has finished
-    values: list[float]
-    mean: float = np.nan
-    low: float = np.nan
-    high: float = np.nan
-
-
 class Table:
     """All outcomes of a sweep, and its points from best to worst."""
 
     def __init__(self, run: SweepRun) -> None:
         self._metric, self._better = run.metric, 1 if run.config.direction == "max" else -1
         self.outcomes = [Outcome.of(run, trial) for trial in run.trials()]
-        self.points = self._ranked([each for each in self.outcomes if each.seed < FRESH_SEEDS])
-        self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS])
-        self.best = next((point for point in self.points if point.complete and point.values), None)
+        sought = [each for each in self.outcomes if each.seed < FRESH_SEEDS]
+        self.points = self._ranked(sought, run.config.seeds)
+        self.fresh = self._ranked([each for each in self.outcomes if each.seed >= FRESH_SEEDS], 1)
+        self.best = next((point for point in self.points if point.complete), None)
 
-    def _ranked(self, outcomes: list[Outcome]) -> list[PointResult]:
+    def _ranked(self, outcomes: list[Outcome], seeds: int) -> list[PointResult]:
         found = []
         for point in common_points([each.point for each in outcomes]):
             tried = [each for each in outcomes if exact(each.point) == exact(point)]
             values = [each.value for each in tried if each.value is not None]
             ends = map(float, interval(np.array(values), scale_of(self._metric))) if values else ()
-            found.append(PointResult(point, all(each.status == "FINISHED" for each in tried), values, *ends))
+            done = [each for each in tried if each.status == "FINISHED" and each.value is not None]
+            found.append(PointResult(point, len(done) == len(tried) >= seeds, values, *ends))
         # A point that was stopped early is not compared with one that was not.
         return sorted(found, key=lambda p: (p.complete, self._better * p.mean if p.values else -np.inf), reverse=True)
 
@@ -97,49 +91,86 @@ class Table:
         }
 
 
+def report_so_far(run: SweepRun) -> None:
+    """While trials come and go: what is known of the points, where people look; so rarely that it costs little."""
+    began = time.monotonic()
+    if began < run.next_report:
+        return
+    _, figures = _publish(run, Table(run), None, None)
+    for each in (figures, run.directory / "summary.json", write_report(run.directory)):
+        run.tracker.artifact(each)
+    run.next_report = time.monotonic() + 20 * (time.monotonic() - began)  # a twentieth of the time
+
+
 def report(run: SweepRun, table: Table) -> Path:
     """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
-    config = run.config
-    tried = [(each.point, each.value) for each in table.outcomes if each.value is not None]
-    if not tried:
-        reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
-        raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
-    figures = _draw(run, [(point, value) for point, value in tried if point])
-    confirmation = table.confirmation()
-    model = None
+    from PIL import Image
+
+    config, confirmation, model = run.config, table.confirmation(), None
     if config.register_as and table.best:  # its best trial becomes a version of an MLflow model
         first = table.first(table.best.point)
         tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
         tags |= {"gain_on_fresh_seeds": json.dumps(confirmation["gain"])} if confirmation else {}
         model = register(run.directory / "trials" / first.name, config.register_as, "best", run.display.say, tags)
-    content = {
+    summary, figures = _publish(run, table, confirmation, model)
+    for title, (headings, rows) in tables(summary).items():
+        run.display.console.print(title, plain_table(headings, rows), sep="\n")
+    if all(each.value is None for each in table.outcomes):
+        reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
+        raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
+    for path in sorted(figures.glob("*.png")):
+        with Image.open(path) as image:
+            run.tracker.image(f"{FIRST_LOOK}/{path.stem}", np.asarray(image), run.manifest.get("ends", 0))
+    return conclude(run, run.directory / "summary.json", figures, summary=summary, best=best_of(summary))
+
+
+def _publish(
+    run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None
+) -> tuple[dict[str, Any], Path]:
+    """Write summary.json and the figures, and show the best point on MLflow's page of the sweep."""
+    config, best = run.config, table.best
+    content: dict[str, Any] = {
+        "loop": config.loop,
+        "config": config.config if Path(config.config).exists() else str(find(config.config)),
         "metric": run.metric,
         "mode": config.direction,
         "points": [vars(point) for point in table.points],
-        "best": vars(table.best) if table.best else None,
+        "best": None,
         "confirmation": confirmation,
         "model": model,
         "trials": [vars(each) for each in table.outcomes],
         "reward_queries": sum(each.images for each in table.outcomes),
         "budget_spent": run.budget.spent,
     }
-    summary = plain(content)
-    for title, (headings, rows) in tables(summary).items():
-        run.display.console.print(title, plain_table(headings, rows), sep="\n")
-    return conclude(run, run.summarise(summary), figures, summary=summary)
+    if best is not None:
+        first = table.first(best.point)
+        settings = {**config.fixed, **best.point, **config.experiment.seeded(first.seed)}
+        again = None if config.scheduler.kind == "pbt" else settings
+        content["best"] = {**vars(best), "trial": first.name, "settings": again}
+    summary: dict[str, Any] = plain(content)
+    run.summarise(summary)
+    if best is not None:
+        words = best_of(summary)
+        run.tracker.tags({f"best/{name.removeprefix('best ')}": text for name, text in words.items()})
+        values = {"best": best.mean, "best_low": best.low, "best_high": best.high}
+        run.log_metrics({f"{FIRST_LOOK}/{name}": value for name, value in values.items() if math.isfinite(value)})
+        note = fill(TEMPLATES / "sweep_note.md", name=config.name, best=words, cells=tables(summary)[POINTS])
+        run.write_note(note.strip())
+    return summary, _draw(run, table)
 
 
-def _draw(run: SweepRun, tried: list[tuple[Point, float]]) -> Path:
-    from pipelines.figures.sweep import parallel_coordinates, phase_diagram, responses
+def _draw(run: SweepRun, table: Table) -> Path:
+    from pipelines.figures import sweep as pictures
 
     figures = run.directory / "figures"
     figures.mkdir(exist_ok=True)
-    if not tried:
+    if not (tried := [each for each in table.points if np.isfinite(each.mean)]):
         return figures
-    space = run.config.dimensions
+    space, measured = run.config.dimensions, pictures.Measured(tried, run.metric, run.config.direction)
     logarithmic = [key for key, dimension in space.items() if dimension.kind == "log_uniform"]
-    responses(figures / "responses.png", tried, run.metric, logarithmic)
-    parallel_coordinates(figures / "parallel_coordinates.png", tried, run.metric, logarithmic)
-    if run.config.search == "grid" and len(wide := [key for key in space if len(space[key].values) > 1]) >= 2:
-        phase_diagram(figures / "phase_diagram.png", tried, run.metric, *wide[:2])
+    pictures.responses(figures / "responses.png", measured, logarithmic)
+    pictures.parallel_coordinates(figures / "parallel_coordinates.png", measured, logarithmic)
+    wide = [key for key in space if len(space[key].values) > 1]
+    if run.config.search == "grid" and len(wide) >= 2 and table.best is not None:
+        pictures.phase_diagram(figures / "phase_diagram.png", measured, *wide[:2])
     return figures

@@ -1,7 +1,8 @@
 """A sweep's run: its directory and MLflow run, what it may spend, and what it shows while trials come and go."""
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray.tune import Stopper
@@ -11,6 +12,7 @@ from orchestration.experiments.sweep.config import BudgetSettings, SweepConfig
 from orchestration.experiments.sweep.trial import Trial, reports, trials_in
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import Row
+from orchestration.runs.html_report import write_report
 from orchestration.runs.inputs import Inputs, accept, code_of, fingerprints
 from orchestration.runs.manifest import new_manifest, open_run
 from orchestration.runs.run import Run, new_directory, sync
@@ -18,6 +20,7 @@ from orchestration.tracking.outbox import undelivered
 from pipelines.storage.locations import find
 from policies.common.search_space import corner_points
 
+_FIRST_REPORT_SECONDS = 30.0  # a sweep that is over sooner shows what it found at its end
 _DECIDES = ("loop", "config", "fixed", "space", "search", "seed", "scheduler", "metric", "mode")  # what trials are
 
 
@@ -70,18 +73,29 @@ class SweepRun(Run):
         super().__init__(directory, config, manifest, total, len(self._done), rows=[row], unit="trial")
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         used = {trial.name: found[-1]["images"] for trial in begun if (found := reports(config, trial))}
+        self.next_report = time.monotonic() + _FIRST_REPORT_SECONDS
         self.budget = Budget(config.budget, self._wall_before, used)
 
     def on_start(self) -> None:
         """Tell MLflow what is swept."""
         about = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
         self.log_params(self.manifest["config"], about)
+        if self.begins_in_mlflow:
+            self.write_note(f"**{self.config.name}**: no point has finished yet. Below are its trials.")
+
+    def write_note(self, text: str) -> None:
+        """Have MLflow show ``text`` on the run's page, in place of what was written here before, not of a person's."""
+        self.tracker.describe({}, {}, text, former=self.manifest.get("note", ""))
+        self.manifest["note"] = text
 
     def __exit__(self, *error: Any) -> None:
         try:
             self.settle()
         finally:
             super().__exit__(*error)
+            if error[0] is not None and (self.directory / "summary.json").exists():
+                with contextlib.suppress(OSError):
+                    write_report(self.directory)  # it says that the sweep is running
 
     def progress(self) -> str:
         """How many trials are over."""
@@ -108,9 +122,14 @@ class SweepRun(Run):
         note = f"{trial.name}{stopped}" + (f", FAILED: {known['error']}" if known.get("error") else "")
         values = {self.metric: found[-1][self.metric]} if found else {}
         self.display.step(len(self._done), values, note=note)
-        self.tracker.metrics(len(self._done), values, int(time.time() * 1000))
-        self.manifest["committed_step"] = len(self._done)
+        # A trial that failed may end again: the same place in MLflow twice would keep what was there first.
+        self.manifest |= {"committed_step": len(self._done), "ends": self.manifest.get("ends", 0) + 1}
+        self.log_metrics(values)
         self._status("RUNNING")
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        """Record numbers in MLflow, over how many trials have ended."""
+        self.tracker.metrics(self.manifest.get("ends", 0), values, int(time.time() * 1000))
 
     def settle(self) -> None:
         """Close what trials left open in MLflow: Tune ends a trial's process without asking."""

@@ -9,6 +9,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator, Repeater
 
+from orchestration.experiments.sweep.report import report_so_far
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, run_trial
 from policies.common.search_space import Dimension, Point
@@ -82,12 +83,15 @@ class Ends(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """It returned, or was stopped after its last report."""
-        step = (trial.last_result or {}).get("step")
-        self._run.ended(self._resolve(trial.config, _number(trial.trial_id)), step)
+        self._ended(trial, (trial.last_result or {}).get("step"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """It raised, or its process died."""
-        self._run.ended(self._resolve(trial.config, _number(trial.trial_id)), None)
+        self._ended(trial, None)
+
+    def _ended(self, trial: Any, step: int | None) -> None:
+        self._run.ended(self._resolve(trial.config, _number(trial.trial_id)), step)
+        report_so_far(self._run)
 
 
 def _fit(
