@@ -17,7 +17,11 @@ from policies.common.search_space import PointResult, exact, short
 _RAMP = ("#dce6f8", "#7fa3e6", LINES["blue"], "#1c3a7a")  # from worse to better
 _BEST, _LEFT = LINES["orange"], "#b9c0cb"
 _POINT = "a point"
-_LETTERS, _MOST_NAMED = 45, 6  # that fit below a panel; values on an axis that are all named
+_LETTERS, _MOST_NAMED, _APART = (
+    45,
+    6,
+    0.04,
+)  # that fit below a panel; values on an axis that are all named, so far apart
 _WIDE = 20  # times the smallest: beyond, the metric is shown on its logarithm
 
 
@@ -105,7 +109,8 @@ def parallel_coordinates(path: Path, measured: Measured, logarithmic: Sequence[s
         axes.axvline(index, color=FRAME, lw=1, zorder=0)
         texts = map(short, column) if labels is None else labels[places.astype(int)]
         named = dict(zip(height, texts, strict=True))
-        for at in named if labels is not None or len(named) <= _MOST_NAMED else (height.min(), height.max()):
+        wanted = named if labels is not None or len(named) <= _MOST_NAMED else (height.min(), height.max())
+        for at in [at for n, at in enumerate(wanted) if all(abs(at - each) > _APART for each in [*wanted][:n])]:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             style = {"fontsize": 7.5, "color": INK, "va": "center", "bbox": box, "zorder": 5, "parse_math": False}
             axes.annotate(named[at], (index, at), xytext=(5, 0), textcoords="offset points", **style)
