@@ -338,7 +338,8 @@ def _orphans() -> Iterator[str]:
     mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.pid not in mine and process.environ().get(MARK) == os.environ[MARK]:
+            started = process.pid in mine or process.ppid() == os.getpid()  # what a fork lives for is not among these
+            if not started and process.environ().get(MARK) == os.environ[MARK]:
                 yield f"{process.name()} ({process.pid})"
 
 

@@ -112,9 +112,11 @@ class _Server:
     def __init__(self, door: socket.socket, libraries: Sequence[str]) -> None:
         import gc
         import importlib
+        import warnings
 
-        for name in libraries:
-            importlib.import_module(name)
+        with warnings.catch_warnings(action="ignore"):
+            for name in libraries:
+                importlib.import_module(name)
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"{threads} threads would not survive a fork"
         gc.collect()
