@@ -17,11 +17,8 @@ from policies.common.search_space import PointResult, exact, short
 _RAMP = ("#dce6f8", "#7fa3e6", LINES["blue"], "#1c3a7a")  # from worse to better
 _BEST, _LEFT = LINES["orange"], "#b9c0cb"
 _POINT = "a point"
-_LETTERS, _MOST_NAMED, _APART = (
-    45,
-    6,
-    0.04,
-)  # that fit below a panel; values on an axis that are all named, so far apart
+_LETTERS = 45  # that fit below a panel
+_MOST_NAMED, _APART = 6, 0.04  # values on an axis that are all named, and of its length that lies between two
 _WIDE = 20  # times the smallest: beyond, the metric is shown on its logarithm
 
 
