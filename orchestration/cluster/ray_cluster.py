@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -250,7 +251,10 @@ def _is_rays(process: psutil.Process) -> bool:
     import ray
 
     with contextlib.suppress(psutil.Error):
-        return any(word.startswith(os.path.dirname(ray.__file__) + os.sep) for word in process.cmdline())
+        for _ in range(100):
+            if words := process.cmdline():
+                return any(word.startswith(os.path.dirname(ray.__file__) + os.sep) for word in words)
+            time.sleep(0.01)  # in the moment that a program takes to replace another, it has no command line
     return False
 
 
