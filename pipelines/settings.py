@@ -68,5 +68,6 @@ class RewardSettings(Settings):
         if both := [name for name in self.held_out if name in self.weights]:
             raise ValueError(f"held_out: {both[0]} is trained on; measure with another function")
         if unused := [name for name in self.options if name not in self.functions]:
-            raise ValueError(f"options: {unused[0]!r} is neither in function nor in held_out")
+            remedy = "leave its options out, as reward.options={} does"
+            raise ValueError(f"options: {unused[0]!r} is neither in function nor in held_out: {remedy}")
         return self

@@ -283,10 +283,17 @@ def test_a_plan_as_json_has_what_the_table_has(
     assert learner["bytes"] == sum(learner["parts"].values()) > 1e10
 
 
-def test_a_plan_names_no_captioner_where_there_is_none() -> None:
+def test_a_plan_names_no_captioner_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config(DdpoConfig, CHECKOUT / "configs/ddpo/compressibility.yaml", ["captioner.path=null"])
     known = assumed(config, 300.0)
     assert known.costs.caption == Cost()
     found = list(splits(config, 8, 64, known))
     assert found
     assert not any("captioner" in actors.replicas for actors in found)
+    words = ["--config", str(CHECKOUT / "configs/ddpo/compressibility.yaml"), "captioner.path=null", "--gpus", "2"]
+    assert command(["plan", *words], monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "caption" not in printed
+    assert printed.splitlines()[2].split()[2:5] == ["S", ":", "L"]

@@ -116,13 +116,14 @@ def test_the_panel_shows_what_is_known() -> None:
     assert "ddpo [digits]" in empty
     assert "0/80" in empty
     assert "reward" not in empty
+    display.begin({"evaluator/full": 0.4, "measure": [0.4], "timestamp_ms": 1})
     display.step(1, {**METRICS, "evaluator/full": 0.5})
     display.step(2, METRICS)
     display.step(3, {"reward/mean": 0.9})
     display.activity(ROLES)
     panel = panel_of(display, console, written)
     assert re.search(r"reward +0\.900 ±0\.090 +▁▁█", panel)
-    assert re.search(r"held-out accuracy +0\.580 \+0\.080 +▁█", panel)
+    assert re.search(r"held-out accuracy +0\.580 \+0\.180 +▁▅█", panel)
     assert re.search(r"images/s +31\.2 ", panel)
     assert re.search(r"clipped +12\.5%", panel)
     assert re.search(r"sampler 0 +drawing 3/4", panel)

@@ -3,7 +3,9 @@
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import typer
@@ -19,13 +21,24 @@ from policies.common.claims import OUTCOMES
 
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-COMMAND = re.compile(r"^(?:    |\$ )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?ouroboros (.*?)(?: +#.*)?$", re.M)
+COMMAND = re.compile(r"^(?P<prompt>    |\$ )(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?ouroboros (?P<words>.*?)(?: +#.*)?$", re.M)
+MENTION = re.compile(r"(?<![\w/.-])ouroboros ([a-z]+)(?: ([a-z]+))?([^`'\"|\n#]*)")
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of every whole command of a page; those with an ellipsis stand for others."""
-    lines = [found[1] for found in COMMAND.finditer(text.replace("\\\n", " ")) if "…" not in found[1]]
-    return [words for line in lines if (words := shlex.split(line)) and not {"|", ">"} & {*words}]
+def commands(text: str, prompt: str = "    $ ") -> list[list[str]]:
+    """The words of every whole command of a page; those with an ellipsis stand for others. Without a ``prompt`` of
+    ``$``, whose commands may be meant to be refused, they have to be right."""
+    lines = [each["words"] for each in COMMAND.finditer(text.replace("\\\n", " ")) if each["prompt"] in prompt]
+    return [words for line in lines if "…" not in line and (words := shlex.split(line)) and not {"|", ">"} & {*words}]
+
+
+def mentions() -> Iterator[tuple[str, re.Match[str]]]:
+    """Every command that a page, a message, a docstring or a comment names."""
+    packages = ("orchestration", "actors", "pipelines", "policies", "benchmarks", "configs", "docs", "deploy", "models")
+    below = [path for package in packages for path in (CHECKOUT / package).rglob("*.*") if path.is_file()]
+    for path in [*below, *CHECKOUT.glob("*.*")]:
+        if path.suffix in {".py", ".md", ".yaml", ".html", ".txt", ".toml"}:
+            yield from ((path.name, found) for found in MENTION.finditer(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -56,7 +69,8 @@ def test_every_metric_is_on_its_page() -> None:
 
 def parse(words: list[str]) -> None:
     """Raises what the command line library does for a command, an option or an argument that there is not."""
-    command, rest = typer.main.get_group(app), words
+    command: Any = typer.main.get_group(app)
+    rest = words
     while hasattr(command, "commands"):
         assert rest[0] in command.commands, words
         command, rest = command.commands[rest[0]], rest[1:]
@@ -70,6 +84,28 @@ def parse(words: list[str]) -> None:
 def test_commands_of_a_page_have_these_options(name: str) -> None:
     for words in commands(TEXTS[name]):
         parse(words)
+    for words in commands(TEXTS[name], "    "):
+        start = words.index("--") + 1 if words[0] == "submit" else 0
+        name, *rest = words[start:]
+        if name in EXPERIMENTS:
+            with typer.main.get_group(app).commands[name].make_context(name, rest) as context:
+                files = [CHECKOUT / path for path in context.params["config"] or ()]
+            if all(path.exists() for path in files):  # not those of an example
+                load_config(EXPERIMENTS[name].schema, files, context.params["overrides"] or ())
+
+
+def test_commands_that_are_named_anywhere_are_there() -> None:
+    group, seen = typer.main.get_group(app), 0
+    for where, found in mentions():
+        command: Any = group.commands.get(found[1])
+        assert command, (where, found[0])
+        if hasattr(command, "commands") and found[2]:
+            command = command.commands.get(found[2])
+            assert command, (where, found[0])
+        options = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
+        assert {*re.findall(r"(?<=\s)--[a-z-]+", found[3].split(" -- ")[0])} <= options, (where, found[0])
+        seen += 1
+    assert seen > 150
 
 
 def test_every_configuration_file_is_of_an_experiment() -> None:

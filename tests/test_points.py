@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from orchestration.experiments.registry import EXPERIMENTS
-from orchestration.runs.browse import plain_table
 from orchestration.runs.config import load_config
-from orchestration.runs.display import Terminal
+from orchestration.runs.display import Terminal, plain_table
 from orchestration.runs.tables import best_of, tables
 
 

@@ -25,9 +25,8 @@ from rich.text import Text
 
 from orchestration.cluster.package import excludes, shipped_files
 from orchestration.cluster.ray_cluster import environment
-from orchestration.runs.browse import plain_table
 from orchestration.runs.config import ConfigError, about, visible
-from orchestration.runs.display import duration
+from orchestration.runs.display import duration, plain_table
 from orchestration.runs.tables import ABSENT
 from orchestration.tracking.tracker import names_user
 from pipelines.storage.names import file_name

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.experiments.study.config import STUDIES, Study, find_study
-from orchestration.runs.browse import plain_table
 from orchestration.runs.config import ConfigError
+from orchestration.runs.display import plain_table
 from orchestration.runs.run import TEMPLATES
 from pipelines.generators import GENERATORS
 from pipelines.pages import fill

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
 from orchestration.runs.config import ConfigError
-from orchestration.runs.display import duration
+from orchestration.runs.display import duration, plain_table
 from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.runs.run import is_free
@@ -28,7 +27,6 @@ from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
 _CANDIDATES = 10  # that are named of those which begin as asked for
-_NAME = 40  # characters of a name that are kept together on a terminal
 _COLOURS = {"RUNNING": "cyan", "FINISHED": "green", "KILLED": "yellow", "FAILED": "red"}
 
 
@@ -238,21 +236,6 @@ def _plain(value: Any) -> Text:
 
 def _status(known: Mapping[str, Any]) -> Text:
     return Text(known["status"], style=_COLOURS.get(known["status"], "magenta"))
-
-
-def plain_table(
-    headings: Sequence[str], rows: Sequence[Sequence[str | Text]] = (), numbers: Sequence[str] = ()
-) -> Table:
-    """A table without lines, whose cells fold where they are too wide for a terminal; ``numbers`` do not, and the names
-    in the first column only if they are long."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in headings:
-        whole: Any = {"no_wrap": True, "justify": "right"} if heading in numbers else {}
-        table.add_column(escape(heading), overflow="fold", **whole)
-    table.columns[0].no_wrap = all(len(row[0]) <= _NAME for row in rows)
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
 
 
 def _warnings(*runs: Mapping[str, Any]) -> list[Text]:

@@ -32,6 +32,7 @@ _REFRESHES_PER_SECOND = 4
 _SILENT_SECONDS = 30.0  # after which a plain log says what it is waiting for
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _PIPE_WIDTH = 10**6
+_NAME = 40  # characters of a name that a table keeps together on a terminal
 _CLOCK_WIDTH = 19  # so that the bar keeps its length while the clock runs
 
 
@@ -158,11 +159,16 @@ class Display:
         now = time.monotonic()
         self._step_times.append(now - self._last_step_at)
         self.done, self._last_step_at = step, now
+        numbers = self.begin(metrics)
+        if self._live is None:
+            self.say(self._line(numbers, note))
+
+    def begin(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Where the courses begin, from which gains count: what was measured before the first step."""
         numbers = {key: float(value) for key, value in metrics.items() if _is_number(value)}
         for key, value in numbers.items():
             self._courses[key].append(value)
-        if self._live is None:
-            self.say(self._line(numbers, note))
+        return numbers
 
     def seconds_left(self) -> float | None:
         """Estimated from the latest steps; None before the second, as the first bears the start-up."""
@@ -233,6 +239,21 @@ class Display:
             idle = state in {"waiting", "idle", "ready", ""}
             grid.add_row(Text("·", "dim") if idle else self._spinner, role, Text(state, "dim" if idle else ""))
         return grid
+
+
+def plain_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str | Text]] = (), numbers: Sequence[str] = ()
+) -> Table:
+    """A table without lines, whose cells fold where they are too wide for a terminal; ``numbers`` do not, and the names
+    in the first column only if they are long."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        whole: Any = {"no_wrap": True, "justify": "right"} if heading in numbers else {}
+        table.add_column(escape(heading), overflow="fold", **whole)
+    table.columns[0].no_wrap = all(len(row[0]) <= _NAME for row in rows)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def sparkline(values: list[float], width: int) -> str:

@@ -44,6 +44,7 @@ class Report:
         self.directory = run.directory / "evaluations"
         self.stopped: str | None = None
         self._named: set[str] = set()  # damage
+        run.display.begin(self._kept().get(0, {}))  # of a run that goes on
 
     def before(self, evaluation: Evaluation, calibration: dict[str, float]) -> None:
         """The base model's measure, and whether the reward can tell images apart."""
@@ -51,6 +52,7 @@ class Report:
         values = evaluation.metrics() | calibration
         timestamp = self._kept().get(0, {}).get("timestamp_ms", int(time.time() * 1000))
         self.keep(0, evaluation, {**values, "timestamp_ms": timestamp})
+        self.run.display.begin(values)
         self.run.tracker.metrics(0, first_look(values) | values, timestamp)
         say("calibration: mean reward " + ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in calibration.items()))
         prefers = calibration["calibration/true"] > calibration["calibration/shuffled"]

@@ -12,7 +12,7 @@ from rich.console import Group
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.worker_group import WorkerGroup
-from orchestration.runs.browse import plain_table
+from orchestration.runs.display import plain_table
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 

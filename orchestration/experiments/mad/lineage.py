@@ -10,8 +10,8 @@ from rich.text import Text
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.loop import chain
 from orchestration.experiments.mad.preflight import contents, seed_blocks
-from orchestration.runs.browse import plain_table
 from orchestration.runs.config import ConfigError, validate
+from orchestration.runs.display import plain_table
 from orchestration.runs.manifest import check_links, read_manifest
 from orchestration.runs.seal import check_seal
 from pipelines.mad.graph import Generation, RealSource, image_source

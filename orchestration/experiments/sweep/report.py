@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
-from orchestration.runs.browse import plain_table
+from orchestration.runs.display import plain_table
 from orchestration.runs.html_report import conclude, write_report
 from orchestration.runs.run import TEMPLATES, register
 from orchestration.runs.tables import POINTS, best_of, tables
