@@ -11,9 +11,10 @@ from policies.rl.objectives import ALGORITHMS, Algorithm
 
 
 class Settings(BaseModel):
-    """A settings block: frozen, every key known, every number finite."""
+    """A settings block: frozen, every key known, every number finite. Its validator is made when it is first used, as
+    most commands need few of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def check_name(name: str, most: int = 150) -> str:
