@@ -1,6 +1,7 @@
 """The reference of settings: every key of every part has a type, a default and a meaning; so has the page."""
 
 import json
+from importlib.metadata import EntryPoint
 
 import pytest
 from pydantic import Field
@@ -99,6 +100,16 @@ def test_the_command_prints_a_part_a_block_or_a_key(
     assert all(f"\n{key} " in text for key in keys)
 
 
+def test_what_others_bring_is_shown_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path, reward = "pipelines.generators.gan:GanGenerator", "pipelines.rewards.text:CosineOptions"
+    monkeypatch.setitem(vars(GENERATORS), "installed", {"theirs": EntryPoint("theirs", path, GENERATORS.group)})
+    assert command(["config", "--json"], monkeypatch) == 0
+    assert {"name": "theirs", "kind": "installed", "meaning": path} in json.loads(capsys.readouterr().out)
+    for name, key in (("theirs", "theirs.width"), (path, f"{path}.width"), (reward, f"reward.options.{reward}.model")):
+        assert command(["config", name, "--json"], monkeypatch) == 0
+        assert key in {row["key"] for row in json.loads(capsys.readouterr().out)["settings"]}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -108,6 +119,8 @@ def test_the_command_prints_a_part_a_block_or_a_key(
         (["dpo"], "did you mean 'ddpo'"),
         (["training.step"], "did you mean 'ddpo training.steps'"),
         (["sentence_cosin"], "did you mean 'sentence_cosine'"),
+        (["tests.schemas:nothing"], "module 'tests.schemas' has no 'nothing'"),
+        (["tests.rewards:redness"], "its options are what it takes by name: (images"),
     ],
 )
 def test_a_mistyped_name_gets_the_nearest(

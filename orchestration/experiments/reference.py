@@ -4,19 +4,21 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from orchestration.experiments.registry import EXPERIMENTS
-from orchestration.experiments.study.config import STUDIES, Study, find_study
-from orchestration.runs.config import ConfigError
+from orchestration.experiments.study.config import STUDIES, Study, find_study, known_studies
+from orchestration.runs.config import ConfigError, about
 from orchestration.runs.display import plain_table
 from orchestration.runs.run import TEMPLATES
-from pipelines.generators import GENERATORS
+from pipelines.generators import GENERATORS, Generator
 from pipelines.pages import fill
-from pipelines.rewards import REWARDS
+from pipelines.rewards import REWARDS, Reward
+from policies.common.user_code import import_function
 from policies.loops.rules import RULES, Rule
 from policies.rl.settings import nearest
 
@@ -33,23 +35,46 @@ def parts() -> dict[str, dict[str, Any]]:
     kinds += [("reward", name, each, f"reward.options.{name}.") for name, each in REWARDS.built_in.items()]
     kinds += [("rule", name, each, "") for name, each in RULES.built_in.items()]
     kinds += [("generator", name, g.schema, "" if g.flat else f"{name}.") for name, g in GENERATORS.built_in.items()]
-    found: dict[str, dict[str, Any]] = {}
-    for kind, name, schema, prefix in kinds:
-        types = schema.model_json_schema()
-        rows = settings_of(types, types.get("$defs", {}), prefix)
-        said = EXPERIMENTS[name].__doc__ if kind == "experiment" else types["description"]
-        found[name] = {"name": name, "kind": kind, "meaning": _first(said or "")}
-        common = Rule.model_fields if kind == "rule" else ()  # said once, of MAD
-        found[name]["settings"] = [row for row in rows if row["key"].split(".")[0] not in common]
-    return found
+    return {name: _part(kind, name, schema, prefix) for kind, name, schema, prefix in kinds}
+
+
+def _part(kind: str, name: str, schema: Any, prefix: str) -> dict[str, Any]:
+    types = schema.model_json_schema()
+    rows = settings_of(types, types.get("$defs", {}), prefix)
+    said = EXPERIMENTS[name].__doc__ if kind == "experiment" else types.get("description")
+    common = Rule.model_fields if kind == "rule" else ()  # said once, of MAD
+    settings = [row for row in rows if row["key"].removeprefix(prefix).split(".")[0] not in common]
+    return {"name": name, "kind": kind, "meaning": _first(said or ""), "settings": settings}
+
+
+def _installed() -> dict[str, str]:
+    """The import paths of what other packages bring, by name. Nothing is imported."""
+    of_registries = {name: r.path(name) or "" for r in (REWARDS, RULES, GENERATORS) for name in r.installed}
+    return {name: path for name, path in known_studies().items() if name not in STUDIES} | of_registries
+
+
+def _own(name: str) -> dict[str, Any]:
+    """What another package brings under ``name``, or an import path leads to. Raises ValueError."""
+    found = import_function(_installed().get(name, name), "name", parts(), "Name")
+    for kind, base in (("study", Study), ("reward", Reward), ("rule", Rule), ("generator", Generator)):
+        if isinstance(found, type) and issubclass(found, base):
+            block = {"study": "", "reward": f"reward.options.{name}."}.get(kind, f"{name}.")
+            return _part(kind, name, found.schema if issubclass(found, Generator) else found, block)
+    takes = f"as a reward, its options are what it takes by name: {signature(found)}"
+    raise ValueError(f"{name!r} is no class of a study, reward, rule or generator; {takes}")
 
 
 def reference(name: str | None = None, key: str | None = None) -> Any:
-    """What there is; or one part; or of that one key, or the keys of a block. Raises ConfigError with the nearest."""
+    """What there is; or one part, which may be an import path; or of that one key, or the keys of a block. Raises
+    ConfigError with the nearest."""
     known = parts()
     if name is None:
-        return [{about: part[about] for about in ("name", "kind", "meaning")} for part in known.values()]
-    if name not in known:
+        others = [{"name": each, "kind": "installed", "meaning": path} for each, path in _installed().items()]
+        return [{about: part[about] for about in ("name", "kind", "meaning")} for part in known.values()] + others
+    if ":" in name or name in _installed():
+        with about(""):
+            known = {name: _own(name)}
+    elif name not in known:
         keys = {row["key"]: f"{each} {row['key']}" for each in EXPERIMENTS for row in known[each]["settings"]}
         raise ConfigError(f"{name!r} has no settings: {_meant(name, dict(zip(known, known, strict=True)) | keys)}")
     rows = known[name]["settings"]
