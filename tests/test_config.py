@@ -167,6 +167,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
 LETTERS = list(zip("abcdefgh", "bcdefghi", strict=True))
 
 
+def test_a_file_of_the_checkout_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(DdpoConfig, Path("configs/ddpo/digits.yaml")).name == "digits"
+    (tmp_path / "configs/ddpo").mkdir(parents=True)
+    (tmp_path / "configs/ddpo/digits.yaml").write_text("name: nearer")
+    assert load_config(DdpoConfig, Path("configs/ddpo/digits.yaml")).name == "nearer"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -184,9 +184,10 @@ def test_what_does_not_keep_to_the_published_schemas_is_not_read(
         read_manifest(run), read_summary(run)
 
 
-def test_no_runs(tmp_path: Path) -> None:
+def test_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_runs(tmp_path / "missing") == []
-    assert text_of(render_list([])).strip() == "no runs"
+    assert command(["runs", "list", "--root", str(tmp_path / "missing")], monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == f"no runs under {tmp_path / 'missing'}"
 
 
 def test_a_run_is_found_by_name_and_by_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

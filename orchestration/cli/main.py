@@ -170,7 +170,7 @@ def report(run: common.RunName, root: common.Root = Path("runs"), trust: common.
 
 @app.command()
 def generate(
-    source: Annotated[str, typer.Argument(help="a run, or the directory of a checkpoint or of a diffusers pipeline")],
+    source: Annotated[str, typer.Argument(metavar="RUN|DIRECTORY", help="a run, a checkpoint, a diffusers pipeline")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
     seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
@@ -191,8 +191,8 @@ def generate(
 
 @app.command("config")
 def print_reference(
-    name: Annotated[str | None, typer.Argument(help="an experiment, study, reward, rule or generator")] = None,
-    key: Annotated[str | None, typer.Argument(metavar="[KEY|BLOCK]", help="such as training.steps")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one that it lists, or module:Class")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="KEY|BLOCK", help="such as training.steps")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="print all of it as a page")] = False,
     as_json: common.Json = False,
 ) -> None:
@@ -217,7 +217,7 @@ def pretrain(
 
 @app.command()
 def submit(
-    words: Annotated[list[str], typer.Argument(metavar="-- ddpo|mad|sweep|resume ...", help="as after 'ouroboros'")],
+    words: Annotated[list[str], typer.Argument(metavar="-- ddpo|mad|study|sweep|resume", help="as after 'ouroboros'")],
     address: common.Address = None,
     job_id: common.NewId = None,
     output_root: Annotated[str, typer.Option(help="on the cluster: new runs are put below it")] = "~/ouroboros-runs",
@@ -293,7 +293,7 @@ def check(overrides: common.Overrides = None, config: common.File = None) -> Non
 @reward_app.command("serve")
 def serve_reward(
     name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or module:function")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="of the reward")] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="of the reward")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; beyond loopback a token is needed")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8100,
     device: Annotated[str, typer.Option(help="where its model is, such as cuda")] = "cpu",

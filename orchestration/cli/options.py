@@ -21,13 +21,13 @@ def runs(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in run_names(Path(ctx.params.get("root") or "runs")) if name.startswith(incomplete)]
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as name=first")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings, such as name=first")]
 File = Annotated[list[Path] | None, typer.Option(help="YAML file; of several the later wins; none: all defaults")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be run, and stop")]
 Server = Annotated[str | None, typer.Option(help="MLflow server; the same as tracking.uri=…")]
 _A_RUN: Any = {"help": "a run's directory, its name, or the beginning of just one name", "autocompletion": runs}
 RunName = Annotated[str, typer.Argument(metavar="RUN", **_A_RUN)]
-RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", **_A_RUN)]
+RunNames = Annotated[list[str], typer.Argument(metavar="RUN", **_A_RUN)]
 Root = Annotated[Path, typer.Option(help="where the runs are")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document, numbers in full")]
 Address = Annotated[str | None, typer.Option(help="job server; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")]

@@ -17,7 +17,8 @@ runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
 @runs_app.command("list")
 def list_command(root: Root = Path("runs"), as_json: Json = False) -> None:
     """One line a run."""
-    Terminal().show([browse.facts(run) for run in browse.list_runs(root)], browse.render_list, as_json)
+    found = [browse.facts(run) for run in browse.list_runs(root)]
+    Terminal().show(found, lambda runs: browse.render_list(runs) if runs else f"no runs under {root}", as_json)
 
 
 @runs_app.command()

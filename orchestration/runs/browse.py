@@ -180,8 +180,6 @@ def compared(runs: Sequence[RunInfo]) -> dict[str, Any]:
 
 def render_list(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A table of the facts of runs."""
-    if not runs:
-        return Text("no runs", style="dim")
     labels = {"step": "step", "reward": "reward", "held-out": "held-out accuracy", "wall": "wall time"}
     rows = [[known["run"], _status(known), *(_plain(glance(known)[of]) for of in labels.values())] for known in runs]
     return Group(plain_table(["run", "status", *labels], rows, numbers=[*labels]), *_warnings(*runs))

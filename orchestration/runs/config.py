@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from orchestration.errors import ConfigError, about
+from pipelines.storage.locations import find
 from pipelines.storage.yaml_text import parse_yaml, read_yaml
 from policies.rl.settings import explain
 
@@ -24,8 +25,8 @@ def load_config(
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read the YAML files ``paths`` (none: all defaults), apply ``key.sub=value`` overrides and ``values`` by dotted
-    key, validate.
+    """Read the YAML files ``paths``, relative to here or to the checkout (none: all defaults), apply ``key.sub=value``
+    overrides and ``values`` by dotted key, validate.
 
     Of several files a later one wins, key by key within each block. Raises ConfigError.
     """
@@ -33,7 +34,7 @@ def load_config(
     for path in [paths] if isinstance(paths, Path) else paths or ():
         try:
             with about(f"config {path} is not YAML that can be used"):
-                held = read_yaml(path)
+                held = read_yaml(find(str(path)) or path)
         except OSError as error:
             raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
         if not isinstance(held, dict | None):
