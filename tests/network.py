@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
 
@@ -15,15 +16,27 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and its children."""
+    return [process, *process.children(recursive=True)]
+
+
 def listeners(process: psutil.Process) -> set[tuple[str, int]]:
     """(address, port) on which a process and its children take connections or datagrams."""
-    found = set()
-    for member in [process, *process.children(recursive=True)]:
+    return ports(family(process))[0]
+
+
+def ports(processes: Sequence[psutil.Process]) -> tuple[set[tuple[str, int]], set[str]]:
+    """(address, port) on which processes take connections or datagrams, and addresses that they are connected to."""
+    taken, called = set(), set()
+    for member in processes:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             for each in member.net_connections(kind="inet"):
-                if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr):
-                    found.add((each.laddr.ip.removeprefix("::ffff:"), each.laddr.port))
-    return found
+                if each.raddr:
+                    called.add(each.raddr.ip.removeprefix("::ffff:"))
+                elif each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM:
+                    taken.add((each.laddr.ip.removeprefix("::ffff:"), each.laddr.port))
+    return taken, called
 
 
 class Tunnel:

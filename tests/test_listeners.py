@@ -1,5 +1,6 @@
-"""Who can reach a run: nothing that a Ray of its own starts listens beyond loopback."""
+"""Who can reach a run, and what it reports: nothing that a Ray of its own starts listens or calls beyond loopback."""
 
+import contextlib
 import ctypes
 import ipaddress
 import os
@@ -14,31 +15,40 @@ import psutil
 import pytest
 
 from pipelines.storage.locations import CHECKOUT
-from tests.network import listeners
+from tests.network import family, listeners, ports
 from tests.processes import start
+
+REPORTS = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def beyond(process: psutil.Process) -> set[tuple[str, int]]:
     return {(place, port) for place, port in listeners(process) if not ipaddress.ip_address(place).is_loopback}
 
 
-def test_a_default_run_listens_on_loopback_alone(tmp_path: Path) -> None:
+def test_a_default_run_listens_on_loopback_alone_and_reports_nothing(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    run = start(
-        ["mad", "n_ini=20", "n_synthetic=20", "generations=3", f"output_dir={tmp_path / 'run'}"], log, afresh=True
-    )
+    environment = {name: value for name, value in os.environ.items() if name not in {"RAY_ADDRESS", *REPORTS}}
+    words = ["mad", "n_ini=20", "n_synthetic=20", "generations=3", f"output_dir={tmp_path / 'run'}"]
+    run = start(words, log, environment, afresh=True)
     seen: set[tuple[str, int]] = set()
+    reports: set[tuple[str | None, ...]] = set()
     try:
         process = psutil.Process(run.pid)
         deadline = time.monotonic() + 90
         while run.poll() is None and time.monotonic() < deadline:
-            seen |= listeners(process)
-            assert not beyond(process)
+            taken, called = ports(parts := family(process))
+            seen |= taken
+            assert all(ipaddress.ip_address(place).is_loopback for place in called | {place for place, _ in taken})
+            for part in parts[1:]:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if "RAY_AUTH_TOKEN" in (held := part.environ()):
+                        reports.add(tuple(map(held.get, REPORTS)))
             time.sleep(0.1)
         assert run.poll() == 0, log.read_text()
     finally:
         run.kill()
     assert len(seen) > 5  # Ray's servers and workers were looked at
+    assert reports == {tuple(REPORTS.values())}
 
 
 def test_a_ray_of_ones_own_does_too_and_leaves_sigterm_alone(ray_session: None) -> None:

@@ -27,7 +27,7 @@ from pipelines.storage.locations import CHECKOUT
 # OpenMP threads that wait by spinning take the core from what they wait for: on two busy cores a learner of two
 # threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
 # busy ones: see benchmarks/learner_threads.py.
-ACTORS = {"GOMP_SPINCOUNT": "1000"}
+ACTORS = {"GOMP_SPINCOUNT": "1000", "HF_HUB_DISABLE_TELEMETRY": "1"}
 _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # of Ray Tune
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
