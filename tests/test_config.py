@@ -324,6 +324,8 @@ def test_a_refusal_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
         (["ddpo", "--config", "configs/mad/gaussian.yaml"], "gaussian.yaml configures mad"),
         (["ddpo", "--config", "configs/sweeps/rewards.yaml", "seed=x"], "rewards.yaml configures sweep"),
         (["sweep", "--config", "configs/mad/gan.yaml"], "gan.yaml configures mad"),
+        (["mad", "training.steps=20"], "training.steps is a setting of ddpo, not of mad"),
+        (["ddpo", "training=3"], "training: a block of keys, such as training.steps, not 3"),
         (["mad", "--config", "configs/mad/gan.yaml", "sede=1"], "unknown key 'sede'"),
     ],
 )

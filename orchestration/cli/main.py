@@ -26,6 +26,7 @@ from orchestration.runs.config import ConfigError, about, load_config, override,
 from orchestration.runs.display import Terminal
 from orchestration.runs.manifest import check_links, read_manifest
 from pipelines.storage.atomic import DamagedFiles
+from policies.rl.settings import known_keys
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -325,7 +326,11 @@ def _read(name: str, paths: list[Path] | None, overrides: list[str] | None, trac
     server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
     try:
         return load_config(EXPERIMENTS[name].schema, paths, [*(overrides or []), *server])
-    except ConfigError:
+    except ConfigError as error:
+        for key in [each.partition("=")[0] for each in overrides or ()]:
+            owners = [each for each in EXPERIMENTS if key in known_keys(EXPERIMENTS[each].schema)]
+            if owners and str(error).startswith((f"unknown key {key!r}", f"unknown key {key.partition('.')[0]!r}")):
+                raise ConfigError(f"{key} is a setting of {' and '.join(owners)}, not of {name}") from None
         fitting = [each for each in EXPERIMENTS if paths and _reads(each, paths)]
         if not fitting or name in fitting:
             raise

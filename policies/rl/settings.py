@@ -39,6 +39,8 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known) or 'none'}"
         return f"unknown key {location!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
+    if below := [key for key in known_keys(schema) if first["type"] == "model_type" and key.startswith(f"{location}.")]:
+        message = f"a block of keys, such as {below[0]}"
     given = repr(first["input"])
     shown = (
         f", not {given if len(given) < 120 else given[:120] + '…'}"
