@@ -184,6 +184,15 @@ def test_what_does_not_keep_to_the_published_schemas_is_not_read(
         read_manifest(run), read_summary(run)
 
 
+def test_a_run_whose_process_died_is_not_running(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, "gone", status="RUNNING")
+    assert RunInfo(directory).status == "RUNNING"  # perhaps elsewhere: there is no lock to look at
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert RunInfo(directory).status == "RUNNING"
+    assert RunInfo(directory).status == "KILLED"
+
+
 def test_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_runs(tmp_path / "missing") == []
     assert command(["runs", "list", "--root", str(tmp_path / "missing")], monkeypatch) == 0

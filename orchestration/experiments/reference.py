@@ -23,6 +23,7 @@ from policies.loops.rules import RULES, Rule
 from policies.rl.settings import nearest
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_KINDS = {"study": Study, "reward": Reward, "rule": Rule, "generator": Generator}
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
 
 
@@ -30,38 +31,36 @@ _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 def parts() -> dict[str, dict[str, Any]]:
     """All that has settings by name: of experiments and studies every key, of rewards, data rules and generators those
     that they add."""
-    kinds: list[Any] = [("experiment", name, each.schema, "") for name, each in EXPERIMENTS.items()]
-    kinds += [("study", name, find_study(name), "") for name in STUDIES]
-    kinds += [("reward", name, each, f"reward.options.{name}.") for name, each in REWARDS.built_in.items()]
-    kinds += [("rule", name, each, "") for name, each in RULES.built_in.items()]
-    kinds += [("generator", name, g.schema, "" if g.flat else f"{name}.") for name, g in GENERATORS.built_in.items()]
-    return {name: _part(kind, name, schema, prefix) for kind, name, schema, prefix in kinds}
+    classes: dict[str, Any] = {name: find_study(name) for name in STUDIES}
+    classes |= REWARDS.built_in | RULES.built_in | GENERATORS.built_in
+    found = {name: _part("experiment", name, each.schema, "", each.__doc__) for name, each in EXPERIMENTS.items()}
+    return found | {name: _part_of_class(name, each) for name, each in classes.items()}
 
 
-def _part(kind: str, name: str, schema: Any, prefix: str) -> dict[str, Any]:
+def _part_of_class(name: str, found: Any) -> dict[str, Any]:
+    """The settings of what ``name`` leads to. Raises ValueError if that has none."""
+    kind = next((kind for kind, base in _KINDS.items() if isinstance(found, type) and issubclass(found, base)), "")
+    if not kind:
+        takes = f"as a reward, its options are what it takes by name: {signature(found)}"
+        raise ValueError(f"{name!r} is no class of a study, reward, rule or generator; {takes}")
+    flat = kind == "study" or name in RULES.built_in or (name in GENERATORS.built_in and found.flat)
+    block = "" if flat else f"reward.options.{name}." if kind == "reward" else f"{name}."
+    return _part(kind, name, found.schema if kind == "generator" else found, block)
+
+
+def _part(kind: str, name: str, schema: Any, block: str, said: str | None = None) -> dict[str, Any]:
     types = schema.model_json_schema()
-    rows = settings_of(types, types.get("$defs", {}), prefix)
-    said = EXPERIMENTS[name].__doc__ if kind == "experiment" else types.get("description")
     common = Rule.model_fields if kind == "rule" else ()  # said once, of MAD
-    settings = [row for row in rows if row["key"].removeprefix(prefix).split(".")[0] not in common]
-    return {"name": name, "kind": kind, "meaning": _first(said or ""), "settings": settings}
+    rows = settings_of(types, types.get("$defs", {}), block)
+    settings = [row for row in rows if row["key"].removeprefix(block).split(".")[0] not in common]
+    meaning = _first(said or types.get("description", ""))
+    return {"name": name, "kind": kind, "meaning": meaning, "settings": settings}
 
 
 def _installed() -> dict[str, str]:
     """The import paths of what other packages bring, by name. Nothing is imported."""
-    of_registries = {name: r.path(name) or "" for r in (REWARDS, RULES, GENERATORS) for name in r.installed}
-    return {name: path for name, path in known_studies().items() if name not in STUDIES} | of_registries
-
-
-def _own(name: str) -> dict[str, Any]:
-    """What another package brings under ``name``, or an import path leads to. Raises ValueError."""
-    found = import_function(_installed().get(name, name), "name", parts(), "Name")
-    for kind, base in (("study", Study), ("reward", Reward), ("rule", Rule), ("generator", Generator)):
-        if isinstance(found, type) and issubclass(found, base):
-            block = {"study": "", "reward": f"reward.options.{name}."}.get(kind, f"{name}.")
-            return _part(kind, name, found.schema if issubclass(found, Generator) else found, block)
-    takes = f"as a reward, its options are what it takes by name: {signature(found)}"
-    raise ValueError(f"{name!r} is no class of a study, reward, rule or generator; {takes}")
+    found = {name: path for name, path in known_studies().items() if name not in STUDIES}
+    return found | {name: r.path(name) or "" for r in (REWARDS, RULES, GENERATORS) for name in r.installed}
 
 
 def reference(name: str | None = None, key: str | None = None) -> Any:
@@ -73,7 +72,7 @@ def reference(name: str | None = None, key: str | None = None) -> Any:
         return [{about: part[about] for about in ("name", "kind", "meaning")} for part in known.values()] + others
     if ":" in name or name in _installed():
         with about(""):
-            known = {name: _own(name)}
+            known = {name: _part_of_class(name, import_function(_installed().get(name, name), "name", known, "Name"))}
     elif name not in known:
         keys = {row["key"]: f"{each} {row['key']}" for each in EXPERIMENTS for row in known[each]["settings"]}
         raise ConfigError(f"{name!r} has no settings: {_meant(name, dict(zip(known, known, strict=True)) | keys)}")

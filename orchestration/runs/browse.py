@@ -43,6 +43,8 @@ class RunInfo:
         self.loop, self.created = (self.manifest.get(key) or "" for key in ("loop", "created"))
         begins = not self.damaged and has_only_begun(directory)
         self.status = self.manifest.get("status") or ("not begun" if begins else "unreadable")
+        if self.status == "RUNNING" and os.access(directory / ".lock", os.W_OK) and is_free(directory):
+            self.status = "KILLED"  # its process could not say so
 
     def _read(self, name: str, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The object that a file holds; an empty one if it is damaged or not there."""
@@ -70,7 +72,7 @@ class RunInfo:
 
 def list_runs(root: Path) -> list[RunInfo]:
     """The runs under ``root``, newest first; none if it does not exist."""
-    runs = [RunInfo(root / name) for name in run_names(root)]
+    runs = (RunInfo(root / name) for name in run_names(root))
     return sorted(runs, key=lambda run: (run.created, run.directory.name), reverse=True)
 
 
