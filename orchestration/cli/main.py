@@ -392,5 +392,5 @@ def _report(error: Exception) -> int:
         return BAD_INPUT
     if os.environ.get("OUROBOROS_TRACEBACK"):
         traceback.print_exception(error)
-    print(visible(f"ouroboros: {type(error).__name__}: {error}"), file=sys.stderr)
+    print(visible(f"ouroboros: {type(error).__name__}: {error}".rstrip(": ")), file=sys.stderr)
     return FAILED

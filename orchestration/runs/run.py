@@ -111,7 +111,7 @@ class Run:
             finally:
                 self._status(status)
             if status != "FINISHED":
-                again = "nothing is committed: correct it and give the same command again"
+                again = f"nothing is committed: {'correct it and ' * (status == 'FAILED')}give the same command again"
                 self.display.say(f"{status.lower()}; {self.progress()}")
                 self.display.say(again if has_only_begun(self.directory) else f"go on with: {self.display.remedy}")
         except OSError as unsaid:

@@ -110,7 +110,8 @@ class DdpoRun(Run):
         if config.model != model:
             raise ConfigError("a fork goes on with the weights of its source: model.* cannot be changed")
         if config.training.steps <= step:
-            raise ConfigError(f"training.steps is {config.training.steps}, but the commit stands after {step} already")
+            given = f"training.steps is {config.training.steps}, but the commit stands after {step} already"
+            raise ConfigError(f"{given}: give more steps, or an earlier commit with --step (there are: {steps})")
         preflight_ddpo(config)
         inputs = ddpo_inputs(config, manifest.get("inputs"))
         if changed := changed_inputs(manifest.get("inputs", {}), inputs).get("model.path"):
