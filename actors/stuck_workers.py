@@ -21,7 +21,7 @@ _NO_JOB, _MARK = "ffffffff", ":job_id:"
 
 
 class Watchman:
-    """The actor: it ends workers of this job, children of its node's raylet, that are stopped at two looks."""
+    """The actor: it ends workers of this job, children of what started this one, that are stopped at two looks."""
 
     def __init__(self) -> None:
         self._before: set[psutil.Process] = set()
@@ -41,8 +41,8 @@ class Watchman:
 
     def _stopped(self) -> dict[psutil.Process, str]:
         """Stopped workers, and what they are called."""
-        raylet, found = psutil.Process().parent(), {}
-        for process in raylet.children() if raylet else []:
+        parent, found = psutil.Process().parent(), {}
+        for process in parent.children() if parent else []:
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
                 if process.status() == psutil.STATUS_STOPPED and self._works_here(process):
                     found[process] = process.name()
@@ -50,7 +50,7 @@ class Watchman:
 
     def _works_here(self, process: psutil.Process) -> bool:
         """Whether a worker is this job's. One that was started before it was known for which job says so in its log."""
-        job = process.environ().get("RAY_JOB_ID")
+        job = process.environ().get("RAY_JOB_ID", _NO_JOB)  # none where it is a fork
         if job == _NO_JOB:
             logs = [path.read_text(errors="replace") for path in self._logs.glob(f"worker-*-{process.pid}.err")]
             job = next((line.removeprefix(_MARK) for log in logs for line in log.splitlines() if _MARK in line), None)

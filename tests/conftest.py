@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from orchestration.cluster.forks import SWITCH
 from tests.models import build_tiny_captioner, build_tiny_pipeline
 
+os.environ.setdefault(SWITCH, "0")  # the tests' own forks do
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")  # the machine may be, which says nothing of a test

@@ -20,14 +20,12 @@ from typing import Any, cast
 import psutil
 
 from actors.allocation import Offer
+from orchestration.cluster import forks
+from orchestration.cluster.forks import ACTORS
 from orchestration.cluster.package import excludes, shipped_files
 from pipelines.limits import cpu_limit
 from pipelines.storage.locations import CHECKOUT
 
-# OpenMP threads that wait by spinning take the core from what they wait for: on two busy cores a learner of two
-# threads was 4 times slower than one of one thread. Spinning briefly keeps the gain on idle cores and loses little on
-# busy ones: see benchmarks/learner_threads.py.
-ACTORS = {"GOMP_SPINCOUNT": "1000", "HF_HUB_DISABLE_TELEMETRY": "1"}
 _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # of Ray Tune
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -46,7 +44,7 @@ _PARTS = {
 }
 _GRACE_SECONDS = 15.0  # in which a run whose Ray has no head any more may still end by itself
 _ANSWER_SECONDS = 10.0  # in which a cluster's head takes a connection
-_LATE_SECONDS = 25.0  # after which it is said that Ray has not started yet
+_LATE_SECONDS = 9.0  # after which it is said that Ray has not started yet
 _LOOK_SECONDS, _LOOKS_APART = 0.5, 5.0  # between two looks at Ray's parts, some of which begin late
 _CURSOR = "\033[?25h"  # shows it
 _LONGEST_SOCKET = 107  # bytes of the name of a Unix socket
@@ -122,6 +120,7 @@ def connected(gpus: int, remedy: str = "") -> Iterator[None]:
                 _init(runtime_env=_for_workers())
             else:
                 check_scratch()
+                stack.callback(forks.end)
                 stack.enter_context(_own_ray_ended())
                 _start_private(gpus)
             stack.enter_context(watched(remedy))
@@ -197,9 +196,10 @@ def _start_private(gpus: int) -> None:
     # machine, and no driver shows what workers print. ``ray.init`` has no names for them.
     names: dict[str, Any] = vars(parameter)
     whole = names["RayParams"]
-    names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False)
     try:
-        _init("local", num_cpus=cpu_limit(), num_gpus=gpus, include_dashboard=False)
+        with forks.worker_setup() as setup:
+            names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False, **setup)
+            _init("local", num_cpus=cpu_limit(), num_gpus=gpus, include_dashboard=False)
     finally:
         names["RayParams"] = whole
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:

@@ -8,8 +8,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from orchestration.cluster import forks
 from orchestration.cluster.ray_cluster import Machine
 
+# What workers with a diffusion model import. What only one kind of actor needs is its own affair.
+DIFFUSION = (
+    "torch",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.blip.modeling_blip",
+    "transformers.models.blip.processing_blip",
+    "pipelines.rl.policy",
+    "pipelines.rl.learning",
+    "pipelines.captioner",
+    "pipelines.measures.evaluator",
+)
 Committed = Callable[[int, Path], None]
 
 
@@ -37,7 +51,12 @@ class Experiment(ABC):
     def run(self, config: Any, **options: Any) -> Path:
         """Run it, with ``options`` of its own. Returns the path of summary.json. Raises ConfigError before anything is
         started."""
+        forks.begin(self.imports(config))
         return Path(self._own("loop", "run")(config, **options))
+
+    def imports(self, config: Any) -> Sequence[str]:
+        """The modules that its workers will need, whatever takes longest first."""
+        return ()
 
     def resume(self, directory: Path, trusted: bool, changes: bool) -> Path:
         """Go on with the run in ``directory``. Raises ConfigError if another person began it and it is not ``trusted``,

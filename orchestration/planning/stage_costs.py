@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from actors.allocation import Role, reward_roles
 from actors.worker import keep_memory
-from orchestration.cluster.ray_cluster import ACTORS
+from orchestration.cluster.forks import ACTORS
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.memory_plan import BYTES, counted
 from orchestration.experiments.ddpo.preflight import Plan

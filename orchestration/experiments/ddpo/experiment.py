@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestration.cluster import forks
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.experiment import SweptExperiment
+from orchestration.experiments.experiment import DIFFUSION, SweptExperiment
 from orchestration.experiments.metric_names import EVALUATED, ddpo_metrics
 from pipelines.storage.atomic import read_lines
 
@@ -24,7 +25,12 @@ class Ddpo(SweptExperiment):
         """See :class:`Experiment`: on from its last commit."""
         from orchestration.experiments.ddpo.loop import resume_ddpo
 
+        forks.begin(self.imports(None))
         return resume_ddpo(directory, trusted, changes)
+
+    def imports(self, config: DdpoConfig | None) -> tuple[str, ...]:
+        """See :class:`Experiment`."""
+        return DIFFUSION
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""

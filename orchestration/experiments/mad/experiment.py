@@ -19,6 +19,13 @@ class Mad(SweptExperiment):
     end = "min"
     reports_steps = asks_rewards = leaves_pipeline = False
 
+    def imports(self, config: MadConfig) -> list[str]:
+        """See :class:`Experiment`."""
+        arms = config.resolved_arms.values()
+        images = [] if all(arm.generator.closed_form for arm in arms) else ["torch", "datasets", "sklearn.cluster"]
+        networks = ["diffusers.models.unets.unet_2d"] if any(arm.family == "diffusion" for arm in arms) else []
+        return [*networks, *images, "scipy.stats", "sklearn.mixture", "sklearn.neighbors", "pipelines.mad.tasks"]
+
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""
         return {"seeds": [seed]}

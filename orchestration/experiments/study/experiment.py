@@ -1,6 +1,6 @@
 """Studies as commands and jobs see them."""
 
-from orchestration.experiments.experiment import Experiment
+from orchestration.experiments.experiment import DIFFUSION, Experiment
 from orchestration.experiments.study.config import Study
 
 
@@ -9,3 +9,7 @@ class Studies(Experiment):
 
     name = "study"
     schema = Study
+
+    def imports(self, config: Study) -> tuple[str, ...]:
+        """See :class:`Experiment`: those of a diffusion model, which studies are about."""
+        return DIFFUSION

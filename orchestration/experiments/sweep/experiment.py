@@ -1,5 +1,7 @@
 """Sweeps as commands and jobs see them."""
 
+from typing import Any
+
 from pydantic import BaseModel
 
 from orchestration.experiments.experiment import Experiment
@@ -16,3 +18,9 @@ class Sweep(Experiment):
         from orchestration.experiments.sweep.config import SweepConfig  # asks the registry, which asks for this
 
         return SweepConfig
+
+    def imports(self, config: Any) -> list[str]:
+        """See :class:`Experiment`: a trial drives a run, as a command does."""
+        tracking, trial = "mlflow.store.tracking.sqlalchemy_store", f"orchestration.experiments.{config.loop}.loop"
+        ours = ["matplotlib.figure", tracking, "ray.tune", trial, "orchestration.experiments.sweep.trial"]
+        return [*config.experiment.imports(config.example), *ours]
