@@ -7,12 +7,16 @@ back however the block is left.
 import contextlib
 import json
 import math
+import os
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -29,7 +33,7 @@ from orchestration.runs.config import visible
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _REFRESHES_PER_SECOND = 4
-_SILENT_SECONDS = 30.0  # after which a plain log says what it is waiting for
+_SILENT_SECONDS = 10.0  # after which plain lines say what is waited for
 _WIDEST = 100  # columns; a wider terminal gains nothing
 _PIPE_WIDTH = 10**6
 _NAME = 40  # characters of a name that a table keeps together on a terminal
@@ -124,7 +128,9 @@ class Display:
         self._spinner = Spinner("dots", style="cyan")
         self._live: Live | None = None
         self._said_at = time.monotonic()
+        self._over = threading.Event()
         self.remedy = ""  # what can be done if this process is ended
+        self.log: Path | None = None  # the file that keeps the plain lines, wherever they are shown
 
     def __enter__(self) -> Self:
         self._started = self._last_step_at = time.monotonic()
@@ -132,27 +138,48 @@ class Display:
         if console.is_terminal and not console.is_dumb_terminal and console.encoding.lower().startswith("utf"):
             self._live = Live(self, console=console, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop")
             self._live.start()
+        else:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         if self._live is not None:
             self._activities = {}
             self._live.stop()
             self._live = None
 
-    def say(self, text: str) -> None:
-        """A line that stays; above the panel on a terminal."""
+    def say(self, text: str, shown: bool = True) -> None:
+        """A line that stays; above the panel on a terminal. It is only logged if it is not ``shown``."""
         self._said_at = time.monotonic()
+        self._write(text)
         with contextlib.suppress(AttributeError):  # no terminal, so no encoding
             text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
-        self.console.print(Text(text), soft_wrap=self._live is None)
+        if shown:
+            self.console.print(Text(text), soft_wrap=self._live is None)
+
+    def announce(self, text: str) -> None:
+        """A line for who has no panel to look at."""
+        self.say(text, shown=self._live is None)
+
+    def _write(self, text: str) -> None:
+        """Add a line to the log, if the disk takes it."""
+        if self.log is not None:
+            with contextlib.suppress(OSError):
+                file = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                with open(file, "w", encoding="utf-8", errors="replace") as log:
+                    log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {visible(text)}\n")
 
     def activity(self, states: Mapping[str, str]) -> None:
         """What each role does now, in place of what it did."""
         self._activities = dict(states)
-        if self._live is None and time.monotonic() - self._said_at > _SILENT_SECONDS:
-            busy = [f"{name}: {state}" for name, state in states.items() if state != "idle"]
-            self.say("waiting for " + ("; ".join(busy) or "what was asked for"))
+
+    def _break_silence(self) -> None:
+        """Until the end: say what is waited for when nothing else was said for a while."""
+        while not self._over.wait(0.5):
+            if time.monotonic() - self._said_at > _SILENT_SECONDS:
+                busy = [f"{name}: {state}" for name, state in self._activities.items() if state != "idle"]
+                self.announce("waiting for " + ("; ".join(busy) or "what was asked for"))
 
     def step(self, step: int, metrics: Mapping[str, float], note: str = "") -> None:
         """A finished step, counted from 1; ``note`` says on the plain line what it was."""
@@ -160,8 +187,7 @@ class Display:
         self._step_times.append(now - self._last_step_at)
         self.done, self._last_step_at = step, now
         numbers = self.begin(metrics)
-        if self._live is None:
-            self.say(self._line(numbers, note))
+        self.announce(self._line(numbers, note))
 
     def begin(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Where the courses begin, from which gains count: what was measured before the first step."""

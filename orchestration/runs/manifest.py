@@ -31,6 +31,8 @@ _KEPT = (*_KEPT, "wall_seconds", "changes", "copied_from", "ends", "note")
 # What a run leaves that has committed nothing; all of it is made again by the same command.
 _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", "outbox", "evaluations", "checkpoints"}
 _BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html", "summary.json"}
+LOG = "log.txt"  # the plain lines of all its sessions
+_BEGINNINGS |= {LOG}
 _COMMITS = {"checkpoints": "*step-*", "tasks": "*", "trials": "*"}
 
 
@@ -115,7 +117,7 @@ def has_only_begun(directory: Path) -> bool:
     so the same command may be given again."""
     found = {_base(entry.name) for entry in directory.iterdir()} if directory.is_dir() else set()
     if "manifest.json" not in found:
-        return ".lock" in found and found <= {".lock", "mlflow.db", "outbox"}
+        return ".lock" in found and found <= {".lock", LOG, "mlflow.db", "outbox"}
     kept = (path for place, form in _COMMITS.items() for path in (directory / place).glob(form))
     if not found <= _BEGINNINGS or any(map(_is_kept, kept)):
         return False

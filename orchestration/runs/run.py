@@ -21,6 +21,7 @@ from actors.worker import Span
 from orchestration.runs.config import Config, ConfigError, validate
 from orchestration.runs.display import Display
 from orchestration.runs.manifest import (
+    LOG,
     SCHEMA,
     clear_beginning,
     has_only_begun,
@@ -70,8 +71,10 @@ class Run:
         self._wall_before = manifest.get("wall_seconds", 0.0)
 
     def __enter__(self) -> Self:
+        self.display.log = self.directory / LOG
         self.display.__enter__()
         try:
+            self.display.announce(self.display.title)
             if self._copied_from:
                 self.display.say(f"this is a copy of {self._copied_from}: it goes on as a run of its own in MLflow")
             self.manifest.pop("error", None)
