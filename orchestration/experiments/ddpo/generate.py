@@ -1,12 +1,16 @@
 """Images from a finished run, a checkpoint, or any diffusers directory."""
 
+import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from orchestration.cluster.forks import ACTORS
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.inputs import changed_inputs, fingerprints
@@ -16,6 +20,8 @@ from pipelines.data.prompts import unseen_words
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
 from policies.rl.settings import SamplingSettings
+
+_TOGETHER = 2**15  # numbers of latents that are drawn at once: many small images, or two of Stable Diffusion's
 
 
 def generate(
@@ -27,6 +33,7 @@ def generate(
     diffusers directory. Settings are the run's own, so a seed of the run gives the image the run showed. Raises
     ConfigError if it is another person's run and not ``trusted``.
     """
+    os.environ.update(ACTORS | os.environ)  # before torch is imported
     from PIL import Image
 
     names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
@@ -36,9 +43,11 @@ def generate(
             print(f"warning: {line}", file=sys.stderr)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for (prompt, seed), name in names.items():
-            images, _ = policy.rollout([prompt], [seed])
-            Image.fromarray(images[0]).save(output / name)
+        size, left = max(1, _TOGETHER // math.prod(policy.family.latent_shape)), iter(names)
+        while drawn := list(islice(left, size)):
+            images, _ = policy.rollout([prompt for prompt, _ in drawn], [seed for _, seed in drawn])
+            for pair, image in zip(drawn, images, strict=True):
+                Image.fromarray(image).save(output / names[pair])
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
     return [output / names[each] for each in zip(prompts, seeds, strict=True)]
