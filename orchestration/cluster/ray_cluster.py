@@ -46,6 +46,7 @@ _GRACE_SECONDS = 15.0  # in which a run whose Ray has no head any more may still
 _ANSWER_SECONDS = 10.0  # in which a cluster's head takes a connection
 _LATE_SECONDS = 9.0  # after which it is said that Ray has not started yet
 _LOOK_SECONDS, _LOOKS_APART = 0.5, 5.0  # between two looks at Ray's parts, some of which begin late
+_NOWHERE = "127.0.0.1:9"  # where nothing listens
 _CURSOR = "\033[?25h"  # shows it
 _LONGEST_SOCKET = 107  # bytes of the name of a Unix socket
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # what Ray adds
@@ -187,23 +188,35 @@ def _for_workers() -> dict[str, Any]:
 
 def _start_private(gpus: int) -> None:
     """A Ray that serves this process alone: on loopback, and with the token that the environment holds."""
+    from unittest.mock import patch
+
     import ray
-    from ray._private import parameter, ray_constants
+    from ray._private import node, parameter, ray_constants
 
     # Meant for systems whose firewall asks the user. The variable behind it is read when Ray is imported: too early.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # Two helpers have nothing to do, and would take a fifth of a start's processor time: nothing scales a Ray on one
-    # machine, and no driver shows what workers print. ``ray.init`` has no names for them.
-    names: dict[str, Any] = vars(parameter)
-    whole = names["RayParams"]
-    try:
-        with forks.worker_setup() as setup:
-            names["RayParams"] = partial(whole, no_monitor=True, include_log_monitor=False, **setup)
+    # Three helpers have nothing to do, and would take a third of a start's processor time: nothing scales a Ray on one
+    # machine, no driver shows what workers print, and the dashboard's server, which shows no dashboard, would report
+    # usage. ``ray.init`` has no names for them.
+    with forks.worker_setup() as setup:
+        changes: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, **setup}
+        helpers = partial(parameter.RayParams, **changes)
+        with (
+            patch.object(parameter, "RayParams", helpers),
+            patch.object(node.Node, "start_api_server", _start_no_dashboard),
+        ):
             _init("local", num_cpus=cpu_limit(), num_gpus=gpus, include_dashboard=False)
-    finally:
-        names["RayParams"] = whole
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
         raise RuntimeError(f"Ray {ray.__version__} listens beyond this machine; start a cluster and set RAY_ADDRESS")
+
+
+def _start_no_dashboard(node: Any, **_: Any) -> None:
+    """In place of what starts a dashboard on Ray's head. Agents want to know where it is, or say so every second."""
+    from ray._private import ray_constants as names
+
+    node._webui_url = None
+    place = names.DASHBOARD_ADDRESS.encode(), _NOWHERE.encode(), True
+    node.get_gcs_client().internal_kv_put(*place, namespace=names.KV_NAMESPACE_DASHBOARD)
 
 
 def _init(*address: str, **options: Any) -> None:

@@ -179,7 +179,9 @@ class Display:
         while not self._over.wait(0.5):
             if time.monotonic() - self._said_at > _SILENT_SECONDS:
                 busy = [f"{name}: {state}" for name, state in self._activities.items() if state != "idle"]
-                self.announce("waiting for " + ("; ".join(busy) or "what was asked for"))
+                self.announce(
+                    f"waiting for {'; '.join(busy)}" if busy else "preparing" if not self._step_times else "at work"
+                )
 
     def step(self, step: int, metrics: Mapping[str, float], note: str = "") -> None:
         """A finished step, counted from 1; ``note`` says on the plain line what it was."""
