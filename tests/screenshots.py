@@ -23,7 +23,7 @@ _ARMS = (
     "{real only: {rule: real_only, n_ini: 120}, fully synthetic: {rule: fully_synthetic, n_ini: 120},"
     " fresh: {rule: fresh, n_ini: 120, n_real: 48, n_synthetic: 72}}"
 )
-_MAD = ("mad", "--config", "configs/mad/digits.yaml", "generations=6", "seeds=3", "diffusion.training_steps=200")
+_MAD = ("mad", "--config", "configs/mad/digits.yaml", "generations=4", "seeds=2", "diffusion.training_steps=100")
 COMMANDS = {
     "digits-lr1e-4": (*_DDPO, "training.learning_rate=1e-4"),
     "digits-lr2e-4": (*_DDPO, "training.learning_rate=2e-4"),
@@ -36,6 +36,8 @@ _LINES = """return [...document.querySelectorAll('.js-plotly-plot')].map(plot =>
     .filter(course => course.includes('L')))])"""
 _IMAGES = """return [...document.images].filter(each => each.naturalWidth > 0 && each.width > 60)
     .map(each => each.currentSrc)"""
+_DESCRIPTION = """const all = [...document.querySelectorAll("img[src*='get-artifact']")];
+    return all.every(each => each.naturalWidth > 100) && all.map(each => each.getBoundingClientRect().toJSON())"""
 _ELSEWHERE = """const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (texts.nextNode())
         texts.currentNode.nodeValue = texts.currentNode.nodeValue.replaceAll(arguments[0], '~/ouroboros')"""
@@ -78,9 +80,14 @@ class Dashboard:
 
     def overview(self, experiment: str, run: str, *texts: str, picture: str) -> None:
         """A run's description, tags and parameters."""
-        self.open(f"experiments/{experiment}/runs/{run}")
+        self.open(f"experiments/{experiment}/runs/{run}", height=640)
         self.browser.wait_for_text(*texts)
+        self.wait_for_pictures()
         self.photograph(picture)
+
+    def wait_for_pictures(self) -> list[dict[str, float]]:
+        """Until the pictures of a run's description are there. Returns where they stand in the window."""
+        return self.browser.wait(lambda: self.browser.run(_DESCRIPTION), "the description's pictures")
 
     def metrics(self, experiment: str, run: str, charts: int, picture: str) -> list[str]:
         """A run's charts. Returns the headings of their sections, from above."""
@@ -166,6 +173,7 @@ def main() -> None:
         below = {run.info.run_name: run.info.run_id for run in client.search_runs([mad])}
         dashboard.charts(ddpo, charts=3, lines=2, picture="charts")
         dashboard.overview(ddpo, fast, "sentence_cosine", picture="run")
+        dashboard.overview(mad, loops, "goes MAD", picture="mad")
         dashboard.slider(ddpo, fast, "A first look/held_out", last=24, picture="slider")
         dashboard.difference(ddpo, [slow, fast], ["training.learning_rate"], picture="difference")
         dashboard.artifact_report(mad, loops, picture="artifact")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from orchestration.experiments.ddpo.report import draw
 from orchestration.runs.html_report import write_report
+from pipelines.storage.names import file_name
 from tests.browser import Browser, chromium
 
 HOSTILE = """<script>document.title = "taken"</script><img src=x onerror="document.title = 'taken'">"'{{ 7 * 7 }}"""
@@ -87,7 +88,8 @@ def experiment(tmp_path: Path) -> Path:
     (directory / "manifest.json").write_text(json.dumps(manifest))
     (directory / "summary.json").write_text(json.dumps(summary))
     Image.fromarray(np.zeros((80, 3000, 3), np.uint8)).save(directory / "figures" / "curves.png")
-    Image.fromarray(np.zeros((80, 80, 3), np.uint8)).save(directory / "figures" / "samples_plain.png")
+    for name in (f"samples_{file_name(HOSTILE)}", "glance"):
+        Image.fromarray(np.zeros((80, 80, 3), np.uint8)).save(directory / "figures" / f"{name}.png")
     (directory / "figures" / "damaged.png").write_bytes((directory / "figures" / "curves.png").read_bytes()[:60])
     return directory
 
@@ -135,10 +137,13 @@ def test_nobodys_text_is_obeyed(browser: Browser, interrupted: Path, experiment:
 
 def test_an_experiment_shows_what_its_summary_holds(browser: Browser, experiment: Path) -> None:
     widths = shown(browser, write_report(experiment))
-    assert widths == [2400, 80]  # the wide one reduced, the damaged one left out
+    assert widths == [2400, 80]  # the wide one reduced; the damaged one, and MLflow's own, left out
     cells = browser.run("return [...document.querySelectorAll('[data-metric] data')].map(each => each.value)")
     assert cells == ["0.5", str(2.0 / 3)] * 2
     browser.wait_for_text("60 real, 0 synthetic", "30 real, 30 synthetic", "yes", "highest 2.25 s")
+    browser.wait_for_text("Self-consuming loop (MAD)", f"from the same latent seeds at every generation: {HOSTILE}")
+    sizes = browser.run("return [...document.images].map(i => i.width / i.closest('section').clientWidth)")
+    assert min(sizes) > 0.9  # sample grids fill their space
 
 
 @pytest.mark.parametrize("width", [400, 1200])
@@ -151,6 +156,8 @@ def test_it_is_readable_anywhere(browser: Browser, interrupted: Path, experiment
             "const style = getComputedStyle(document.body), light = c => c.match(/\\d+/g).slice(0, 3).map(Number);"
             "return [light(style.color), light(style.backgroundColor)]"
         )
+        broken = "return [...document.querySelectorAll('td > data')].filter(e => e.getClientRects().length > 1).length"
+        assert browser.run(broken) == 0  # a number stays in one piece
         difference = np.mean(page) - np.mean(ink)
         assert difference < -120 if dark else difference > 120
 
@@ -170,6 +177,20 @@ def test_what_is_missing_is_left_out(browser: Browser, tmp_path: Path, interrupt
         browser.wait_for_text("FAILED", "drawn when the run is done", HOSTILE)
         browser.open((directory / "report.html").as_uri(), width=400)
         assert browser.run("return document.documentElement.scrollWidth") <= 400
+
+
+def test_digests_are_short_and_long_errors_wrap(browser: Browser, tmp_path: Path) -> None:
+    trial = {"point": {"rate": 0.1}, "seed": 0, "status": "FAILED", "step": 0, "value": None, "error": "x" * 400}
+    summary = {"metric": "fid", "trials": [trial], "weights_sha256": "ab" * 32}
+    manifest = {"name": "failed", "loop": "sweep", "status": "FAILED", "git_commit": "cd" * 20, "config": {}}
+    for name, content in (("summary", summary), ("manifest", manifest)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for width in (400, 1400):
+        browser.open(write_report(tmp_path).as_uri(), width=width)
+        texts = "return [...document.querySelectorAll('dd[title]')].map(each => [each.innerText, each.title])"
+        assert browser.run(texts) == [["ab" * 6, "ab" * 32], ["cd" * 6, "cd" * 20]]
+        assert browser.run("return document.querySelector('.long').getBoundingClientRect().width") < width
+        assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
 def test_the_command_writes_it_again(interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -432,10 +432,14 @@ def test_what_a_sweep_finds_is_where_people_look(
     client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
     mlflow = client.get_run(found["mlflow_run_id"])
     note = mlflow.data.tags["mlflow.note.content"]
-    for text in (said, shown, page, note):
+    for text in (said, shown, page):
         assert command in text
         assert share in text
         assert "2 of the 30 seeds it takes" in text
+    assert note.startswith("best w2_squared 3.5 at fresh_fraction=")
+    assert "path=figures/glance.png" in note
+    assert mlflow.data.tags["point/01"].startswith(f"rank 1, {share.replace('=', ' ')}")
+    assert len([tag for tag in mlflow.data.tags if tag.startswith("point/")]) == 4
     for text in (said, shown, page):
         assert "ValueError: it broke" in text
         assert "stopped at 5" in text
@@ -443,9 +447,9 @@ def test_what_a_sweep_finds_is_where_people_look(
     assert mlflow.data.tags["best/point"].startswith(share)
     assert mlflow.data.metrics["A first look/best"] == pytest.approx(found["best"]["mean"])
     artifacts = {file.path for file in client.list_artifacts(found["mlflow_run_id"])}
-    assert {"report.html", "figures", "summary.json", "images"} <= artifacts
-    images = {Path(file.path).name.split("+")[0] for file in client.list_artifacts(found["mlflow_run_id"], "images")}
-    assert images == {f"A first look~{name}" for name in ("responses", "parallel_coordinates", "phase_diagram")}
+    assert {"report.html", "figures", "summary.json"} <= artifacts
+    images = {Path(file.path).stem for file in client.list_artifacts(found["mlflow_run_id"], "figures")}
+    assert images == {"responses", "parallel_coordinates", "phase_diagram", "glance"}
     assert all(caption in page for caption in ("Each setting against the metric", "The plane of the first two"))
     with pytest.raises(ConfigError, match="holds a sweep with another space"):
         SweepRun(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))

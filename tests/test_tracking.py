@@ -182,10 +182,14 @@ def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path:
 
 
 def test_the_command_that_opens_the_store(directory: Path) -> None:
-    command = Tracker(directory, QUIET, "first").open_command()
+    tracker = Tracker(directory, QUIET, "first")
+    command, page = tracker.open_command().split("\n")
     assert command.endswith(
         f"mlflow ui --backend-store-uri sqlite:///{directory}/mlflow.db --host 127.0.0.1 --port 5000"
     )
+    place = f"/{tracker.page}?workflowType=machine_learning"
+    assert page.strip() == f"then http://127.0.0.1:5000{place}"
+    assert tracker.page.endswith(f"/runs/{tracker.run_id}")
 
 
 @pytest.mark.parametrize("how", ["deleted", "purged"])

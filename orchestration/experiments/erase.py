@@ -8,7 +8,7 @@ answer to another prompt is held). The judges, an evaluator and a captioner, tak
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -54,6 +54,7 @@ class Judging(Settings):
 class Erase(Study):
     """Erases each concept by each arm, and judges what is left of it and of everything else."""
 
+    scale: ClassVar = "share"  # of the judged images
     study: str = "erase"
     name: str = "erase"
     arms: tuple[str, ...] = ("base", *ERASED, "esd-x-paper", "unused")

@@ -24,9 +24,9 @@ from orchestration.runs.inputs import Inputs, accept
 from orchestration.runs.manifest import has_only_begun, known_manifest, new_manifest, open_run
 from orchestration.runs.run import Run, check_output, ending, new_directory
 from orchestration.tracking.tracker import FIRST_LOOK, Tracker
-from pipelines.figures.style import ARM_COLOURS
+from pipelines.figures.style import ARM_COLOURS, PALE
 from pipelines.storage.tasks import Task, TaskStore
-from policies.common.intervals import interval, scale_of
+from policies.common.intervals import Scale, interval, scale_of
 
 MOST_SEED_RUNS = 20  # beyond this many seeds, MLflow gets the arms' means and summary.json the rest
 _FLUSH_SECONDS = 2.0
@@ -76,7 +76,7 @@ class TaskRun(Run):
     def open_arms(self, arms: Arms) -> None:
         """Open the runs below this one: an arm each, of its parameters and tags, and below it a seed each if few."""
         known, seeds = self.manifest.setdefault("mlflow_children", {}), self.config.seed_list
-        for (name, (parameters, tags)), colour in zip(arms.items(), cycle(ARM_COLOURS), strict=False):
+        for (name, (parameters, tags)), colour in zip(arms.items(), cycle([*ARM_COLOURS, *PALE]), strict=False):
             parent = self._trackers[name, None] = self.tracker.child(name, known.get(_key(name, None)))
             common = {"loop": self.manifest["loop"], "arm": name, "git_commit": self.manifest["git_commit"], **tags}
             as_in_figures = {"mlflow.runColor": colour}  # MLflow's own choice may be the same for two arms
@@ -129,13 +129,17 @@ class TaskRun(Run):
             finite = {name: value for name, value in values.items() if np.isfinite(value)}
             self._unsent[arm, seed].append((step, finite, timestamp_ms))
 
+    def scale(self, metric: str) -> Scale:
+        """The scale of a metric's seeds, of which its means and intervals are."""
+        return scale_of(metric)
+
     def note_means(
         self, arm: str, step: int, values: Mapping[str, np.ndarray], timestamp_ms: int, more: Mapping[str, float]
     ) -> None:
         """Keep an arm's means over its seeds of ``values`` (seeds,) each, with their intervals, and what is known
         ``more``."""
         for name, of_seeds in values.items():
-            mean, low, high = map(float, interval(of_seeds, scale_of(name)))
+            mean, low, high = map(float, interval(of_seeds, self.scale(name)))
             more = {**more, name: mean, f"interval/{name}_low": low, f"interval/{name}_high": high}
             more |= {f"{FIRST_LOOK}/{name}": mean} if name in self.first else {}
         self.note(arm, None, step, more, timestamp_ms)

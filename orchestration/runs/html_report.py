@@ -7,6 +7,7 @@ policy forbids both. Names of arms, prompts and errors are a stranger's text, an
 import base64
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,31 @@ from orchestration.runs.tables import GENERATIONS, best_of, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.pages import fill
 from pipelines.storage.atomic import DamagedFiles, read_bytes, replace_durably
+from pipelines.storage.names import file_name
+from pipelines.storage.yaml_text import parse_yaml
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
+_LETTERS = 66  # of a line on MLflow's page of a run
+_GLANCE = "glance"  # what the names of pictures for MLflow's page of a run begin with
 _STAGES = ("sample", "reward", "learn", "publish", "evaluate", "commit", "fit", "measure")  # from the bottom up
 
 
 def write_report(directory: Path, status: str | None = None) -> Path:
-    """Write ``report.html`` into a run's directory and return its path.
+    """Write ``report.html`` into a run's directory and return its path. Title and captions are the experiment's own, of
+    ``LOOP_report.yaml`` among the templates.
 
     Without ``status`` it is the manifest's; a run that says it is running, but that no process runs, was killed.
     """
     run = RunInfo(directory)
+    own = TEMPLATES / f"{run.loop}_report.yaml"
     try:
         timeline = _timeline(run)
         content = fill(
             TEMPLATES / "report.html",
             run=run,
+            own=parse_yaml(own.read_text("utf-8")) if str(run.loop).isidentifier() and own.exists() else {},
+            names={file_name(arm): arm for arm in run.summary.get("arms") or ()},
             status=status or ("KILLED" if run.status == "RUNNING" and is_free(directory) else run.status),
             facts=glance(facts(run)),
             best=best_of(run.summary),
@@ -54,15 +63,27 @@ def write_report(directory: Path, status: str | None = None) -> Path:
     return path
 
 
-def conclude(run: Run, path: Path, figures: Path, *artifacts: Path, **values: Any) -> Path:
-    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, and
-    say what came out, by the template of its loop. Returns ``path``."""
+def conclude(run: Run, path: Path, found: str, *artifacts: Path, **values: Any) -> Path:
+    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, note
+    what it ``found``, in a line if not yet noted, and say it all by the template of its loop. Returns ``path``."""
+    figures = run.directory / "figures"
     for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
         run.tracker.artifact(each)
+    if found:
+        write_note(run, found)
     text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **values)
     for line in text.splitlines():
         run.display.say(line)
     return path
+
+
+def write_note(run: Run, found: str) -> None:
+    """Have MLflow's page of a run open on what was ``found``, in a line, and on pictures: all of it within the 100
+    pixels of a description that MLflow shows before a click."""
+    pictures = sorted(path.name for path in (run.directory / "figures").glob(f"{_GLANCE}*.png"))
+    run.write_note(
+        fill(TEMPLATES / "note.md", run=run, found=textwrap.shorten(found, _LETTERS), pictures=pictures).strip()
+    )
 
 
 def _measured(run: RunInfo) -> list[dict[str, Any]]:
@@ -76,7 +97,7 @@ def _pictures(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     from PIL import Image
 
     broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
-    for path in sorted(directory.glob("*.png")):
+    for path in sorted(path for path in directory.glob("*.png") if not path.name.startswith(_GLANCE)):
         with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(path))) as image:
             image.load()
             if max(image.size) > _LARGEST:

@@ -140,7 +140,14 @@ class Run:
     def log_params(self, parameters: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
         """Describe this run in MLflow."""
         common = {key: self.manifest[key] for key in ("loop", "git_commit")} | {"run_directory": str(self.directory)}
-        self.tracker.describe(parameters, common | dict(tags), note)
+        self.tracker.describe(parameters, common | dict(tags))
+        if note and self.begins_in_mlflow:
+            self.write_note(note)
+
+    def write_note(self, text: str) -> None:
+        """Have MLflow show ``text`` on the run's page, in place of what was written here before, not of a person's."""
+        self.tracker.describe({}, {}, text, former=self.manifest.get("note", ""))
+        self.manifest["note"] = text
 
     def on_start(self) -> None:
         """What a loop does once its tracker is there."""

@@ -236,12 +236,17 @@ class Tracker:
         if waiting := self._outbox.waiting:
             self._say(f"{waiting} records wait for MLflow; deliver: ouroboros sync {self._directory}")
 
+    @property
+    def page(self) -> str:
+        """The run's page, by its place at a server; empty while MLflow has not said which it is."""
+        return f"#/experiments/{self._experiment_id}/runs/{self.run_id}" if self._experiment_id else ""
+
     def open_command(self) -> str:
-        """What opens the dashboard: the run's page on a server, or the command that serves this store."""
+        """What opens the run's page: its address at a server, or first the command that serves this store."""
         if self._store.is_server:
-            return f"{self.uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}{_VIEW}"
+            return f"{self.uri}/{self.page}{_VIEW}"
         program = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
-        return f"{program} --host 127.0.0.1 --port 5000"
+        return f"{program} --host 127.0.0.1 --port 5000\n           then http://127.0.0.1:5000/{self.page}{_VIEW}"
 
     def _put(self, kind: str, **content: Any) -> None:
         self._outbox.put({"run": self.run_id, "kind": kind, **content})

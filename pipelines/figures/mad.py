@@ -4,17 +4,21 @@ A colour belongs to an arm, in the order of first appearance. Bands and bars are
 gap. Generations count from 1. Equal input gives equal bytes.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.figures import style
 from pipelines.figures.plots import image_grid
-from pipelines.figures.style import DPI, FAINT, FRAME, INK, LINES, arm_colours, dress, finish, panel_figure, save
+from pipelines.figures.style import DPI, FAINT, FRAME, INK, LINES, dress, finish, panel_figure, save
 from policies.common.intervals import Scale, interval, scale_of
 
 _BLUE = LINES["blue"]
+_MOST_PIXELS = 1600  # in a row of images
+_LETTERS = 17  # of a row's label, in a line
 _FLOOR = {"color": FAINT, "linestyle": ":", "linewidth": 1.4, "label": "real against real"}
 _Arms = Mapping[str, np.ndarray]
 
@@ -25,26 +29,30 @@ def arm_curves(
     laws: Mapping[str, _Arms],
     floors: Mapping[str, float],
     titles: Mapping[str, str],
+    glance: bool = False,
 ) -> None:
     """Write a PNG with a panel for each metric of ``curves``: metric → arm → (seeds, generations).
 
     ``laws`` (metric → arm → (generations,)) are dashed over the means, ``floors`` (metric → what real data scores
     against real data) dotted; ``titles`` head the panels.
     """
-    colours = arm_colours(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
-    figure, panels = panel_figure(len(curves), 3, 4.3, 2.9)
+    from matplotlib.colors import to_rgb
+
+    looks = style.arm_looks(name for metric in curves for name in (*curves[metric], *laws.get(metric, {})))
+    figure, panels = style.sheet(len(curves), glance)
     for axes, (metric, arms) in zip(panels, curves.items(), strict=True):
         dress(axes, titles.get(metric, metric), "generation")
         bands = {}
         for name, values in arms.items():
             mean, *bands[name] = interval(values, scale_of(metric))
-            line = "o-" if len(mean) <= 30 else "-"
-            axes.plot(np.arange(1, len(mean) + 1), mean, line, color=colours[name], label=name, lw=1.8, ms=3)
+            marked = {"markevery": max(1, len(mean) // 12), "ms": 3.5}
+            axes.plot(np.arange(1, len(mean) + 1), mean, **looks[name], **marked, label=name, lw=1.8)
         for name, law in laws.get(metric, {}).items():
-            axes.plot(np.arange(1, len(law) + 1), law, "--", color=0.55 * colours[name], lw=1.2, label="exact law")
+            darker = 0.55 * np.array(to_rgb(looks[name]["color"]))
+            axes.plot(np.arange(1, len(law) + 1), law, "--", color=darker, lw=1.2, label="exact law")
         if metric in floors:
             axes.axhline(floors[metric], **_FLOOR)
-        _draw_bands(axes, bands, colours)
+        _draw_bands(axes, bands, looks)
     finish(figure, path)
 
 
@@ -53,7 +61,7 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
 
     Lines are means over seeds, their dots grow with the generation; single seeds are faint.
     """
-    colours = arm_colours(paths)
+    looks = style.arm_looks(paths)
     figure, (axes,) = panel_figure(1, 1, 5.6, 4.9)
     dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
@@ -61,10 +69,11 @@ def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.
     for name, (precision, recall) in paths.items():
         seeds = np.stack([recall, precision])
         x, y = seeds.mean(axis=1)
-        axes.plot(*seeds.swapaxes(1, 2), color=colours[name], lw=0.7, alpha=0.25)
-        axes.plot(x, y, color=colours[name], lw=1.6, label=name)
-        axes.scatter(x[1:], y[1:], np.linspace(4, 34, len(x))[1:], color=colours[name], lw=0, zorder=3)
-        axes.scatter(x[:1], y[:1], 26, facecolors="white", edgecolors=colours[name], lw=1.6, zorder=4)
+        colour, dashes = looks[name]["color"], looks[name]["linestyle"]
+        axes.plot(*seeds.swapaxes(1, 2), color=colour, lw=0.7, alpha=0.25)
+        axes.plot(x, y, color=colour, linestyle=dashes, lw=1.6, label=name)
+        axes.scatter(x[1:], y[1:], np.linspace(4, 34, len(x))[1:], color=colour, lw=0, zorder=3)
+        axes.scatter(x[:1], y[:1], 26, facecolors="white", edgecolors=colour, lw=1.6, zorder=4)
     finish(figure, path)
 
 
@@ -86,16 +95,27 @@ def fresh_fraction_curve(
     finish(figure, path)
 
 
-def generations_grid(path: Path, images: np.ndarray, labels: Sequence[str]) -> None:
-    """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`."""
-    grid = image_grid(images.reshape(-1, *images.shape[2:]), images.shape[1])
-    figure, (axes,) = panel_figure(1, 1, grid.shape[1] / DPI + 0.8, grid.shape[0] / DPI + 0.5)
+def generations_grid(
+    path: Path, images: np.ndarray, labels: Sequence[str], above: Sequence[str] = (), glance: bool = False
+) -> None:
+    """Write a PNG of uint8 ``images`` (rows, columns, height, width, 1 or 3), a label a row, by :func:`image_grid`;
+    what stands ``above`` the columns is theirs, else each is one latent seed. Large images are reduced."""
+    few = -(-images.shape[1] * images.shape[3] // _MOST_PIXELS)
+    images = images[:, :, : images.shape[2] // few * few, : images.shape[3] // few * few]
+    images = images.reshape(*images.shape[:2], images.shape[2] // few, few, -1, few, images.shape[4]).mean((3, 5))
+    grid = image_grid(images.astype(np.uint8).reshape(-1, *images.shape[2:]), images.shape[1])
+    wrapped = [textwrap.fill(label, _LETTERS, max_lines=4, placeholder=" …") for label in labels]
+    beside = 0.07 * max(len(line) for label in wrapped for line in label.split("\n"))
+    over = 0.17 if glance else 0.3 + 0.15 * max((label.count("\n") for label in above), default=0)
+    height, width = np.array(grid.shape[:2]) * (0.53 if glance else 1) / DPI
+    figure, (axes,) = panel_figure(1, 1, width + beside + 0.2, height + over, glance)
     axes.imshow(grid)
-    axes.set_title("each column: one latent seed", fontsize=8, color=FAINT)
-    axes.set_xticks([])
-    axes.set_yticks(
-        (np.arange(len(labels)) + 0.5) * len(grid) / len(labels), labels, fontsize=9, color=INK, weight="bold"
-    )
+    if not above:
+        axes.set_title("each column: one latent seed", fontsize=8, color=FAINT)
+    axes.set_xticks((np.arange(len(above)) + 0.5) * grid.shape[1] / max(1, len(above)), above, fontsize=8, color=INK)
+    places = (np.arange(len(labels)) + 0.5) * len(grid) / len(labels)
+    axes.set_yticks(places, wrapped, fontsize=8, color=INK, parse_math=False)
+    axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     save(figure, path)
@@ -133,12 +153,14 @@ def class_heatmap(path: Path, shares: np.ndarray) -> None:
     save(figure, path)
 
 
-def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], colours: _Arms) -> None:
+def _draw_bands(axes: Any, bands: Mapping[str, Sequence[np.ndarray]], looks: Mapping[str, Any]) -> None:
     """Fill the intervals. The view makes room for them, but at most its own height above and below."""
     scale = axes.yaxis.get_transform()
     low, high = scale.transform(axes.get_ylim())
     for name, band in bands.items():
         x, label = np.arange(1, len(band[0]) + 1), "" if np.isnan(band).all() else "95 % interval over seeds"
-        axes.fill_between(x, *band, color=colours[name], alpha=0.14, lw=0, label=label)
+        axes.fill_between(x, *band, color=looks[name]["color"], alpha=0.14, lw=0, label=label)
     lowest, highest = scale.transform(axes.get_ylim())
     axes.set_ylim(*scale.inverted().transform((max(lowest, 2 * low - high), min(highest, 2 * high - low))))
+    if axes.dataLim.y0 >= 0:
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))

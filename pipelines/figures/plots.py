@@ -6,6 +6,7 @@ Images are uint8 RGB, ``(batch, height, width, 3)``. Small ones are enlarged wit
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ _Draw = Callable[["Axes", "DataFrame"], None]
 _GRID_PIXELS = 96  # an image in a dashboard grid is at least this high
 _GUTTER = 170  # grey of the gutters, seen between white images as between black ones
 
-_STAGES = {"sample": "#3b6fd4", "reward": "#e9b44c", "learn": "#1a9e77", "publish": "#8757c7"}
-_STAGES |= {"evaluate": "#e0822f", "commit": "#9aa3b2"}
+_STAGES = {"sample": LINES["blue"], "reward": LINES["yellow"], "learn": LINES["green"], "publish": LINES["purple"]}
+_STAGES |= {"evaluate": LINES["orange"], "commit": "#9aa3b2"}
 _WORK = {
     "sample": "drawing",
     "reward": "scoring",
@@ -33,15 +34,16 @@ _WORK = {
     "evaluate": "judging",
 }
 _KINDS = _STAGES | {work: _STAGES[stage] for stage, work in _WORK.items()}  # and the driver's waiting for it
-_KINDS |= {"captioning": "#56b4d3", "comparing with the base": _STAGES["evaluate"]}
+_KINDS |= {"captioning": style.ARM_COLOURS[-2], "comparing with the base": _STAGES["evaluate"]}
 _MOST_LANES = 32
+_SLOTS = ("orange", "--"), ("purple", "-."), ("yellow", "-"), ("blue", ":")
 
 
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """One picture (height, width, 3) uint8 of ``images`` (n, height, width, 1 or 3), row by row, with thin gutters;
-    small ones are enlarged by a whole factor."""
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """One picture (height, width, 3) uint8 of ``images`` (n, height, width, 1 or 3), row by row, with thin gutters; by
+    default about square. Small ones are enlarged by a whole factor."""
     images, (count, height) = np.broadcast_to(images, (*images.shape[:-1], 3)), images.shape[:2]
-    columns = min(columns, count)
+    columns = min(columns or isqrt(count - 1) + 1, count)
     zoom = max(1, -(-_GRID_PIXELS // height))
     gutter = max(1, zoom // 3)
     edges = (0, -count % columns), (gutter, 0), (gutter, 0), (0, 0)  # before each cell, and cells to fill the last row
@@ -86,8 +88,8 @@ def before_after(
     save(figure, path)
 
 
-def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write a PNG of a run's numbers over its steps.
+def curves(path: Path, history: Sequence[Mapping[str, float]], glance: bool = False) -> None:
+    """Write a PNG of a run's numbers over its steps, at a ``glance`` of the first two.
 
     ``history`` holds one mapping a step, with ``step`` and any of the run's metrics; what no step has is left out,
     line by line and panel by panel.
@@ -97,8 +99,9 @@ def curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     table = pandas.DataFrame(list(history), dtype=float).replace([np.inf, -np.inf], np.nan)
     table = table.set_index("step").dropna(axis="columns", how="all")
     measured = [panel for key, panel in _PANELS.items() if any(name.startswith(key) for name in table)]
-    figure, sheet = panel_figure(len(measured), 3, 4.3, 2.9)
-    for axes, (title, draw) in zip(sheet, measured, strict=True):
+    measured = measured[: 2 if glance else None]
+    figure, panels = style.sheet(len(measured), glance)
+    for axes, (title, draw) in zip(panels, measured, strict=True):
         dress(axes, title, "step", ticks=6)
         draw(axes, table)
     save(figure, path)
@@ -135,8 +138,8 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
 
 def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:
     slots = [key for key in table if key.startswith("evaluator/") and not key.endswith(("/full", "/agreement"))]
-    for colour, key in zip(cycle(("orange", "purple", "red", "blue")), slots, strict=False):
-        axes.plot(table[key].dropna(), color=LINES[colour], linewidth=1, alpha=0.75, label=key.split("/", 1)[1])
+    for (colour, dashes), key in zip(cycle(_SLOTS), slots, strict=False):
+        axes.plot(table[key].dropna(), dashes, color=LINES[colour], linewidth=1.2, label=key.split("/", 1)[1])
     for key, marker, label in (("evaluator/full", "o-", "all words right"), ("unseen/full", "x--", "unseen prompts")):
         if key in table:
             axes.plot(table[key].dropna(), marker, color=LINES["green"], linewidth=2, markersize=3, label=label)
@@ -158,7 +161,8 @@ def _course(
         axes.plot(values, marker=marker, markersize=3, linewidth=2, color=LINES[colour], label="mean")
         if spread in table:
             both = table[[key, spread]].dropna()
-            band = both[key] - both[spread], both[key] + both[spread]
+            ends = [table.get(key.replace("/mean", f"/{end}")) for end in ("min", "max")]  # nothing lies beyond them
+            band = [(both[key] + sign * both[spread]).clip(*ends) for sign in (-1, 1)]
             label = "± one standard deviation"
             axes.fill_between(both.index, *band, color=LINES[colour], alpha=0.13, linewidth=0, label=label)
             legend(axes)

@@ -13,26 +13,37 @@ if TYPE_CHECKING:
 
 DPI = 160
 INK, FAINT, FRAME, RIGHT, WRONG = "#1f2430", "#8b93a1", "#cfd5de", "#1a7f4b", "#c0392b"
-LINES = {"blue": "#3b6fd4", "green": "#1a9e77", "orange": "#e0822f", "purple": "#8757c7", "red": "#cf4a5a"}
+LINES = {"blue": "#3e5cdc", "orange": "#b74a00", "green": "#11ba9b", "yellow": "#e6ac1e", "purple": "#a14e9f"}
+LINES |= {"red": "#9c4943"}
+ARM_COLOURS = (*LINES.values(), "#47b7ff", "#1d1d39")  # no two alike to the colour-blind, see tests/test_figures.py
+PALE = ["#" + "".join(f"{127 + int(each[at : at + 2], 16) // 2:02x}" for at in (1, 3, 5)) for each in ARM_COLOURS]
+_MARKERS, _DASHES = "osD^vPX", ("-", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1)))
+_PANEL, _GLANCE, _GLANCE_DPI = (4.3, 2.9), (1.5, 0.82), 84  # inches; three fit into MLflow's description of a run
 
-ARM_COLOURS = (*LINES.values(), "#2aa3b8", "#b8901a", "#7a5240")
 
-
-def panel_figure(count: int, most: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels of this size (inches), at most so many in a row."""
+def panel_figure(count: int, most: int, width: float, height: float, glance: bool = False) -> tuple[Any, list[Any]]:
+    """A figure and its ``count`` panels of this size (inches), at most so many in a row; of few pixels at a glance."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(most, count)
     rows = -(-count // columns)
-    figure = figure_of(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    pad = 0.01 if glance else 0.12
+    figure = figure_of(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
+    figure.set_dpi(_GLANCE_DPI if glance else DPI)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+
+
+def sheet(count: int, glance: bool = False) -> tuple[Any, list[Any]]:
+    """A figure and its ``count`` panels, three in a row; at a ``glance`` small."""
+    return panel_figure(count, 3, *(_GLANCE if glance else _PANEL), glance)
 
 
 def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:
     """The looks that all panels share; ``below`` and ``beside`` name the axes."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=8)
+    large = axes.figure.dpi == DPI
+    axes.set_title(title, loc="left", fontsize=10 if large else 7, color=INK, weight="bold", pad=8 if large else 3)
     axes.set_xlabel(below, fontsize=8, color=FAINT)
     axes.set_ylabel(beside, fontsize=8, color=FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=integer, nbins=ticks, steps=[1, 2, 5, 10]))
@@ -45,7 +56,8 @@ def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool 
 
 
 def legend(axes: "Axes", **options: Any) -> None:
-    axes.legend(fontsize=7.5, labelcolor=INK, edgecolor="none", framealpha=0.7, **options)
+    if axes.figure.dpi == DPI:  # at a glance there is no room
+        axes.legend(fontsize=7.5, labelcolor=INK, edgecolor="none", framealpha=0.7, **options)
 
 
 def write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **style: Any) -> None:
@@ -67,18 +79,21 @@ def save(figure: "Figure", path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for axes in figure.axes if figure.dpi < DPI else ():
+        axes.set(xlabel="", ylabel="")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, format="png")
 
 
-def arm_colours(names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Red, green and blue (3,) of each name; beyond the palette, evenly from the rainbow."""
-    from matplotlib import colormaps, colors
-
-    arms = list(dict.fromkeys(names))
-    palette = ARM_COLOURS if len(arms) <= len(ARM_COLOURS) else colormaps["turbo"](np.linspace(0.05, 0.95, len(arms)))
-    return dict(zip(arms, colors.to_rgba_array(palette)[:, :3], strict=False))
+def arm_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each name's line: beyond the palette the colours come again, dashed."""
+    looks = []
+    for index, _ in enumerate(arms := list(dict.fromkeys(names))):
+        turn, place = divmod(index, len(ARM_COLOURS))
+        marker, dashes = _MARKERS[(place + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
+        looks.append({"color": ARM_COLOURS[place], "marker": marker, "linestyle": dashes})
+    return dict(zip(arms, looks, strict=True))
 
 
 def finish(figure: Any, path: Path, **options: Any) -> None:
@@ -86,7 +101,10 @@ def finish(figure: Any, path: Path, **options: Any) -> None:
     found = (axes.get_legend_handles_labels() for axes in figure.axes)
     keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
-    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
+    if figure.dpi < DPI:  # it may not grow
+        keys = dict([*keys.items()][:columns])
+    else:
+        figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
     style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
     for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
         text.set_parse_math(False)

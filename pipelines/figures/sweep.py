@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.figures.style import FRAME, INK, LINES, dress, finish, panel_figure, save
+from pipelines.figures.style import FRAME, INK, LINES, dress, finish, panel_figure, save, sheet
 from policies.common.intervals import interval, scale_of
 from policies.common.search_space import PointResult, exact, short
 
@@ -55,17 +55,17 @@ class Measured:
         return [each.point[key] for each in self.points]
 
 
-def responses(path: Path, measured: Measured, logarithmic: Sequence[str]) -> None:
-    """One panel a setting: every point's mean and interval, its seeds, and the mean over the finished points at each
-    value that several of them share."""
+def responses(path: Path, measured: Measured, logarithmic: Sequence[str], glance: bool = False) -> None:
+    """One panel a setting, at a ``glance`` of the first three: every point's mean and interval, its seeds, and the mean
+    over the finished points at each value that several of them share."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    keys, finished = list(measured.points[0].point), measured.finished
+    keys, finished = list(measured.points[0].point)[: 3 if glance else None], measured.finished
     bars = ", 95 % interval" if any(np.isfinite(each.low) for each in measured.points) else ""
     whose = np.repeat(np.arange(len(measured.points)), [len(each.values) for each in measured.points])
     seeds = np.concatenate([each.values for each in measured.points])
     ends = np.array([(each.mean - each.low, each.high - each.mean) for each in measured.points]).T
-    figure, panels = panel_figure(len(keys), 3, 4.3, 2.9)
+    figure, panels = sheet(len(keys), glance)
     for number, (axes, key) in enumerate(zip(panels, keys, strict=True)):
         places, labels = _places(measured.column(key))
         dress(axes, key, "", "" if number % 3 else measured.title, integer=False, ticks=5)

@@ -14,6 +14,8 @@ import numpy as np
 from actors.worker import Account
 from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.run import DdpoRun, first_look
+from orchestration.runs.browse import RunInfo, glance
+from orchestration.runs.browse import facts as told
 from orchestration.runs.evaluations import kept_evaluations, kept_step
 from orchestration.runs.html_report import conclude
 from orchestration.runs.run import TEMPLATES
@@ -31,9 +33,9 @@ _RESULTS = {  # of the summary, each before and after
     "diversity": "evaluation/diversity",
 }
 _GRID_IMAGES = 12  # the first of the held-out ones
-_GRID_COLUMNS = 4  # about square: MLflow shows it 256 pixels wide
 _MOST_BYTES = 2**30  # of the images of an evaluation
-_MOST_ROWS, _MOST_PIXELS = 8, 1600  # of the picture of a run's progress: rows, and width
+_MOST_STEPS = 8  # in the picture of a run's progress
+_GLANCE_PROMPTS, _GLANCE_STEPS = 2, 5  # of it on MLflow's page of the run
 
 
 class Report:
@@ -119,7 +121,9 @@ class Report:
         if best != run.step:
             say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
         path = run.summarise(facts | run.totals(accounts))
-        return conclude(run, path, figures, run.directory / "pipeline", before=before, after=values)
+        known = glance(told(RunInfo(run.directory)))
+        found = ", ".join(f"{name} {known[name]}" for name in ("reward", "held-out accuracy") if known[name])
+        return conclude(run, path, found, run.directory / "pipeline", before=before, after=values)
 
     def _card(self, facts: dict[str, Any], figures: Path, lora: bool, prompts: list[str]) -> Files:
         """What model hubs show of a pipeline: README.md and its pictures."""
@@ -155,7 +159,7 @@ class Report:
             "measured_reward": float(evaluation.scores[:compared].mean()),
         }
         atomic.write_json(self._path(step, "json"), atomic.with_digest(content))
-        self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images, _GRID_COLUMNS), step)
+        self.run.tracker.image(f"{FIRST_LOOK}/held_out", image_grid(images), step)
 
     def _kept(self) -> dict[int, dict[str, Any]]:
         """The evaluations so far. Each that is damaged is named, once."""
@@ -181,7 +185,7 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         return figures
     figures.mkdir(exist_ok=True)
     steps, last = list(kept), kept_step(kept)
-    picked = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_ROWS))]
+    picked = _some(steps, _MOST_STEPS)
     packed = {step: _images(directory / "evaluations" / f"step-{step:06d}.npz", say) for step in {*picked, last}}
     images = {step: each for step, each in packed.items() if each is not None}
     first = kept[picked[0]]
@@ -192,17 +196,25 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         captions = (each["captions"] and each["captions"][:shown] for each in (first, kept[last]))
         before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
 
+    def strips(path: Path, prompts: int, there: Sequence[int], reward: str = "") -> None:
+        shown = min(prompts, *(len(images[step]) for step in there))
+        grid = np.stack([images[step][:shown] for step in there], axis=1)
+        rewards = [kept[step].get("measured_reward", kept[step]["evaluation/reward"]) for step in there]
+        above = [f"step {step}{reward.format(of)}" for step, of in zip(there, rewards, strict=True)]
+        above[1:] = above[1:] if reward else map(str, there[1:])
+        generations_grid(path, grid, first["prompts"][:shown], above, glance=not reward)
+
     def progress() -> None:
-        rows = {step: images[step] for step in picked if step in images}
-        shown = min(map(len, images.values()))
-        columns = min(shown, max(2, _MOST_PIXELS // max(96, next(iter(rows.values())).shape[2])))
-        grid = np.stack([each[:columns] for each in rows.values()])
-        generations_grid(figures / "progress.png", grid, [f"step {step}" for step in rows])
+        there = [step for step in picked if step in images]
+        strips(figures / "progress.png", _GRID_IMAGES, there, "\nreward\n{:.3f}")
+        strips(figures / "glance_1.png", _GLANCE_PROMPTS, _some(there, _GLANCE_STEPS))
 
     def courses() -> None:
         measured = {k: v for k, v in first.items() if k.startswith(("evaluator/", "evaluation/", "unseen/"))}
         start = [{"step": 0, "reward/mean": first["evaluation/reward"], **measured}] if picked[0] == 0 else []
-        curves(figures / "curves.png", [*start, *atomic.read_lines(directory / "metrics.jsonl", ["step"])])
+        history = [*start, *atomic.read_lines(directory / "metrics.jsonl", ["step"])]
+        curves(figures / "curves.png", history)
+        curves(figures / "glance_2.png", history, glance=True)
 
     def lanes() -> None:
         if window := middle_of(read_spans(directory)):
@@ -215,6 +227,11 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
             what = f"{type(error).__name__}: {error}"
             say(f"warning: {figures / name}.png is not drawn: what it shows is damaged or gone in {directory} ({what})")
     return figures
+
+
+def _some(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, the first and the last among them."""
+    return [steps[round(at)] for at in np.linspace(0, len(steps) - 1, min(len(steps), most))]
 
 
 def _images(path: Path, say: Callable[[str], None]) -> np.ndarray | None:

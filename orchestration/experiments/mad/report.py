@@ -1,7 +1,7 @@
 """What a MAD experiment leaves to look at: summary.json, figures, report.html, and the last lines on the terminal."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ def report(run: MadRun) -> Path:
     for name, arm in summary["arms"].items():
         if arm["verdict"] and (tracker := run.tracker_of(name)):
             tracker.tags({"goes_mad": arm["verdict"]["goes_mad"]})
-    return conclude(run, path, draw(run), summary=summary)
+    draw(run)
+    verdicts = Counter(arm["verdict"]["goes_mad"] for arm in summary["arms"].values() if arm["verdict"])
+    counts = [f"{answer} ({count} of {len(summary['arms'])} arms)" for answer, count in verdicts.items()]
+    found = f"goes MAD: {', '.join(counts) or 'no verdict'}"
+    return conclude(run, path, found, summary=summary)
 
 
 def summarise(run: MadRun) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def draw(run: MadRun) -> Path:
     )
     floors = {k: value for found in _floors(run).values() for k, value in found.items() if k in shown}
     mad_figures.arm_curves(directory / "curves.png", curves, theory, floors, titles=_TITLES)
+    few = {metric: curves[metric] for metric in shown[:3]}
+    mad_figures.arm_curves(directory / "glance.png", few, theory, floors, titles=_TITLES, glance=True)
     if paths := {name: (held["precision"], held["recall"]) for name, held in by_arm.items() if "precision" in held}:
         mad_figures.precision_recall_paths(directory / "precision_recall.png", paths)
     for metric in DISTANCES:

@@ -5,13 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from inspect import isabstract
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from orchestration.experiments.settings import TaskRunSettings
 from pipelines.storage.tasks import Task
 from policies.common.claims import Claim
+from policies.common.intervals import Scale
 from policies.common.user_code import import_function
 from policies.rl.settings import Name, explain
 
@@ -28,6 +29,7 @@ class Study(TaskRunSettings, ABC):
 
     study: str = Field(description="a name that is registered, or an import path module:Class")
     name: Name = "study"
+    scale: ClassVar[Scale | None] = None  # of the seeds of its metrics; None: by their names
     arms: tuple[str, ...] = Field((), description="those to run; a study's own default is all of them")
 
     @abstractmethod

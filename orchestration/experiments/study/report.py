@@ -12,7 +12,7 @@ from orchestration.experiments.study.run import StudyRun
 from orchestration.runs.html_report import conclude
 from orchestration.runs.tables import claim_lines
 from policies.common.claims import OUTCOMES, judge
-from policies.common.intervals import Scale, summary_of
+from policies.common.intervals import summary_of
 from policies.loops.verdicts import plain
 
 _MOST_PANELS = 12
@@ -29,7 +29,9 @@ def report(run: StudyRun) -> Path:
     counts = Counter(claim["outcome"] for claim in summary["claims"])
     run.tracker.metrics(0, {f"claims/{outcome}": counts[outcome] for outcome in OUTCOMES}, int(1000 * time.time()))
     products = sorted(path for of_arm in run.products.values() for path in of_arm)
-    return conclude(run, path, draw(run), lines=lines, products=products)
+    draw(run)
+    found = "claims: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+    return conclude(run, path, found, lines=lines, products=products)
 
 
 def draw(run: StudyRun) -> Path:
@@ -41,21 +43,17 @@ def draw(run: StudyRun) -> Path:
     names = dict.fromkeys([*run.first, *(name for held in values.values() for name in held)])
     metrics = {name: {arm: np.array(held[name]) for arm, held in values.items() if name in held} for name in names}
     if shown := {name: arms for name, arms in [*metrics.items()][:_MOST_PANELS] if arms}:
-        arm_values(directory / "arms.png", shown, _scales(run))
+        arm_values(directory / "arms.png", shown, run.scale)
+        arm_values(directory / "glance.png", dict([*shown.items()][:3]), run.scale, glance=True)
     return directory
-
-
-def _scales(run: StudyRun) -> dict[str, Scale]:
-    """Those on which claims are judged, so that pictures and summary show the same interval."""
-    return {claim.metric: claim.scale for claim in run.plan.claims if claim.scale}
 
 
 def summarise(run: StudyRun) -> dict[str, Any]:
     """What machines read of a study: of each metric the values, one a seed, and their mean with its interval."""
-    config, values, scales = run.config, run.values(), _scales(run)
+    config, values = run.config, run.values()
     arms = {
         arm: {
-            "metrics": {name: summary_of(name, np.array(of), scales.get(name)) for name, of in values[arm].items()},
+            "metrics": {name: summary_of(name, np.array(of), run.scale(name)) for name, of in values[arm].items()},
             "products": sorted(run.products[arm]),
         }
         for arm in config.arms

@@ -16,6 +16,7 @@ from pipelines.storage.atomic import DamagedFiles, Files, commit_directory, read
 from pipelines.storage.names import file_name
 from pipelines.storage.tasks import Task
 from pipelines.studies import FIGURES, IMAGES, METRICS, products
+from policies.common.intervals import Scale, scale_of
 
 _MOST_ROWS = 6  # of metrics on the display
 
@@ -67,6 +68,11 @@ class StudyRun(TaskRun):
             if not any(left for (of, _), left in self._left.items() if of == arm):
                 self._note_all_means(arm)
         self.advance(shown, task.label)
+
+    def scale(self, metric: str) -> Scale:
+        """That on which its claims are judged, so that pictures and summary show the same interval, or the study's."""
+        judged = [claim.scale for claim in self.plan.claims if claim.metric == metric and claim.scale]
+        return judged[0] if judged else self.config.scale or scale_of(metric)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
         """By arm and metric, one number a seed; nan where a seed has none."""

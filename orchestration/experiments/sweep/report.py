@@ -12,15 +12,16 @@ import numpy as np
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
 from orchestration.runs.display import plain_table
-from orchestration.runs.html_report import conclude, write_report
-from orchestration.runs.run import TEMPLATES, register
+from orchestration.runs.html_report import conclude, write_note, write_report
+from orchestration.runs.run import register
 from orchestration.runs.tables import POINTS, best_of, tables
 from orchestration.tracking.tracker import FIRST_LOOK
-from pipelines.pages import fill
 from pipelines.storage.locations import find
 from policies.common.intervals import interval, paired, scale_of
 from policies.common.search_space import FRESH_SEEDS, Point, PointResult, common_points, exact
 from policies.loops.verdicts import plain
+
+_MOST_TAGS = 10  # points that MLflow's page of a sweep lists
 
 
 @dataclass(frozen=True)
@@ -96,37 +97,30 @@ def report_so_far(run: SweepRun) -> None:
     began = time.monotonic()
     if began < run.next_report:
         return
-    _, figures = _publish(run, Table(run), None, None)
-    for each in (figures, run.directory / "summary.json", write_report(run.directory)):
+    _publish(run, Table(run), None, None)
+    for each in (run.directory / "figures", run.directory / "summary.json", write_report(run.directory)):
         run.tracker.artifact(each)
     run.next_report = time.monotonic() + 20 * (time.monotonic() - began)  # a twentieth of the time
 
 
 def report(run: SweepRun, table: Table) -> Path:
     """Table, pictures, registered model and summary. Raises RuntimeError if no trial has anything to show."""
-    from PIL import Image
-
     config, confirmation, model = run.config, table.confirmation(), None
     if config.register_as and table.best:  # its best trial becomes a version of an MLflow model
         first = table.first(table.best.point)
         tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
         tags |= {"gain_on_fresh_seeds": json.dumps(confirmation["gain"])} if confirmation else {}
         model = register(run.directory / "trials" / first.name, config.register_as, "best", run.display.say, tags)
-    summary, figures = _publish(run, table, confirmation, model)
+    summary = _publish(run, table, confirmation, model)
     for title, (headings, rows) in tables(summary).items():
         run.display.console.print(title, plain_table(headings, rows), sep="\n")
     if all(each.value is None for each in table.outcomes):
         reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
         raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
-    for path in sorted(figures.glob("*.png")):
-        with Image.open(path) as image:
-            run.tracker.image(f"{FIRST_LOOK}/{path.stem}", np.asarray(image), run.manifest.get("ends", 0))
-    return conclude(run, run.directory / "summary.json", figures, summary=summary, best=best_of(summary))
+    return conclude(run, run.directory / "summary.json", "", summary=summary, best=best_of(summary))
 
 
-def _publish(
-    run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None
-) -> tuple[dict[str, Any], Path]:
+def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None) -> dict[str, Any]:
     """Write summary.json and the figures, and show the best point on MLflow's page of the sweep."""
     config, best = run.config, table.best
     content: dict[str, Any] = {
@@ -149,28 +143,32 @@ def _publish(
         content["best"] = {**vars(best), "trial": first.name, "settings": again}
     summary: dict[str, Any] = plain(content)
     run.summarise(summary)
+    _draw(run, table)
     if best is not None:
         words = best_of(summary)
-        run.tracker.tags({f"best/{name.removeprefix('best ')}": text for name, text in words.items()})
+        known = {f"best/{name.removeprefix('best ')}": text for name, text in words.items()}
+        headings, rows = tables(summary)[POINTS]
+        for number, row in enumerate(rows[:_MOST_TAGS], start=1):
+            known[f"point/{number:02d}"] = ", ".join(f"{name} {cell}" for name, cell in zip(headings, row, strict=True))
+        run.tracker.tags(known)
         values = {"best": best.mean, "best_low": best.low, "best_high": best.high}
         run.log_metrics({f"{FIRST_LOOK}/{name}": value for name, value in values.items() if math.isfinite(value)})
-        note = fill(TEMPLATES / "sweep_note.md", name=config.name, best=words, cells=tables(summary)[POINTS])
-        run.write_note(note.strip())
-    return summary, _draw(run, table)
+        write_note(run, f"best {run.metric} {words[run.metric]} at {words['best point']}")
+    return summary
 
 
-def _draw(run: SweepRun, table: Table) -> Path:
+def _draw(run: SweepRun, table: Table) -> None:
     from pipelines.figures import sweep as pictures
 
     figures = run.directory / "figures"
     figures.mkdir(exist_ok=True)
     if not (tried := [each for each in table.points if np.isfinite(each.mean)]):
-        return figures
+        return
     space, measured = run.config.dimensions, pictures.Measured(tried, run.metric, run.config.direction)
     logarithmic = [key for key, dimension in space.items() if dimension.kind == "log_uniform"]
     pictures.responses(figures / "responses.png", measured, logarithmic)
+    pictures.responses(figures / "glance.png", measured, logarithmic, glance=True)
     pictures.parallel_coordinates(figures / "parallel_coordinates.png", measured, logarithmic)
     wide = [key for key in space if len(space[key].values) > 1]
     if run.config.search == "grid" and len(wide) >= 2 and table.best is not None:
         pictures.phase_diagram(figures / "phase_diagram.png", measured, *wide[:2])
-    return figures

@@ -79,14 +79,7 @@ class SweepRun(Run):
     def on_start(self) -> None:
         """Tell MLflow what is swept."""
         about = {"loop": self.config.loop, "sweep": self.config.name, "metric": self.metric}
-        self.log_params(self.manifest["config"], about)
-        if self.begins_in_mlflow:
-            self.write_note(f"**{self.config.name}**: no point has finished yet. Below are its trials.")
-
-    def write_note(self, text: str) -> None:
-        """Have MLflow show ``text`` on the run's page, in place of what was written here before, not of a person's."""
-        self.tracker.describe({}, {}, text, former=self.manifest.get("note", ""))
-        self.manifest["note"] = text
+        self.log_params(self.manifest["config"], about, f"**{self.config.name}**: no point has finished yet.")
 
     def __exit__(self, *error: Any) -> None:
         try:
