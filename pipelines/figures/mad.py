@@ -45,8 +45,8 @@ def arm_curves(
         bands = {}
         for name, values in arms.items():
             mean, *bands[name] = interval(values, scale_of(metric))
-            marked = {"markevery": max(1, len(mean) // 12), "ms": 3.5}
-            axes.plot(np.arange(1, len(mean) + 1), mean, **looks[name], **marked, label=name, lw=1.8)
+            x, few = np.arange(1, len(mean) + 1), max(1, len(mean) // 12)
+            axes.plot(x, mean, **looks[name], markevery=few, ms=3.5, label=name, lw=1.8)
         for name, law in laws.get(metric, {}).items():
             darker = 0.55 * np.array(to_rgb(looks[name]["color"]))
             axes.plot(np.arange(1, len(law) + 1), law, "--", color=darker, lw=1.2, label="exact law")

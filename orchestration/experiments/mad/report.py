@@ -73,8 +73,8 @@ def summarise(run: MadRun) -> dict[str, Any]:
     }
 
 
-def draw(run: MadRun) -> Path:
-    """Every figure the experiment has something for. Returns their directory."""
+def draw(run: MadRun) -> None:
+    """Every figure the experiment has something for."""
     from pipelines.figures import mad as mad_figures
 
     directory, by_arm = run.directory / "figures", run.values
@@ -96,7 +96,6 @@ def draw(run: MadRun) -> Path:
             mad_figures.fresh_fraction_curve(path, *series, floor, _TITLES[metric], scale_of(metric))
     for name in by_arm:
         _draw_samples(run, name, directory)
-    return directory
 
 
 def _draw_samples(run: MadRun, name: str, directory: Path) -> None:

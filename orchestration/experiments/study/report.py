@@ -34,8 +34,8 @@ def report(run: StudyRun) -> Path:
     return conclude(run, path, found, lines=lines, products=products)
 
 
-def draw(run: StudyRun) -> Path:
-    """The values of every arm and seed, claimed metrics first. Returns the directory of all figures."""
+def draw(run: StudyRun) -> None:
+    """The values of every arm and seed, claimed metrics first."""
     from pipelines.figures.arms import arm_values
 
     directory, values = run.directory / "figures", run.values()
@@ -45,7 +45,6 @@ def draw(run: StudyRun) -> Path:
     if shown := {name: arms for name, arms in [*metrics.items()][:_MOST_PANELS] if arms}:
         arm_values(directory / "arms.png", shown, run.scale)
         arm_values(directory / "glance.png", dict([*shown.items()][:3]), run.scale, glance=True)
-    return directory
 
 
 def summarise(run: StudyRun) -> dict[str, Any]:

@@ -146,11 +146,10 @@ def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, m
     _draw(run, table)
     if best is not None:
         words = best_of(summary)
-        known = {f"best/{name.removeprefix('best ')}": text for name, text in words.items()}
+        run.tracker.tags({f"best/{name.removeprefix('best ')}": text for name, text in words.items()})
         headings, rows = tables(summary)[POINTS]
-        for number, row in enumerate(rows[:_MOST_TAGS], start=1):
-            known[f"point/{number:02d}"] = ", ".join(f"{name} {cell}" for name, cell in zip(headings, row, strict=True))
-        run.tracker.tags(known)
+        points = [", ".join(map(" ".join, zip(headings, row, strict=True))) for row in rows[:_MOST_TAGS]]
+        run.tracker.tags({f"point/{number:02d}": text for number, text in enumerate(points, start=1)})
         values = {"best": best.mean, "best_low": best.low, "best_high": best.high}
         run.log_metrics({f"{FIRST_LOOK}/{name}": value for name, value in values.items() if math.isfinite(value)})
         write_note(run, f"best {run.metric} {words[run.metric]} at {words['best point']}")
