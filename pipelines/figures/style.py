@@ -18,7 +18,7 @@ LINES |= {"red": "#9c4943"}
 ARM_COLOURS = (*LINES.values(), "#47b7ff", "#1d1d39")  # no two alike to the colour-blind, see tests/test_figures.py
 PALE = ["#" + "".join(f"{127 + int(each[at : at + 2], 16) // 2:02x}" for at in (1, 3, 5)) for each in ARM_COLOURS]
 _MARKERS, _DASHES = "osD^vPX", ("-", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1)))
-_PANEL, _GLANCE, _GLANCE_DPI = (4.3, 2.9), (1.5, 0.82), 84  # inches; three fit into MLflow's description of a run
+_GLANCE_DPI = 84  # of figures that fit into MLflow's description of a run, 528 × 69 pixels
 
 
 def panel_figure(count: int, most: int, width: float, height: float, glance: bool = False) -> tuple[Any, list[Any]]:
@@ -34,8 +34,8 @@ def panel_figure(count: int, most: int, width: float, height: float, glance: boo
 
 
 def sheet(count: int, glance: bool = False) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels, three in a row; at a ``glance`` small."""
-    return panel_figure(count, 3, *(_GLANCE if glance else _PANEL), glance)
+    """A figure and its ``count`` panels, three in a row; at a ``glance`` small, two with room for strips beside."""
+    return panel_figure(count, 3, *((1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)), glance)
 
 
 def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:
@@ -101,8 +101,9 @@ def finish(figure: Any, path: Path, **options: Any) -> None:
     found = (axes.get_legend_handles_labels() for axes in figure.axes)
     keys = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
-    if figure.dpi < DPI:  # it may not grow
-        keys = dict([*keys.items()][:columns])
+    if figure.dpi < DPI:  # it may not grow: one row, or none
+        keys = keys if sum(0.3 + 0.055 * len(label) for label in keys) < figure.get_figwidth() else {}
+        options |= {"ncols": max(1, len(keys)), "fontsize": 6, "handlelength": 1, "columnspacing": 1}
     else:
         figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
     style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
