@@ -120,7 +120,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.figures import plots as figures
 
     for module, name in ((figures, "before_after"), (figures, "curves"), (mad_figures, "generations_grid")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(figures, "timeline", lambda *_: None)
 
 

@@ -155,7 +155,7 @@ def test_products_and_figures_are_in_the_runs_directory(finished: Path) -> None:
     }
     np.testing.assert_array_equal(numbers["shrunk"], 0.5 * np.array(numbers["untouched"]))
     names = {path.name for path in (finished / "figures").iterdir()}
-    assert names == {"arms.png"} | {f"numbers_{arm}-seed{s}.png" for arm in numbers for s in range(3)}
+    assert names == {"arms.png", "glance.png"} | {f"numbers_{arm}-seed{s}.png" for arm in numbers for s in range(3)}
 
 
 @pytest.mark.parametrize(
