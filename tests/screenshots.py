@@ -181,7 +181,7 @@ def main() -> None:
         for name in ("digits-lr2e-4", "digits-loops"):
             browser.open((RUNS / name / "report.html").as_uri(), width=1280)
             browser.run(_ELSEWHERE, str(CHECKOUT))
-            browser.screenshot(PICTURES / f"dashboard_report_{name}.png", height=1900)
+            browser.screenshot(PICTURES / f"dashboard_report_{name}.png", height=1500)
 
 
 if __name__ == "__main__":
