@@ -22,6 +22,7 @@ from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.html_report import write_report
 from pipelines.storage.tasks import Task, in_order
 from pipelines.studies import products, task
+from policies.common.claims import Claim
 from tests import studies
 from tests.processes import start, wait_until
 from tests.schemas import checked
@@ -107,6 +108,13 @@ def test_the_preflight_asks_the_study_before_anything_is_there(tmp_path: Path) -
     with pytest.raises(ConfigError, match="cpus_per_task is 4096"):
         preflight_study(configure("workers.cpus_per_task=4096"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_studys_scale_is_that_of_its_absolute_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies.Shrink, "scale", "share")
+    assert [claim.scale for claim in preflight_study(configure()).claims] == [None, "logarithm"]  # the claim's own
+    monkeypatch.setattr(studies.Shrink, "claims", lambda _: [Claim("small", "size", "shrunk", "at most", 1.0)])
+    assert [claim.scale for claim in preflight_study(configure()).claims] == ["share"]
 
 
 def test_what_arms_have_in_common_is_one_task(tmp_path: Path) -> None:

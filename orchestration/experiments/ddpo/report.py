@@ -196,18 +196,18 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         captions = (each["captions"] and each["captions"][:shown] for each in (first, kept[last]))
         before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
 
-    def strips(path: Path, prompts: int, there: Sequence[int], reward: str = "") -> None:
+    def strips(path: Path, prompts: int, there: Sequence[int], glance: bool) -> None:
         shown = min(prompts, *(len(images[step]) for step in there))
         grid = np.stack([images[step][:shown] for step in there], axis=1)
         rewards = [kept[step].get("measured_reward", kept[step]["evaluation/reward"]) for step in there]
-        above = [f"step {step}{reward.format(of)}" for step, of in zip(there, rewards, strict=True)]
-        above[1:] = above[1:] if reward else map(str, there[1:])
-        generations_grid(path, grid, first["prompts"][:shown], above, glance=not reward)
+        above = [f"step {step}\nreward\n{reward:.3f}" for step, reward in zip(there, rewards, strict=True)]
+        above = [f"step {there[0]}", *map(str, there[1:])] if glance else above
+        generations_grid(path, grid, first["prompts"][:shown], above, glance)
 
     def progress() -> None:
         there = [step for step in picked if step in images]
-        strips(figures / "progress.png", _GRID_IMAGES, there, "\nreward\n{:.3f}")
-        strips(figures / "glance_1.png", _GLANCE_PROMPTS, _some(there, _GLANCE_STEPS))
+        strips(figures / "progress.png", _GRID_IMAGES, there, glance=False)
+        strips(figures / "glance_1.png", _GLANCE_PROMPTS, _some(there, _GLANCE_STEPS), glance=True)
 
     def courses() -> None:
         measured = {k: v for k, v in first.items() if k.startswith(("evaluator/", "evaluation/", "unseen/"))}

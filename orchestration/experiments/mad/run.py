@@ -26,7 +26,7 @@ _ROWS = (
     Row("precision", "precision", "precision {}", colour="green"),
     Row("recall", "recall", "recall {}", colour="blue"),
 )
-_GRID_IMAGES, _GRID_COLUMNS = 36, 6  # square: MLflow shows it 256 pixels wide
+_GRID_IMAGES = 36  # square, as few are too: MLflow shows it 256 pixels wide
 
 Values = dict[str, np.ndarray]  # metric → (seeds, generations), nan where there is nothing yet
 
@@ -119,4 +119,4 @@ class MadRun(TaskRun):
         if generation.number == 1:
             sets[0] = read_real_data(self.store.load(real.key))["reference"]
         for number, images in sets.items():
-            tracker.image("samples", image_grid(images[:_GRID_IMAGES], _GRID_COLUMNS), number)
+            tracker.image("samples", image_grid(images[:_GRID_IMAGES]), number)
