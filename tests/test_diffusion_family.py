@@ -154,6 +154,20 @@ def test_there_are_no_more_sampling_steps_than_noise_levels() -> None:
         DiffusionSettings(timesteps=20, sampling_steps=21)
 
 
+@pytest.mark.parametrize("classes", [None, 0])
+def test_without_labels_it_is_unconditional(classes: int | None, data: Samples, tmp_path: Path) -> None:
+    """Its one label is the null class, so no label reaches it and none is asked for."""
+    settings = TINY.model_copy(update={"classes": classes})
+    bare = DiffusionGenerator.fit(settings, replace(data, labels=None), [0])
+    bare.save(tmp_path)
+    assert (bare.classes, bare.unet.config.num_class_embeds) == (0, 1)
+    drawn = DiffusionGenerator.load(tmp_path).sample(5, [1], 1.0)
+    assert drawn.labels is None
+    np.testing.assert_array_equal(drawn.values, bare.sample(5, [1], 1.0).values)
+    if classes == 0:  # labels there are, but they are not used
+        assert torch.equal(weights(bare), weights(DiffusionGenerator.fit(settings, data, [0])))
+
+
 def test_classes_may_be_more_than_the_data_show(data: Samples) -> None:
     assert DiffusionGenerator.fit(TINY, data, [0]).classes == 3
     assert DiffusionGenerator.fit(TINY.model_copy(update={"classes": 5}), data, [0]).classes == 5

@@ -45,3 +45,15 @@ def test_fractions_are_compared_at_one_size_and_in_one_family() -> None:
     assert "fresh_fraction" not in compared(*arms)
     arms[1:3] = [each.replace("n_ini: 200", "n_ini: 100, dimension: 3") for each in arms[1:3]]
     assert "fresh_fraction" not in compared(*arms)
+
+
+def test_each_arm_is_held_against_the_one_with_the_most_real_data() -> None:
+    arms = ["arms.none={rule: fully_synthetic, n_ini: 60}", "arms.fresh={rule: fresh, n_ini: 60, fresh_fraction: 0.5}"]
+    arms.append("arms.some={rule: augmentation, n_real: 60, n_synthetic: 240}")
+    found = {tuple(pair["arms"]): pair for pair in compared(*arms)["control"]}
+    assert list(found) == [("none", "fresh"), ("some", "fresh")]
+    ends = found["none", "fresh"]["final_ratio"]
+    assert ends["low"] < ends["mean"] < ends["high"]
+    apart = compared(arms[0], "arms.other={rule: real_only, n_ini: 60, family: categorical}")
+    assert "control" not in apart
+    assert "control" not in compared(arms[0], "arms.same={rule: fully_synthetic, n_ini: 60, sampling_bias: 0.9}")

@@ -178,7 +178,7 @@ def test_a_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
 
 def test_a_split_can_be_part_of_one_but_not_nothing(folder: Path) -> None:
     np.testing.assert_array_equal(load(folder, split="train[1:3]").images, load(folder).images[1:3])
-    with pytest.raises(ValueError, match=r"no images of split train\[:0\]"):
+    with pytest.raises(ValueError, match=r"folder holds no images of split train\[:0\]"):
         load(folder, split="train[:0]")
 
 
@@ -259,7 +259,7 @@ def test_sizes_that_differ_need_image_size(tmp_path: Path) -> None:
     tall.paste(255, (0, 11, 8, 19))
     save(tmp_path / "wide.png", wide)
     save(tmp_path / "tall.png", tall)
-    with pytest.raises(ValueError, match=r"\(8, 30\) and \(20, 8\); set image_size"):
+    with pytest.raises(ValueError, match=r"\(8, 30\) and \(20, 8\); set data.image_size"):
         load(tmp_path)
     images = load(tmp_path, image_size=4).images
     assert images.shape == (2, 4, 4, 1)
@@ -347,7 +347,7 @@ def test_what_does_not_exist_or_cannot_be_reached_is_one_line(tmp_path: Path) ->
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for source in ("nobody/nothing", "./nothing", str(tmp_path / "empty"), str(tmp_path / "script")):
-        with pytest.raises(ValueError, match=f"{source}: no images of split train in ") as error:
+        with pytest.raises(ValueError, match=f"{source}(: no images of split train in a | holds no images)") as error:
             load(source)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
@@ -363,6 +363,15 @@ def test_a_limit_draws_the_same_images_of_all_classes() -> None:
     assert {image.tobytes() for image in some.images} <= known
     assert some.sha256 == load("digits", limit=200).sha256 != load("digits", limit=201).sha256
     assert load("digits", limit=5000).sha256 == everything.sha256
+
+
+def test_a_limit_leaves_each_class_its_share(tmp_path: Path) -> None:
+    for name, count in (("rare", 6), ("common", 54)):
+        for number in range(count):
+            save(tmp_path / name / f"{number}.png", picture(number))
+    data = load(tmp_path, limit=20)
+    assert data.labels is not None
+    assert np.bincount(data.labels).tolist() == [18, 2]
 
 
 def test_the_hash_is_of_images_shape_and_labels() -> None:

@@ -34,6 +34,9 @@ class DataSettings(Settings):
     label_column: str | None = Field(None, description="null: the only one of class labels, or no labels")
     reference: int = Field(397, ge=1, description="images kept apart for the metrics; no model is trained on them")
     limit: int | None = Field(None, ge=2, description="use at most so many images, a fixed random choice; null: all")
+    extractor: str | None = Field(
+        None, description="of the metrics: classifier, self_supervised or a directory; null: by what labels there are"
+    )
 
     @field_validator("background")
     @classmethod
@@ -81,25 +84,30 @@ def load_real_data(settings: DataSettings) -> RealData:
     ``image_size`` is None.
     """
     items, labels, classes, left_out = _digits() if settings.source == "digits" else _open(settings)
-    shuffled = np.random.default_rng(derive_seed(0, "limit")).permutation(len(items))
-    chosen = np.sort(shuffled[: settings.limit])
+    known = None if labels is None else np.asarray(labels, np.int64)
+    chosen = _drawn(len(items), min(settings.limit or len(items), len(items)), known, derive_seed(0, "limit"))
     images = _images(items, chosen, settings)
-    return RealData(images, None if labels is None else np.asarray(labels, np.int64)[chosen], classes, left_out)
+    return RealData(images, None if known is None else known[chosen], classes, left_out)
 
 
 def split_reference(data: RealData, reference: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the pool that models learn from, and of the ``reference`` images kept apart from it.
 
-    Each class has its share of the reference, to within one image (systematic sampling along the sorted labels).
-    Raises ValueError if either part would be empty.
+    Each class has its share of the reference, to within one image. Raises ValueError if either part would be empty.
     """
     count = len(data.images)
     if not 0 < reference < count:
         raise ValueError(f"reference: {reference} of {count} images leave none to learn from: give 1 to {count - 1}")
-    keys = np.random.default_rng(derive_seed(seed, "reference")).permutation(count)
-    order = np.lexsort((keys,) if data.labels is None else (keys, data.labels))
-    apart = order[(2 * np.arange(reference) + 1) * count // (2 * reference)]
-    return np.setdiff1d(order, apart), np.sort(apart)
+    apart = _drawn(count, reference, data.labels, derive_seed(seed, "reference"))
+    return np.setdiff1d(np.arange(count), apart), apart
+
+
+def _drawn(count: int, wanted: int, labels: np.ndarray | None, seed: int) -> np.ndarray:
+    """Sorted indices (wanted,) of ``count`` images at random, with each class's share to within one image: systematic
+    sampling along the sorted ``labels``."""
+    keys = np.random.default_rng(seed).permutation(count)
+    order = np.lexsort((keys,) if labels is None else (keys, labels))
+    return np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
 
 
 def ledger_order(size_of_pool: int, seed: int) -> np.ndarray:
@@ -152,7 +160,8 @@ def _folder(settings: DataSettings, directory: Path) -> _Found:
     part = ReadInstruction.from_spec(settings.split).to_absolute({name: len(found.paths)})[0]
     rows = slice(part.from_, part.to)
     if not found.paths[rows]:
-        raise ValueError(f"{settings.source}: no images of split {settings.split} in {shown(directory)}")
+        of = "" if settings.split == "train" else f" of split {settings.split}"
+        raise ValueError(f"data.source: {settings.source} holds no images{of}")
     return found.paths[rows], found.labels and found.labels[rows], found.classes, found.left_out
 
 
@@ -205,7 +214,7 @@ def _images(items: Sequence[Any], chosen: np.ndarray, settings: DataSettings) ->
         pictures.append(picture if size is None else ImageOps.fit(picture, (size, size)))  # antialiased
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) > 1:
-        raise ValueError(f"images differ in size (width, height): {sizes[0]} and {sizes[-1]}; set image_size")
+        raise ValueError(f"images differ in size (width, height): {sizes[0]} and {sizes[-1]}; set data.image_size")
     mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
     return np.stack([np.asarray(picture.convert(mode)) for picture in pictures]).reshape(-1, *sizes[0][::-1], len(mode))
 

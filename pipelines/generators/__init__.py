@@ -22,6 +22,7 @@ from policies.rl.settings import Settings
 
 Seeds = Sequence[int]
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
+OF_CLASSES = ("class_entropy", "label_accuracy")  # metrics that only a classifier of the labels gives
 
 
 class Generator(Named):
@@ -32,7 +33,7 @@ class Generator(Named):
     flat: ClassVar[bool] = False  # built in: whether its keys are an arm's own, in place of a block of its name
     closed_form: ClassVar[bool] = False  # the truth is a distribution, and a draw cheaper than a file
     many_universes: ClassVar[bool] = False  # fitted side by side in one task, and measured by their parameters
-    conditional: ClassVar[bool] = False  # whether it needs labels
+    conditional: ClassVar[bool] = False  # whether it learns from labels
     least_side: ClassVar[int] = 1  # of images, in pixels
     metrics: ClassVar[tuple[str, ...]] = ("fid", *NEIGHBOURS, "class_entropy", "memorisation")  # the first one compares
 
@@ -56,7 +57,7 @@ class Generator(Named):
 
     @classmethod
     def settled(cls, settings: Any, classes: int) -> Any:
-        """``settings`` for real images of so many ``classes``."""
+        """``settings`` for real images of so many ``classes``; 0: without labels."""
         return settings
 
     @classmethod
@@ -69,7 +70,9 @@ class Generator(Named):
 
     @classmethod
     def check_classes(cls, settings: Any, classes: int) -> None:
-        """Raise ValueError if it cannot be fitted to images of so many classes."""
+        """Raise ValueError if it cannot be fitted to images of so many classes; 0: without labels."""
+        if cls.conditional and not classes:
+            raise ValueError(f"family {cls.__name__} learns from labels, and the images have none")
 
     @classmethod
     def side_multiple(cls, settings: Any) -> int:

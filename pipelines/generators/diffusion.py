@@ -1,7 +1,9 @@
-"""Class-conditional diffusion of small images (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2207.12598).
+"""Diffusion of small images, conditional on their classes (Ho & Salimans, "Classifier-Free Diffusion Guidance",
+2207.12598) or, where they have no labels, unconditional.
 
 A diffusers UNet predicts v on a cosine schedule. Some of its training labels are replaced by a null class, so that
-sampling can be biased toward what a label says: MAD's λ is a diffusers ``guidance_scale`` of 1/λ.
+sampling can be biased toward what a label says: MAD's λ is a diffusers ``guidance_scale`` of 1/λ. Without labels, the
+null class is the only one.
 """
 
 import json
@@ -28,7 +30,7 @@ _MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 class DiffusionSettings(Settings):
     """A diffusion model trained from scratch: its network, training and sampler."""
 
-    classes: int | None = Field(None, ge=1, description="number of labels; null: the largest label in the data + 1")
+    classes: int | None = Field(None, ge=0, description="number of labels; 0: unconditional; null: the data's")
     channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
     levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
     training_steps: int = Field(400, ge=1, description="optimiser updates of one fit, annealed to rate 0")
@@ -60,7 +62,7 @@ class DiffusionGenerator(Generator):
         self.unet = unet.eval().requires_grad_(False)
         self.unet.register_to_config(_name_or_path="")  # else equal models would remember where they were loaded from
         self.classes = unet.config.num_class_embeds - 1  # the last one is the null class
-        # Of each label in the training set, (classes,).
+        # Of each label in the training set, (classes,); (1,) without labels.
         self.shares = np.full(self.classes, 1 / self.classes) if shares is None else shares
         kind = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
         self.noises = DDPMScheduler(settings.timesteps, beta_schedule="squaredcos_cap_v2", **kind)
@@ -74,12 +76,14 @@ class DiffusionGenerator(Generator):
 
         from pipelines.measures.evaluator import to_network_input
 
-        assert data.labels is not None  # real images have them, and those of this family
-        (seed,), images, labels = seeds, to_network_input(data.values[0]), torch.from_numpy(data.labels[0])
+        (seed,), images = seeds, to_network_input(data.values[0])
+        known = None if settings.classes == 0 else data.labels
+        labels = torch.zeros(len(images), dtype=torch.long) if known is None else torch.from_numpy(known[0])
+        classes = settings.classes or (0 if known is None else int(labels.max()) + 1)
         weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
-        unet = deepcopy(start.unet) if start is not None else _build(settings, images, labels, seed)
+        unet = deepcopy(start.unet) if start is not None else _build(settings, images, classes, seed)
         classes = unet.config.num_class_embeds - 1
-        if labels.max() >= classes:
+        if labels.max() >= max(classes, 1):
             raise ValueError(f"label {labels.max()} is none of the {classes} classes: set classes higher")
         shares = np.bincount(labels.numpy(), weights.numpy(), minlength=classes) / weights.sum().item()
         generator = cls(settings, unet.to(device), shares)
@@ -108,7 +112,7 @@ class DiffusionGenerator(Generator):
         unet.eval().requires_grad_(False)
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
-        """``count`` images and the labels they were asked to show: the training set's own, in random order.
+        """``count`` images and the labels, if any, they were asked to show: the training set's own, in random order.
 
         A ``bias`` of 1 costs one network call a step, any other two, and needs label dropout in training.
         """
@@ -119,7 +123,7 @@ class DiffusionGenerator(Generator):
         labels = _labels(torch.from_numpy(self.shares), count, random)
         with torch.inference_mode():
             batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
-        return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None])
+        return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None] if self.classes else None)
 
     def _denoise(self, labels: "Tensor", random: "torch.Generator", guidance_scale: float) -> "Tensor":
         """Images (n, height, width, channels) uint8 of ``labels`` (n,)."""
@@ -158,12 +162,14 @@ class DiffusionGenerator(Generator):
     @classmethod
     def settled(cls, settings: DiffusionSettings, classes: int) -> DiffusionSettings:
         """Of as many classes as there are, as a small training set may lack the last one."""
-        return settings.model_copy(update={"classes": settings.classes or classes})
+        return settings.model_copy(update={"classes": classes if settings.classes is None else settings.classes})
 
     @classmethod
     def check(cls, settings: DiffusionSettings, loop: Rule) -> None:
         """A sampling bias is guidance."""
         bias = loop.sampling_bias
+        if bias < 1 and settings.classes == 0:
+            raise ValueError("a sampling_bias below 1 is guidance, which needs labels: set it to 1, or family=gan")
         if bias < 1 and not settings.label_dropout:
             raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
         if bias * _MOST_GUIDANCE < 1:
@@ -172,7 +178,7 @@ class DiffusionGenerator(Generator):
     @classmethod
     def check_classes(cls, settings: DiffusionSettings, classes: int) -> None:
         """Each has an embedding."""
-        if classes > (settings.classes or classes):
+        if settings.classes and not 0 < classes <= settings.classes:
             raise ValueError(f"diffusion.classes is {settings.classes}, the images have {classes}: set it to null")
 
     @classmethod
@@ -196,15 +202,15 @@ def _labels(shares: "Tensor", count: int, random: "torch.Generator") -> "Tensor"
     return labels[due.argsort()[:count]]
 
 
-def _build(settings: DiffusionSettings, images: "Tensor", labels: "Tensor", seed: int) -> Any:
-    """An untrained UNet for ``images`` (n, channels, height, width) and ``labels`` (n,)."""
+def _build(settings: DiffusionSettings, images: "Tensor", classes: int, seed: int) -> Any:
+    """An untrained UNet for ``images`` (n, channels, height, width) of so many ``classes``, and the null class."""
     import torch
     from diffusers import UNet2DModel
 
     _, channels, *size = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        levels, classes = settings.levels, settings.classes or int(labels.max()) + 1
+        levels = settings.levels
         blocks: Any = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
         blocks["block_out_channels"] = tuple(settings.channels * 2**level for level in range(levels))
         sizes = {"layers_per_block": 1, "norm_num_groups": 8, "num_class_embeds": classes + 1}

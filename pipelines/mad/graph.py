@@ -14,16 +14,19 @@ from pipelines.storage.tasks import Task
 from policies.loops.rules import Rule
 from policies.loops.training_sets import REAL, Manifest
 
+CLASSIFIER, SELF_SUPERVISED = TRAINED = ("classifier", "self_supervised")  # extractors that are trained on the pool
+
 
 @dataclass(frozen=True)
 class RealSource:
-    """Where real samples come from: a distribution, or images with the extractor that was trained on them."""
+    """Where real samples come from: a distribution, or images with the extractor that looks at them."""
 
     samples: int  # that a generation is measured with, and as many real ones
     pool: int | None = None  # real images that models may be trained on; None: a distribution, endless
     data: Task | None = None
     extractor: Task | None = None
-    classes: int = 0
+    classes: int = 0  # of their labels; 0: none
+    look: str = ""  # the extractor, as ``image_source`` is given it
 
     @property
     def tasks(self) -> list[Task]:
@@ -31,16 +34,31 @@ class RealSource:
         return [task for task in (self.data, self.extractor) if task]
 
     @property
+    def classified(self) -> int:
+        """How many classes the extractor tells apart; 0: it is no classifier."""
+        return self.classes if self.look == CLASSIFIER else 0
+
+    @property
+    def stored(self) -> list[Task]:
+        """Those that nobody does: the real images, and the files of an extractor that is given."""
+        return [*self.extractor.inputs] if self.extractor else []
+
+    @property
     def described(self) -> dict[str, Any]:
         """Of images, what :func:`image_source` makes an equal source from."""
-        sha256 = self.data.parameters["sha256"] if self.data else None
-        return {"sha256": sha256, "samples": self.samples, "pool": self.pool, "classes": self.classes}
+        about = {"samples": self.samples, "pool": self.pool, "classes": self.classes, "extractor": self.look}
+        return about | {"sha256": self.data.parameters["sha256"] if self.data else None}
 
 
-def image_source(sha256: str, samples: int, pool: int, classes: int) -> RealSource:
-    """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest."""
+def image_source(sha256: str, samples: int, pool: int, classes: int, extractor: str = CLASSIFIER) -> RealSource:
+    """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest.
+
+    ``extractor`` is one that is trained on the pool, "classifier" or "self_supervised", or the digest of a model.
+    """
     data = Task("data", {"sha256": sha256, "reference": samples}, label="real data")
-    return RealSource(samples, pool, data, Task("extractor", {"classes": classes}, (data,), "extractor"), classes)
+    given = [] if extractor in TRAINED else [Task("model", {"sha256": extractor}, label="feature extractor")]
+    eye = Task("extractor", {"classes": classes if extractor == CLASSIFIER else 0}, (data, *given), "extractor")
+    return RealSource(samples, pool, data, eye, classes, extractor)
 
 
 @dataclass(frozen=True)
@@ -76,9 +94,9 @@ class Chain:
         """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
         if self._generator.closed_form:
             return Drawn(model, start, stop)
-        judge = [self.source.extractor] if self.loop.selection() and self.source.extractor else []
+        judges = self.source.tasks[1:] if self.source.classified and self.loop.selection() else []
         parameters = {"selection": self.loop.selection(), "role": "training", "start": start, "count": stop - start}
-        return Drawn(self._draw(model, generation, parameters, judge), start, stop)
+        return Drawn(self._draw(model, generation, parameters, judges), start, stop)
 
     def evaluation(self, model: Task, generation: int) -> Task | None:
         """Draw what a generation is measured by, from the same latent seeds each time. Closed forms need none."""
@@ -93,7 +111,7 @@ class Chain:
             return self._task("measure", manifest.generation, self._common | parameters, [model])
         parameters, training = self._training_set(manifest, drawn)
         inputs = [evaluation, *self.source.tasks, *training]
-        return self._task("measure", manifest.generation, {**parameters, "classes": self.source.classes}, inputs)
+        return self._task("measure", manifest.generation, {**parameters, "classes": self.source.classified}, inputs)
 
     def _training_set(self, manifest: Manifest, drawn: Mapping["Batch", Task]) -> tuple[dict[str, Any], list[Task]]:
         """Parameters and inputs from which a manifest's samples can be read or drawn."""

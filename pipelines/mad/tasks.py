@@ -110,15 +110,18 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
 
 
 def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
-    """Train the frozen eye of the image metrics on the pool, and show it the reference."""
+    """The frozen eye of the image metrics, trained on the pool or given, and what it sees of the reference."""
     from pipelines.measures.features import train_extractor
 
-    real = read_real_data(inputs[0])
-    seed, classes = derive_seed(0, "extractor"), parameters["classes"]
-    extractor = train_extractor(real["pool"], real["pool_labels"], classes, seed, device)
+    real, seed = read_real_data(inputs[0]), derive_seed(0, "extractor")
+    if inputs[1:]:
+        extractor, files = _load_extractor(inputs[1], device), inputs[1]
+    else:
+        extractor = train_extractor(real["pool"], real.get("pool_labels"), parameters["classes"], seed, device)
+        files = packed(extractor.save)
     np.save(buffer := io.BytesIO(), extractor.features(real["reference"]))
     about = json.dumps({"sha256": extractor.sha256}).encode()
-    return {**packed(extractor.save), "about.json": about, "reference.npy": buffer.getvalue()}
+    return {**files, "about.json": about, "reference.npy": buffer.getvalue()}
 
 
 def _load_extractor(files: Files, device: str) -> Any:
@@ -155,9 +158,10 @@ def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     data, extractor = read_real_data(inputs[0]), _load_extractor(inputs[1], device)
     order = np.random.default_rng(derive_seed(0, "floor")).permutation(len(data["pool"]))
     apart, rest = np.split(order, [len(data["reference"])])
-    pool, labels, classes = data["pool"], data["pool_labels"], parameters["classes"]
+    pool, classes = data["pool"], parameters["classes"]
+    labels = data["pool_labels"][apart] if "pool_labels" in data else None
     reference = data["reference"], np.load(io.BytesIO(inputs[1]["reference.npy"]))
-    return _metrics(*measure_images(pool[apart], labels[apart], *reference, pool[rest], extractor, classes))
+    return _metrics(*measure_images(pool[apart], labels, *reference, pool[rest], extractor, classes))
 
 
 _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {

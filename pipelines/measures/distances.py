@@ -92,13 +92,13 @@ def measure_images(
     training: np.ndarray,
     extractor: "Extractor",
     classes: int,
-) -> tuple[dict[str, float], list[float]]:
+) -> tuple[dict[str, float], list[float] | None]:
     """Every figure of a generation's images, all uint8 (n, height, width, channels), and the share of each class.
 
     ``labels`` (n,) are what the ``generated`` images were asked to show; ``reference`` are as many real images that no
     generator trained on, with their features (n, 32), so that these are taken once a run; ``training`` (any number) are
     those that may have been copied. ``class_entropy`` is that of the classes that the extractor sees, ln(classes) at
-    most.
+    most. What needs classes is left out, and the shares are None, where there are 0, as the extractor is no classifier.
 
     Raises:
         ValueError: if ``generated`` and ``reference`` are not equally many.
@@ -107,15 +107,17 @@ def measure_images(
 
     _check_equally_many(reference, generated)
     features = extractor.features(generated)
-    seen = extractor.classify(features).argmax(axis=1)
-    shares: list[float] = (np.bincount(seen, minlength=classes) / len(seen)).tolist()
     pixels = (images.reshape(len(images), -1).astype(np.float64) for images in (generated, training, reference))
     figures = {
         "fid": frechet_distance(features, reference_features),
         **precision_recall_density_coverage(reference_features, features),
-        "class_entropy": float(entropy(shares)),
         "memorisation": memorisation(*pixels),
     }
+    if not classes:
+        return figures, None
+    seen = extractor.classify(features).argmax(axis=1)
+    shares: list[float] = (np.bincount(seen, minlength=classes) / len(seen)).tolist()
+    figures["class_entropy"] = float(entropy(shares))
     if labels is not None:
         figures["label_accuracy"] = float((seen == labels).mean())
     return figures, shares

@@ -240,6 +240,12 @@ def packed(save: Callable[[Path], Any]) -> Files:
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
+def content_digest(files: Files) -> str:
+    """What identifies files by their names and contents."""
+    found = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def unpacked(files: Files, load: Callable[[Path], Any]) -> Any:
     """What ``load(directory)`` makes of ``files``."""
     with tempfile.TemporaryDirectory() as name:

@@ -77,8 +77,9 @@ def paired(a: ArrayLike, b: ArrayLike, metric: str) -> tuple[Interval, bool]:
 
 
 def paired_ratio(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Geometric mean of a/b over paired seeds, both (seeds,) and positive, with its 95 % interval."""
-    return Interval(*map(float, interval(np.asarray(a) / np.asarray(b), "logarithm")))
+    """Geometric mean of a/b over paired seeds, both (seeds,) and positive, with its 95 % interval; of zeros nan."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Interval(*map(float, interval(np.asarray(a) / np.asarray(b), "logarithm")))
 
 
 def share_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:

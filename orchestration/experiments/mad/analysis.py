@@ -38,7 +38,10 @@ def verdict(values: Values) -> dict[str, Any] | None:
     grows = judge(values[distance], "lower") if distance else judge(values["heterozygosity"], "higher")
     kinds = ("precision", diversity or "")
     quality, spread = (judge(values[each], "higher") if each in values else None for each in kinds)
-    return mad_verdict(grows, quality, spread, seeds)
+    found = mad_verdict(grows, quality, spread, seeds)
+    if distance:
+        found["growth"] = {"metric": distance, **paired_ratio(*values[distance].T[[-1, 0]])._asdict()}
+    return found
 
 
 def limit(distances: np.ndarray) -> np.ndarray:
@@ -71,25 +74,29 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
 def comparisons(
     config: MadConfig, values: Mapping[str, Values], manifests: Mapping[str, Sequence[Manifest]]
 ) -> dict[str, Any]:
-    """What arms say together: how n_ini is forgotten, and how the final distance falls with fresh data.
+    """What arms say together: how n_ini is forgotten, how the final distance falls with fresh data, and how much
+    farther than the control each arm ends: than the one of its family with the most real data in later training sets.
 
-    Only arms are compared that are equal in all else, the sizes of their later training sets included.
+    But for the control, only arms are compared that are equal in all else, the sizes of these sets included.
     """
     arms = config.resolved_arms
     found: dict[str, Any] = {}
+    share = {name: 1 - np.mean([m.synthetic / m.size for m in manifests[name][1:] or manifests[name]]) for name in arms}
     for metric in DISTANCES:
+        for name in (measured := [name for name in arms if metric in values[name]]):
+            control = max((each for each in measured if arms[each].family == arms[name].family), key=share.__getitem__)
+            if share[name] < share[control]:
+                ratio = paired_ratio(*(values[each][metric][:, -1] for each in (name, control)))._asdict()
+                pair = {"arms": [name, control], "metric": metric, "final_ratio": ratio}
+                found.setdefault("control", []).append(pair)
         for small, large in permutations([name for name in arms if metric in values[name]], 2):
             alike = _but_for_sizes(arms[small]) == _but_for_sizes(arms[large])
             same_later = _sizes(manifests[small][1:]) == _sizes(manifests[large][1:])
             if alike and same_later and arms[small].loop.initial() < arms[large].loop.initial():
-                pair = values[small][metric], values[large][metric]
-                about: dict[str, Any] = {
-                    "arms": [small, large],
-                    "metric": metric,
-                    "forgetting_time": forgetting_time(*pair),
-                }
-                about["final_ratio"] = paired_ratio(*map(limit, pair))._asdict()
-                found.setdefault("n_ini", []).append(about)
+                both = values[small][metric], values[large][metric]
+                ratio = paired_ratio(*map(limit, both))._asdict()
+                pair = {"arms": [small, large], "metric": metric, "final_ratio": ratio}
+                found.setdefault("n_ini", []).append(pair | {"forgetting_time": forgetting_time(*both)})
         if (series := fresh_series(config, values, metric)) is not None:
             about = dict(zip(("fractions", "final"), (each.tolist() for each in series), strict=True))
             correlation = rank_correlation(*series)._asdict()

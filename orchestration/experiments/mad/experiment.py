@@ -9,6 +9,8 @@ from orchestration.experiments.experiment import Committed, SweptExperiment
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.runs.config import ConfigError
 from orchestration.runs.manifest import read_summary
+from pipelines.generators import OF_CLASSES
+from pipelines.mad.graph import TRAINED
 
 
 class Mad(SweptExperiment):
@@ -45,12 +47,15 @@ class Mad(SweptExperiment):
 
         if len(config.resolved_arms) > 1:
             raise ConfigError("the configuration has several arms: a trial runs one, so put what differs into space")
-        preflight_mad(config, machine)
-        return [*config.generator.metrics]
+        images = preflight_mad(config, machine).images
+        unknown = OF_CLASSES if images and not images.classified else ()
+        return [metric for metric in config.generator.metrics if metric not in unknown]
 
     def reads(self, config: MadConfig) -> tuple[dict[str, str], set[str]]:
         """See :class:`SweptExperiment`."""
-        return {"data.source": config.data.source}, {path for arm in config.resolved_arms.values() for path in arm.code}
+        paths, extractor = {"data.source": config.data.source}, config.data.extractor
+        paths |= {"data.extractor": extractor} if extractor not in (None, *TRAINED) else {}
+        return paths, {path for arm in config.resolved_arms.values() for path in arm.code}
 
     def reports(self, directory: Path, manifest: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
         """See :class:`SweptExperiment`: the last generation's, once the experiment is finished."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestration.cluster.ray_cluster import Machine
@@ -10,11 +10,11 @@ from orchestration.experiments.mad.config import GENERATOR_KEYS, ArmSettings, Ma
 from orchestration.experiments.task_run import check_same, task_resources
 from orchestration.runs.config import about, validate
 from orchestration.runs.run import TEMPLATES
-from pipelines.data.real_data import RealData, load_real_data, split_reference
-from pipelines.mad.graph import RealSource, image_source
+from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
+from pipelines.mad.graph import CLASSIFIER, SELF_SUPERVISED, TRAINED, RealSource, image_source
 from pipelines.pages import fill
 from pipelines.rewards import RewardError
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Files, content_digest
 from pipelines.storage.tasks import Task
 from policies.common.user_code import calling
 from policies.loops.training_sets import Manifest, training_sets
@@ -34,7 +34,7 @@ class Experiment:
     blocks: dict[str, list[tuple[int, ...]]]  # by arm: the seeds of one task
     floors: dict[str, Task]  # by family: what the metrics say of real samples
     images: RealSource | None  # real images, if an arm is trained on such
-    real_files: Files  # the result of the task that they come from
+    real_files: dict[str, Files]  # by key, of the tasks that nobody does: the real images, and a model given
     found: list[str]  # what real images were found, in words
     gpus: int
     resources: dict[str, Any]  # of one task, and the longest wait
@@ -48,7 +48,6 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         for name, arm in arms.items():
             with config.about_arm(name):
                 arm.generator.check(arm.generator_settings, arm.loop)
-                arm.loop.check_family(arm.family, draws_images=not arm.generator.closed_form)
         check_same("mad", config, lambda held: _differing(config, validate(MadConfig, held)))
         reference = config.data.reference
         compared = not all(arm.generator.many_universes for arm in arms.values())
@@ -59,13 +58,16 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
             )
         trained = [arm for arm in arms.values() if not arm.generator.closed_form]
         real = load_real_data(config.data) if trained else None
-        images, files, found = _image_source(config, real, trained) if real else (None, {}, [])
+        if real and real.labels is not None and not real.labels.any():
+            real = replace(real, labels=None)  # of one class there is nothing to tell
+        images, files, found = _image_source(config.data, real, trained) if real else (None, {}, [])
         points = RealSource(reference)
         sources = {name: images if images and arm in trained else points for name, arm in arms.items()}
         manifests = {}
         for name, arm in arms.items():
             with config.about_arm(name):
                 manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
+                arm.loop.check_family(arm.family, sources[name].classified > 0)
                 _check_sizes(arm, manifests[name], real.images[0].size if real else 1)
                 _check_reward(arm, real if arm in trained else None)
         gpus, resources = task_resources(config.workers, machine, bool(trained))
@@ -122,9 +124,9 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
 
 
 def _image_source(
-    config: MadConfig, real: RealData, arms: Sequence[ArmSettings]
-) -> tuple[RealSource, Files, list[str]]:
-    """The images that models learn from and are measured by, and what was found, in words."""
+    data: DataSettings, real: RealData, arms: Sequence[ArmSettings]
+) -> tuple[RealSource, dict[str, Files], list[str]]:
+    """The images that models learn from and are measured by, their files by key, and what was found, in words."""
     from pipelines.mad.tasks import real_data_files
 
     height, width = real.images.shape[1:3]
@@ -134,34 +136,43 @@ def _image_source(
         lacking = lacking or (f"that are multiples of {multiple}" if height % multiple or width % multiple else None)
         if lacking:
             raise ValueError(f"family {arm.family} needs sides {lacking}, not {height}×{width}: set data.image_size")
-    if real.labels is None:
-        conditional = next((arm.family for arm in arms if arm.generator.conditional), None)
-        who = f"family {conditional} is class-conditional" if conditional else "the metrics' extractor is a classifier"
+    count, wanted, least = len(real.images), data.reference, _LEAST_REFERENCE
+    if count <= 2 * wanted:
+        how = f"give {least} to {(count - 1) // 2}" if count > 2 * least else f"{2 * least + 1} images are the least"
         raise ValueError(
-            f"data.source {config.data.source} has no labels, and {who}: name data.label_column, "
-            "or put the images of each class into a sub-directory"
+            f"data.reference: {wanted} of {count} images leave {max(0, count - wanted)} to learn from, too few to "
+            f"measure as many real images beside them: {how}"
         )
-    wanted = config.data.reference
-    pool, reference = split_reference(real, wanted)
-    if len(pool) <= len(reference):
+    classes = 0 if real.labels is None else int(real.labels.max()) + 1
+    kind = data.extractor or (CLASSIFIER if classes else SELF_SUPERVISED)
+    if kind == CLASSIFIER and not classes:
         raise ValueError(
-            f"data.reference: {wanted} of {len(real.images)} images leave {len(pool)}, too few to measure as many real "
-            f"images beside them: give {(len(real.images) - 1) // 2} at most"
+            "data.extractor: a classifier needs labels of two classes or more: put the images of each into a directory "
+            "of its own, name data.label_column, or set self_supervised, which needs none"
         )
-    classes = int(real.labels.max()) + 1
-    if classes < 2:
-        raise ValueError(f"data.source {config.data.source} has one class: the metrics' classifier needs two or more")
     for arm in arms:
         arm.generator.check_classes(arm.generator_settings, classes)
-    source = image_source(real.sha256, len(reference), len(pool), classes)
-    apart = f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"
-    return source, real_data_files(real.images, real.labels, pool, reference), [*real.describe(), apart]
+        arm.generator.check(arm.generator.settled(arm.generator_settings, classes), arm.loop)
+    given: Files = {}
+    if kind not in TRAINED:
+        from pipelines.measures.features import given_extractor
+
+        given = given_extractor(kind, real.images[:2])
+    pool, reference = split_reference(real, wanted)
+    look = content_digest(given) if given else kind
+    source = image_source(real.sha256, len(reference), len(pool), classes, look)
+    held = {"data": real_data_files(real.images, real.labels, pool, reference), "model": given}
+    found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"]
+    if kind != CLASSIFIER:
+        how = "trained on the former, without labels" if kind == SELF_SUPERVISED else kind
+        found.append(f"the metrics' extractor: {how}; class_entropy and label_accuracy need labels and are left out")
+    return source, {task.key: held[task.kind] for task in source.stored}, found
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
     """The task that measures real samples in place of generated ones."""
-    if source.data is not None and source.extractor is not None:
-        return Task("floor", {"family": "images", "classes": source.classes}, (source.data, source.extractor), "floor")
+    if source.tasks:
+        return Task("floor", {"family": "images", "classes": source.classified}, tuple(source.tasks), "floor")
     if arm.generator.many_universes:
         return None
     parameters = {"family": arm.family, "settings": arm.family_settings(), "samples": source.samples}

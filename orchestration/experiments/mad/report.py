@@ -111,7 +111,9 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     if not arm.generator.closed_form:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
         mad_figures.generations_grid(path, np.stack([images[:_GRID_COLUMNS] for images in sets]), labels)
-        mad_figures.class_heatmap(directory / f"classes_{file_name(name)}.png", np.array(_mean_histograms(run, name)))
+        if run.histograms[name]:
+            path = directory / f"classes_{file_name(name)}.png"
+            mad_figures.class_heatmap(path, np.array(_mean_histograms(run, name)))
     elif not arm.generator.many_universes:
         models = [load_generator(arm.family, run.store.load(each.fit.key)) for each in picked]
         clouds = [evaluation_points(model, each.measure.parameters) for model, each in zip(models, picked, strict=True)]

@@ -13,7 +13,7 @@ from orchestration.experiments.task_run import TaskRun
 from orchestration.runs.display import Row
 from orchestration.runs.inputs import code_of
 from orchestration.tracking.tracker import Tracker
-from pipelines.mad.graph import Generation
+from pipelines.mad.graph import TRAINED, Generation
 from pipelines.mad.tasks import read_real_data, read_samples
 from pipelines.storage.locations import portable
 from pipelines.storage.tasks import Task
@@ -45,10 +45,13 @@ class MadRun(TaskRun):
         if images:
             about["real_images"] = images.described
             inputs["data.source"] = {"path": portable(config.data.source), "sha256": images.described["sha256"]}
+            if images.look not in TRAINED:
+                inputs["data.extractor"] = {"path": portable(str(config.data.extractor)), "sha256": images.look}
         super().__init__(config, about, inputs, _ROWS, "generation", *given)
         self.experiment, self.generations = experiment, generations
-        if images and images.data and self.store.to_do([images.data]):
-            self.store.commit(images.data, experiment.real_files, {})
+        for task in images.stored if images else ():
+            if self.store.to_do([task]):
+                self.store.commit(task, experiment.real_files[task.key], {})
         self.laws = {name: laws(arm, config.generations) for name, arm in arms.items()}
         self.values: dict[str, Values] = {name: {} for name in arms}
         self.histograms: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)  # by (seed, generation)

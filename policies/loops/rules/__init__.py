@@ -107,8 +107,9 @@ class Rule(Named, Settings):
         counts = self.n_real is not None and self.n_synthetic is not None
         return None if counts or fraction else "n_real and n_synthetic, or n_total and fresh_fraction"
 
-    def check_family(self, family: str, draws_images: bool) -> None:
-        """Raise ValueError if the rule cannot be applied to samples of the ``family``."""
+    def check_family(self, family: str, classified: bool) -> None:
+        """Raise ValueError if the rule cannot be applied to samples of the ``family``; ``classified``: whether they are
+        images for which there is a classifier."""
 
     @property
     def functions(self) -> list[str]:

@@ -31,12 +31,15 @@ class Curated(Rule):
         """The reward, if it is one's own."""
         return [] if self.reward in BUILT_IN else [self.reward]
 
-    def check_family(self, family: str, draws_images: bool) -> None:
+    def check_family(self, family: str, classified: bool) -> None:
         """Confidence is a classifier's; one's own reward can be called."""
         if self.functions:
             check_function(self.reward, "reward", ("values", "labels"), None, BUILT_IN)
-        if self.reward == "confidence" and not draws_images:
-            raise ValueError(f"reward confidence needs images: for family {family} set reward=first_coordinate")
+        if self.reward == "confidence" and not classified:
+            raise ValueError(
+                "reward confidence needs images with labels and data.extractor=classifier, whose it is: set reward"
+                "=first_coordinate, or module:function"
+            )
 
     def probe(self, values: np.ndarray, labels: np.ndarray | None) -> None:
         """One's own reward has to answer."""

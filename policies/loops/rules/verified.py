@@ -19,10 +19,10 @@ class Verified(Rule):
     candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
     acceptance: float = Field(0.8, gt=0, lt=1, description="verified: least probability of the label by the classifier")
 
-    def check_family(self, family: str, draws_images: bool) -> None:
-        """The classifier sees images."""
-        if not draws_images:
-            raise ValueError(f"rule verified needs images, as its verifier is a classifier: family {family} has none")
+    def check_family(self, family: str, classified: bool) -> None:
+        """The verifier is the classifier."""
+        if not classified:
+            raise ValueError("rule verified needs images with labels, and data.extractor=classifier, which verifies")
 
     def selection(self) -> dict[str, Any]:
         """The threshold and the number of draws."""
