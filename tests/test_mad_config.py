@@ -156,7 +156,7 @@ UNLABELLED = "the metrics' extractor: trained on the former, without labels; cla
         (["sampling_bias=0.5"], "a sampling_bias below 1 is guidance, which needs labels: set it to 1, or family=gan"),
         (["diffusion.classes=3"], "diffusion.classes is 3, the images have 0: set it to null"),
         (["data.extractor=classifier"], "data.extractor: a classifier needs labels of two classes or more: put"),
-        (["data.extractor=my_model"], "data.extractor: 'my_model' is neither classifier nor self_supervised, nor a"),
+        (["data.extractor=my_model"], "data.extractor: 'my_model' is not classifier, self_supervised or a directory"),
         (["rule=verified", "n_real=5", "n_synthetic=5"], "rule verified needs images with labels, and data.extractor="),
         (["rule=curated", "n_real=5", "n_synthetic=5"], "reward confidence needs images with labels"),
         (["data.reference=25"], "data.reference: 25 of 40 images leave 15 to learn from, too few to measure as many"),

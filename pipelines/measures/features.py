@@ -141,9 +141,8 @@ def _view(images: Tensor, random: torch.Generator) -> Tensor:
     grid = functional.affine_grid(moved, list(images.shape), align_corners=False)
     found = functional.grid_sample(images, grid.to(images.device), padding_mode="border", align_corners=False)
     contrast, light = (draw(_CONTRAST, 1, 1, 1).to(images.device) for _ in range(2))
-    mean = found.mean(dim=(1, 2, 3), keepdim=True)
-    grain = torch.randn(images.shape, generator=random).to(images.device)
-    return (found - mean) * (1 + contrast) + mean + light + _GRAIN * grain
+    grain = _GRAIN * torch.randn(images.shape, generator=random)
+    return found * (1 + contrast) + light + grain.to(images.device)
 
 
 def load_extractor(directory: Path, device: str = "cpu") -> Extractor:
@@ -165,10 +164,7 @@ def given_extractor(path: str, images: np.ndarray) -> Files:
     """
     directory = find(path)
     if directory is None or not (directory / "config.json").is_file():
-        raise ValueError(
-            f"data.extractor: {path!r} is neither classifier nor self_supervised, nor a directory with a config.json, "
-            "as that of a vision model of transformers or of an extractor below tasks/ of an earlier run"
-        )
+        raise ValueError(f"data.extractor: {path!r} is not classifier, self_supervised or a directory with config.json")
     with reading(f"data.extractor: {directory}"):
         extractor = load_extractor(directory)
         if not isinstance(extractor, VisionModel) and extractor.shape != images.shape[1:]:

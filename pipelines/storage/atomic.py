@@ -242,8 +242,8 @@ def packed(save: Callable[[Path], Any]) -> Files:
 
 def content_digest(files: Files) -> str:
     """What identifies files by their names and contents."""
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    found = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items())
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def unpacked(files: Files, load: Callable[[Path], Any]) -> Any:

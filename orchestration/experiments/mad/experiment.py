@@ -48,8 +48,8 @@ class Mad(SweptExperiment):
         if len(config.resolved_arms) > 1:
             raise ConfigError("the configuration has several arms: a trial runs one, so put what differs into space")
         images = preflight_mad(config, machine).images
-        unknown = OF_CLASSES if images and not images.classified else ()
-        return [metric for metric in config.generator.metrics if metric not in unknown]
+        known = not images or images.classified
+        return [metric for metric in config.generator.metrics if known or metric not in OF_CLASSES]
 
     def reads(self, config: MadConfig) -> tuple[dict[str, str], set[str]]:
         """See :class:`SweptExperiment`."""

@@ -153,13 +153,12 @@ def _image_source(
     for arm in arms:
         arm.generator.check_classes(arm.generator_settings, classes)
         arm.generator.check(arm.generator.settled(arm.generator_settings, classes), arm.loop)
-    given: Files = {}
+    given, look = Files(), kind
     if kind not in TRAINED:
         from pipelines.measures.features import given_extractor
 
-        given = given_extractor(kind, real.images[:2])
+        look = content_digest(given := given_extractor(kind, real.images[:2]))
     pool, reference = split_reference(real, wanted)
-    look = content_digest(given) if given else kind
     source = image_source(real.sha256, len(reference), len(pool), classes, look)
     held = {"data": real_data_files(real.images, real.labels, pool, reference), "model": given}
     found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"]
