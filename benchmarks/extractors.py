@@ -1,12 +1,12 @@
 """Does an extractor that was trained without labels rank images as a classifier of them does?
 
-``python -m benchmarks.extractors [digits|tinted …]`` makes sets of real images ever worse, five steps in each of ten ways, from a
-little noise to lost classes and GANs of ever shorter training, of two data sets with labels: scikit-learn's digits, and
-the same digits tinted, where colour hides them. The extractors are trained on 1,000 images, the reference is 397 others
-and what is made worse 397 more. Printed, over seeds of the extractors: Spearman's ρ of all 50 Fréchet distances with
-the mean of the classifiers' (its own row: with that of the other seeds); how many of the ways are in their order; and
-precision where half of the images are noise; CPU seconds are the last seed's. Controls are the same network with random weights, pixels, and their
-principal components.
+``python -m benchmarks.extractors [digits|tinted …]`` makes sets of real images ever worse, five steps in each of ten
+ways, from a little noise to lost classes and GANs of ever shorter training, of two data sets with labels, digits and
+digits tinted, where colour hides them. The extractors are trained on 1,000 images, the reference is 397 others, and
+what is made worse is 397 more. Printed, over seeds of the extractors: Spearman's ρ of all 50 Fréchet
+distances with the mean of the classifiers' (its own row: with that of the other seeds); how many of the ways are in
+their order; precision where half of the images are noise; CPU seconds of the last seed. Controls are the same network
+with random weights, pixels, and their principal components.
 """
 
 import sys
