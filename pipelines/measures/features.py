@@ -20,7 +20,7 @@ from torch.nn import functional
 from pipelines.measures.evaluator import to_network_input
 from pipelines.storage.atomic import Files, content_digest
 from pipelines.storage.locations import find
-from pipelines.storage.model_files import load_whole, read_json, reading, weight_files
+from pipelines.storage.model_files import load_whole, quieten, read_json, reading, weight_files
 from pipelines.training import train
 
 DIMENSIONS = 32
@@ -78,6 +78,7 @@ class VisionModel(Extractor):
     def __init__(self, directory: Path, device: str) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
+        quieten()
         whole = load_whole(AutoModel, directory, device, "pooler", dtype=torch.float32, trust_remote_code=False)
         self.network: Any = getattr(whole, "vision_model", whole).requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
