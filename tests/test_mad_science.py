@@ -1,10 +1,11 @@
 """What arms of an experiment say together: only of those that are equal in all else."""
 
+import json
 from typing import Any
 
 import numpy as np
 
-from orchestration.experiments.mad.analysis import comparisons
+from orchestration.experiments.mad.analysis import comparisons, verdict
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.runs.config import load_config
 from policies.loops.training_sets import training_sets
@@ -57,3 +58,14 @@ def test_each_arm_is_held_against_the_one_with_the_most_real_data() -> None:
     apart = compared(arms[0], "arms.other={rule: real_only, n_ini: 60, family: categorical}")
     assert "control" not in apart
     assert "control" not in compared(arms[0], "arms.same={rule: fully_synthetic, n_ini: 60, sampling_bias: 0.9}")
+
+
+def test_a_verdict_says_how_much_the_distance_grew_and_is_json() -> None:
+    grown = verdict({"fid": np.array([[1.0, 2, 4], [2.0, 2, 8], [1.0, 3, 4]])})
+    assert grown is not None
+    assert grown["growth"] == {"metric": "fid", "mean": 4.0, "low": 4.0, "high": 4.0}
+    alone = verdict({"fid": np.array([[1.0, 4]])})
+    json.dumps(alone, allow_nan=False)
+    assert alone is not None
+    assert (alone["growth"]["mean"], alone["growth"]["low"]) == (4.0, None)
+    assert "growth" not in (verdict({"total_variation": np.ones((2, 2)), "heterozygosity": np.ones((2, 2))}) or {})

@@ -12,7 +12,7 @@ from orchestration.experiments.mad.config import ArmSettings, MadConfig
 from policies.common.intervals import paired_ratio, rank_correlation
 from policies.loops.laws import Laws
 from policies.loops.training_sets import Manifest
-from policies.loops.verdicts import forgetting_time, judge, mad_verdict
+from policies.loops.verdicts import forgetting_time, judge, mad_verdict, plain
 
 DISTANCES = ("fid", "frechet", "w2_squared")  # what goes MAD if it grows; an arm has one of them, or none
 _DIVERSITY = ("recall", "heterozygosity")
@@ -40,7 +40,7 @@ def verdict(values: Values) -> dict[str, Any] | None:
     quality, spread = (judge(values[each], "higher") if each in values else None for each in kinds)
     found = mad_verdict(grows, quality, spread, seeds)
     if distance:
-        found["growth"] = {"metric": distance, **paired_ratio(*values[distance].T[[-1, 0]])._asdict()}
+        found["growth"] = plain({"metric": distance, **paired_ratio(*values[distance].T[[-1, 0]])._asdict()})
     return found
 
 
