@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import ray
 
+from policies.common.user_code import noted
 from policies.rl.health import DegenerateBatch, ShortOfMemoryError
 
 _LINES = 10  # of a dead process's log
@@ -39,12 +40,13 @@ def result(reference: Any, what: str) -> Any:
 
 def _explain(error: Exception, what: str) -> NoReturn:
     kind, words = _in_words(error)
-    raise kind(f"{what}: {words}") from error
+    raise noted(kind(f"{what}: {words}"), getattr(error, "cause", error)) from error
 
 
 def _in_words(error: Exception) -> tuple[type[Exception], str]:
     """What an error of Ray's is raised as, and its first cause."""
-    said, last = " ".join(str(error).split()), str(error).strip().rpartition("\n")[2]
+    lines = [line for line in str(error).splitlines() if line and not line[0].isspace()]  # notes are indented
+    said, last = " ".join(str(error).split()), lines[-1] if lines else ""
     if any(mark in said for mark in MARKS_OF_A_PEER):
         return ActorLost, f"another learner is gone or late: {last}"
     if isinstance(error, ray.exceptions.RayTaskError):

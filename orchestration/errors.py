@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+from policies.common.user_code import noted
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: what is wrong, where, and what to do. One line."""
@@ -14,4 +16,4 @@ def about(what: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(f"{what}: {error}" if what else str(error)) from error
+        raise noted(ConfigError(f"{what}: {error}" if what else str(error)), error) from error

@@ -34,7 +34,7 @@ class RewardSettings(Settings):
 
     function: str | dict[str, float] = Field(
         "sentence_cosine",
-        description=f"{', '.join(REWARDS.built_in)}, or an import path 'module:function'; or several with weights",
+        description=f"{', '.join(REWARDS.built_in)}, or 'module:function', 'file.py:function'; or several with weights",
     )
     options: dict[str, dict[str, Any]] = Field({}, description="of each function by its name: docs/rewards.md")
     held_out: tuple[str, ...] = Field((), description="functions that evaluations measure and nothing is trained on")

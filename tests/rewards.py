@@ -62,13 +62,13 @@ def one_by_one(images: np.ndarray, prompts: Sequence[str], captions: Sequence[st
 
 
 class Holds:
-    """A class that holds what it needs."""
+    """A class that holds what it needs, which nothing is."""
 
     def __init__(self, path: str, weight: float = 1.0) -> None:
-        raise AssertionError("a dry run makes none")
+        raise AssertionError(f"{path} cannot be held")
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> list[float]:
-        raise AssertionError("a dry run asks nothing")
+        raise AssertionError("it is not asked")
 
 
 class NeverCalled:
@@ -79,12 +79,17 @@ class AskedForTwo:
     """Its instances take two arguments."""
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:
-        raise AssertionError("a dry run asks nothing")
+        raise AssertionError("it is not asked")
 
 
 def fails(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> list[float]:
     """A reward with a mistake in it."""
     return _deeper({"weights": 1.0})
+
+
+def fails_later(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+    """A reward with a mistake that two images do not show."""
+    return redness(images, prompts, captions) if len(images) <= 2 else np.array(_deeper({"weights": 1.0}))
 
 
 def _deeper(table: dict[str, float]) -> list[float]:

@@ -344,11 +344,6 @@ def test_the_version_is_that_of_the_package(
     assert capsys.readouterr().out == f"ouroboros {version('ouroboros-rl')}\n"
 
 
-def test_a_class_of_ones_own_is_checked_and_not_made() -> None:
-    options = ["reward.function=tests.rewards:Holds", "reward.options={tests.rewards:Holds: {path: x, weight: 2}}"]
-    assert preflight_ddpo(load_config(DdpoConfig, DIGITS, options), Machine(2, 0)).prompts
-
-
 def test_an_error_cannot_speak_to_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

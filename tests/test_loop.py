@@ -214,12 +214,22 @@ def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
     assert found["reward_after"] == kept["evaluation/reward"] == first["evaluation/reward"]
 
 
-def test_a_check_says_which_rewards_can_teach(overrides: list[str], ray_session: None) -> None:
-    """Of actors without a learner: one that sees a difference, and one that does not."""
+def test_a_check_says_which_rewards_can_teach(
+    overrides: list[str], ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of actors without a learner, or in this process alone: one that sees a difference, and one that does not."""
+    from orchestration.experiments.ddpo import reward_check
     from orchestration.experiments.ddpo.reward_check import check, render
 
     names = "{tests.rewards:redness: 1, tests.rewards:the_same: 1}"
-    found = check(configure(overrides, f"reward.function={names}", "actors.samplers=1"))
+    config = configure(overrides, f"reward.function={names}", "actors.samplers=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_check, "WorkerGroup", None)
+        here = check(config)
+    monkeypatch.setattr(reward_check, "external_address", lambda: "a cluster, whose actors do it")
+    found = check(config)
+    for name, finding in found.items():
+        assert (finding.means, finding.spread) == (here[name].means, pytest.approx(here[name].spread, abs=1e-6))
     redness, same = found["tests.rewards:redness"], found["tests.rewards:the_same"]
     assert same.objection == "all images of a prompt score the same: there is nothing to learn from"
     assert same.means == {"true": 0.5, "shuffled": 0.5, "noise": 0.5}
@@ -257,14 +267,18 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(
     from orchestration.experiments.ddpo.preflight import preflight_ddpo
 
     directory = tmp_path / "run"
-    config = configure(
-        overrides, f"output_dir={directory}", "reward.function=tests.rewards:not_a_number", "actors.samplers=1"
-    )
-    with pytest.raises(RuntimeError, match=r"the reward of image 0 .* is nan"):
+    own = "reward.function=tests/rewards.py:fails_later"  # by its file
+    config = configure(overrides, f"output_dir={directory}", own, "actors.samplers=1")
+    with pytest.raises(RuntimeError, match=r"the reward function failed: KeyError: 'the weights' \(at") as failed:
         run_ddpo(config)
+    (shown,) = failed.value.__notes__  # what a terminal and a notebook show of it: the user's own frames alone
+    assert re.fullmatch(
+        r"(?s)  Traceback .*rewards\.py.*in fails_later.*in _deeper.*\n  KeyError: 'the weights'", shown
+    )
+    assert "pipelines/rewards" not in shown
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["status"] == "FAILED"
-    assert "nan" in manifest["error"]
+    assert "the weights" in manifest["error"]
     told = (directory / "error.txt").read_text()
     assert "Traceback" in told
     assert "orchestration/experiments/ddpo/loop.py" in told

@@ -37,7 +37,7 @@ def configure(*more: str) -> Study:
 @pytest.fixture(scope="module")
 def finished(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an undisturbed study, whose tasks were done one after the other and without Ray."""
-    from orchestration.experiments.study.loop import run_study
+    from orchestration.api import run_study
     from orchestration.experiments.task_run import TaskRun
 
     def one_by_one(run: TaskRun, work: Any, tasks: Sequence[Task], gpus: int, resources: Mapping[str, Any]) -> None:
@@ -51,8 +51,11 @@ def finished(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     store = shutil.copy(empty_store, directory.parent / "store" / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskRun, "perform", one_by_one)
-        path = run_study(configure(f"output_dir={directory}", f"tracking.uri=sqlite:///{store}"))
-    assert path == directory / "summary.json"
+        result = run_study(configure(f"output_dir={directory}"), **{"tracking.uri": f"sqlite:///{store}"})
+    assert result.directory == directory
+    assert result.summary["study"] == "tests.studies:Shrink"
+    frame = result.metrics  # a row for each arm and seed
+    assert (len(frame), {*frame["arm"]}, {*frame["seed"]}) == (6, {"shrunk", "untouched"}, {0, 1, 2})
     return directory
 
 

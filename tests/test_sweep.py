@@ -85,9 +85,13 @@ def summary(directory: Path) -> dict[str, Any]:
 
 def swept(content: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The summary of a sweep in this process, on the Ray that is there."""
-    from orchestration.experiments.sweep.loop import run_sweep
+    from orchestration.api import run_sweep
 
-    assert run_sweep(configure(content, output_dir=str(directory))) == directory / "summary.json"
+    result = run_sweep({**content, "output_dir": directory})
+    assert result.directory == directory
+    values = [each["value"] for each in result.summary["trials"]]
+    assert [*result.metrics[result.summary["metric"]].dropna()] == [each for each in values if each is not None]
+    assert {*result.metrics} >= {*content["space"], "seed", "status"}
     return summary(directory)
 
 

@@ -13,7 +13,7 @@ FENCE = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ ouroboros (.*)\n((?:[^$].*\n)*)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["own_prompts", "own_model", "own_reward", "own_images"])
+@pytest.mark.parametrize("page", ["own_prompts", "own_model", "own_reward", "own_images", "python"])
 def test_a_page_is_true(
     page: str,
     tmp_path: Path,
@@ -26,7 +26,7 @@ def test_a_page_is_true(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE")  # a model may be named that is still on the hub
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "__main__"}
     done = 0
     for kind, file, text in FENCE.findall((CHECKOUT / f"docs/{page}.md").read_text()):
         if kind == "python" and not file:
@@ -38,7 +38,7 @@ def test_a_page_is_true(
                 for part in expected.replace("…", "\n").splitlines():  # an ellipsis stands for what differs
                     assert part in printed, printed
                 done += 1
-        else:
+        elif file:
             (tmp_path / file).write_text(text)
     assert done >= 3
 

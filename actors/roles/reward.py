@@ -11,7 +11,6 @@ from actors.pool import Pool
 from actors.worker import Worker, device_is_lost, is_short_of_memory
 from pipelines.rewards import Reward, load_reward
 from pipelines.settings import RewardSettings
-from pipelines.storage.locations import portable
 
 _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what it asks may be away for a moment
 
@@ -44,6 +43,5 @@ def reward_pools(placed: Mapping[str, Placed], settings: RewardSettings) -> dict
     """The actors of every reward function, trained on or held out, with models by names that all nodes understand."""
     pools = {}
     for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
-        models = {option: portable(path) for option, path in options.model_paths.items()}
-        pools[name] = Pool(placed[role], RewardActor, name, options.model_copy(update=models))
+        pools[name] = Pool(placed[role], RewardActor, *options.everywhere(name))
     return pools

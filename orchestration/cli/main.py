@@ -1,20 +1,19 @@
 """The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
 
-import contextlib
 import os
-import signal
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import BaseModel
 
+from orchestration.api import read, stopped_once
 from orchestration.cli import options as common
 from orchestration.cli.jobs import jobs_app
 from orchestration.cli.runs import runs_app
@@ -22,11 +21,10 @@ from orchestration.experiments.experiment import Experiment
 from orchestration.experiments.registry import EXPERIMENTS, experiment_of
 from orchestration.runs import run as run_directories
 from orchestration.runs.browse import find_run
-from orchestration.runs.config import ConfigError, about, load_config, override, visible
+from orchestration.runs.config import ConfigError, about, override, visible
 from orchestration.runs.display import Terminal
 from orchestration.runs.manifest import check_links, read_manifest
 from pipelines.storage.atomic import DamagedFiles
-from policies.rl.settings import known_keys
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -235,10 +233,13 @@ def submit(
     if name == "resume":
         job = Job.resume(words, str(given["run"]), job_id)
     else:
-        for path in given["config"] or ():
-            if path not in package[0]:
-                raise ConfigError(f"{path} is not a file that a job gets, by its path from here: see docs/jobs.md")
         settings = _read(name, given["config"], given["overrides"], given["tracking_uri"])
+        texts = (
+            settings.model_dump_json() + getattr(settings, "example", settings).model_dump_json()
+        )  # of a sweep a trial
+        own = map(Path, re.findall(r'"([^"]+\.py):\w+"', texts))
+        if left := [path for path in (*(given["config"] or ()), *own) if path not in package[0]]:
+            raise ConfigError(f"{left[0]} is not a file that a job gets, by its path from here: see docs/jobs.md")
         job = Job.start(words, settings, output_root, job_id)
     raise typer.Exit(launch(job, package, address, follow))
 
@@ -293,7 +294,7 @@ def check(overrides: common.Overrides = None, config: common.File = None) -> Non
 
 @reward_app.command("serve")
 def serve_reward(
-    name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or module:function")],
+    name: Annotated[str, typer.Argument(metavar="REWARD", help="as in reward.function: built in, or file.py:function")],
     options: Annotated[list[str] | None, typer.Argument(metavar="OPTION=VALUE", help="of the reward")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; beyond loopback a token is needed")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8100,
@@ -322,27 +323,8 @@ def serve_reward(
 
 
 def _read(name: str, paths: list[Path] | None, overrides: list[str] | None, tracking_uri: str | None = None) -> Any:
-    """The configuration of the experiment ``name``. Raises ConfigError, which says so if ``paths`` are another's."""
     server = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-    try:
-        return load_config(EXPERIMENTS[name].schema, paths, [*(overrides or []), *server])
-    except ConfigError as error:
-        for key in [each.partition("=")[0] for each in overrides or ()]:
-            owners = [each for each in EXPERIMENTS if key in known_keys(EXPERIMENTS[each].schema)]
-            if owners and str(error).startswith((f"unknown key {key!r}", f"unknown key {key.partition('.')[0]!r}")):
-                raise ConfigError(f"{key} is a setting of {' and '.join(owners)}, not of {name}") from None
-        fitting = [each for each in EXPERIMENTS if paths and _reads(each, paths)]
-        if not fitting or name in fitting:
-            raise
-        files, other = ", ".join(map(str, paths or ())), fitting[0]
-        raise ConfigError(f"{files} configures {other}: give it to 'ouroboros {other}'") from None
-
-
-def _reads(name: str, paths: list[Path]) -> bool:
-    with contextlib.suppress(ConfigError):
-        load_config(EXPERIMENTS[name].schema, paths)
-        return True
-    return False
+    return read(name, paths or (), [*(overrides or ()), *server])
 
 
 def _print_plan(experiment: Experiment, settings: BaseModel, machine: Any = None) -> None:
@@ -358,27 +340,18 @@ def main() -> None:
         pass
     os.close(nowhere)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    meanings = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = app(standalone_mode=False) or 0
-        if code == INTERRUPTED:
-            # All is closed by now. Ray's threads may still be starting, and the interpreter's end under them crashes.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
-    except Exception as error:
-        sys.exit(_report(error))
-    finally:  # a program that called this goes on
-        for number, meaning in meanings.items():
-            signal.signal(number, meaning or signal.SIG_DFL)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop once: closing takes seconds, and a second Ctrl-C must not leave it half done."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    with stopped_once():
+        try:
+            code = app(standalone_mode=False) or 0
+            if code == INTERRUPTED:
+                # All is closed by now. Ray's threads may still be starting, and the interpreter's end under them
+                # crashes.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            sys.exit(code)
+        except Exception as error:
+            sys.exit(_report(error))
 
 
 def _report(error: Exception) -> int:
@@ -387,6 +360,8 @@ def _report(error: Exception) -> int:
     if show is not None:
         show()
         return BAD_INPUT
+    for note in getattr(error, "__notes__", ()):  # the traceback of a user's own code
+        print(visible(note), file=sys.stderr)
     if isinstance(error, ConfigError | DamagedFiles):
         print(visible(f"ouroboros: {error}"), file=sys.stderr)
         return BAD_INPUT

@@ -1,6 +1,7 @@
 """What commands, jobs, sweeps and reports ask of a kind of experiment. Light to import: methods import the rest."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from orchestration.cluster import forks
 from orchestration.cluster.ray_cluster import Machine
+from orchestration.runs.browse import RunInfo
 
 # What workers with a diffusion model import. What only one kind of actor needs is its own affair.
 DIFFUSION = (
@@ -65,6 +67,16 @@ class Experiment(ABC):
 
         with going_on(directory, self.schema, trusted) as (_, config):
             return self.run(config, trusted=trusted, changes=changes)
+
+    def rows(self, run: RunInfo) -> list[dict[str, Any]]:
+        """The numbers of a run: of arms one row for each arm, seed and step; none before its end."""
+        found: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+        for arm, held in run.summary.get("arms", {}).items():
+            for metric, each in held["metrics"].items():
+                for seed, values in zip(run.summary["seeds"], each["values"], strict=True):
+                    for step, value in enumerate(values if isinstance(values, list) else [values], start=1):
+                        found[arm, seed, step][metric] = value
+        return [{"arm": arm, "seed": seed, "step": step, **row} for (arm, seed, step), row in found.items()]
 
     def _own(self, module: str, verb: str) -> Any:
         package = type(self).__module__.rpartition(".")[0]

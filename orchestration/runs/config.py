@@ -15,35 +15,36 @@ from policies.rl.settings import explain
 
 Config = TypeVar("Config", bound=BaseModel)
 _DEPTH = 50  # of blocks in blocks
+_ABOVE_A_PATH = re.compile(r"(reward\.function\.|(reward\.)?options\.|arms\.[^.:]+\.)?")  # what one may stand below
 # Into a terminal, a path or a UTF-8 file: controls, halves of characters, and what turns the direction of text.
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def load_config(
     schema: type[Config],
-    paths: Path | Sequence[Path] | None,
+    sources: Path | Sequence[str | Path | Mapping[str, Any]] | None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read the YAML files ``paths``, relative to here or to the checkout (none: all defaults), apply ``key.sub=value``
-    overrides and ``values`` by dotted key, validate.
+    """Read the ``sources``, YAML files, relative to here or to the checkout, or what one would hold (none: all
+    defaults), apply ``key.sub=value`` overrides and ``values`` by dotted key, validate.
 
-    Of several files a later one wins, key by key within each block. Raises ConfigError.
+    Of several a later one wins, key by key within each block; keys at the top may be dotted. Raises ConfigError.
     """
     content: dict[str, Any] = {}
-    for path in [paths] if isinstance(paths, Path) else paths or ():
+    for path in [sources] if isinstance(sources, Path) else sources or ():
         try:
             with about(f"config {path} is not YAML that can be used"):
-                held = read_yaml(find(str(path)) or path)
+                held = dict(path) if isinstance(path, Mapping) else read_yaml(find(str(path)) or Path(path))
         except OSError as error:
             raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
         if not isinstance(held, dict | None):
             raise ConfigError(f"config {path} holds a {type(held).__name__}, not keys and values")
-        with about(f"config {path}"):
+        with about("" if isinstance(path, Mapping) else f"config {path}"):
             blocks = _plain(held or {})
         for key, block in blocks.items():
             both = isinstance(block, dict) and isinstance(content.get(key), dict)
-            content[key] = {**content[key], **block} if both else block
+            assign(content, key, {**content[key], **block} if both else block)
     for each in overrides:
         override(content, each)
     for name, value in (values or {}).items():
@@ -71,7 +72,7 @@ def override(content: dict[str, Any], assignment: str) -> None:
 
 def assign(content: dict[str, Any], key: str, value: Any) -> None:
     """Put ``value`` at the dotted ``key`` of plain ``content``. Raises ConfigError."""
-    *parents, last = key.split(".")
+    *parents, last = _parts(key)
     if len(parents) > _DEPTH:
         raise ConfigError(f"{key[:60]!r}… is no key: it has {len(parents)} dots")
     block = content
@@ -84,6 +85,15 @@ def assign(content: dict[str, Any], key: str, value: Any) -> None:
     block[last] = value
 
 
+def _parts(key: str) -> list[str]:
+    """The keys that a dotted one is made of; the dots of an import path such as ``my/rewards.py:redness``, which may be
+    one of them, divide nothing."""
+    above = _ABOVE_A_PATH.match(key)[0] if ":" in key else ""  # type: ignore[index]
+    place, colon, rest = key.removeprefix(above).rpartition(":")
+    first, *below = rest.split(".")
+    return [*above.split(".")[:-1], place + colon + first, *below]
+
+
 def visible(text: str) -> str:
     """``text``, which may hold a stranger's words, with nothing in it that a terminal would obey."""
     return _UNWRITABLE.sub(lambda found: found[0] if found[0] == "\n" else repr(found[0])[1:-1], text)
@@ -92,6 +102,8 @@ def visible(text: str) -> str:
 def _plain(content: Any, key: str = "") -> Any:
     """Plain values for strict models, lists as tuples. Raises ConfigError for what no setting means and no file of a
     run can hold."""
+    if isinstance(content, Path):
+        return str(content)
     if isinstance(content, dict):
         below = f"{key}." if key else ""
         if odd := [name for name in content if not isinstance(name, str) or not name or _UNWRITABLE.search(name)]:

@@ -61,6 +61,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, **options})
+        if self.is_jupyter:  # plain lines in one output, instead of an output for each
+            super().__init__(**{"highlight": False, "force_jupyter": False, "force_terminal": False, **options})
         with contextlib.suppress(AttributeError, ValueError):  # closed
             if "width" not in options and not self.file.isatty():  # a pipe or a file: nothing is folded for its reader
                 self.width = _PIPE_WIDTH

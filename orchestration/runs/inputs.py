@@ -6,8 +6,8 @@ at the beginning; later, one whose size and time of change are as they were is t
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ from orchestration.runs.config import ConfigError, about
 from orchestration.runs.manifest import has_only_begun
 from pipelines.rewards import REWARDS
 from pipelines.storage.locations import fingerprint
-from policies.common.user_code import import_function
-
-_PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # a run's version stands for their code
+from policies.common.user_code import IN_PROCESS, PROGRAM, file_of, import_function, source_of
 
 Inputs = dict[str, dict[str, str | None]]  # by configuration key, or "code of" a module
 
@@ -29,30 +27,35 @@ def fingerprints(paths: Mapping[str, str], held: Inputs | None = None) -> Inputs
 
 
 def code_of(names: Iterable[str]) -> Inputs:
-    """Of the modules behind import paths ``module:function``: each one's file, and those beside it that it imports.
-    Of this program's own there is nothing to say."""
+    """Of the modules and files behind import paths: each one's file, and those beside it that it imports; of a function
+    that is in this process alone, its source. Of this program's own there is nothing to say."""
     found: Inputs = {}
     for name in names:
-        if re.match(rf"({'|'.join(_PROGRAM)})\.", name):
+        if name.startswith(tuple(f"{package}." for package in PROGRAM)):
             continue
         with about():
-            import_function(name, "reward.function", REWARDS.all_names)
-        found |= {f"code of {module}": fingerprint(str(file)) for module, file in _used(name.partition(":")[0])}
+            function = import_function(name, "reward.function", REWARDS.all_names)
+        if name.startswith(f"{IN_PROCESS}:"):
+            digest = hashlib.sha256(source_of(function)).hexdigest()
+            found[f"code of {name}"] = {"path": name, "sha256": digest, "stamp": None}
+        else:
+            used = _used(name.rpartition(":")[0], file_of(name))
+            found |= {f"code of {module}": fingerprint(str(file)) for module, file in used}
     return found
 
 
-def _used(module: str) -> Iterator[tuple[str, Path]]:
-    """A module and its file, and the same of every module that it imports from its package or from beside it, and so
-    on: not of libraries, nor of this program."""
-    beside, seen, waiting = None, set(), [module]
+def _used(module: str, own: Path | None) -> Iterator[tuple[str, Path]]:
+    """A module and its file, which may be named by its ``own`` path, and the same of every module that it imports from
+    its package or from beside it, and so on: not of libraries, nor of this program."""
+    beside, seen, waiting = own and own.parent, set(), [module]
     while waiting:
         name = waiting.pop()
-        if name in seen or (file := _file(name)) is None:
+        if name in seen or (file := own if own and name == module else _file(name)) is None:
             continue
         seen.add(name)
         is_package, top = file.name == "__init__.py", name.partition(".")[0]
         beside = beside or file.parents[module.count(".") + is_package]
-        is_library = top in _PROGRAM or {"site-packages", "dist-packages"} & {*file.parts}
+        is_library = top in PROGRAM or {"site-packages", "dist-packages"} & {*file.parts}
         if top == module.partition(".")[0] or (file.is_relative_to(beside) and not is_library):
             yield name, file
             waiting += _imported(file, name if is_package else name.rpartition(".")[0])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import Any, ClassVar, Literal, Self, TextIO
 
 import psutil
 
@@ -53,6 +53,7 @@ class Run:
     """
 
     config: Any
+    began: ClassVar[tuple[float, float] | None] = None  # time and processor time to count from; None: as the process
 
     def __init__(
         self, directory: Path, config: Any, manifest: dict[str, Any], total: int, done: int = 0, **shown: Any
@@ -192,8 +193,8 @@ class Run:
             self.spans.append((name, began, time.time()))
 
     def wall_seconds(self) -> float:
-        """Wall time of this run, from the start of the process, over all its sessions."""
-        return self._wall_before + time.time() - psutil.Process().create_time()
+        """Wall time of this run, over all its sessions."""
+        return self._wall_before + time.time() - (self.began[0] if self.began else psutil.Process().create_time())
 
     def summarise(self, content: Mapping[str, Any], indent: int | None = 2) -> Path:
         """Write summary.json: ``content``, and what there is to say of every run. Returns its path."""

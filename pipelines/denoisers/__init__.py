@@ -64,6 +64,13 @@ class ModelFiles:
         """Whether prompts change what it draws."""
         return bool(self.kind.parts)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what it draws, in pixels: an autoencoder doubles them between its blocks."""
+        blocks = read_json(self.directory / "vae" / "config.json")["block_out_channels"] if "vae" in self.parts else [0]
+        _, height, width = self.latent_shape
+        return height << len(blocks) - 1, width << len(blocks) - 1
+
 
 def inspect(directory: Path) -> ModelFiles:
     """What ``directory`` holds. Raises ModelFilesError naming the file, class or field that cannot be used."""

@@ -7,15 +7,19 @@ instances are called, or a class derived from :class:`Reward`. Importable withou
 needed.
 """
 
+import dis
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, ValidationError
 
-from policies.common.user_code import Named, Registry, check_function, described, import_function
-from policies.rl.health import RewardError, check_finite
+from pipelines.storage.locations import portable
+from policies.common import user_code
+from policies.common.user_code import IN_PROCESS, Named, Registry, described, file_of, noted, traced
+from policies.rl.health import DegenerateBatch, RewardError, check_finite
 from policies.rl.settings import Settings, explain
 
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
@@ -64,6 +68,13 @@ class Reward(Named, Settings):
     def check_call(self, name: str) -> None:
         """Raise ValueError if the function cannot be called as a reward."""
 
+    def try_out(self, name: str, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> None:
+        """Raise ValueError if one's own function, which is called, gives other than one finite number an image."""
+
+    def everywhere(self, name: str) -> "tuple[str, Reward]":
+        """The name and the options as all nodes understand them."""
+        return name, self.model_copy(update={each: portable(path) for each, path in self.model_paths.items()})
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if ``prompts`` cannot be scored, as far as that is known without loading a model."""
 
@@ -75,6 +86,7 @@ class OwnReward(Reward):
     """Whatever one's own function takes as keywords."""
 
     model_config = ConfigDict(extra="allow", strict=False)
+    _function: Any = None  # of the process that began the run, where it has no import path
 
     def resolved(self, name: str) -> Reward:
         """Typed, if the import path leads to a class derived from :class:`Reward`."""
@@ -89,15 +101,54 @@ class OwnReward(Reward):
                 made: RewardFunction = own(**given)  # a class holds what it needs, and is called
                 return made
             except (Exception, SystemExit) as error:
-                raise RewardError(f"{name} could not be made: {described(error)}") from error
+                raise traced(RewardError(f"{name} could not be made: {described(error)}"), error) from error
         return functools.partial(own, **given) if given else own
 
     def check_call(self, name: str) -> None:
         """It takes what a reward is given, and these options."""
-        check_function(REWARDS.path(name) or name, _SETTING, _ASKED, self.model_dump(), REWARDS.all_names)
+        user_code.check_function(REWARDS.path(name) or name, _SETTING, _ASKED, self.model_dump(), REWARDS.all_names)
+
+    def try_out(self, name: str, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> None:
+        """Once a process for each function, options and size of images."""
+        own, reward = self._found(name), self.resolved(name)
+        asked = id(own), repr(self), images.shape, captions is None
+        if reward.on_gpu or asked in _tried:  # a large model is loaded where it scores
+            return
+        try:
+            score(reward.load(name, "cpu"), images, prompts, captions)
+        except (RewardError, DegenerateBatch) as error:
+            code = _code(own)
+            place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+            what = f"{_SETTING} {name!r}{place} has to return one finite number an image, see docs/own_reward.md"
+            raise noted(ValueError(f"{what}; tried on images of noise, {images.shape}: {error}"), error) from error
+        _tried[asked] = own  # which keeps its id
+
+    def is_light(self, name: str) -> bool:
+        """Whether it asks for nothing but the function, as far as can be seen: one that mentions its captions may
+        need some, one that names a model a GPU."""
+        own = self._found(name)
+        code, position = _code(own), 2 + (not inspect.isroutine(own))
+        if self.resolved(name).on_gpu or code is None or code.co_argcount <= position:
+            return False
+        used = (code.co_cellvars, *(str(each.argval) for each in dis.get_instructions(code)))
+        return not any(code.co_varnames[position] in each for each in used)
+
+    def everywhere(self, name: str) -> tuple[str, Reward]:
+        """A file by a path that all nodes understand, a function that has no import path along with its options."""
+        copy, file = self.model_copy(), file_of(name)
+        copy._function = self._found(name) if name.startswith(f"{IN_PROCESS}:") else None
+        return (f"{portable(str(file))}:{name.rpartition(':')[2]}" if file else name), copy
 
     def _found(self, name: str) -> Any:
-        return import_function(REWARDS.path(name) or name, _SETTING, REWARDS.all_names)
+        return self._function or user_code.import_function(REWARDS.path(name) or name, _SETTING, REWARDS.all_names)
+
+
+def _code(own: Any) -> Any:
+    """The code of one's own function, or of what runs when an object or an instance is called; None if it is in C."""
+    return getattr(own, "__code__", None) or getattr(own.__call__, "__code__", None)
+
+
+_tried: dict[Any, Any] = {}
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Reward:
@@ -127,7 +178,7 @@ def score(
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
-        raise RewardError(f"the reward function failed: {described(error)}") from error
+        raise traced(RewardError(f"the reward function failed: {described(error)}"), error) from error
     if scores.shape != (len(images),):
         raise RewardError(f"the reward function returned shape {scores.shape} for {len(images)} images")
     check_finite(scores, prompts)

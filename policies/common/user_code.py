@@ -1,25 +1,36 @@
-"""Code that is found by name: this program's own parts, installed plug-ins, and import paths ``module:Name``."""
+"""Code that is found by name: this program's own parts, installed plug-ins, and import paths: ``module:Name``,
+``path/to/file.py:Name``, or ``in-process:name``, a function that the calling program gave itself."""
 
 import contextlib
 import difflib
 import functools
 import importlib
 import inspect
+import itertools
+import marshal
 import pkgutil
+import re
+import sys
+import textwrap
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
+PROGRAM = ("actors", "orchestration", "pipelines", "policies")  # this program's own packages
+IN_PROCESS = "in-process"
 _PLACES = 3
+_given: dict[str, Callable[..., Any]] = {}  # in-process functions, by their import paths
+Failure = TypeVar("Failure", bound=BaseException)
 
 
 def described(error: BaseException) -> str:
     """An exception that was raised by code called from here, in a line: what, and where in whose file, last first."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith("<")]
+    frames = [each for each in _users(traceback.extract_tb(error.__traceback__)) if not each.filename.startswith("<")]
     places = []
     for frame in frames[: -_PLACES - 1 : -1]:
         file = Path(frame.filename)
@@ -29,23 +40,106 @@ def described(error: BaseException) -> str:
     return f"{said} (at {', called at '.join(places)})" if places else said
 
 
-def import_function(path: str, setting: str, built_in: Iterable[str], what: str = "function") -> Any:
-    """Import ``module:function``, the value of ``setting``. Raises ValueError that says which half is wrong."""
-    module_name, _, function_name = path.partition(":")
-    if not (module_name and function_name):
-        raise ValueError(
-            f"{setting} {path!r} is neither one of {', '.join(built_in)} nor an import path 'module:{what}'"
-        )
+def traced(raised: Failure, error: BaseException) -> Failure:
+    """``raised``, which stands for ``error`` of a user's code, with the traceback of that code as a note.
+
+    A note goes along where an exception is pickled. Its lines are indented: none of them is the message."""
+    trace = traceback.TracebackException.from_exception(error)
+    trace.stack = _users(trace.stack)
+    if trace.stack or isinstance(error, SyntaxError):
+        raised.add_note(textwrap.indent("".join(trace.format()), "  ").rstrip())
+    return raised
+
+
+def noted(raised: Failure, error: BaseException) -> Failure:
+    """``raised``, which stands for ``error``, with its notes."""
+    for note in getattr(error, "__notes__", ()):
+        raised.add_note(note)
+    return raised
+
+
+def _users(frames: Iterable[traceback.FrameSummary]) -> traceback.StackSummary:
+    """Frames from the first that is neither this program's nor of an import."""
+    own = ("<frozen", str(Path(importlib.__file__).parent), *(str(_CHECKOUT / package) for package in PROGRAM))
+    left = list(itertools.dropwhile(lambda each: each.filename.startswith(own), frames))
+    return traceback.StackSummary.from_list(left)
+
+
+def file_of(path: str) -> Path | None:
+    """The source file that an import path ``path/to/file.py:Name`` names, found from here or from the checkout; None
+    for an import path of a module. Raises ValueError if there is no such file."""
+    name = path.rpartition(":")[0]
+    places = (Path(name).expanduser(), _CHECKOUT / name) if name.endswith(".py") else ()
+    file = next((each for each in places if each.is_file()), None)
+    if places and file is None:
+        raise ValueError(f"{path!r}: there is no file {name!r} in {Path.cwd()}")
+    return file and file.resolve()
+
+
+def source_of(function: Any) -> bytes:
+    """What a function, class or callable object is made of: its source or, where no file holds that, its bytecode."""
+    called = function if inspect.isclass(function) or hasattr(function, "__code__") else type(function).__call__
     try:
-        module = importlib.import_module(module_name)
+        return inspect.getsource(called).encode()
+    except (OSError, TypeError):
+        return marshal.dumps(getattr(called, "__code__", None))
+
+
+@contextlib.contextmanager
+def giving(function: Callable[..., Any]) -> Iterator[str]:
+    """The import path by which ``function`` is found in this block, in this process alone."""
+    path = f"{IN_PROCESS}:" + re.sub(r"\W", "", getattr(function, "__name__", type(function).__name__))
+    while path in _given:
+        path += "_"
+    _given[path] = function
+    try:
+        yield path
+    finally:
+        del _given[path]
+
+
+def import_function(path: str, setting: str, built_in: Iterable[str], what: str = "function") -> Any:
+    """Import ``module:function`` or ``file.py:function``, the value of ``setting``. Raises ValueError that says which
+    half is wrong."""
+    if path in _given:
+        return _given[path]
+    module_name, _, function_name = path.rpartition(":")
+    if not (module_name and function_name):
+        forms = f"an import path 'module:{what}' or 'path/to/file.py:{what}'"
+        raise ValueError(f"{setting} {path!r} is neither one of {', '.join(built_in)} nor {forms}")
+    if module_name == IN_PROCESS:
+        remedy = f"go on there with run_ddpo(resume=RUN, reward={function_name}), or name a function's file"
+        raise ValueError(f"{setting} {path!r} was a function of the Python program that began this: {remedy}")
+    file = file_of(path)
+    try:
+        module = importlib.import_module(module_name) if file is None else _module_of(file)
     except (Exception, SystemExit) as error:  # an imported module may fail in any way
         reason = f"module {module_name!r} cannot be imported: {described(error)}"
-        raise ValueError(f"{setting} {path!r}: {reason}") from error
+        if isinstance(error, ModuleNotFoundError) and Path(beside := f"{module_name.replace('.', '/')}.py").is_file():
+            reason = f"module {module_name!r} is not on Python's path; by its file it is {beside}:{function_name}"
+        raise traced(ValueError(f"{setting} {path!r}: {reason}"), error) from error
     if (function := getattr(module, function_name, None)) is None:
-        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}")
+        near = difflib.get_close_matches(function_name, [name for name, each in vars(module).items() if callable(each)])
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{setting} {path!r}: module {module_name!r} has no {function_name!r}{hint}")
     if not callable(function):
         raise ValueError(f"{setting} {path!r}: {function_name!r} cannot be called")
     return function
+
+
+def _module_of(file: Path) -> ModuleType:
+    """The module of a source file, which may import what lies beside it; anew if the file has changed."""
+    name, source = str(file), file.read_bytes()
+    held = sys.modules.get(name)
+    if held is None or vars(held).get("__source__") != source:
+        held = ModuleType(name)
+        held.__file__ = name
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        sys.modules[name] = held  # while it is read, too: dataclasses look themselves up
+        exec(compile(source, name, "exec"), vars(held))
+        vars(held)["__source__"] = source
+    return held
 
 
 def check_function(
@@ -85,7 +179,7 @@ def calling(names: Sequence[str]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, ValueError) or not names:
             raise
-        raise ValueError(f"{' or '.join(names)} failed: {described(error)}") from error
+        raise traced(noted(ValueError(f"{' or '.join(names)} failed: {described(error)}"), error), error) from error
 
 
 class Named:

@@ -10,6 +10,7 @@ from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.experiment import DIFFUSION, SweptExperiment
 from orchestration.experiments.metric_names import EVALUATED, ddpo_metrics
+from orchestration.runs.browse import RunInfo
 from pipelines.storage.atomic import read_lines
 
 
@@ -31,6 +32,10 @@ class Ddpo(SweptExperiment):
     def imports(self, config: DdpoConfig | None) -> tuple[str, ...]:
         """See :class:`Experiment`."""
         return DIFFUSION
+
+    def rows(self, run: RunInfo) -> list[dict[str, Any]]:
+        """See :class:`Experiment`: a row a step."""
+        return run.steps()
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """See :class:`SweptExperiment`."""

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from actors.allocation import Offer, Role, plan_roles, reward_roles
 from orchestration.cluster.ray_cluster import Machine, find_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
@@ -13,9 +15,10 @@ from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
 from pipelines.denoisers import check_guidance, check_lora, denoising_steps, inspect
 from pipelines.pages import fill
-from pipelines.settings import CaptionerSettings, RewardSettings
+from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import check_model, find
 from pipelines.storage.model_files import encoder_parts, read_json, weight_shapes
+from policies.common.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ class Plan:
 def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     with about():
-        notes: list[str] = []
+        notes, size = [], (512, 512)
         prompts, unseen = read_prompts(config.prompts)
         check_model(config.model.path, "model_index.json", "model.path")
         if directory := find(config.model.path):  # the hub is asked by the actors that load
             files = inspect(directory)
+            size = files.image_size
             check_guidance(files, config.sampling.guidance_scale)
             notes = unseen_words([*prompts, *unseen], files)
             if config.model.lora_rank:
@@ -47,7 +51,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
             raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
-        _check_rewards(config.reward, [*prompts, *unseen])
+        _check_rewards(config, [*prompts, *unseen], size)
         if config.evaluation.evaluator:
             _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
         _check_sizes(config, prompts)
@@ -82,8 +86,10 @@ def learnable_steps(config: DdpoConfig) -> int:
     return len(config.training.learnable_steps(steps, denoising_steps(config.model.path, steps).stochastic))
 
 
-def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
-    for name, given in settings.functions.items():
+def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int]) -> None:
+    images = np.random.default_rng(derive_seed(0, "tried")).integers(0, 256, (2, *size, 3), np.uint8)
+    asked = [prompts[0], prompts[-1]]
+    for name, given in config.reward.functions.items():
         options = given.resolved(name)
         for option, path in options.model_paths.items():
             marker = options.models[option]
@@ -93,6 +99,7 @@ def _check_rewards(settings: RewardSettings, prompts: Sequence[str]) -> None:
         options.check_call(name)
         with about(f"reward.function {name}"):
             options.check(prompts)
+        given.try_out(name, images, asked, asked if config.captioner.path else None)
 
 
 def _check_evaluator(path: str, prompts: list[str]) -> None:

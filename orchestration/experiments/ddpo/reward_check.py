@@ -2,34 +2,41 @@
 of what the base model draws."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Group
 
+from orchestration.cluster.ray_cluster import external_address
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
+from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo
 from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.display import plain_table
+from pipelines.rewards import OwnReward, load_reward, score
+from pipelines.storage.locations import resolve_model
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 
 _PROMPTS, _IMAGES = 24, 8  # of a check: prompts, and images of each
 _CHANCE = 2.0  # standard errors
 
+Scores = dict[str, np.ndarray]  # by function
+Scoring = Callable[[np.ndarray, Sequence[str], Iterable[str]], Scores]  # of images, prompts and functions
+Drawn = tuple[Evaluation, Scoring]
+
 
 def calibrate(workers: WorkerGroup, prompts: Sequence[str], images: np.ndarray) -> dict[str, float]:
     """calibration/true, /shuffled and /noise of the reward for ``images`` (n, height, width, 3) uint8 that fit."""
     weights = workers.config.reward.weights
-    cases = compared(workers, prompts, images, weights)
+    cases = compared(workers.score_images, prompts, images, weights)
     return {f"calibration/{name}": float(weighted_sum(scores, weights).mean()) for name, scores in cases.items()}
 
 
-def compared(
-    workers: WorkerGroup, prompts: Sequence[str], images: np.ndarray, names: Mapping[str, Any]
-) -> dict[str, dict[str, np.ndarray]]:
+def compared(scoring: Scoring, prompts: Sequence[str], images: np.ndarray, names: Iterable[str]) -> dict[str, Scores]:
     """Scores (n,) by function of the images with their prompts (true), with others' (shuffled), and of noise."""
     rng = np.random.default_rng(derive_seed(0, "calibration"))
     shift = int(rng.integers(1, len(prompts))) if len(prompts) > 1 else 0
@@ -38,12 +45,7 @@ def compared(
         "shuffled": (images, [*prompts[shift:], *prompts[:shift]]),
         "noise": (rng.integers(0, 256, images.shape, dtype=np.uint8), list(prompts)),
     }
-    found = {}
-    for name, (pictures, words) in cases.items():
-        chunks = workers.put(pictures, words)
-        workers.begin_scoring(chunks, names)
-        found[name] = workers.scores(chunks, f"calibration: {name}")
-    return found
+    return {name: scoring(*case, names) for name, case in cases.items()}
 
 
 def fitting_images(config: DdpoConfig, before: Evaluation) -> tuple[list[str], np.ndarray]:
@@ -88,32 +90,57 @@ class Finding:
 
 def check(config: DdpoConfig) -> dict[str, Finding]:
     """Every reward function of ``config``, trained on or held out, looked at before a run."""
-    from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo
-    from orchestration.runs.display import Display
-
-    plan = preflight_ddpo(config.model_copy(update={"output_dir": None}))
-    roles = [role for role in plan.roles if role.name != "learner"]
+    plan, functions = preflight_ddpo(config.model_copy(update={"output_dir": None})), config.reward.functions
     prompts = plan.prompts[:: max(1, len(plan.prompts) // _PROMPTS)][:_PROMPTS]
     asked = [prompt for prompt in prompts for _ in range(_IMAGES)]
     seeds = [derive_seed(config.seed, "reward check", number) for number in range(len(asked))]
+    # One's own functions, which take no model of this program's, are tried before its actors would have started.
+    light = all(isinstance(each, OwnReward) and each.is_light(name) for name, each in functions.items())
+    with ExitStack() as stack:
+        work = config, plan, asked, seeds
+        drawn, scoring = _here(*work) if light and not external_address() else _by_actors(stack, *work)
+        cases = compared(scoring, *fitting_images(config, drawn), functions)
+        return {name: _finding(config, scoring, name, drawn, cases) for name in functions}
+
+
+def _by_actors(stack: ExitStack, config: DdpoConfig, plan: Plan, asked: list[str], seeds: list[int]) -> Drawn:
+    """Images of the prompts ``asked``, with all that is said of them, and a way to have others scored."""
+    from orchestration.runs.display import Display
+
+    roles = [role for role in plan.roles if role.name != "learner"]
     plan = Plan(plan.prompts, plan.unseen, roles, plan.offers)
-    with Display("reward check", 0, 0) as display, WorkerGroup(config, plan, display) as workers:
-        drawn = workers.measure(workers.samplers.rollout(asked, seeds), asked)
-        cases = compared(workers, *fitting_images(config, drawn), workers.rewards)
-        return {
-            name: _finding(workers, name, drawn, {case: scores[name] for case, scores in cases.items()})
-            for name in workers.rewards
-        }
+    workers = stack.enter_context(WorkerGroup(config, plan, stack.enter_context(Display("reward check", 0, 0))))
+    return workers.measure(workers.samplers.rollout(asked, seeds), asked), workers.score_images
 
 
-def _finding(workers: WorkerGroup, name: str, drawn: Evaluation, cases: dict[str, np.ndarray]) -> Finding:
+def _here(config: DdpoConfig, plan: Plan, asked: list[str], seeds: list[int]) -> Drawn:
+    """The same by this process alone, without captions."""
+    from pipelines.measures.evaluator import load_evaluator
+    from pipelines.rl.policy import DiffusionPolicy
+
+    device = next(role.device for role in plan.roles if role.name == "sampler")
+    policy = DiffusionPolicy(config.model, config.sampling, device)
+    size, judge = config.actors.images_per_call, config.evaluation.evaluator
+    parts = [slice(start, start + size) for start in range(0, len(asked), size)]
+    images = np.concatenate([policy.rollout(asked[part], seeds[part])[0] for part in parts])
+    functions = {name: load_reward(name, options, device) for name, options in config.reward.functions.items()}
+
+    def scoring(pictures: np.ndarray, words: Sequence[str], names: Iterable[str]) -> Scores:
+        return {name: score(functions[name], pictures, words, None) for name in names}
+
+    verdicts: list[Any] = [(load_evaluator(resolve_model(judge)).judge(images, asked), {})] if judge else []
+    return Evaluation(asked, [images], [], scoring(images, asked, functions), verdicts, config.reward), scoring
+
+
+def _finding(config: DdpoConfig, scoring: Scoring, name: str, drawn: Evaluation, found: dict[str, Scores]) -> Finding:
+    cases = {case: scores[name] for case, scores in found.items()}
     scores = drawn.by_function[name].reshape(-1, _IMAGES)
     gain = cases["true"] - cases["shuffled"]
     judged = drawn.measure.reshape(-1, _IMAGES) if drawn.fulfilled is not None else None
-    one, all_of_them = _seconds(workers, name, drawn, 1), _seconds(workers, name, drawn, None)
+    one, all_of_them = (_seconds(scoring, name, drawn, n) for n in (config.actors.images_per_call, len(drawn.prompts)))
     return Finding(
         {case: float(each.mean()) for case, each in cases.items()},
-        workers.config.reward.functions[name].needs_captions,
+        config.reward.functions[name].needs_captions,
         bool(gain.mean() > _CHANCE * gain.std() / np.sqrt(len(gain))),
         float(scores.std(axis=1).mean()),
         None if judged is None else _rank_correlation(scores, judged),
@@ -130,16 +157,15 @@ def _rank_correlation(scores: np.ndarray, judged: np.ndarray) -> float:
     return float(np.nan_to_num(spearmanr(*apart).statistic))
 
 
-def _seconds(workers: WorkerGroup, name: str, drawn: Evaluation, chunks: int | None) -> float:
-    """Seconds an image to caption and score so many pieces of work, or all that were drawn."""
-    work = workers.put(drawn.images, drawn.prompts)[:chunks]
+def _seconds(scoring: Scoring, name: str, drawn: Evaluation, most: int) -> float:
+    """Seconds an image to caption and score the first so many images that were drawn."""
+    images, prompts = drawn.images[:most], drawn.prompts[:most]
     begun = time.monotonic()
-    workers.begin_scoring(work, [name])
-    workers.scores(work, f"timing {name}")
-    return (time.monotonic() - begun) / sum(len(chunk.prompts) for chunk in work)
+    scoring(images, prompts, [name])
+    return (time.monotonic() - begun) / len(prompts)
 
 
-def render(findings: Mapping[str, Finding]) -> Group:
+def render(findings: dict[str, Finding]) -> Group:
     """A table, and a verdict on each."""
     columns, rows = ("true", "shuffled", "noise", "spread", "rank", "ms/image", "images/s"), []
     for name, found in findings.items():

@@ -25,6 +25,7 @@ from orchestration.runs.timeline import append_spans
 from orchestration.tracking.tracker import FIRST_LOOK
 from pipelines.storage.atomic import append_durably, as_lines, cut_lines, read_lines, with_digest, write_durably
 from pipelines.storage.checkpoint import CheckpointStore, LearnerState
+from policies.common.user_code import IN_PROCESS
 from policies.rl.health import DegenerateBatch
 
 StepCallback = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
@@ -43,7 +44,10 @@ class DdpoRun(Run):
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, ids(manifest))
         self._stand_at_commit()
         before = self.checkpoint.state if self.checkpoint else {}  # what earlier sessions used
-        self._wall_before, self._cpu_before = before.get("wall_seconds", 0.0), before.get("cpu_seconds", 0.0)
+        self._wall_before = before.get("wall_seconds", 0.0)
+        self._cpu_before = before.get("cpu_seconds", 0.0) - (self.began[1] if self.began else 0.0)
+        if names := ", ".join(each.rpartition(":")[2] for each in config.reward.functions if IN_PROCESS in each):
+            self.display.remedy = f"run_ddpo(resume={str(directory)!r}, reward={names}) in Python"
         self.seconds_by_stage.update(before.get("seconds_by_stage", {}))
         self.peaks: dict[str, dict[str, int]] = before.get("peaks", {})
         self.journal = directory / "metrics.jsonl"  # one finished step a line

@@ -231,8 +231,10 @@ class WorkerGroup(ExitStack):
         held = ray.cluster_resources().get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
         return {"object_store_bytes": held}
 
-    def put(self, images: np.ndarray, prompts: Sequence[str]) -> list[Chunk]:
-        """Images from elsewhere, as chunks ready to be measured."""
+    def score_images(self, images: np.ndarray, prompts: Sequence[str], names: Iterable[str]) -> dict[str, np.ndarray]:
+        """What functions say of images from elsewhere (n,)."""
         size = self.config.actors.images_per_call
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        return [Chunk(list(prompts[part]), [], ray.put(images[part]), ray.put(None)) for part in parts]
+        chunks = [Chunk(list(prompts[part]), [], ray.put(images[part]), ray.put(None)) for part in parts]
+        self.begin_scoring(chunks, names)
+        return self.scores(chunks, "calibration: rewards")

@@ -16,7 +16,7 @@ from pipelines.pages import fill
 from pipelines.rewards import RewardError
 from pipelines.storage.atomic import Files, content_digest
 from pipelines.storage.tasks import Task
-from policies.common.user_code import calling
+from policies.common.user_code import calling, noted
 from policies.loops.training_sets import Manifest, training_sets
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
@@ -120,7 +120,7 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
     try:
         arm.loop.probe(values, labels)
     except RewardError as error:
-        raise ValueError(f"of two real samples: {error}") from error
+        raise noted(ValueError(f"of two real samples: {error}"), error) from error
 
 
 def _image_source(

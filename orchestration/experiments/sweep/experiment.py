@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestration.experiments.experiment import Experiment
+from orchestration.runs.browse import RunInfo
 
 
 class Sweep(Experiment):
@@ -24,3 +25,8 @@ class Sweep(Experiment):
         tracking, trial = "mlflow.store.tracking.sqlalchemy_store", f"orchestration.experiments.{config.loop}.loop"
         ours = ["matplotlib.figure", tracking, "ray.tune", trial, "orchestration.experiments.sweep.trial"]
         return [*config.experiment.imports(config.example), *ours]
+
+    def rows(self, run: RunInfo) -> list[dict[str, Any]]:
+        """See :class:`Experiment`: a row a trial, with its point."""
+        trials, metric = run.summary.get("trials", []), run.summary.get("metric", "value")
+        return [{**t["point"], "seed": t["seed"], "status": t["status"], metric: t["value"]} for t in trials]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from policies.common.user_code import check_function, described, import_function
+from policies.common.user_code import check_function, described, import_function, traced
 from policies.loops.rules import Classifier, Drawing, Rule
 from policies.loops.samples import Samples
 from policies.rl.health import RewardError
@@ -24,7 +24,7 @@ class Curated(Rule):
     supplied = True
 
     candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
-    reward: str = Field("confidence", description="curated: confidence, first_coordinate, or module:function")
+    reward: str = Field("confidence", description="curated: confidence, first_coordinate, or file.py:function")
 
     @property
     def functions(self) -> list[str]:
@@ -84,7 +84,7 @@ def score(
     try:
         scores = np.asarray(own(values, labels), np.float64)
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {reward} failed: {described(error)}") from error
+        raise traced(RewardError(f"reward {reward} failed: {described(error)}"), error) from error
     if scores.shape != (len(values),) or not np.isfinite(scores).all():
         raise ValueError(
             f"reward {reward} must return one finite number a sample, ({len(values)},), not {scores.shape}"
