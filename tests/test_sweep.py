@@ -442,7 +442,7 @@ def test_what_a_sweep_finds_is_where_people_look(
         assert "2 of the 30 seeds it takes" in text
     assert note.startswith("best w2_squared 3.5 at fresh_fraction=")
     assert "path=figures/glance.png" in note
-    assert mlflow.data.tags["point/01"].startswith(f"rank 1, {share.replace('=', ' ')}")
+    assert mlflow.data.tags["point/01"].startswith(f"3.5 at {share}")
     assert len([tag for tag in mlflow.data.tags if tag.startswith("point/")]) == 4
     for text in (said, shown, page):
         assert "ValueError: it broke" in text

@@ -35,7 +35,10 @@ def panel_figure(count: int, most: int, width: float, height: float, glance: boo
 
 def sheet(count: int, glance: bool = False) -> tuple[Any, list[Any]]:
     """A figure and its ``count`` panels, three in a row; at a ``glance`` small, two with room for strips beside."""
-    return panel_figure(count, 3, *((1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)), glance)
+    figure, panels = panel_figure(count, 3, *((1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)), glance)
+    for axes in panels if glance else ():
+        axes.margins(y=0.15)  # markers are large there
+    return figure, panels
 
 
 def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:

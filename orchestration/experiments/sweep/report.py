@@ -14,7 +14,7 @@ from orchestration.experiments.sweep.trial import Trial, reports
 from orchestration.runs.display import plain_table
 from orchestration.runs.html_report import conclude, write_note, write_report
 from orchestration.runs.run import register
-from orchestration.runs.tables import POINTS, best_of, tables
+from orchestration.runs.tables import INTERVAL, POINTS, best_of, point_of, tables
 from orchestration.tracking.tracker import FIRST_LOOK
 from pipelines.storage.locations import find
 from policies.common.intervals import interval, paired, scale_of
@@ -146,9 +146,11 @@ def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, m
     _draw(run, table)
     if best is not None:
         words = best_of(summary)
-        run.tracker.tags({f"best/{name.removeprefix('best ')}": text for name, text in words.items()})
-        headings, rows = tables(summary)[POINTS]
-        points = [", ".join(map(" ".join, zip(headings, row, strict=True))) for row in rows[:_MOST_TAGS]]
+        run.tracker.tags(
+            {f"best/{name.removeprefix('best ').removeprefix('95 % ')}": text for name, text in words.items()}
+        )
+        listed = zip(summary["points"][:_MOST_TAGS], tables(summary)[POINTS][1], strict=False)
+        points = [f"{row[-4]} at {point_of(each['point'])}; {INTERVAL} {row[-3]}; {row[-1]}" for each, row in listed]
         run.tracker.tags({f"point/{number:02d}": text for number, text in enumerate(points, start=1)})
         values = {"best": best.mean, "best_low": best.low, "best_high": best.high}
         run.log_metrics({f"{FIRST_LOOK}/{name}": value for name, value in values.items() if math.isfinite(value)})
