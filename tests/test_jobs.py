@@ -209,7 +209,7 @@ def test_no_secret_is_written_down(head: Head) -> None:
         (["ddpo", "output_dir=runs/one"], "output_dir 'runs/one' would lie"),
         (["ddpo", "tracking.uri=sqlite:///mlflow.db"], r"tracking\.uri 'mlflow\.db' would lie"),
         (["mad", "tracking.uri=http://me:secret@host:5000"], "MLFLOW_TRACKING_PASSWORD"),
-        (["mad", "--config", "/dev/null"], "/dev/null is not a file that a job gets"),
+        (["ddpo", "--config", "/dev/null"], "/dev/null is not a file that a job gets"),
     ],
 )
 def test_what_can_be_known_here_is_refused_here(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
