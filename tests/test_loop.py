@@ -25,6 +25,7 @@ from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.run import DiskError
 from pipelines.storage.checkpoint import CheckpointStore
+from pipelines.storage.locations import CHECKOUT
 from policies.rl.health import DegenerateBatch
 from tests.models import build_tiny_captioner, build_tiny_pipeline, build_tiny_sd3
 from tests.processes import start, wait_until
@@ -107,6 +108,13 @@ def test_the_summary_holds_what_machines_read(finished: Path) -> None:
     assert manifest["mlflow_run_id"] == content["mlflow_run_id"]
     assert manifest["inputs"].keys() == {"prompts", "model.path", "code of tests.rewards"}
     assert not (finished / "error.txt").exists()
+
+
+def test_every_file_is_on_the_page_of_runs(finished: Path) -> None:
+    page = (CHECKOUT / "docs/runs.md").read_text(encoding="utf-8").split("##")[0]
+    names = {path.name for place in (finished, finished / "figures") for path in place.iterdir()}
+    assert not {name for name in names if name not in page}
+    assert len(names) > 10
 
 
 def test_the_journal_has_every_step_once(finished: Path) -> None:
