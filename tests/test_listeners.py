@@ -75,6 +75,7 @@ assert "RAY_AUTH_TOKEN" not in os.environ and guest.poll() is None
 with connected(0, "ouroboros resume RUN"):
     while "dashboard agent" not in (names := {_name_of(part): part for part in _parts(psutil.Process())}):
         time.sleep(0.1)
+    assert os.getpgrp() not in {os.getpgid(part.pid) for part in names.values()}  # a signal to all is not for Ray
     time.sleep(6)
     guest.kill()
     names["dashboard agent"].kill()

@@ -191,17 +191,19 @@ def _start_private(gpus: int) -> None:
     from unittest.mock import patch
 
     import ray
-    from ray._private import node, parameter, ray_constants
+    from ray._private import node, parameter, ray_constants, services
 
     # Meant for systems whose firewall asks the user. The variable behind it is read when Ray is imported: too early.
     ray_constants.ENABLE_RAY_CLUSTER = False
     # Three helpers have nothing to do, and would take a third of a start's processor time: nothing scales a Ray on one
     # machine, no driver shows what workers print, and the dashboard's server, which shows no dashboard, would report
-    # usage. ``ray.init`` has no names for them.
+    # usage. ``ray.init`` has no names for them. A signal to this process's group, as ``timeout`` sends it, is not for
+    # Ray, which is ended in order: without its head that takes a minute, and what is being run is not closed.
     with forks.worker_setup() as setup:
         changes: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, **setup}
         helpers = partial(parameter.RayParams, **changes)
         with (
+            patch.object(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
             patch.object(parameter, "RayParams", helpers),
             patch.object(node.Node, "start_api_server", _start_no_dashboard),
         ):
