@@ -28,7 +28,7 @@ from tests.test_mad_laws import measured
 MACHINE = Machine(cpus=2, gpus=0)
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
 SMALL_BIAS = ["n_ini=20", "n_synthetic=20", "memory=2", "sampling_bias=1e-12"]
-LARGEST = ["derive.largest_admissible=true"]
+LARGEST = ["derive=[largest_admissible]"]
 
 
 def refused(*overrides: str) -> str:
@@ -299,7 +299,7 @@ def test_what_is_accepted_can_be_drawn_fitted_and_derived_from(
     """Every generation of every arm, in two universes, up to its metrics; what is refused is refused in one line."""
     arms = {} if arm is None else {"a": arm, "b": {}}
     overrides = {**own, "arms": arms, "generations": generations, "seeds": 2, "data": {"reference": 20}}
-    overrides["derive"] = {"effective_samples": derive}
+    overrides["derive"] = ["effective_samples"] * derive
     try:
         config = load_config(MadConfig, None, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
         experiment = preflight_mad(config, MACHINE)
@@ -327,7 +327,7 @@ def test_what_is_accepted_can_be_drawn_fitted_and_derived_from(
         for law in laws(arm, generations).values():
             assert law.shape == (generations,)
             assert np.isfinite(law).all()
-        if config.derive.effective_samples and arm.underivable(generations) is None:
+        if config.derive and arm.underivable(generations) is None:
             assert ("n_e" in (found := effective_samples(arm, values, config))) != ("problem" in found)
 
 
@@ -362,7 +362,7 @@ def test_every_key_of_the_guide_can_be_overridden() -> None:
     assert {key: getattr(config, key) for key in overrides} == overrides
     fraction = ["rule=fresh", "n_synthetic=null", "fresh_fraction=0.2"]
     assert load_config(MadConfig, CHECKOUT / "configs/mad/gaussian.yaml", fraction).loop.sizes(2, 20) == (10, 40)
-    assert len(known_keys(MadConfig)) <= 60
+    assert len(known_keys(MadConfig)) < 60
 
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "configs/mad").glob("*.yaml")), ids=lambda path: path.stem)

@@ -64,7 +64,7 @@ def effective_samples(arm: ArmSettings, values: Values, config: MadConfig) -> di
         return result | {"problem": str(problem)}
     shares = {name: value / n_real for name, value in found._asdict().items()}
     result |= {"n_e": found._asdict(), "n_e_over_n_r": shares, "admissible": found.value >= n_real}
-    if config.derive.largest_admissible and arm.underivable(config.generations, largest=True) is None:
+    if "largest_admissible" in config.derive and arm.underivable(config.generations, largest=True) is None:
         universes = max(32, _ADMISSIBLE_NUMBERS // settings.dimension**2)
         found_most = largest_admissible(n_real, arm.loop.sampling_bias, settings.dimension, universes, seed=0)
         result["largest_admissible"] = found_most._asdict()

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from orchestration.experiments.settings import TaskRunSettings
 from orchestration.runs.config import about
@@ -117,11 +117,12 @@ class ArmSettings(_KEYS, Settings):
                 raise ValueError(explain(schema, error)) from error
 
 
-class DeriveSettings(Settings):
-    """What is worked out from a Gaussian fresh-data loop when it is done."""
+def _listed(wanted: Any) -> Any:
+    """What is to be derived, also where each is said to be wanted or not."""
+    return tuple(name for name, each in wanted.items() if each is not False) if isinstance(wanted, Mapping) else wanted
 
-    effective_samples: bool = Field(False, description="n_e and n_e/n_r of every arm with new real data")
-    largest_admissible: bool = Field(False, description="the largest n_s with n_e/n_r ≥ 1, by bisection")
+
+Derived = Annotated[tuple[Literal["effective_samples", "largest_admissible"], ...], BeforeValidator(_listed)]
 
 
 class MadConfig(ArmSettings, TaskRunSettings):
@@ -135,7 +136,11 @@ class MadConfig(ArmSettings, TaskRunSettings):
     )
     arms: dict[str, dict[str, Any]] = Field({}, description="by name, the keys in which an arm differs; none: one arm")
     data: DataSettings = DataSettings()
-    derive: DeriveSettings = DeriveSettings()
+    derive: Derived = Field(
+        (),
+        description="of Gaussian arms with new real data: effective_samples is n_e and n_e/n_r, largest_admissible the "
+        "largest n_s with n_e/n_r ≥ 1, by bisection",
+    )
 
     @model_validator(mode="after")
     def _arms_can_run(self) -> Self:
@@ -155,9 +160,9 @@ class MadConfig(ArmSettings, TaskRunSettings):
             name for arm in arms for name in (arm.rule, arm.family)
         }:
             raise ValueError(f"{unused.pop()!r} is neither the rule nor the family of an arm")
-        for name, wanted in self.derive:
+        for name in self.derive:
             lacking = [arm.underivable(self.generations, name == "largest_admissible") for arm in arms]
-            if wanted and all(lacking):
+            if all(lacking):
                 raise ValueError(f"derive.{name} needs {lacking[0]}")
 
     def about_arm(self, name: str) -> Any:

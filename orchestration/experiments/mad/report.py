@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from orchestration.experiments.mad.analysis import DISTANCES, comparisons, effective_samples, fresh_series, verdict
-from orchestration.experiments.mad.config import DeriveSettings
 from orchestration.experiments.mad.run import MadRun
 from orchestration.runs.html_report import conclude
 from pipelines.storage.names import file_name
@@ -58,7 +57,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         arms[name] = {"settings": settings, "sizes": sizes, "metrics": plain(metrics), "verdict": verdict(values)}
         if run.histograms[name]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
-        if config.derive != DeriveSettings() and arm.underivable(config.generations) is None:
+        if config.derive and arm.underivable(config.generations) is None:
             arms[name]["effective_samples"] = plain(effective_samples(arm, values, config))
     extractor = json.loads(run.store.load(images.extractor.key)["about.json"]) if images and images.extractor else {}
     return {
