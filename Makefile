@@ -28,15 +28,20 @@ lock: $(READY)  ## write requirements.lock from what is installed
 
 # uv unpacks in seconds what takes pip minutes. It is given pip's settings, as it has others of its own; where it fails, pip
 # does it. Rebuilt when a requirement changes, and only then. What the lock leaves out (pip freezes no setuptools, and a
-# build of torch may need more than another) comes in the second step. Of what is RARE, a process compiles what it needs.
+# build of torch may need more than another) comes in the second step. What most processes import is imported once, by two
+# side by side, so that it is compiled before many do it at a time; the rest is compiled where it is first needed.
 PIPS = $$($(BIN)/pip config list | sed -nE "s/.*\.(find-links|index-url)='(.*)'/--\1=\2/p")
-RARE = /(tests|testing|sympy|databricks|selenium|networkx|torchmetrics|fontTools|pip|transformers/models|diffusers/pipelines)/
+MODELS = diffusers.models.unets.unet_2d_condition diffusers.models.autoencoders.autoencoder_kl transformers.models.clip.modeling_clip \
+  transformers.models.blip.modeling_blip sentence_transformers sklearn.cluster sklearn.mixture matplotlib.figure PIL.Image
+SERVICES = mlflow mlflow.store.tracking.sqlalchemy_store mlflow.server.fastapi_app uvicorn.main ray.tune ray.dashboard.agent \
+  ray._private.workers.default_worker ray.dashboard.dashboard scipy.stats pytest
+IMPORT = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c 'import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]'
 INSTALL = $(BIN)/uv pip install --quiet --native-tls --python=$(BIN)/python $(PIPS)
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(QUIETLY) $$(grep ^uv== requirements.lock)
 	$(INSTALL) --no-deps --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --no-deps --requirement requirements.lock
 	$(INSTALL) --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --requirement requirements.lock
-	$(BIN)/python -m compileall -q -j 2 -x '$(RARE)' $(VENV)/lib/python*/site-packages || true  # some packages ship old templates
+	$(IMPORT) $(MODELS) & $(IMPORT) $(SERVICES) & wait
 	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
 	touch $(READY)

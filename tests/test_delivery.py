@@ -304,7 +304,8 @@ def test_a_start_outlives_an_answer_that_does_not_come(
     assert list(fake.runs) == [tracker.run_id]
     assert fake.status(tracker.run_id) == "FINISHED"
     passes = call == "runs/get" or (call == "/health" and answer[0] in (200, 429))
-    assert ["trying again for 20 seconds" in text for text in said] == ([] if passes else [True])
+    # Once it has started, its deliveries may say that they were not answered.
+    assert sum("trying again for 20 seconds" in text for text in said) == (0 if passes else 1)
 
 
 def test_a_run_that_was_made_though_the_answer_was_lost_is_not_made_again(

@@ -27,7 +27,12 @@ from pipelines.storage.atomic import commit_directory, read_lines
 from pipelines.storage.checkpoint import CheckpointStore
 from pipelines.storage.locations import CHECKOUT, fingerprint
 
-REWARD = "from helper_of_reward import SCALE\n\ndef score(images, prompts, captions, **options):\n    return SCALE\n"
+REWARD = """
+from helper_of_reward import SCALE
+
+def score(images, prompts, captions, **options):
+    return [SCALE] * len(images)
+"""
 
 
 @pytest.fixture
@@ -149,7 +154,7 @@ def test_code_beside_a_reward_in_the_checkout_is_remembered(tmp_path: Path, monk
         each.touch()
     (tmp_path / "own.py").write_text("import numpy, helper\nfrom pipelines.data.digits import parse\n")
     monkeypatch.setattr(inputs, "_file", lambda name: tmp_path / files[name] if name in files else None)
-    assert {name for name, _ in inputs._used("own")} == {"own", "helper"}
+    assert {name for name, _ in inputs._used("own", None)} == {"own", "helper"}
 
 
 def test_unchanged_files_are_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
