@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_a_stand_in_is_what_it_asked_for(tmp_path: Path) -> None:
     def start() -> subprocess.Popen[str]:
         started: subprocess.Popen[str] = subprocess.Popen(words, env=environment | {"OF_THE_WORKER": "seen"}, **pipes)  # type: ignore[call-overload]
         return started
+
+    if os.getuid() == 0:  # another user is sent away: a fork would do what that one wants with the rights of this one
+        if (other := os.fork()) == 0:
+            code = 1
+            try:
+                os.setuid(65534)
+                asked = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                asked.settimeout(20)
+                asked.connect(f"\0{environment[forks.SWITCH]}")
+                code = int(asked.recv(100) != b"")
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
 
     workers = [start() for _ in range(3)]
     said = [worker.stdout.readline().rsplit(maxsplit=2) for worker in workers if worker.stdout]

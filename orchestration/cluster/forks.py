@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from selectors import EVENT_READ, DefaultSelector
@@ -183,6 +184,10 @@ class _Server:
     def _answer(self) -> None:
         """Fork for the stand-in at the door, or send it away."""
         asked, _ = self._door.accept()
+        # The socket's name is in no file system, so no permissions guard it, and every user of the machine can read it.
+        credentials = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", credentials)[1] != os.getuid():
+            return asked.close()
         said, streams, _, _ = socket.recv_fds(asked, _LARGEST, 3)
         wanted = json.loads(said or "{}")
         if len(streams) == 3 and self._is_for(wanted["environ"]):
@@ -200,6 +205,7 @@ class _Server:
             asked.close()
         for stream in streams:
             os.close(stream)
+        return None
 
     def _is_for(self, environ: Mapping[str, str]) -> bool:
         """Whether a fork can be a worker with this environment: Ray reads its part of it once, when it is imported."""
