@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [--commit 4f89436] [--rounds 3] [--whole]
 
-The earlier commit is checked out into a temporary directory and run by the same Python and libraries. In each round,
-one after the other: the demonstration until its first step is done, then interrupted; a sweep of the Gaussian family
+The earlier commit is checked out into a temporary directory and run by the same Python and libraries, and those of its
+lock that are no longer in this one's. In each round, one after the other: the demonstration until its first step is done, then interrupted; a sweep of the Gaussian family
 of ``configs/sweeps/gaussian_phase.yaml`` with two trials and one with six, whose difference is what four more trials
 take (two at a time, so a trial takes half of it); ``generate`` of eight images with the default model. Wall seconds and
 CPU seconds of all processes, as medians over the rounds, and their ratios. ``--whole`` runs the whole phase diagram,
@@ -29,6 +29,8 @@ from orchestration.runs.manifest import git_commit
 from pipelines.storage.locations import CHECKOUT
 
 DEMO, TRIAL, GENERATE, WHOLE = 15.0, 2.0, 4.0, 60.0  # seconds, at most
+_NOT_PASSED_ON = ("RAY_ADDRESS", "OUROBOROS_FORKS", "PYTHONDONTWRITEBYTECODE")  # what is compiled is to be kept
+_LIBRARIES = ".only_here"  # of a checkout of the earlier commit
 _FEW, _MORE = "space.fresh_fraction=[0.1]", "space.fresh_fraction=[0.1, 0.2, 0.4]"
 _SWEEP = ["sweep", "--config", "configs/sweeps/gaussian_phase.yaml"]
 _GENERATE = ["generate", "models/digits/pipeline", "--prompt", "a red three on a blue ground", "--count", "8"]
@@ -38,12 +40,13 @@ class Command:
     """``ouroboros`` of a checkout, running, and the CPU seconds of its processes, as far as they were seen."""
 
     def __init__(self, checkout: Path, arguments: list[str]) -> None:
-        alone = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OUROBOROS_FORKS")}
+        alone = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+        path = os.pathsep.join(map(str, (checkout, checkout / _LIBRARIES)))
         self._began, self._used = time.monotonic(), dict[psutil.Process, float]()
         self._process = psutil.Popen(
             [sys.executable, "-m", "orchestration.cli", *arguments],
             cwd=checkout,
-            env=alone | {"PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1"},
+            env=alone | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -51,13 +54,16 @@ class Command:
         self.out = b""
 
     def until(self, word: bytes = b"") -> float:
-        """Wall seconds from its start until it has printed ``word``, or has ended."""
+        """Wall seconds from its start until it has printed ``word``, or has ended. Raises RuntimeError if it ends
+        without the word."""
         while self._process.poll() is None and not (word and word in self.out):
             self.out += self._process.stdout.read() or b""
             for each in [self._process, *self._process.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
                     self._used[each] = sum(each.cpu_times()[:2])
             time.sleep(0.05)
+        if word and word not in self.out:
+            raise RuntimeError(f"{self._process.args}: {self._process.stderr.read().decode()}")
         return time.monotonic() - self._began
 
     def end(self, interrupted: bool) -> float:
@@ -79,6 +85,11 @@ def checked_out(commit: str) -> Iterator[Path]:
         place = Path(parent) / "old"
         subprocess.run(["git", "worktree", "add", "--detach", str(place), commit], cwd=CHECKOUT, check=True)
         try:
+            then, now = (set((where / "requirements.lock").read_text().split()) for where in (place, CHECKOUT))
+            names = {each.partition("==")[0] for each in now}
+            gone = [each for each in then if "==" in each and each.partition("==")[0] not in names]
+            install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", _LIBRARIES]
+            subprocess.run([*install, *gone], cwd=place, check=True)
             yield place
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(place)], cwd=CHECKOUT, check=True)
