@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -107,7 +106,8 @@ def run_study(config: Config = (), **given: Any) -> Result:
 def _run(
     loop: str, config: Config, more: Any, /, trust: bool = False, accept_changes: bool = False, **own: Any
 ) -> Result:
-    resume, Run.began = own.pop("resume", None), (time.time(), time.process_time())  # not with this process
+    Run.begins_now()
+    resume = own.pop("resume", None)
     try:
         with stopped_once():
             if resume is None:

@@ -68,7 +68,8 @@ def conclude(run: Run, path: Path, found: str, *artifacts: Path, **values: Any) 
     what it ``found``, in a line if not yet noted, and say it all by the template of its loop. Returns ``path``."""
     figures = run.directory / "figures"
     for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
-        run.tracker.artifact(each)
+        if each.exists():  # a sweep's trials draw no figures
+            run.tracker.artifact(each)
     if found:
         write_note(run, found)
     text = fill(TEMPLATES / f"{run.manifest['loop']}_result.txt", run=run, figures=figures, **values)

@@ -182,6 +182,11 @@ class Run:
                 self.directory.rmdir()
         self._lock.close()
 
+    @staticmethod
+    def begins_now() -> None:
+        """Leave what this process did so far out of the time of the next run."""
+        Run.began = time.time(), time.process_time()
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to a stage's account."""

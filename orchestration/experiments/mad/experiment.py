@@ -71,4 +71,5 @@ class Mad(SweptExperiment):
         """See :class:`SweptExperiment`."""
         from orchestration.experiments.mad.loop import run_mad
 
-        run_mad(config, trusted=True, changes=changes)  # the sweep was typed
+        # The sweep was typed. Figures of every trial would take longer than the trials: resume draws them.
+        run_mad(config, trusted=True, changes=changes, figures=False)

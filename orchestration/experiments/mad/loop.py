@@ -18,16 +18,17 @@ from pipelines.storage.tasks import Task
 from policies.loops.training_sets import training_sets
 
 
-def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False) -> Path:
+def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False, figures: bool = True) -> Path:
     """Run a MAD experiment, or go on with it. Returns the path of summary.json. Raises ConfigError before it starts,
     also if another began it and it is not ``trusted``, or it would read other things and no ``changes`` are accepted.
+    ``figures``: whether to draw any.
     """
     experiment = preflight_mad(config)
     generations = unroll(config, experiment)
     wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
     with MadRun(config, experiment, generations, trusted, changes) as run:
         run.perform(perform, [*experiment.floors.values(), *wanted], experiment.gpus, experiment.resources)
-        return report(run)
+        return report(run, figures)
 
 
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:

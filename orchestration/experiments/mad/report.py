@@ -28,15 +28,17 @@ _CURVES = (*_TITLES, "precision", "recall", "label_accuracy", "memorisation")
 _GRID_COLUMNS, _MOST_ROWS = 16, 10
 
 
-def report(run: MadRun) -> Path:
-    """Write figures and summary.json, hand both to MLflow, and say what came out. Returns the summary's path."""
+def report(run: MadRun, figures: bool) -> Path:
+    """Write summary.json and, if they are wanted, figures, hand both to MLflow, and say what came out. Returns the
+    summary's path."""
     summary = summarise(run)
     path = run.summarise(summary, indent=None)  # it has a number a universe and generation
     run.flush()
     for name, arm in summary["arms"].items():
         if arm["verdict"] and (tracker := run.tracker_of(name)):
             tracker.tags({"goes_mad": arm["verdict"]["goes_mad"]})
-    draw(run)
+    if figures:
+        draw(run)
     verdicts = Counter(arm["verdict"]["goes_mad"] for arm in summary["arms"].values() if arm["verdict"])
     counts = [f"{answer} ({count} of {len(summary['arms'])} arms)" for answer, count in verdicts.items()]
     found = f"goes MAD: {', '.join(counts) or 'no verdict'}"

@@ -113,7 +113,12 @@ def _fit(
             tune.with_resources(trainable, tune.PlacementGroupFactory(bundles)),
             param_space=space,
             tune_config=tune.TuneConfig(
-                metric=run.metric, mode=config.direction, search_alg=searcher, scheduler=scheduler, num_samples=count
+                metric=run.metric,
+                mode=config.direction,
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=count,
+                reuse_actors=not config.experiment.reports_steps,  # nothing stops such a trial in the middle
             ),
             run_config=tune.RunConfig(
                 name="tune", storage_path=scratch, verbose=0, callbacks=[Ends(run, resolve)], stop=run.budget

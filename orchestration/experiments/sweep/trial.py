@@ -17,7 +17,7 @@ from typing import Any, Self
 from orchestration.experiments.sweep.config import SweepConfig
 from orchestration.runs.config import ConfigError
 from orchestration.runs.manifest import known_manifest
-from orchestration.runs.run import is_free
+from orchestration.runs.run import Run, is_free
 from pipelines.storage.atomic import DamagedFiles, read_json, write_json
 from policies.common.search_space import FRESH_SEEDS, Point, exact, short
 
@@ -110,6 +110,7 @@ def run_trial(sweep: SweepConfig, trial: Trial, tracking: Mapping[str, Any], cha
     if over:
         return
     trial.note(error=None)
+    Run.begins_now()  # the process may have done another trial before
     place: dict[str, Any] = {"output_dir": str(trial.directory), "tracking": {**tracking}}
     config = sweep.trial_config(trial.point, trial.seed, place | ({"evaluation.patience": 0} if copies else {}))
 
