@@ -1,5 +1,5 @@
 """``python -m orchestration.cli``, as ``ouroboros``."""
 
-from orchestration.cli.main import main
+from orchestration.cli.main import program
 
-main()
+program()

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
@@ -17,6 +17,7 @@ from orchestration.api import read, stopped_once
 from orchestration.cli import options as common
 from orchestration.cli.jobs import jobs_app
 from orchestration.cli.runs import runs_app
+from orchestration.cluster.forks import leave
 from orchestration.experiments.experiment import Experiment
 from orchestration.experiments.registry import EXPERIMENTS, experiment_of
 from orchestration.runs import run as run_directories
@@ -333,8 +334,21 @@ def _print_plan(experiment: Experiment, settings: BaseModel, machine: Any = None
     print(description, end="")
 
 
+def program() -> NoReturn:
+    """Entry point."""
+    code = FAILED
+    try:
+        main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        leave(code)
+
+
 def main() -> None:
-    """Entry point: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
+    """A command: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number is given to the next file
         pass
@@ -344,8 +358,7 @@ def main() -> None:
         try:
             code = app(standalone_mode=False) or 0
             if code == INTERRUPTED:
-                # All is closed by now. Ray's threads may still be starting, and the interpreter's end under them
-                # crashes.
+                # All is closed by now, and Ray's threads may still be starting: what is to run at the end may crash.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)

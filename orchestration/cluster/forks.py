@@ -219,10 +219,8 @@ class _Server:
 
 def _become(wanted: Mapping[str, Any], streams: Iterable[int]) -> NoReturn:
     """In a fork: be the worker that was asked for."""
-    import atexit
     import runpy
     import tempfile
-    import threading
     import traceback
 
     code = 1
@@ -248,11 +246,25 @@ def _become(wanted: Mapping[str, Any], streams: Iterable[int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python does, but for taking apart all that was imported: of libraries as large as these that
+    takes seconds, and under Ray's threads it may crash."""
+    import atexit
+    import threading
+
+    try:
         ends: Any = threading
         ends._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # nobody reads it any more
+                code = code or 1
+    finally:
         os._exit(code)
 
 
