@@ -201,6 +201,8 @@ def _start_private(gpus: int) -> None:
     # Ray, which is ended in order: without its head that takes a minute, and what is being run is not closed.
     with forks.worker_setup() as setup:
         changes: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False, **setup}
+        # Whatever port is free: for its usual one an agent waits more than three seconds where another Ray has it.
+        changes["dashboard_agent_listen_port"] = 0
         helpers = partial(parameter.RayParams, **changes)
         with (
             patch.object(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),

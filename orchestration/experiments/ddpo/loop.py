@@ -61,6 +61,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
     if run.checkpoint is None:
         run.describe(plan.prompts, plan.roles, workers.ask_learner("micro_batch"))
         before = evaluate(config.evaluation.images)
+        queue.request(run.step)  # drawn while the reward is calibrated
         report.before(before, calibrate(workers, *fitting_images(config, before)))
     else:
         workers.restore(run.checkpoint)

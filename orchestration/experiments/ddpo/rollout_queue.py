@@ -19,12 +19,16 @@ class RolloutQueue:
         self._run, self._workers, self._prompts = run, workers, prompts
         self._asked: dict[int, list[Chunk]] = {}
 
-    def rollout(self, step: int) -> Rollout:
-        """What ``step`` is trained on, drawn. What the steps after it need is on its way from now on, too."""
+    def request(self, step: int) -> None:
+        """Have what ``step`` is trained on drawn, and what those after it need, as far ahead as is allowed."""
         training = self._run.config.training
         for following in range(step, min(step + training.depth + 1, training.steps)):
             if following not in self._asked:
                 self._ask(following)
+
+    def rollout(self, step: int) -> Rollout:
+        """What ``step`` is trained on, drawn. What the steps after it need is on its way from now on, too."""
+        self.request(step)
         chunks = self._asked.pop(step)
         images = self._workers.wait([chunk.images for chunk in chunks], f"step {step + 1}: sampling")
         self._workers.check_receipts()
