@@ -3,11 +3,12 @@
     python -m benchmarks.startup [--commit 4f89436] [--rounds 3] [--whole]
 
 The earlier commit is checked out into a temporary directory and run by the same Python and libraries, and those of its
-lock that are no longer in this one's. In each round, one after the other: the demonstration until its first step is done, then interrupted; a sweep of the Gaussian family
-of ``configs/sweeps/gaussian_phase.yaml`` with two trials and one with six, whose difference is what four more trials
-take (two at a time, so a trial takes half of it); ``generate`` of eight images with the default model. Wall seconds and
-CPU seconds of all processes, as medians over the rounds, and their ratios. ``--whole`` runs the whole phase diagram,
-now only. To be run on idle cores.
+lock that are no longer in this one's. In each round, one after the other: the demonstration until its first step is
+done, then interrupted; a sweep of the Gaussian family of ``configs/sweeps/gaussian_phase.yaml`` with two trials and one
+with six, whose difference is what four more trials take (two at a time, so a trial takes half of it); ``generate`` of
+eight images with the default model. Wall seconds and CPU seconds of all processes, as medians over the rounds, and
+their ratios; beside them what the libraries' import takes alone, below which nothing that draws can come. ``--whole``
+runs the whole phase diagram, now only. To be run on idle cores.
 """
 
 import argparse
@@ -95,6 +96,13 @@ def checked_out(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(place)], cwd=CHECKOUT, check=True)
 
 
+def imports_alone() -> float:
+    """Wall seconds of a process that imports the class of the default model's pipeline and does nothing."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "from diffusers import StableDiffusionPipeline"], check=True)
+    return time.monotonic() - began
+
+
 def measure(checkout: Path, scratch: Path) -> tuple[dict[str, float], bool]:
     """Seconds of each thing, wall and CPU, and whether ``generate`` was quiet."""
     found: dict[str, float] = {}
@@ -121,9 +129,10 @@ def main() -> None:
     options = parser.parse_args()
     print(f"commit {git_commit()}, before {options.commit}", flush=True)
     taken: dict[str, dict[str, list[float]]] = {"old": defaultdict(list), "new": defaultdict(list)}
-    quiet = True
+    quiet, floor = True, []
     with checked_out(options.commit) as old:
         for _ in range(options.rounds):
+            floor.append(imports_alone())
             for name, checkout in (("old", old), ("new", CHECKOUT)):
                 with tempfile.TemporaryDirectory() as scratch:
                     found, said_nothing = measure(checkout, Path(scratch))
@@ -135,6 +144,7 @@ def main() -> None:
     for what, value in new.items():
         before = median(taken["old"][what])
         print(f"{what:32}{before:8.1f}{value:8.1f}{value / before:9.2f}")
+    print(f"a process that only imports diffusers' StableDiffusionPipeline: {median(floor):.1f} s")
     kept = {
         f"demo to its first step in {DEMO:g} s": new["demo to its first step"] <= DEMO,
         f"a trial in {TRIAL:g} s": new["a trial of a sweep"] <= TRIAL,
