@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from pipelines.storage.locations import CHECKOUT
 from tests.network import family, listeners, ports
@@ -48,6 +49,8 @@ def test_a_default_run_listens_on_loopback_alone_and_reports_nothing(tmp_path: P
     finally:
         run.kill()
     assert len(seen) > 5  # Ray's servers and workers were looked at
+    # For its own agent's usual port a second Ray would wait.
+    assert DEFAULT_DASHBOARD_AGENT_LISTEN_PORT not in {port for _, port in seen}
     assert reports == {tuple(REPORTS.values())}
 
 

@@ -68,4 +68,5 @@ def test_a_verdict_says_how_much_the_distance_grew_and_is_json() -> None:
     json.dumps(alone, allow_nan=False)
     assert alone is not None
     assert (alone["growth"]["mean"], alone["growth"]["low"]) == (4.0, None)
+    assert verdict({"own_measure": np.ones((2, 2))}) is None  # of a generator of one's own
     assert "growth" not in (verdict({"total_variation": np.ones((2, 2)), "heterozygosity": np.ones((2, 2))}) or {})

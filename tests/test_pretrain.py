@@ -35,6 +35,11 @@ def weights(directory: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_place_that_cannot_be_made_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError, match=r"/proc/models cannot be made .* name another directory"):
+        pretrain.pretrain(Path("/proc/models"))
+
+
 @pytest.mark.usefixtures("_hasty")
 def test_pretrain_builds_resumes_and_repeats_itself(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"

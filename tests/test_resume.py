@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.inputs import ddpo_inputs
@@ -23,6 +24,7 @@ from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.inputs import changed_inputs
 from orchestration.runs.manifest import has_only_begun, open_run, write_manifest
 from orchestration.runs.run import _lock, check_output, going_on, new_directory, sync
+from orchestration.tracking.tracker import Tracker
 from pipelines.storage.atomic import commit_directory, read_lines
 from pipelines.storage.checkpoint import CheckpointStore
 from pipelines.storage.locations import CHECKOUT, fingerprint
@@ -229,6 +231,18 @@ def test_a_beginning_is_no_run_in_the_way(home: Path, left: Any) -> None:
         new_directory(configured(f"output_dir={directory}"))
     assert new_directory(configured(f"output_dir={directory}")) == directory
     assert [path.name for path in directory.iterdir()] == [".lock"]
+
+
+def test_a_beginning_that_was_killed_does_not_run_for_ever_in_mlflow(home: Path, empty_store: Path) -> None:
+    directory, store = home.parent / "other", f"sqlite:///{empty_store}"
+    run = DdpoRun.create(config := configured(f"output_dir={directory}", f"tracking.uri={store}"))
+    tracker = Tracker(directory, config.tracking, "other")
+    write_manifest(directory, run.manifest | {"status": "RUNNING", "mlflow_run_id": tracker.run_id})
+    tracker._outbox.close()  # as the end of its process would
+    run._lock.close()
+    assert MlflowClient(store).get_run(tracker.run_id).info.status == "RUNNING"
+    new_directory(config)
+    assert MlflowClient(store).get_run(tracker.run_id).info.status == "KILLED"
 
 
 def spoil(directory: Path, what: str) -> None:

@@ -198,7 +198,8 @@ def test_own_reward_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("sentence_cosinus", "neither one of blip_vqa"),
+        ("sentence_cosinus", "neither one of blip_vqa.*; did you mean sentence_cosine?"),
+        ("jpeg", "did you mean jpeg_compressibility or jpeg_incompressibility?"),
         ("tests.rewards:", "neither one of"),
         (":redness", "neither one of"),
         ("no_such_module:redness", "module 'no_such_module' cannot be imported"),

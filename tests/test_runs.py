@@ -284,8 +284,9 @@ def test_tables_as_json_have_the_facts_in_full(
     compared = printed(["runs", "compare", "calm", "ø", *root], monkeypatch, capsys)
     assert compared["runs"] == [first, second]
     assert compared["differing"]["training.learning_rate"] == [1e-4, None]
-    assert command(["runs", "show", "none", "--json", *root], monkeypatch) == 2
-    assert capsys.readouterr().out == ""
+    for words in (["show", "none"], ["compare", "calm"]):
+        assert command(["runs", *words, "--json", *root], monkeypatch) == 2
+        assert capsys.readouterr().out == ""
 
 
 def test_no_name_is_cut_or_folded_in_a_pipe(

@@ -101,11 +101,18 @@ def finished(directory: Path) -> dict[Path, int]:
     return {path: (path.parent / "summary.json").stat().st_mtime_ns for path in over}
 
 
-def statuses(directory: Path) -> dict[str, str]:
-    """MLflow's status of every run of a sweep's store, by name."""
+def statuses(directory: Path) -> set[tuple[str, str]]:
+    """Name and status in MLflow of every run of a sweep's store."""
     client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
     experiments = [each.experiment_id for each in client.search_experiments()]
-    return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+    return {(run.info.run_name, run.info.status) for run in client.search_runs(experiments)}
+
+
+def all_finished(directory: Path) -> bool:
+    """Whether all have. One that was killed before it had committed anything has begun anew, in another run."""
+    found = statuses(directory)
+    finished = {name for name, status in found if status == "FINISHED"}
+    return {name for name, _ in found} == finished and {status for _, status in found} <= {"FINISHED", "KILLED"}
 
 
 @pytest.mark.parametrize(
@@ -284,8 +291,7 @@ def test_a_killed_sweep_goes_on_where_it_was(preloaded: None, tmp_path: Path) ->
     values = [point["mean"] for point in content["points"]]
     assert values == sorted(values)
     assert content["best"]["point"]["fresh_fraction"] == 0.9
-    found = statuses(directory)
-    assert set(found.values()) == {"FINISHED"}, found
+    assert all_finished(directory), statuses(directory)
     assert (directory / "figures" / "phase_diagram.png").stat().st_size > 5000
 
     client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
@@ -294,6 +300,14 @@ def test_a_killed_sweep_goes_on_where_it_was(preloaded: None, tmp_path: Path) ->
         f"tags.`mlflow.parentRunId` = '{content['mlflow_run_id']}'",
     )
     assert len(below) == 6
+
+    trial = directory / "trials" / content["best"]["trial"]
+    made = {path: path.stat().st_mtime_ns for path in (trial / "tasks").rglob("*.json")}
+    assert not (trial / "figures").exists()
+    drawing = start(["resume", str(trial)], tmp_path / "trial.log")
+    assert drawing.wait(400) == 0, (tmp_path / "trial.log").read_text()
+    assert (trial / "figures" / "curves.png").stat().st_size > 5000
+    assert {path: path.stat().st_mtime_ns for path in (trial / "tasks").rglob("*.json")} == made  # nothing was repeated
 
 
 def test_successive_halving_stops_the_worse_and_confirms_the_best(
@@ -321,8 +335,8 @@ def test_successive_halving_stops_the_worse_and_confirms_the_best(
     assert found["best"]["mean"] == max(each["value"] for each in complete)
     assert len(found["confirmation"]["best"]) == len(found["confirmation"]["unchanged"]) == 1
     runs = statuses(directory)
-    assert "RUNNING" not in runs.values()
-    assert all(runs[each["name"]] == "KILLED" for each in stopped)
+    assert "RUNNING" not in {status for _, status in runs}
+    assert all((each["name"], "KILLED") in runs for each in stopped)
 
     client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
     version = client.get_model_version_by_alias("tiny-best", "best")
@@ -347,7 +361,7 @@ def test_a_population_copies_the_better(tiny: dict[str, Any], ray_session: None,
         assert 1e-4 <= manifest["config"]["training"]["learning_rate"] <= 1e-2
     for path in directory.glob("trials/*/metrics.jsonl"):
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-    assert set(statuses(directory).values()) == {"FINISHED"}
+    assert all_finished(directory)
 
 
 def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
@@ -358,7 +372,7 @@ def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
     found = swept(content | {"budget": {"reward_queries": 60}}, directory)
     assert found["budget_spent"]
     assert 60 <= found["reward_queries"] < 3 * 48
-    assert "RUNNING" not in statuses(directory).values()
+    assert "RUNNING" not in {status for _, status in statuses(directory)}
 
     before = finished(directory)
     more = swept(content, directory)
@@ -366,7 +380,7 @@ def test_a_budget_of_reward_queries_stops_a_sweep_that_can_go_on(
     assert [each["status"] for each in more["trials"]] == ["FINISHED"] * 3
     assert more["reward_queries"] == 3 * 48
     assert {each["name"] for each in found["trials"]} <= {each["name"] for each in more["trials"]}
-    assert set(statuses(directory).values()) == {"FINISHED"}
+    assert all_finished(directory)
 
 
 def pretend(directory: Path, point: dict[str, Any], seed: int, value: float | None, status: str = "FINISHED") -> None:

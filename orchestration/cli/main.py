@@ -212,7 +212,8 @@ def pretrain(
     """Rebuild the default models from scratch (about half an hour of CPU time)."""
     from pipelines.default_models.pretrain import pretrain as build
 
-    build(output, seed)
+    with about("--output"):
+        build(output, seed)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from orchestration.cli.options import Json, Overrides, Root, RunName, RunNames, 
 from orchestration.runs import browse
 from orchestration.runs import run as run_directories
 from orchestration.runs.browse import find_run
+from orchestration.runs.config import ConfigError
 from orchestration.runs.display import Terminal
 
 runs_app = typer.Typer(help="Look at the runs there are.", no_args_is_help=True)
@@ -68,5 +69,7 @@ def show(run: RunName, root: Root = Path("runs"), as_json: Json = False) -> None
 @runs_app.command()
 def compare(names: RunNames, root: Root = Path("runs"), as_json: Json = False) -> None:
     """Runs side by side: what differs in their configuration, and what came out."""
+    if len(names) < 2:
+        raise ConfigError("one run cannot be compared: name two or more, or see it with 'ouroboros runs show'")
     found = browse.compared([find_run(name, root) for name in names])
     Terminal().show(found, browse.render_compare, as_json)

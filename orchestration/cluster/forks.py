@@ -26,6 +26,7 @@ SWITCH = "OUROBOROS_FORKS"  # in the environment: 0, or the name of the server's
 # busy ones: see benchmarks/learner_threads.py.
 ACTORS = {"GOMP_SPINCOUNT": "1000", "HF_HUB_DISABLE_TELEMETRY": "1"}
 _LARGEST = 2**20
+_SECONDS_TO_END = 10.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TITLE = "-" * 200  # room in the server's command line for the titles that workers give themselves
 _AFTER_RAY = ("ray.", "actors.", "orchestration.")  # what imports Ray waits until it is known what Ray is to read
@@ -63,12 +64,18 @@ def begin(libraries: Iterable[str]) -> None:
 
 def end() -> None:
     """End the server, and every fork of it."""
+    import subprocess
+
     process, _Forks.process = _Forks.process, None
     if process is not None:
         if not _Forks.has_forks:  # it may still be importing
             process.kill()
         process.stdin.close()
-        process.wait()
+        try:
+            process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:  # somebody has stopped it
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from orchestration.runs.manifest import (
     clear_beginning,
     has_only_begun,
     ids,
+    known_manifest,
     open_run,
     original,
     read_manifest,
@@ -245,6 +246,9 @@ def new_directory(config: Any, seed: str = "") -> Path:
     directory = Path(config.output_dir).expanduser() if config.output_dir else Path("runs") / name
     directory.mkdir(parents=True, exist_ok=True)
     if has_only_begun(directory):
+        begun = known_manifest(directory)
+        if begun.get("status") == "RUNNING" and original(directory, begun) is None:
+            sync(directory, lambda _: None)  # it was killed: MLflow is not to show it as running for ever
         with contextlib.closing(_lock(directory)):
             clear_beginning(directory)
     return directory.resolve()

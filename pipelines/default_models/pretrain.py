@@ -24,11 +24,14 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
     """Writes ``pipeline/``, ``captioner/``, ``evaluator/``, ``measurements.json`` and ``README.md`` to ``output_dir``.
 
     Takes about twenty-five CPU minutes from nothing. Parts already there are skipped; delete a part's directory to
-    build it again. Raises ValueError if ``output_dir`` holds parts built from another seed.
+    build it again. Raises ValueError if ``output_dir`` holds parts built from another seed, or cannot be made.
     """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output_dir} cannot be made ({error.strerror}): name another directory") from error
     from pipelines.default_models import models
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     record = output_dir / "measurements.json"
     measurements: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if measurements.setdefault("seed", seed) != seed:

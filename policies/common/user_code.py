@@ -106,7 +106,10 @@ def import_function(path: str, setting: str, built_in: Iterable[str], what: str 
     module_name, _, function_name = path.rpartition(":")
     if not (module_name and function_name):
         forms = f"an import path 'module:{what}' or 'path/to/file.py:{what}'"
-        raise ValueError(f"{setting} {path!r} is neither one of {', '.join(built_in)} nor {forms}")
+        names = list(built_in)
+        near = [name for name in names if path and path in name] or difflib.get_close_matches(path, names, n=1)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"{setting} {path!r} is neither one of {', '.join(names)} nor {forms}{hint}")
     if module_name == IN_PROCESS:
         remedy = f"go on there with run_ddpo(resume=RUN, reward={function_name}), or name a function's file"
         raise ValueError(f"{setting} {path!r} was a function of the Python program that began this: {remedy}")

@@ -29,11 +29,12 @@ def laws(arm: ArmSettings, generations: int) -> Laws:
 
 
 def verdict(values: Values) -> dict[str, Any] | None:
-    """Does the arm go MAD? Its distance, its quality and its diversity are judged apart. One generation has none."""
+    """Does the arm go MAD? Its distance, its quality and its diversity are judged apart. One generation has none, nor
+    has a generator of one's own whose metrics hold neither a distance nor the heterozygosity."""
     seeds, generations = next(iter(values.values())).shape
-    if generations < 2:
-        return None
     distance, diversity = (next((each for each in kind if each in values), None) for kind in (DISTANCES, _DIVERSITY))
+    if generations < 2 or not (distance or "heterozygosity" in values):
+        return None
     # With a uniform truth Σ(p − 1/k)² = 1 − 1/k − heterozygosity, and unlike the distance it is never 0.
     grows = judge(values[distance], "lower") if distance else judge(values["heterozygosity"], "higher")
     kinds = ("precision", diversity or "")
