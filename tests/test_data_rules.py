@@ -38,6 +38,7 @@ RULES: dict[str, tuple[dict[str, Any], list[tuple[str, int, int, int]]]] = {
     ),
     "iterative_retraining": ({"n_real": 50, "n_synthetic": 25}, [("real-fixed", 0, 0, 50), ("synthetic", 3, 0, 25)]),
     "curated": ({"n_real": 10, "n_synthetic": 40}, [("real-fixed", 0, 0, 10), ("synthetic", 3, 0, 40)]),
+    "corrected": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
     "verified": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
     "memory": (
         {"n_real": 5, "n_synthetic": 21, "memory": 2},
@@ -96,12 +97,6 @@ def test_more_generations_change_no_earlier_one(rule: str) -> None:
 )
 def test_nothing_is_nothing(settings: dict[str, Any], expected: list[tuple[str, int, int, int]]) -> None:
     assert parts(training_sets(loop(**settings), 3, POOL)[2]) == expected
-
-
-def test_augmentation_from_all_is_accumulation() -> None:
-    settings = {"n_real": 50, "n_synthetic": 30}
-    everything = training_sets(loop("augmentation", synthetic_from="all", **settings), 5, POOL)
-    assert everything == training_sets(loop("accumulate", **settings), 5, POOL)
 
 
 @pytest.mark.parametrize(

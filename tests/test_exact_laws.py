@@ -12,6 +12,8 @@ from policies.loops.laws import (
     accumulate_subsample,
     augmentation,
     categorical,
+    corrected,
+    corrected_categorical,
     fresh,
     fresh_steady_state,
     fully_synthetic,
@@ -154,6 +156,51 @@ def test_fresh_forgets_where_it_began(n_real: int, n_synthetic: int, sampling_bi
         laws = fresh(generations=400, n_ini=n_ini, covariance="unbiased", **sizes)
         assert laws["variance"][-1] == pytest.approx(v, rel=1e-9)
         assert laws["mean_square"][-1] == pytest.approx(c, rel=1e-9)
+
+
+CORRECTED = [
+    {"n_ini": 20, "n_real": 0, "n_synthetic": 20, "kept": 0.6, "sampling_bias": 1.0, "covariance": "unbiased"},
+    {"n_ini": 12, "n_real": [5, 2, 8, 3], "n_synthetic": [9, 14, 6, 18], "kept": 0.5, "sampling_bias": 0.7}
+    | {"covariance": "unbiased"},
+    {"n_ini": 15, "n_real": 2, "n_synthetic": 8, "kept": 0.9, "sampling_bias": 0.9, "covariance": "mle"},
+]
+
+
+@pytest.mark.parametrize("setting", CORRECTED)
+def test_corrected(setting: dict) -> None:
+    laws = corrected(generations=5, **setting)
+    sizes = list(zip(*(np.broadcast_to(setting[key], 4) for key in ("n_real", "n_synthetic")), strict=True))
+
+    def loop(rng: np.random.Generator, universes: int) -> Iterator[tuple]:
+        model = fit(rng.standard_normal((universes, setting["n_ini"], 3)), setting["covariance"])
+        yield model
+        for n_real, n_synthetic in sizes:
+            drawn = draw(model, n_synthetic, setting["sampling_bias"], rng)
+            stays = rng.random((universes, n_synthetic, 1)) < setting["kept"]
+            synthetic = np.where(stays, drawn, rng.standard_normal(drawn.shape))
+            model = fit(np.concatenate([rng.standard_normal((universes, n_real, 3)), synthetic], 1), "unbiased")
+            if setting["covariance"] == "mle":
+                model = model[0], model[1] * (1 - 1 / (n_real + n_synthetic))
+            yield model
+
+    values = simulate(loop, 3 * (setting["n_ini"] + int(np.sum(sizes))), laws)
+    assert_agree(laws, values)
+    # As if what was corrected no longer depended on where the model was.
+    naive = np.array(laws["mean_square"])
+    for t, (_, n_synthetic) in enumerate(sizes, start=1):
+        share = setting["kept"] * n_synthetic / sum(sizes[t - 1])
+        naive[t] -= share**2 * laws["mean_square"][t - 1]
+    assert np.abs(deviations(naive, values["mean_square"])[1:]).min() > 3
+
+
+def test_correction_is_what_so_much_fresh_data_is() -> None:
+    """To keep all is the fresh loop; to keep nothing is a first generation each time."""
+    sizes: dict[str, Any] = {"n_ini": 20, "n_real": 5, "n_synthetic": 15, "sampling_bias": 0.8, "generations": 6}
+    for covariance in ("unbiased", "mle", "known"):
+        how = {**sizes, "covariance": covariance}
+        for metric, values in fresh(**how).items():
+            np.testing.assert_allclose(corrected(kept=1.0, **how)[metric], values)
+            np.testing.assert_allclose(corrected(kept=0.0, **how)[metric], values[0])
 
 
 AUGMENTATION = [
@@ -340,4 +387,21 @@ def test_categorical(n_ini: int, n: int, probabilities: list[float]) -> None:
         frequencies = rng.multinomial(size, frequencies / frequencies.sum(axis=1, keepdims=True)) / size
         values.append(1 - np.sum(frequencies**2, axis=1))
     laws = categorical(generations=6, n_ini=n_ini, n=n, probabilities=probabilities)
+    assert_agree(laws, {"heterozygosity": np.stack(values, axis=1)})
+
+
+@pytest.mark.parametrize(
+    ("n_ini", "n_real", "n_synthetic", "kept"), [(10, 0, 10, 0.5), (30, 3, 8, 0.9), (6, 10, 25, 0.7)]
+)
+def test_corrected_categorical(n_ini: int, n_real: int, n_synthetic: int, kept: float) -> None:
+    rng, real, values = np.random.default_rng(2), np.array([0.5, 0.3, 0.2]), []
+    frequencies = rng.multinomial(n_ini, real, 50_000) / n_ini
+    for generation in range(5):
+        if generation:
+            mixed = kept * frequencies + (1 - kept) * real
+            counts = rng.multinomial(n_synthetic, mixed / mixed.sum(axis=1, keepdims=True))
+            frequencies = (counts + rng.multinomial(n_real, real, 50_000)) / (n_synthetic + n_real)
+        values.append(1 - np.sum(frequencies**2, axis=1))
+    sizes = {"n_ini": n_ini, "n_real": n_real, "n_synthetic": n_synthetic}
+    laws = corrected_categorical(generations=5, kept=kept, probabilities=list(real), **sizes)
     assert_agree(laws, {"heterozygosity": np.stack(values, axis=1)})

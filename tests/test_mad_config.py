@@ -256,9 +256,19 @@ def _with_loop(directory: Path, manifest: dict[str, Any], overrides: list[str]) 
     return refused(*overrides)
 
 
+def test_a_key_of_earlier_versions_is_read_where_it_meant_nothing_else() -> None:
+    assert refused("rule=augmentation", "synthetic_from=all").endswith(
+        "samples of all earlier generations are rule=accumulate now"
+    )
+    old = MadConfig.model_validate(
+        {"rule": "augmentation", "n_real": 5, "n_synthetic": 5, "synthetic_from": "previous"}
+    )
+    assert old.resolved_arms["augmentation"].rule == "augmentation"
+
+
 EXTRA: dict[str, st.SearchStrategy[Any]] = {
     "sampling_bias": st.sampled_from([1.0, 0.5, 0.0025, 1e-6, 1e-300]),
-    "synthetic_from": st.sampled_from(["previous", "all"]),
+    "correction": st.sampled_from([0.0, 0.3, 1e6]),
     "memory": st.integers(1, 5),
     "real_weight": st.sampled_from([1e-6, 3.0, 1e6]),
     "candidates": st.integers(2, 4),

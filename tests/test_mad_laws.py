@@ -80,6 +80,20 @@ GAUSSIAN: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"dimension": 15, "rule": "fresh", "n_ini": 20, "fresh_fraction": (0.5, 0.1, 0.3)},
         {"variance", "mean_square"},
     ),
+    "corrected": (
+        {"dimension": 9, "rule": "corrected", "n_ini": 12, "n_real": 0, "n_synthetic": 12, "correction": 0.25},
+        {"variance", "mean_square"},
+    ),
+    "corrected, beside new real data": (
+        {"dimension": 15, "rule": "corrected", "n_ini": 20, "n_real": 5, "n_synthetic": 10, "sampling_bias": 0.7}
+        | {"real_supply": "fresh"},
+        {"variance", "mean_square"},
+    ),
+    "corrected, mle": (
+        {"dimension": 7, "rule": "corrected", "n_ini": 16, "n_real": 2, "n_synthetic": 14, "correction": 4.0}
+        | {"real_supply": "fresh", "covariance": "mle"},
+        {"variance", "mean_square"},
+    ),
     "augmentation": (
         {"dimension": 9, "rule": "augmentation", "n_real": 10, "n_synthetic": 10},
         {"variance", "mean_square"},
@@ -173,6 +187,13 @@ def test_categorical_loops_obey_drift(n_ini: int, n: int, categories: int) -> No
     assert abs(found["heterozygosity"]) < 3
 
 
+@pytest.mark.parametrize(("n_real", "n", "correction"), [(0, 20, 1.0), (5, 10, 0.2), (2, 30, 0.5)])
+def test_corrected_categorical_loops_obey_their_law(n_real: int, n: int, correction: float) -> None:
+    settings = {"n_ini": 20, "n_real": n_real, "n_synthetic": n, "correction": correction, "real_supply": "fresh"}
+    arm = ArmSettings(family="categorical", categories=4, rule="corrected", **settings)  # type: ignore[arg-type]
+    assert abs(deviations(arm, {"heterozygosity"}, universes=12_000)["heterozygosity"]) < 3
+
+
 @pytest.mark.parametrize(("ran", "law"), [("mle", "unbiased"), ("unbiased", "mle")])
 def test_one_covariance_does_not_pass_for_the_other(ran: Any, law: Any) -> None:
     arms = [ArmSettings(family="gaussian", dimension=3, n_ini=12, covariance=each) for each in (ran, law)]
@@ -185,6 +206,7 @@ def test_loops_without_a_law_have_none() -> None:
     for settings in (
         {"rule": "memory", "n_real": 5, "n_synthetic": 9},
         {"rule": "curated", "n_real": 5, "n_synthetic": 9},
+        {"rule": "corrected", "n_real": 5, "n_synthetic": 9},  # always the same real samples
     ):
         assert laws(ArmSettings(family="gaussian", **settings), 3) == {}  # type: ignore[arg-type]
     weighted = ArmSettings(family="gaussian", rule="augmentation", n_real=5, n_synthetic=9, real_weight=2.0)

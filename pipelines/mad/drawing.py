@@ -1,6 +1,7 @@
 """Drawing what the next generations may be trained on: plainly, or selected as the data rule says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipelines.generators import Generator
@@ -18,9 +19,11 @@ def draw(
     selection: Mapping[str, Any] | None = None,
     classifier: Classifier | None = None,
     start: int = 0,
+    truth: Callable[[Sequence[int], int], Samples] | None = None,
 ) -> Samples:
     """``count`` samples a universe of the model of ``generation``, from the ``start``-th on: a function of these
-    arguments and nothing else. ``selection`` is :meth:`policies.loops.rules.Rule.selection`.
+    arguments and nothing else. ``selection`` is :meth:`policies.loops.rules.Rule.selection`; ``truth`` gives samples of
+    the truth by the universes' seeds and their number.
 
     Raises ValueError if a reward fails or the verifier accepts too few.
     """
@@ -30,5 +33,7 @@ def draw(
 
     if selection is None:
         return plainly(count)
-    drawing = Drawing(plainly, count, streams(seeds, "curation", generation), classifier)
+    apart = [derive_seed(seed, "correction", generation, start) for seed in seeds]
+    known = None if truth is None else partial(truth, apart)
+    drawing = Drawing(plainly, count, streams(seeds, "curation", generation), classifier, known)
     return RULES.find(selection["rule"]).select(selection, drawing)

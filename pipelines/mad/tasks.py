@@ -249,5 +249,11 @@ def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequen
     origin = None
     if selection is None:  # else a spread far below its mean would be rounded away
         model, origin = model.centred()
-    drawn = draw(model, part.size, seeds, part.generation, parameters["sampling_bias"], selection, start=part.start)
+
+    def truth(universes: Sequence[int], count: int) -> Samples:
+        real: Samples = kind.truth(settings, universes, 0, count)
+        return real
+
+    bias, start = parameters["sampling_bias"], part.start
+    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=start, truth=truth)
     return _Held(drawn, numbers, part.start, origin)

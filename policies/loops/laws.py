@@ -98,6 +98,29 @@ def fresh_steady_state(*, n_real: int, n_synthetic: int, sampling_bias: float) -
     return v, (p + sampling_bias * q * v) / (total * (1 - q**2))
 
 
+def corrected(*, n_ini: int, n_real: Sizes, n_synthetic: Sizes, kept: float, **how: Unpack[How]) -> Laws:
+    """As :func:`fresh`, but of the synthetic samples only the share c = ``kept`` is the model's, each with that
+    probability; the others are new real ones (Gillman et al., 2407.02087, with the ideal corrector).
+
+    Given the model, a synthetic sample has the mean cμ and, a coordinate, the variance
+    v = cλV + (1 − c) + c(1 − c)C: C' = (n_r + n_s v)/N² + (n_s c/N)² C;
+    V' = [(n_r + n_s(v + c²C))/N − C'] N/(N − 1).
+    """
+    generations, covariance = how["generations"], how["covariance"]
+    real, synthetic = _sizes(generations, n_ini, n_real), _sizes(generations, 0, n_synthetic)
+    total = real + synthetic
+    shrinkage = _shrinkage(total, covariance)
+    v, c = shrinkage.copy(), 1 / total
+    for t in range(1, generations):
+        n, share = total[t], synthetic[t] / total[t]
+        single = kept * how["sampling_bias"] * v[t - 1] + (1 - kept) + kept * (1 - kept) * c[t - 1]
+        c[t] = (real[t] + synthetic[t] * single) / n**2 + (share * kept) ** 2 * c[t - 1]
+        if covariance != "known":
+            square = (real[t] + synthetic[t] * (single + kept**2 * c[t - 1])) / n
+            v[t] = shrinkage[t] * (square - c[t]) * n / (n - 1)
+    return {"variance": v, "mean_square": c}
+
+
 def augmentation(*, n_real: int, n_synthetic: int, memory: int = 1, **how: Unpack[How]) -> Laws:
     """As :func:`fresh`, but with the same ``n_real`` real samples at every generation, the first one's too. The
     expectation is over the real set as well.
@@ -180,6 +203,22 @@ def categorical(*, generations: int, n_ini: int, n: int, probabilities: Sequence
     (genetic drift, the Wright–Fisher model). ``probabilities`` (k,) is the real distribution."""
     p = np.asarray(probabilities, dtype=np.float64)
     return {"heterozygosity": (1 - np.sum(p**2)) * np.cumprod(1 - 1 / _sizes(generations, n_ini, n))}
+
+
+def corrected_categorical(
+    *, generations: int, n_ini: int, n_real: Sizes, n_synthetic: Sizes, kept: float, probabilities: Sequence[float]
+) -> Laws:
+    """As :func:`corrected`, frequencies as the fit. With S = E Σp², u the real distribution and q = cp + (1 − c)u that
+    of a synthetic sample, a fit to n_r + n_s = N samples has, as E p = u at every generation,
+    S' = [n_r(1 − Σu²) + n_s(1 − Σq²)]/N² + Σ(n_r u + n_s q)²/N², Σq² = c²S + (1 − c²)Σu², Σuq = Σu².
+    """
+    uneven = float(np.sum(np.asarray(probabilities, dtype=np.float64) ** 2))
+    real, synthetic = _sizes(generations, n_ini, n_real), _sizes(generations, 0, n_synthetic)
+    s = np.empty(generations)
+    for t, (r, m) in enumerate(zip(real, synthetic, strict=True)):
+        q = kept**2 * s[t - 1] + (1 - kept**2) * uneven if t else uneven
+        s[t] = (r * (1 - uneven) + m * (1 - q) + (r**2 + 2 * r * m) * uneven + m**2 * q) / (r + m) ** 2
+    return {"heterozygosity": 1 - s}
 
 
 def _sizes(generations: int, first: int, later: Sizes) -> np.ndarray:

@@ -47,6 +47,9 @@ class ArmSettings(_KEYS, Settings):
     def _known_keys_only(cls, content: Mapping[str, Any]) -> Mapping[str, Any]:
         if "options" in content:
             raise ValueError("options: what it held stands under its own name now, as in my_rule:EveryOther.every=3")
+        if content.get("synthetic_from") == "all":
+            raise ValueError("synthetic_from: samples of all earlier generations are rule=accumulate now")
+        content = {key: value for key, value in content.items() if key != "synthetic_from"}  # runs from before hold it
         known = {*cls.model_fields, *RULES.installed, *GENERATORS.installed}
         unknown = [(key, value) for key, value in content.items() if key not in known and ":" not in key]
         if unknown:

@@ -48,6 +48,10 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         for name, arm in arms.items():
             with config.about_arm(name):
                 arm.generator.check(arm.generator_settings, arm.loop)
+                if arm.loop.needs_truth and not arm.generator.closed_form:
+                    raise ValueError(
+                        f"rule {arm.rule} draws from the truth, which family {arm.family} has only data of"
+                    )
         check_same("mad", config, lambda held: _differing(config, validate(MadConfig, held)))
         reference = config.data.reference
         compared = not all(arm.generator.many_universes for arm in arms.values())

@@ -37,6 +37,7 @@ class Drawing(NamedTuple):
     size: int  # samples that are asked for
     streams: Sequence[np.random.Generator]  # one a universe
     classifier: Classifier | None
+    truth: Callable[[int], Samples] | None = None  # so many samples of it a universe, that no training set has held
 
 
 class FreshSchedule(Settings):
@@ -59,6 +60,7 @@ class Rule(Named, Settings):
     fine_tunes: ClassVar[bool] = False  # whether a generation goes on from the last one's weights
     sized_by: ClassVar[int] = 2  # so many of n_real and n_synthetic are the size of all later sets; 3: there is none
     mixed: ClassVar[bool] = False  # whether the law of mixtures is its own
+    needs_truth: ClassVar[bool] = False  # whether it draws from the truth, which only closed forms have
     effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
     simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
 

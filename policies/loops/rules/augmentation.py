@@ -1,21 +1,10 @@
-"""Synthetic augmentation: the same real set every time, beside samples of the previous generation, or of all."""
-
-from typing import Literal
-
-from pydantic import Field
+"""Synthetic augmentation: the same real set every time, beside samples of the previous generation."""
 
 from policies.loops.rules import Rule
 
 
 class Augmentation(Rule):
-    """n_real fixed real samples and n_synthetic new ones. Of ``all`` generations it is accumulation (MAD, on faces)."""
+    """n_real fixed real samples and n_synthetic new ones. With samples of all generations it is ``accumulate``."""
 
     names = ("augmentation",)
     same_real = real_first = mixed = True
-
-    synthetic_from: Literal["previous", "all"] = Field("previous", description="augmentation: which generations")
-
-    @property
-    def accumulates(self) -> bool:
-        """If synthetic samples are of all generations."""
-        return self.synthetic_from == "all"

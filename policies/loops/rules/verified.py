@@ -31,7 +31,7 @@ class Verified(Rule):
     @classmethod
     def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
         """Draw until enough are accepted, at most ``candidates`` times as many. Raises ValueError."""
-        draw, count, _, classifier = drawing
+        draw, count, classifier = drawing.draw, drawing.size, drawing.classifier
         assert classifier is not None  # as of all images
         accepted: list[Samples] = []
         found = 0
