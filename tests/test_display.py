@@ -58,6 +58,9 @@ def test_a_terminal_that_is_gone_stops_nothing(ends: str) -> None:
             display.say("said")
             display.step(step, METRICS)
     assert display.done == 2
+    if ends == "full":  # where what is printed is all that was asked for, it is an error
+        with pytest.raises(OSError, match="No space"):
+            Terminal(file=file).show({"a": 1}, str, as_json=True)
 
 
 def test_a_command_whose_output_is_closed_ends_as_any() -> None:

@@ -161,11 +161,13 @@ def test_precision_and_recall_stand_on_their_axes(figures: list[Any], tmp_path: 
     axes = figures[0].axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("recall", "precision")
     assert axes.get_aspect() == 1
-    np.testing.assert_allclose(lines(axes)["biased"], np.stack([recall.mean(0), precision.mean(0)], 1))
+    means = [interval(each, "share").mean for each in (recall, precision)]
+    np.testing.assert_allclose(lines(axes)["biased"], np.stack(means, 1))
     seeds = [line.get_xydata() for line in axes.lines[:3]]
     np.testing.assert_allclose(seeds, np.stack([recall, precision], -1))
     later, first = axes.collections[:2]
-    np.testing.assert_allclose(first.get_offsets(), [[recall.mean(0)[0], precision.mean(0)[0]]])
+    np.testing.assert_allclose(first.get_offsets(), [[each[0] for each in means]])
+    assert (*axes.get_xlim(), *axes.get_ylim()) == (-0.02, 1.02, -0.02, 1.02)
     assert len(later.get_offsets()) == 4
     assert (np.diff(later.get_sizes()) > 0).all()
 

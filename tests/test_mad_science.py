@@ -64,6 +64,11 @@ def test_a_verdict_says_how_much_the_distance_grew_and_is_json() -> None:
     grown = verdict({"fid": np.array([[1.0, 2, 4], [2.0, 2, 8], [1.0, 3, 4]])})
     assert grown is not None
     assert grown["growth"] == {"metric": "fid", "mean": 4.0, "low": 4.0, "high": 4.0}
+    near, far = (verdict({"fid": np.full((3, 2), 4.4)}, {"fid": each}) for each in (1.0, 0.4))
+    assert near is not None
+    assert far is not None
+    assert not any("learnt little" in each for each in near["warnings"])
+    assert "The first generation is 11 times as far from real samples" in far["warnings"][-1]
     alone = verdict({"fid": np.array([[1.0, 4]])})
     json.dumps(alone, allow_nan=False)
     assert alone is not None

@@ -164,6 +164,13 @@ def test_directories_of_classes_are_splits(tmp_path: Path) -> None:
         load(tmp_path, split="test")
 
 
+def test_neither_a_picture_nor_a_name_with_a_slip_is_a_directory(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"0\.png is a file: name the directory that holds the images"):
+        load(next(folder.rglob("0.png")))
+    with pytest.raises(ValueError, match="there is no directory 'my-imags' here"):
+        load_real_data(DataSettings(source="my-imags"))
+
+
 @pytest.mark.parametrize("column", ["image_column", "label_column"])
 def test_a_directory_has_no_columns(column: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"{column}: .* is a directory of images, whose labels are its directories"):

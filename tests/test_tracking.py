@@ -91,7 +91,7 @@ def test_artifacts_lie_beside_the_database(directory: Path) -> None:
 def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> None:
     picture = np.zeros((8, 8, 3), np.uint8)
     first = Tracker(directory, QUIET, "first")
-    first.describe({"threads": 1, "steps": 5}, {})
+    first.describe({"threads": 1, "steps": 5, "output_dir": "where it was"}, {})
     first.dataset("prompts", "0123abc", "prompts.txt", {})
     first.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
     first.metrics(2, {"reward/mean": 0.6}, 2000)
@@ -102,7 +102,7 @@ def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> N
     second = Tracker(directory, QUIET, "ignored", run_id=first.run_id)
     assert second.run_id == first.run_id
     assert client_of(second).get_run(second.run_id).info.status == "RUNNING"
-    second.describe({"threads": 2, "steps": 5}, {})
+    second.describe({"threads": 2, "steps": 5, "output_dir": "where it was moved to"}, {})
     second.dataset("prompts", "0123abc", "prompts.txt", {})
     second.metrics(1, {"reward/mean": 0.5, "ratio": float("nan")}, 1000)
     second.metrics(2, {"reward/mean": 0.6}, 2000)
@@ -117,7 +117,7 @@ def test_a_resume_continues_the_run_and_adds_nothing_twice(directory: Path) -> N
     assert run.info.status == "FINISHED"
     assert run.data.params["threads"] == "1"
     assert run.data.tags["changed/threads"] == "2"
-    assert "changed/steps" not in run.data.tags
+    assert not {"changed/steps", "changed/output_dir"} & run.data.tags.keys()
     assert len(run.inputs.dataset_inputs) == 1
     images = [
         file.path for file in client_of(second).list_artifacts(second.run_id, "images") if file.path.endswith("png")
@@ -184,9 +184,8 @@ def test_nothing_is_printed_and_nothing_lies_outside_the_run_directory(tmp_path:
 def test_the_command_that_opens_the_store(directory: Path) -> None:
     tracker = Tracker(directory, QUIET, "first")
     command, page = tracker.open_command().split("\n")
-    assert command.endswith(
-        f"mlflow ui --backend-store-uri sqlite:///{directory}/mlflow.db --host 127.0.0.1 --port 5000"
-    )
+    where = f"--backend-store-uri sqlite:///{directory}/mlflow.db --workers 1 --host 127.0.0.1 --port 5000"
+    assert command.endswith(f"mlflow ui {where}")
     place = f"/{tracker.page}?workflowType=machine_learning"
     assert page.strip() == f"then http://127.0.0.1:5000{place}"
     assert tracker.page.endswith(f"/runs/{tracker.run_id}")

@@ -5,6 +5,7 @@ back however the block is left.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -59,6 +60,8 @@ class Row:
 class Terminal(Console):
     """Where all is printed. No text can command the terminal, and a terminal that is closed stops nothing."""
 
+    refused: OSError | None = None  # what could not be written, as there is no space
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, **options})
         if self.is_jupyter:  # plain lines in one output, instead of an output for each
@@ -68,11 +71,14 @@ class Terminal(Console):
                 self.width = _PIPE_WIDTH
 
     def show(self, facts: Any, render: Callable[[Any], RenderableType], as_json: bool, wraps: bool = True) -> None:
-        """Facts as a JSON document, or as ``render`` makes them readable, with lines that are broken to fit or not."""
+        """Facts as a JSON document, or as ``render`` makes them readable, with lines that are broken to fit or not.
+        Nothing else was asked for: raises OSError if they cannot be written."""
         if as_json:
             self.document(facts)
         else:
             self.print(render(facts), soft_wrap=not wraps)
+        if self.refused is not None:
+            raise self.refused
 
     def document(self, content: Any) -> None:
         """One JSON document, numbers in full, in ASCII. What JSON has no number for is null."""
@@ -90,9 +96,11 @@ class Terminal(Console):
             super()._write_buffer()
         except UnicodeEncodeError:
             raise
-        except (OSError, ValueError):  # closed, or its reader has gone: the run goes on
+        except (OSError, ValueError) as error:  # closed, or its reader has gone: the run goes on
             self._buffer.clear()
             self.quiet = True
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                self.refused = error
 
 
 DDPO_ROWS = (

@@ -244,7 +244,12 @@ def new_directory(config: Any, seed: str = "") -> Path:
     """Make a run's directory: the configuration's, or one under runs/ named for people. Nothing is made before."""
     name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}{seed}"
     directory = Path(config.output_dir).expanduser() if config.output_dir else Path("runs") / name
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be created ({error.strerror}): set output_dir to another place"
+        ) from error
     if has_only_begun(directory):
         begun = known_manifest(directory)
         if begun.get("status") == "RUNNING" and original(directory, begun) is None:

@@ -81,7 +81,8 @@ class Describe(Record):
         wanted = {keys[name]: _text(value, _VALUE_LENGTH) for name, value in self.parameters.items()}
         data = delivery.store.client.get_run(self.run).data
         new = [Param(key, value) for key, value in wanted.items() if key not in data.params]
-        changed = {f"changed/{key}": value for key, value in wanted.items() if data.params.get(key, value) != value}
+        other = {key: value for key, value in wanted.items() if data.params.get(key, value) != value}
+        changed = {f"changed/{key}": value for key, value in other.items() if key != "output_dir"}  # a run may be moved
         note = {NOTE: self.note} if self.note and data.tags.get(NOTE, self.former) == self.former else {}
         refused = delivery.log(self.run, "params", new)
         _raise_all(refused + delivery.tag(self.run, {**self.tags, **changed, **note}))

@@ -245,7 +245,9 @@ class Tracker:
         """What opens the run's page: its address at a server, or first the command that serves this store."""
         if self._store.is_server:
             return f"{self.uri}/{self.page}{_VIEW}"
-        program = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri])
+        words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", self.uri]
+        # MLflow's own numbers of processes, some of them for jobs that nobody gives it, take a minute to start.
+        program = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(words)} --workers 1"
         return f"{program} --host 127.0.0.1 --port 5000\n           then http://127.0.0.1:5000/{self.page}{_VIEW}"
 
     def _put(self, kind: str, **content: Any) -> None:

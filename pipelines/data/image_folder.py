@@ -36,6 +36,8 @@ def read_folder(root: Path, split: str) -> ImageFolder:
     Raises ValueError naming what does not fit: an image beside the classes or a directory of images inside of one, two
     classes of one name but for its case or of one place, a broken link, what is no file.
     """
+    if root.is_file():
+        raise ValueError(f"{shown(root)} is a file: name the directory that holds the images")
     images, others = _walk(root)
     if images and all(len(path) > 2 for path in images):
         splits = sorted({path[0] for path in images})

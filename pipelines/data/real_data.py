@@ -145,6 +145,8 @@ def _open(settings: DataSettings) -> _Found:
         found = held[split] if (directory / "dataset_dict.json").is_file() else held
     except Exception as error:  # the hub, its transport and each file format fail in their own ways
         reason = " ".join(str(error).split())
+        if directory is None and "/" not in source.strip("./"):
+            reason = f"there is no directory {source!r} here; {reason}"
         raise ValueError(f"{source}: no images of split {split} in a directory or on the hub ({reason})") from error
     return _table(settings, found)
 

@@ -59,16 +59,17 @@ def arm_curves(
 def precision_recall_paths(path: Path, paths: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Write a PNG of each arm's way through the recall–precision plane: arm → precision, recall (seeds, generations).
 
-    Lines are means over seeds, their dots grow with the generation; single seeds are faint.
+    Lines are means over seeds on the scale of shares, as everywhere else, their dots grow with the generation; single
+    seeds are faint.
     """
     looks = style.arm_looks(paths)
     figure, (axes,) = panel_figure(1, 1, 5.6, 4.9)
     dress(axes, "from the first generation (○) to the last (●)", "recall", "precision", integer=False)
     axes.grid(axis="x", color="#e8ebf0", linewidth=0.8)
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     for name, (precision, recall) in paths.items():
         seeds = np.stack([recall, precision])
-        x, y = seeds.mean(axis=1)
+        x, y = (interval(each, scale_of("precision")).mean for each in seeds)
         colour, dashes = looks[name]["color"], looks[name]["linestyle"]
         axes.plot(*seeds.swapaxes(1, 2), color=colour, lw=0.7, alpha=0.25)
         axes.plot(x, y, color=colour, linestyle=dashes, lw=1.6, label=name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from orchestration.experiments.mad.config import ArmSettings, MadConfig
-from policies.common.intervals import paired_ratio, rank_correlation
+from policies.common.intervals import interval, paired_ratio, rank_correlation, scale_of
 from policies.loops.laws import Laws
 from policies.loops.training_sets import Manifest
 from policies.loops.verdicts import forgetting_time, judge, mad_verdict, plain
@@ -17,6 +17,7 @@ from policies.loops.verdicts import forgetting_time, judge, mad_verdict, plain
 DISTANCES = ("fid", "frechet", "w2_squared")  # what goes MAD if it grows; an arm has one of them, or none
 _DIVERSITY = ("recall", "heterozygosity")
 _ADMISSIBLE_NUMBERS = 40_000  # of the covariances simulated side by side in a bisection
+_LEARNT_LITTLE = 5.0  # times the real-versus-real floor, of the first generation's distance
 _LIMIT_SHARE = 4  # the last quarter of the generations is averaged as a loop's limit
 
 Values = Mapping[str, np.ndarray]  # metric → (seeds, generations)
@@ -28,9 +29,13 @@ def laws(arm: ArmSettings, generations: int) -> Laws:
     return found
 
 
-def verdict(values: Values) -> dict[str, Any] | None:
+def verdict(values: Values, floor: Mapping[str, float] | None = None) -> dict[str, Any] | None:
     """Does the arm go MAD? Its distance, its quality and its diversity are judged apart. One generation has none, nor
-    has a generator of one's own whose metrics hold neither a distance nor the heterozygosity."""
+    has a generator of one's own whose metrics hold neither a distance nor the heterozygosity.
+
+    A model that begins many times farther from real samples than these are from one another, by the ``floor``, has
+    learnt too little for a verdict on its quality: there is a warning.
+    """
     seeds, generations = next(iter(values.values())).shape
     distance, diversity = (next((each for each in kind if each in values), None) for kind in (DISTANCES, _DIVERSITY))
     if generations < 2 or not (distance or "heterozygosity" in values):
@@ -40,6 +45,13 @@ def verdict(values: Values) -> dict[str, Any] | None:
     kinds = ("precision", diversity or "")
     quality, spread = (judge(values[each], "higher") if each in values else None for each in kinds)
     found = mad_verdict(grows, quality, spread, seeds)
+    if distance and (least := (floor or {}).get(distance, 0.0)) > 0:
+        begins = float(interval(values[distance][:, 0], scale_of(distance)).mean) / least
+        if begins > _LEARNT_LITTLE:
+            found["warnings"].append(
+                f"The first generation is {begins:.0f} times as far from real samples as these are from one another: "
+                "it has learnt little. Train longer before its precision or a verdict on its quality means anything."
+            )
     if distance:
         found["growth"] = plain({"metric": distance, **paired_ratio(*values[distance].T[[-1, 0]])._asdict()})
     return found

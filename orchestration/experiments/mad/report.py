@@ -1,6 +1,7 @@
 """What a MAD experiment leaves to look at: summary.json, figures, report.html, and the last lines on the terminal."""
 
 import json
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def report(run: MadRun, figures: bool) -> Path:
     summary = summarise(run)
     path = run.summarise(summary, indent=None)  # it has a number a universe and generation
     run.flush()
+    if len(summary["arms"]) == 1:  # what a list of runs, or of a sweep's trials, is sorted by
+        (only,) = summary["arms"].values()
+        last = {metric: held["mean"][-1] for metric, held in only["metrics"].items()}
+        found = {metric: value for metric, value in last.items() if value is not None}
+        run.tracker.metrics(run.config.generations, found, int(time.time() * 1000))
     for name, arm in summary["arms"].items():
         if arm["verdict"] and (tracker := run.tracker_of(name)):
             tracker.tags({"goes_mad": arm["verdict"]["goes_mad"]})
@@ -41,13 +47,13 @@ def report(run: MadRun, figures: bool) -> Path:
         draw(run)
     verdicts = Counter(arm["verdict"]["goes_mad"] for arm in summary["arms"].values() if arm["verdict"])
     counts = [f"{answer} ({count} of {len(summary['arms'])} arms)" for answer, count in verdicts.items()]
-    found = f"goes MAD: {', '.join(counts) or 'no verdict'}"
-    return conclude(run, path, found, summary=summary)
+    words = f"goes MAD: {', '.join(counts) or 'no verdict'}"
+    return conclude(run, path, words, summary=summary)
 
 
 def summarise(run: MadRun) -> dict[str, Any]:
     """What machines read of an experiment."""
-    config, images = run.config, run.experiment.images
+    config, images, floors = run.config, run.experiment.images, _floors(run)
     arms: dict[str, dict[str, Any]] = {}
     for name, arm in config.resolved_arms.items():
         values, laws = run.values[name], {metric: {"oracle": law} for metric, law in run.laws[name].items()}
@@ -56,7 +62,8 @@ def summarise(run: MadRun) -> dict[str, Any]:
             [manifest.size - manifest.synthetic, manifest.synthetic] for manifest in run.experiment.manifests[name]
         ]
         settings = arm.described | arm.family_settings()
-        arms[name] = {"settings": settings, "sizes": sizes, "metrics": plain(metrics), "verdict": verdict(values)}
+        judged = verdict(values, floors.get(arm.family))
+        arms[name] = {"settings": settings, "sizes": sizes, "metrics": plain(metrics), "verdict": judged}
         if run.histograms[name]:
             arms[name]["class_histogram"] = _mean_histograms(run, name)
         if config.derive and arm.underivable(config.generations) is None:
@@ -67,7 +74,7 @@ def summarise(run: MadRun) -> dict[str, Any]:
         "generations": config.generations,
         "seeds": config.seed_list,
         "arms": arms,
-        "floor": _floors(run),
+        "floor": floors,
         "comparisons": plain(comparisons(config, run.values, run.experiment.manifests)),
         "extractor_sha256": extractor.get("sha256"),
         "seconds_by_generation": _seconds_by_generation(run),

@@ -68,7 +68,12 @@ class SweepConfig(Settings):
     def _can_run(self) -> Self:
         space, scheduler, experiment = self.dimensions, self.scheduler.kind, self.experiment
         if self.search == "grid":
-            search_space.grid_points(space)
+            points = len(search_space.grid_points(space))
+            if "trials" in self.model_fields_set and self.trials not in (
+                points,
+                type(self).model_fields["trials"].default,
+            ):
+                raise ValueError(f"trials is {self.trials}, but this grid has {points} points: shorten lists of space")
         if both := sorted(set(space) & set(self.fixed)):
             raise ValueError(f"{both[0]} is in both space and fixed: take it out of one")
         for key in (*self.fixed, *space):

@@ -11,6 +11,7 @@ import numpy as np
 
 from orchestration.experiments.sweep.run import SweepRun
 from orchestration.experiments.sweep.trial import Trial, reports
+from orchestration.runs.config import ConfigError
 from orchestration.runs.display import plain_table
 from orchestration.runs.html_report import conclude, write_note, write_report
 from orchestration.runs.run import register
@@ -97,10 +98,15 @@ def report_so_far(run: SweepRun) -> None:
     began = time.monotonic()
     if began < run.next_report:
         return
-    _publish(run, Table(run), None, None)
-    for each in (run.directory / "figures", run.directory / "summary.json", write_report(run.directory)):
-        run.tracker.artifact(each)
+    publish(run)
     run.next_report = time.monotonic() + 20 * (time.monotonic() - began)  # a twentieth of the time
+
+
+def publish(run: SweepRun, status: str | None = None) -> None:
+    """What is known of the points now, in the report as of a sweep with that ``status``, and in MLflow."""
+    _publish(run, Table(run), None, None)
+    for each in (run.directory / "figures", run.directory / "summary.json", write_report(run.directory, status)):
+        run.tracker.artifact(each)
 
 
 def report(run: SweepRun, table: Table) -> Path:
@@ -117,7 +123,17 @@ def report(run: SweepRun, table: Table) -> Path:
     if all(each.value is None for each in table.outcomes):
         reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
         raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
-    return conclude(run, run.directory / "summary.json", "", summary=summary, best=best_of(summary))
+    advice = not confirmation and len(table.points) > 1 and _can_be_confirmed(run)
+    return conclude(run, run.directory / "summary.json", "", summary=summary, best=best_of(summary), advice=advice)
+
+
+def _can_be_confirmed(run: SweepRun) -> bool:
+    """Whether there is an unchanged configuration that the best point could be compared with."""
+    try:
+        run.config.experiment.check(run.config.trial_config({}, FRESH_SEEDS), run.machine)
+    except ConfigError:
+        return False
+    return True
 
 
 def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None) -> dict[str, Any]:

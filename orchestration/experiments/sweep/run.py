@@ -12,10 +12,9 @@ from orchestration.experiments.sweep.config import BudgetSettings, SweepConfig
 from orchestration.experiments.sweep.trial import Trial, reports, trials_in
 from orchestration.runs.config import ConfigError
 from orchestration.runs.display import Row
-from orchestration.runs.html_report import write_report
 from orchestration.runs.inputs import Inputs, accept, code_of, fingerprints
 from orchestration.runs.manifest import new_manifest, open_run
-from orchestration.runs.run import Run, new_directory, sync
+from orchestration.runs.run import Run, ending, new_directory, sync
 from orchestration.tracking.outbox import undelivered
 from pipelines.storage.locations import find
 from policies.common.search_space import corner_points
@@ -71,6 +70,7 @@ class SweepRun(Run):
         begun = list(trials_in(directory))
         self._done = {trial.name for trial in begun if trial.over()}
         super().__init__(directory, config, manifest, total, len(self._done), rows=[row], unit="trial")
+        self.machine = machine
         self.cpus_per_trial = config.cpus_per_trial or machine.cpus
         used = {trial.name: found[-1]["images"] for trial in begun if (found := reports(config, trial))}
         self.next_report = time.monotonic() + _FIRST_REPORT_SECONDS
@@ -82,13 +82,15 @@ class SweepRun(Run):
         self.log_params(self.manifest["config"], about, f"**{self.config.name}**: no point has finished yet.")
 
     def __exit__(self, *error: Any) -> None:
+        from orchestration.experiments.sweep.report import publish
+
         try:
             self.settle()
+            if error[0] is not None and any(trial.over() for trial in self.trials()):
+                with contextlib.suppress(OSError, ConfigError):  # what is there shall not hide why the sweep ended
+                    publish(self, ending(error[0]))
         finally:
             super().__exit__(*error)
-            if error[0] is not None and (self.directory / "summary.json").exists():
-                with contextlib.suppress(OSError):
-                    write_report(self.directory)  # it says that the sweep is running
 
     def progress(self) -> str:
         """How many trials are over."""
