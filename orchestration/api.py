@@ -17,7 +17,7 @@ from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.manifest import open_run, read_manifest
 from orchestration.runs.run import Run
 from policies.common.user_code import giving
-from policies.rl.settings import known_keys
+from policies.rl.settings import known_keys, nearest
 
 Source = str | Path | Mapping[str, Any]  # of settings: a YAML file, or what one would hold
 Config = Source | BaseModel | Sequence[Source]  # of several the later wins, key by key
@@ -136,7 +136,9 @@ def read(name: str, config: Config, overrides: Sequence[str] = (), given: Mappin
         for key in [*(each.partition("=")[0] for each in overrides), *(given or ())]:
             owners = [each for each in EXPERIMENTS if key in known_keys(EXPERIMENTS[each].schema)]
             if owners and str(error).startswith((f"unknown key {key!r}", f"unknown key {key.partition('.')[0]!r}")):
-                raise ConfigError(f"{key} is a setting of {' and '.join(owners)}, not of {name}") from None
+                near = nearest(key, [*known_keys(EXPERIMENTS[name].schema)])
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{key} is a setting of {' and '.join(owners)}, not of {name}{hint}") from None
         fitting = [each for each in EXPERIMENTS if sources and _reads(each, sources)]
         if not fitting or name in fitting:
             raise

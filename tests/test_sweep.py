@@ -481,7 +481,7 @@ def test_what_a_sweep_finds_is_where_people_look(
     images = {Path(file.path).stem for file in client.list_artifacts(found["mlflow_run_id"], "figures")}
     assert images == {"responses", "parallel_coordinates", "phase_diagram", "glance"}
     assert all(caption in page for caption in ("Each setting against the metric", "The plane of the first two"))
-    with pytest.raises(ConfigError, match="holds a sweep with another space"):
+    with pytest.raises(ConfigError, match=r"holds a sweep with another space, .*ouroboros resume"):
         SweepRun(configure(content, space={"fresh_fraction": [0.1]}), Machine(2, 0))
 
 

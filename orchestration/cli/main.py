@@ -165,7 +165,12 @@ def report(run: common.RunName, root: common.Root = Path("runs"), trust: common.
         check_links(found.directory)
     if found.loop == "ddpo":
         draw(found.directory, lambda line: print(visible(line), file=sys.stderr))
-    print(write_report(found.directory))
+    try:
+        print(write_report(found.directory))
+    except PermissionError as error:
+        raise ConfigError(
+            f"{found.directory} cannot be written to ({error.strerror}): copy it, report the copy"
+        ) from error
 
 
 @app.command()

@@ -64,7 +64,8 @@ def override(content: dict[str, Any], assignment: str) -> None:
     """Apply ``key.sub=value`` to plain ``content``. Raises ConfigError."""
     key, separator, text = assignment.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {assignment!r} is not key=value, such as training.learning_rate=1e-4")
+        hint = f": give a file as --config {assignment}" if assignment.endswith((".yaml", ".yml")) else ""
+        raise ConfigError(f"override {assignment!r} is not key=value, such as training.learning_rate=1e-4{hint}")
     with about(f"override {assignment!r}: the value is not YAML"):
         value = parse_yaml(text)
     assign(content, key, value)

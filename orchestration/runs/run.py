@@ -348,7 +348,12 @@ def _lock(directory: Path) -> TextIO:
     """Hold ``directory`` for this process; the system lets go of it however the process ends. Raises ConfigError."""
     path = directory / ".lock"
     while True:
-        file = open(path, "a", encoding="utf-8", opener=not_through_a_link)  # noqa: SIM115
+        try:
+            file = open(path, "a", encoding="utf-8", opener=not_through_a_link)  # noqa: SIM115
+        except PermissionError as error:
+            raise ConfigError(
+                f"{directory} cannot be written to ({error.strerror}): go on with a copy of it"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

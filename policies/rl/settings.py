@@ -29,10 +29,14 @@ Name = Annotated[
 ]
 
 
+# What pydantic calls the ways in which a value of several types can be given.
+_BRANCH = re.compile(r"constrained-\w+|(function-\w+|tuple|list|dict)\[.*\]|float|int|str|bool")
+
+
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
     """The first problem as one line, with the nearest known key if one was not known."""
     first = error.errors()[0]
-    location = ".".join(map(str, first["loc"]))
+    location = ".".join(str(part) for part in first["loc"] if not _BRANCH.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         known = list(known_keys(schema))
         near = nearest(location, known)
@@ -41,6 +45,9 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
     message = first["msg"].removeprefix("Value error, ")
     if below := [key for key in known_keys(schema) if first["type"] == "model_type" and key.startswith(f"{location}.")]:
         message = f"a block of keys, such as {below[0]}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        near = difflib.get_close_matches(first["input"], re.findall("'([^']*)'", first["msg"]), n=1)
+        message += f" (did you mean {near[0]!r}?)" if near else ""
     given = repr(first["input"])
     shown = (
         f", not {given if len(given) < 120 else given[:120] + '…'}"

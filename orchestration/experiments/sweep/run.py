@@ -57,11 +57,14 @@ class SweepRun(Run):
     def __init__(self, config: SweepConfig, machine: Machine, trusted: bool = False, changes: bool = False) -> None:
         directory = new_directory(config)
         held = open_run(directory, trusted) if (directory / "manifest.json").exists() else {}
+        if held and (other := held.get("loop")) != "sweep":
+            raise ConfigError(f"output_dir {directory} holds a {other} run: choose another output_dir")
         self._trusted, self.changes = trusted, changes
         manifest = new_manifest("sweep", config, held)
         for key in _DECIDES if held else ():
             if held["config"].get(key) != manifest["config"][key]:
-                raise ConfigError(f"output_dir {directory} holds a sweep with another {key}: choose another output_dir")
+                known = f"output_dir {directory} holds a sweep with another {key}, {held['config'].get(key)!r}"
+                raise ConfigError(f"{known}: choose another output_dir, or go on with 'ouroboros resume {directory}'")
         accept(directory, manifest, held, _inputs(config, held.get("inputs")), changes)
         self.metric = config.compared
         label = self.metric.replace("_", " ")
