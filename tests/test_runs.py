@@ -345,6 +345,19 @@ def test_compare_shows_what_differs_and_only_that(tmp_path: Path) -> None:
     assert "training.steps" not in text
 
 
+def test_compare_shows_what_arms_and_sweeps_ended_with_and_no_empty_rows(tmp_path: Path) -> None:
+    held = {"values": [[4.0, 6.0]], "mean": [4.0, 6.0], "low": [None, None], "high": [None, None]}
+    arms = {name: {"settings": {}, "sizes": [], "metrics": {"fid": held}, "verdict": None} for name in ("a", "b")}
+    mad = {"name": "x", "generations": 2, "seeds": [0], "arms": arms}
+    runs = [RunInfo(make_run(tmp_path, name, content)) for name, content in (("mad", mad), ("ddpo", SUMMARY))]
+    assert not runs[0].damaged
+    assert facts(runs[0])["results"] == {"a: fid": 6.0, "b: fid": 6.0}
+    text = text_of(render_compare(compared(runs)))
+    assert row_of(text, "a: fid") == ["a:", "fid", "6", "–"]
+    assert "weights" in text
+    assert "weights" not in text_of(render_compare(compared(runs[:1] * 2)))
+
+
 def test_compare_of_equal_configurations_says_so(tmp_path: Path) -> None:
     directories = [make_run(tmp_path, name, SUMMARY) for name in ("one", "two")]
     text = text_of(render_compare(compared([RunInfo(directory) for directory in directories])))

@@ -22,7 +22,7 @@ from orchestration.runs.display import duration, plain_table
 from orchestration.runs.evaluations import kept_evaluations
 from orchestration.runs.manifest import has_only_begun, read_manifest, read_summary
 from orchestration.runs.run import is_free
-from orchestration.runs.tables import ABSENT, best_of, change_of, tables
+from orchestration.runs.tables import ABSENT, best_of, change_of, results, tables
 from orchestration.tracking.tracker import flatten
 from pipelines.storage.atomic import DamagedFiles, read_lines
 
@@ -143,6 +143,7 @@ def facts(run: RunInfo) -> dict[str, Any]:
     for result, metric in (("reward", "evaluation/reward"), ("evaluator_accuracy", "evaluator/full")):
         for end, step in (("before", 0), ("after", last)):
             found[f"{result}_{end}"] = summary.get(f"{result}_{end}", measured.get(step, {}).get(metric))
+    found["results"] = results(summary)
     origin = {"git_commit": manifest.get("git_commit"), "mlflow_run_id": manifest.get("mlflow_run_id")}
     origin |= {"weights_sha256": summary.get("weights_sha256"), "directory": str(run.directory)}
     return {**found, **origin, "damaged": run.damaged}
@@ -209,9 +210,17 @@ def render_compare(known: Mapping[str, Any]) -> RenderableType:
     table = plain_table(["", *(each["run"] for each in runs)], [["status", *map(_status, runs)]])
     table.columns[0].style = "dim"
     texts = [glance(each) for each in runs]
-    for label in ("step", "reward", "held-out accuracy", "images", "wall time"):
-        table.add_row(label, *(_plain(each[label]) for each in texts))
-    table.add_row("weights", *(_plain(each["weights SHA-256"] and each["weights SHA-256"][:12]) for each in texts))
+    rows = {
+        label: [each[label] for each in texts]
+        for label in ("step", "reward", "held-out accuracy", "images", "wall time")
+    }
+    rows["weights"] = [each["weights SHA-256"] and each["weights SHA-256"][:12] for each in texts]
+    for label in dict.fromkeys(label for each in runs for label in each["results"]):
+        numbers = [each["results"].get(label) for each in runs]
+        rows[label] = [None if number is None else f"{number:.4g}" for number in numbers]
+    for label, values in rows.items():
+        if any(value is not None for value in values):
+            table.add_row(Text(label), *map(_plain, values))
     table.add_section()
     for key, values in known["differing"].items():
         table.add_row(Text(key), *map(_plain, values))

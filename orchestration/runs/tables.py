@@ -105,6 +105,21 @@ def _arms(summary: Mapping[str, Any]) -> Cells:
     return ["arm", *names], rows
 
 
+def results(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers at the end of a run of arms, by arm if there are several, or of a sweep's best point, by metric; none
+    of what is not as a run writes it."""
+    found: dict[str, Any] = {}
+    arms = summary.get("arms") or {}
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
+        for arm, content in arms.items():
+            for metric, held in content["metrics"].items():
+                mean = held["mean"][-1] if isinstance(held["mean"], list) else held["mean"]
+                found[metric if len(arms) == 1 else f"{arm}: {metric}"] = mean
+        if "points" in summary:
+            found[f"best {summary['metric']}"] = summary["best"]["mean"]
+    return {label: value for label, value in found.items() if isinstance(value, int | float)}
+
+
 def _points(summary: Mapping[str, Any]) -> Cells:
     """Every point of a sweep, best first; only those have a rank whose seeds have all finished."""
     metric, rows = summary["metric"], []
