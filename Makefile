@@ -38,10 +38,11 @@ SERVICES = mlflow mlflow.store.tracking.sqlalchemy_store mlflow.server.fastapi_a
 IMPORT = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c 'import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]'
 INSTALL = $(BIN)/uv pip install --quiet --native-tls --python=$(BIN)/python $(PIPS)
 $(READY): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(QUIETLY) $$(grep ^uv== requirements.lock)
-	$(INSTALL) --no-deps --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --no-deps --requirement requirements.lock
-	$(INSTALL) --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --requirement requirements.lock
-	$(IMPORT) $(MODELS) & $(IMPORT) $(SERVICES) & wait
-	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
-	touch $(READY)
+	@echo "making $(VENV): one to three minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install $(QUIETLY) $$(grep ^uv== requirements.lock)
+	@$(INSTALL) --no-deps --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --no-deps --requirement requirements.lock
+	@$(INSTALL) --requirement=requirements.lock || $(BIN)/pip install $(QUIETLY) --requirement requirements.lock
+	@$(IMPORT) $(MODELS) & $(IMPORT) $(SERVICES) & wait
+	@$(BIN)/pip install $(QUIETLY) --no-deps --editable .
+	@touch $(READY)

@@ -354,6 +354,8 @@ def test_compare_shows_what_arms_and_sweeps_ended_with_and_no_empty_rows(tmp_pat
     assert facts(runs[0])["results"] == {"a: fid": 6.0, "b: fid": 6.0}
     text = text_of(render_compare(compared(runs)))
     assert row_of(text, "a: fid") == ["a:", "fid", "6", "–"]
+    assert "a: fid 6" in text_of(render_list([facts(run) for run in runs]), width=300)
+    assert "result" not in text_of(render_list([facts(run) for run in runs[1:]]), width=300)
     assert "weights" in text
     assert "weights" not in text_of(render_compare(compared(runs[:1] * 2)))
 

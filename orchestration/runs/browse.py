@@ -184,7 +184,12 @@ def compared(runs: Sequence[RunInfo]) -> dict[str, Any]:
 def render_list(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A table of the facts of runs."""
     labels = {"step": "step", "reward": "reward", "held-out": "held-out accuracy", "wall": "wall time"}
-    rows = [[known["run"], _status(known), *(_plain(glance(known)[of]) for of in labels.values())] for known in runs]
+    labels |= {"result": "result"} if any(known["results"] for known in runs) else {}
+    rows = []
+    for known in runs:
+        first = next((f"{label} {value:.4g}" for label, value in known["results"].items()), None)
+        texts = {**glance(known), "result": first}
+        rows.append([known["run"], _status(known), *(_plain(texts[of]) for of in labels.values())])
     return Group(plain_table(["run", "status", *labels], rows, numbers=[*labels]), *_warnings(*runs))
 
 

@@ -107,10 +107,11 @@ def draw(run: MadRun) -> None:
 
 
 def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
-    """The first seed's samples, generation by generation, from the same latent seeds; and its class histogram."""
+    """The first seed's samples, generation by generation, from the same latent seeds, below real ones; and its class
+    histogram."""
     from pipelines.figures import mad as mad_figures
     from pipelines.generators import load_generator
-    from pipelines.mad.tasks import evaluation_points, read_samples
+    from pipelines.mad.tasks import evaluation_points, read_real_data, read_samples
 
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
@@ -118,7 +119,10 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     labels, path = [f"G{each.number}" for each in picked], directory / f"samples_{file_name(name)}.png"
     if not arm.generator.closed_form:
         sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
-        mad_figures.generations_grid(path, np.stack([images[:_GRID_COLUMNS] for images in sets]), labels)
+        if real := run.experiment.sources[name].data:  # what the others should look like
+            sets, labels = [read_real_data(run.store.load(real.key))["reference"], *sets], ["real", *labels]
+        columns = min(_GRID_COLUMNS, *map(len, sets))
+        mad_figures.generations_grid(path, np.stack([images[:columns] for images in sets]), labels)
         if run.histograms[name]:
             path = directory / f"classes_{file_name(name)}.png"
             mad_figures.class_heatmap(path, np.array(_mean_histograms(run, name)))

@@ -104,7 +104,7 @@ def report_so_far(run: SweepRun) -> None:
 
 def publish(run: SweepRun, status: str | None = None) -> None:
     """What is known of the points now, in the report as of a sweep with that ``status``, and in MLflow."""
-    _publish(run, Table(run), None, None)
+    _publish(run, Table(run), None, None, False)
     for each in (run.directory / "figures", run.directory / "summary.json", write_report(run.directory, status)):
         run.tracker.artifact(each)
 
@@ -117,14 +117,13 @@ def report(run: SweepRun, table: Table) -> Path:
         tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
         tags |= {"gain_on_fresh_seeds": json.dumps(confirmation["gain"])} if confirmation else {}
         model = register(run.directory / "trials" / first.name, config.register_as, "best", run.display.say, tags)
-    summary = _publish(run, table, confirmation, model)
+    summary = _publish(run, table, confirmation, model, _can_be_confirmed(run))
     for title, (headings, rows) in tables(summary).items():
         run.display.console.print(title, plain_table(headings, rows), sep="\n")
     if all(each.value is None for each in table.outcomes):
         reasons = [each.error for each in table.outcomes if each.error] or ["none has begun"]
         raise RuntimeError(f"no trial has a value of {run.metric}: {reasons[0]}")
-    advice = not confirmation and len(table.points) > 1 and _can_be_confirmed(run)
-    return conclude(run, run.directory / "summary.json", "", summary=summary, best=best_of(summary), advice=advice)
+    return conclude(run, run.directory / "summary.json", "", summary=summary, best=best_of(summary))
 
 
 def _can_be_confirmed(run: SweepRun) -> bool:
@@ -136,7 +135,9 @@ def _can_be_confirmed(run: SweepRun) -> bool:
     return True
 
 
-def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None) -> dict[str, Any]:
+def _publish(
+    run: SweepRun, table: Table, confirmation: dict[str, Any] | None, model: str | None, confirmable: bool
+) -> dict[str, Any]:
     """Write summary.json and the figures, and show the best point on MLflow's page of the sweep."""
     config, best = run.config, table.best
     content: dict[str, Any] = {
@@ -147,6 +148,7 @@ def _publish(run: SweepRun, table: Table, confirmation: dict[str, Any] | None, m
         "points": [vars(point) for point in table.points],
         "best": None,
         "confirmation": confirmation,
+        "confirmable": confirmable and not confirmation and len(table.points) > 1,
         "model": model,
         "trials": [vars(each) for each in table.outcomes],
         "reward_queries": sum(each.images for each in table.outcomes),
