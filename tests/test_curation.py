@@ -7,7 +7,7 @@ from scipy.stats import chi2
 from pipelines.generators.categorical import CategoricalGenerator
 from pipelines.generators.gaussian import GaussianGenerator
 from pipelines.mad.drawing import draw
-from policies.loops.curation import curated_categorical, curated_gaussian, curated_precision, tilted_categorical
+from policies.loops.curation import curated_categorical, curated_gaussian, tilted_categorical, tilted_variance
 
 SELECTION = {"rule": "curated", "reward": "first_coordinate"}  # of a category, its number
 UNEVEN = np.array([0.4, 0.3, 0.2, 0.1])
@@ -90,7 +90,7 @@ def test_many_candidates_tilt_a_gaussian() -> None:
     model = GaussianGenerator(np.zeros((universes, 1)), np.full((universes, 1, 1), 0.25))
     for reward, mean, variance in (
         ("first_coordinate", *curated_gaussian(0.25, 1.0, None)),
-        (f"{__name__}:closeness", 0.2, curated_precision(0.25, 1.0)),
+        (f"{__name__}:closeness", 0.2, tilted_variance(0.25, 1.0)),
     ):
         selection = {"rule": "curated", "reward": reward, "candidates": 400}
         drawn = draw(model, samples, range(universes), 1, 1.0, selection).values[..., 0]

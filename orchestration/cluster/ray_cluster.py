@@ -29,6 +29,7 @@ from pipelines.storage.locations import CHECKOUT
 _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # of Ray Tune
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # nobody keeps what they write, and TensorBoard's writer imports torch
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -47,6 +47,6 @@ def curated_gaussian(variance: float, slope: float, candidates: int | None) -> t
     return moved, variance - moved**2
 
 
-def curated_precision(variance: float, width: float) -> float:
+def tilted_variance(variance: float, width: float) -> float:
     """The variance (1/s² + 1/τ²)⁻¹ that infinitely many candidates leave with r = −(x − c)²/2τ², τ = ``width``."""
     return 1 / (1 / variance + 1 / width**2)

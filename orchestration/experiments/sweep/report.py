@@ -117,7 +117,8 @@ def report(run: SweepRun, table: Table) -> Path:
         tags = {run.metric: str(first.value), "point": json.dumps(table.best.point)}
         tags |= {"gain_on_fresh_seeds": json.dumps(confirmation["gain"])} if confirmation else {}
         model = register(run.directory / "trials" / first.name, config.register_as, "best", run.display.say, tags)
-    summary = _publish(run, table, confirmation, model, _can_be_confirmed(run))
+    confirmable = not confirmation and len(table.points) > 1 and _can_be_confirmed(run)
+    summary = _publish(run, table, confirmation, model, confirmable)
     for title, (headings, rows) in tables(summary).items():
         run.display.console.print(title, plain_table(headings, rows), sep="\n")
     if all(each.value is None for each in table.outcomes):
@@ -148,7 +149,7 @@ def _publish(
         "points": [vars(point) for point in table.points],
         "best": None,
         "confirmation": confirmation,
-        "confirmable": confirmable and not confirmation and len(table.points) > 1,
+        "confirmable": confirmable,
         "model": model,
         "trials": [vars(each) for each in table.outcomes],
         "reward_queries": sum(each.images for each in table.outcomes),

@@ -1,6 +1,5 @@
 """What Ray Tune is asked for: which trials, suggested and stopped by whom, on what part of the cluster."""
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,8 +108,6 @@ def _fit(
     gpus = config.gpus_per_trial  # a bundle each: what shares one is planned, not left to Ray
     each = {"CPU": run.cpus_per_trial / max(1, gpus), "GPU": float(gpus > 0)}
     bundles: list[dict[str, float]] = [here, *[each] * max(1, gpus)]
-    # What Tune would log goes with the scratch directory, and its loggers import TensorBoard's writer, and that torch.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory(bundles)),
