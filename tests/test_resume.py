@@ -24,7 +24,7 @@ from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.inputs import changed_inputs
 from orchestration.runs.manifest import has_only_begun, open_run, write_manifest
 from orchestration.runs.run import _lock, check_output, going_on, new_directory, sync
-from orchestration.tracking.tracker import Tracker
+from orchestration.tracking.tracker import Tracker, TrackingSettings
 from pipelines.storage.atomic import commit_directory, read_lines
 from pipelines.storage.checkpoint import CheckpointStore
 from pipelines.storage.locations import CHECKOUT, fingerprint
@@ -233,16 +233,44 @@ def test_a_beginning_is_no_run_in_the_way(home: Path, left: Any) -> None:
     assert [path.name for path in directory.iterdir()] == [".lock"]
 
 
-def test_a_beginning_that_was_killed_does_not_run_for_ever_in_mlflow(home: Path, empty_store: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_beginning_that_was_killed_does_not_run_for_ever_in_mlflow(
+    home: Path, empty_store: Path, known: bool
+) -> None:
+    """Nor what is below it, even if it was killed before its directory knew of them."""
     directory, store = home.parent / "other", f"sqlite:///{empty_store}"
-    run = DdpoRun.create(config := configured(f"output_dir={directory}", f"tracking.uri={store}"))
-    tracker = Tracker(directory, config.tracking, "other")
-    write_manifest(directory, run.manifest | {"status": "RUNNING", "mlflow_run_id": tracker.run_id})
+    own = f"output_dir={directory}", f"tracking.uri={store}", "tracking.system_metrics=false"
+    run = DdpoRun.create(config := configured(*own))
+    tracker = Tracker(directory, config.tracking, "other", key=run.manifest["id"])
+    made = {tracker.run_id, tracker.child("an arm").run_id}
+    stranger = Tracker(home.parent / "another", config.tracking, "other", key="another")
+    write_manifest(
+        directory, run.manifest | {"status": "RUNNING"} | ({"mlflow_run_id": tracker.run_id} if known else {})
+    )
     tracker._outbox.close()  # as the end of its process would
     run._lock.close()
-    assert MlflowClient(store).get_run(tracker.run_id).info.status == "RUNNING"
+    client = MlflowClient(store)
+    assert {client.get_run(each).info.status for each in made} == {"RUNNING"}
     new_directory(config)
-    assert MlflowClient(store).get_run(tracker.run_id).info.status == "KILLED"
+    assert {client.get_run(each).info.status for each in made} == {"KILLED"}
+    assert client.get_run(stranger.run_id).info.status == "RUNNING"
+    stranger.finish("FINISHED")
+
+
+def test_runs_whose_ids_were_lost_are_gone_on_with(home: Path, empty_store: Path) -> None:
+    """A process that is killed after MLflow made its run, or one below it, and before its directory knew."""
+    settings = TrackingSettings(uri=f"sqlite:///{empty_store}", system_metrics=False)
+    first = Tracker(home.parent / "first", settings, "first", key="the run")
+    arm = first.child("an arm")
+    first._outbox.close()
+    again = Tracker(home.parent / "first", settings, "first", key="the run")
+    assert again.run_id == first.run_id
+    assert again.child("an arm").run_id == arm.run_id
+    assert again.child("another").run_id not in {first.run_id, arm.run_id}
+    again.finish("FINISHED")
+    other = Tracker(home.parent / "other", settings, "first", key="another run")
+    assert other.run_id != first.run_id
+    other.finish("FINISHED")
 
 
 def spoil(directory: Path, what: str) -> None:

@@ -34,8 +34,8 @@ from orchestration.runs.manifest import (
     working_directory,
     write_manifest,
 )
-from orchestration.tracking.store import Say
-from orchestration.tracking.tracker import Ending, Tracker, TrackingSettings, deliver_rest, open_store
+from orchestration.tracking.store import Say, TrackingError
+from orchestration.tracking.tracker import Ending, Tracker, TrackingSettings, deliver_rest, lost_runs, open_store
 from pipelines.storage.atomic import DamagedFiles, not_through_a_link, remove, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")  # of what is printed
@@ -85,7 +85,7 @@ class Run:
                 self._status("RUNNING")
             known = self.manifest.get("mlflow_run_id")
             name, loop, say = self.directory.name, self.manifest["loop"], self.display.say
-            self.tracker = Tracker(self.directory, self.config.tracking, name, known, loop, say)
+            self.tracker = Tracker(self.directory, self.config.tracking, name, known, loop, say, self.manifest["id"])
             self.manifest["mlflow_run_id"] = self.tracker.run_id
             self.begins_in_mlflow = self.tracker.run_id != known
             self._status("RUNNING")
@@ -282,12 +282,20 @@ def sync(directory: Path, say: Say, tags: Mapping[str, str] | None = None, trust
     with contextlib.closing(_lock(directory)):
         left = sum(sync(trial.parent, say, None, trusted) for trial in sorted(directory.glob("trials/*/manifest.json")))
         died = manifest.get("status") == "RUNNING"
-        ids = [*manifest.get("mlflow_children", {}).values(), manifest.get("mlflow_run_id")]
+        root = manifest.get("mlflow_run_id")
+        known = {*manifest.get("mlflow_children", {}).values(), root} - {None}
+        if died:
+            try:
+                lost = lost_runs(directory, _tracking(manifest), manifest["loop"], manifest["id"])
+                root, known = root or next(iter(lost), None), {*known, *lost}
+            except TrackingError as error:
+                say(f"warning: {error}")
+                left += 1
         news: list[dict[str, Any]] = [{"kind": "tags", "tags": dict(tags)}] if tags else []
         news += [{"kind": "status", "status": "KILLED", "timestamp_ms": int(time.time() * 1000)}] if died else []
-        more = [{"run": run, **each} for run in ids if run for each in news]
-        left += deliver_rest(directory, _tracking(manifest), say, manifest.get("mlflow_run_id"), more)
-        if died:
+        more = [{"run": run, **each} for run in known for each in news]
+        left += deliver_rest(directory, _tracking(manifest), say, root, more)
+        if died and not left:
             write_manifest(directory, manifest | {"status": "KILLED"})
     return left
 

@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 HEALTH_SECONDS = 5  # a server answers /health within this, or it counts as away
+KEY = "ouroboros.run"  # the tag by which a run's records are found whose ids were lost
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "MALFORMED_REQUEST"}
+_ALL_RUNS = 50_000  # MLflow gives no more at a time
 _PASSING_STATUS = 401, 403, 407, 408, 429  # HTTP: a person or time may mend it, and it is not about what was sent
 _POINTLESS = re.compile(r"failed with error code 40[1345]\b")  # to wait for: no permission, or no MLflow
 _PASSING_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EINTR, errno.EAGAIN}
@@ -74,6 +76,10 @@ class MlflowStore:
                 return None
             raise
         return None if found.info.lifecycle_stage == "deleted" else found
+
+    def runs_of(self, key: str, experiment: str) -> list[Any]:
+        """What an experiment holds of the run with ``key``: itself, and the runs below it."""
+        return list(self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=_ALL_RUNS))
 
     def insist(self, what: str, attempt: Callable[[], Found], say: Say, seconds: float) -> Found:
         """Ask the store until it answers, for some ``seconds``. Raises TrackingError after that, and at once if it

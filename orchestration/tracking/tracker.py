@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from orchestration.tracking.delivery import Delivery
 from orchestration.tracking.outbox import Content, Outbox, undelivered
-from orchestration.tracking.store import MlflowStore, Refused, Say, TrackingError, settle
+from orchestration.tracking.store import KEY, MlflowStore, Refused, Say, TrackingError, settle
 from policies.rl.settings import Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
@@ -78,8 +78,9 @@ class Tracker:
     """One MLflow run, the same one before and after a resume.
 
     ``directory`` is the run directory; ``run_id`` continues a run that is already in the store, or begins another in
-    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``say`` reports a
-    store that is away. Raises TrackingError if a new run's store cannot be reached; a known run goes on without it.
+    its place if it was deleted there; ``loop`` names the experiment unless the settings do; ``key`` is the run's own
+    name, by which the store's runs of it are found whose ids were lost on the way; ``say`` reports a store that is
+    away. Raises TrackingError if a new run's store cannot be reached; a known run goes on without it.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Tracker:
         run_id: str | None = None,
         loop: str = "ddpo",
         say: Say = lambda _: None,
+        key: str = "",
     ) -> None:
         self._directory, self._say = directory, say
         self._store = open_store(directory, settings)
@@ -97,7 +99,8 @@ class Tracker:
         note = _NOTES / f"{loop}.md"
         described = note.read_text("utf-8").strip().format(first_look=FIRST_LOOK) if note.exists() else None
         self._experiment, self._experiment_id = (settings.experiment or loop, described), ""
-        self._is_away, self._is_root = False, True
+        self._key = key or uuid.uuid4().hex
+        self._is_away, self._is_root, self._may_be_there = False, True, bool(key)
         self._open(run_name, settings.parent, run_id)
         if run_id not in (None, self.run_id):
             say(f"warning: MLflow at {self.uri} has no run {run_id} any longer: going on in a new one, {self.run_id}")
@@ -110,6 +113,7 @@ class Tracker:
         """A run below this one in the same store, new or continued. Close it with :meth:`finish`, as any."""
         child = copy.copy(self)
         child._monitor, child._is_root = None, False
+        child._may_be_there = self._was_there
         # What is below a run that was deleted is not below its successor.
         child._open(name, self.run_id, run_id if self._is_known else None)
         self._delivery.admit(child.run_id)
@@ -118,15 +122,14 @@ class Tracker:
 
     def _open(self, name: str, parent: str | None, run_id: str | None) -> None:
         """Find the run, or make one. A known run whose store is away is not waited for."""
-        self.run_id, self._finished = run_id or "", False
-        asked: list[int] = []  # when, in milliseconds
+        self.run_id, self._finished, self._was_there = run_id or "", False, run_id is not None
 
         def attempt() -> None:
-            asked.append(_now())
             found = self._store.find(run_id) if run_id else None
             if found is None:
                 self._experiment_id = self._experiment_id or self._store.experiment(*self._experiment)
-                found = self._new(name, parent, asked[0] if len(asked) > 1 else None)
+                self._was_there = False
+                found = self._new(name, parent)
             self.run_id, self._experiment_id = str(found.info.run_id), found.info.experiment_id
 
         if not (self._is_away and run_id):
@@ -139,16 +142,17 @@ class Tracker:
                 self._is_away = True  # so those below it are not asked for one by one
         self._is_known = self.run_id == run_id  # and what hangs below it, too
 
-    def _new(self, name: str, parent: str | None, asked_ms: int | None) -> Any:
-        """Make a run, unless it was made since ``asked_ms`` and only the answer was lost."""
+    def _new(self, name: str, parent: str | None) -> Any:
+        """Make a run, unless it was made before and its id was lost: with the answer, or with the process."""
         from mlflow.tracking.context.registry import resolve_tags
 
-        if asked_ms is not None:
-            since = f"attributes.start_time >= {asked_ms}"
-            for found in self._store.client.search_runs([self._experiment_id], since):
+        if self._may_be_there:
+            for found in self._store.runs_of(self._key, self._experiment_id):
                 if found.info.run_name == name and found.data.tags.get("mlflow.parentRunId") == parent:
+                    self._was_there = True
                     return found
-        tags = resolve_tags({"mlflow.parentRunId": parent} if parent else None)  # and who started it, and where
+        self._may_be_there = True
+        tags = resolve_tags({KEY: self._key} | ({"mlflow.parentRunId": parent} if parent else {}))  # and who, and where
         return self._store.client.create_run(self._experiment_id, run_name=name, tags=tags)
 
     def describe(
@@ -296,6 +300,20 @@ def deliver_rest(
     outbox.drain(_DONE_SECONDS)
     outbox.close()
     return outbox.waiting + outbox.refused
+
+
+def lost_runs(directory: Path, settings: TrackingSettings, loop: str, key: str) -> list[str]:
+    """Ids of the runs that MLflow calls running of the run with ``key``, whether or not its directory knows of them:
+    first its own, then those below it. Raises TrackingError if the store cannot be asked."""
+    store = open_store(directory, settings)
+
+    def attempt() -> list[str]:
+        experiment = store.client.get_experiment_by_name(settings.experiment or loop)
+        found = store.runs_of(key, experiment.experiment_id) if experiment else []
+        own_first = sorted(found, key=lambda each: each.data.tags.get("mlflow.parentRunId") != settings.parent)
+        return [each.info.run_id for each in own_first if each.info.status == "RUNNING"]
+
+    return store.insist("looking for the run", attempt, lambda _: None, _KNOWN_SECONDS)
 
 
 def open_store(directory: Path, settings: TrackingSettings) -> MlflowStore:
