@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 from orchestration.tracking import tracker as tracking
+from orchestration.tracking.store import MlflowStore
 from orchestration.tracking.tracker import Tracker, TrackingError, TrackingSettings, deliver_rest, flatten, open_store
 from tests.servers import Gate, mlflow_server
 
@@ -324,3 +325,23 @@ def test_a_run_on_a_server_that_goes_away_and_comes_back(server: Gate, tmp_path:
         assert points_of(first, "reward/mean") == [(1, 0.1 + 0.2), (2, 0.4), (3, 0.5)]
         assert len(client_of(first).list_artifacts(first.run_id, "images")) == 4
         assert client_of(first).get_run(first.run_id).info.status == "KILLED"
+
+
+def test_a_new_database_begins_with_tables_that_were_made_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same as one that MLflow makes, also in what it says of places; a damaged template does no harm."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = []
+    for name in ("north-of-here", "south-of-here"):
+        (home := tmp_path / name).mkdir()
+        monkeypatch.chdir(home)
+        MlflowStore(f"sqlite:///{home / 'mlflow.db'}")
+        with closing(sqlite3.connect(home / "mlflow.db")) as database:
+            content.append([line.replace(name, "there") for line in database.iterdump()])
+        assert [path.name for path in home.iterdir()] == ["mlflow.db"]
+    (template,) = (tmp_path / "cache" / "ouroboros").iterdir()
+    assert content[0] == content[1]
+    template.write_bytes(b"damaged")
+    store = MlflowStore(f"sqlite:///{tmp_path / 'third.db'}")
+    assert [each.name for each in store.client.search_experiments()] == ["Default"]

@@ -17,22 +17,23 @@ from orchestration.runs.display import plain_table
 from orchestration.runs.run import TEMPLATES
 from pipelines.generators import GENERATORS, Generator
 from pipelines.pages import fill
+from pipelines.refinements import REFINEMENTS, Refinement
 from pipelines.rewards import REWARDS, Reward
 from policies.common.user_code import import_function
 from policies.loops.rules import RULES, Rule
 from policies.rl.settings import nearest
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
-_KINDS = {"study": Study, "reward": Reward, "rule": Rule, "generator": Generator}
+_KINDS = {"study": Study, "reward": Reward, "rule": Rule, "generator": Generator, "refinement": Refinement}
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
 
 
 @functools.cache
 def parts() -> dict[str, dict[str, Any]]:
-    """All that has settings by name: of experiments and studies every key, of rewards, data rules and generators those
-    that they add."""
+    """All that has settings by name: of experiments and studies every key, of rewards, data rules, generators and
+    refinements those that they add."""
     classes: dict[str, Any] = {name: find_study(name) for name in STUDIES}
-    classes |= REWARDS.built_in | RULES.built_in | GENERATORS.built_in
+    classes |= REWARDS.built_in | RULES.built_in | GENERATORS.built_in | REFINEMENTS.built_in
     found = {name: _part("experiment", name, each.schema, "", each.__doc__) for name, each in EXPERIMENTS.items()}
     return found | {name: _part_of_class(name, each) for name, each in classes.items()}
 
@@ -42,7 +43,7 @@ def _part_of_class(name: str, found: Any) -> dict[str, Any]:
     kind = next((kind for kind, base in _KINDS.items() if isinstance(found, type) and issubclass(found, base)), "")
     if not kind:
         takes = f"as a reward, its options are what it takes by name: {signature(found)}"
-        raise ValueError(f"{name!r} is no class of a study, reward, rule or generator; {takes}")
+        raise ValueError(f"{name!r} is no class of a study, reward, rule, generator or refinement; {takes}")
     flat = kind == "study" or name in RULES.built_in or (name in GENERATORS.built_in and found.flat)
     block = "" if flat else f"reward.options.{name}." if kind == "reward" else f"{name}."
     return _part(kind, name, found.schema if kind == "generator" else found, block)
@@ -60,7 +61,7 @@ def _part(kind: str, name: str, schema: Any, block: str, said: str | None = None
 def _installed() -> dict[str, str]:
     """The import paths of what other packages bring, by name. Nothing is imported."""
     found = {name: path for name, path in known_studies().items() if name not in STUDIES}
-    return found | {name: r.path(name) or "" for r in (REWARDS, RULES, GENERATORS) for name in r.installed}
+    return found | {name: r.path(name) or "" for r in (REWARDS, RULES, GENERATORS, REFINEMENTS) for name in r.installed}
 
 
 def reference(name: str | None = None, key: str | None = None) -> Any:

@@ -286,7 +286,7 @@ def sync(directory: Path, say: Say, tags: Mapping[str, str] | None = None, trust
         known = {*manifest.get("mlflow_children", {}).values(), root} - {None}
         if died:
             try:
-                lost = lost_runs(directory, _tracking(manifest), manifest["loop"], manifest["id"])
+                lost = lost_runs(directory, _tracking(manifest), manifest["loop"], manifest.get("id", ""))
                 root, known = root or next(iter(lost), None), {*known, *lost}
             except TrackingError as error:
                 say(f"warning: {error}")

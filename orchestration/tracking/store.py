@@ -7,10 +7,11 @@ as for MLflow's own client.
 import errno
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -52,8 +53,13 @@ class MlflowStore:
         _configure_mlflow()
         from mlflow import MlflowClient
 
+        new = uri.startswith("sqlite:///") and not (database := Path(uri.removeprefix("sqlite:///"))).exists()
         with self.named("opening the store"):
+            if new:
+                _copy_tables(database)
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            if new:
+                _keep_tables(database)
 
     @property
     def is_server(self) -> bool:
@@ -231,6 +237,42 @@ def settle(database: Path) -> None:
             store.execute(f"UPDATE runs SET artifact_uri = {moved}", (new,))
     except sqlite3.Error as error:
         raise TrackingError(f"{database} cannot be used: {error}; without it the run goes on in a new one") from error
+
+
+def _template() -> Path:
+    """Where a database lies that holds MLflow's tables and nothing else, of this version of MLflow."""
+    from mlflow.version import VERSION
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "ouroboros", f"mlflow-{VERSION}.db")
+
+
+def _copy_tables(database: Path) -> None:
+    """Begin a new database with a copy of the tables, which MLflow takes seconds to make: every migration in turn."""
+    copy_of = database.with_name(f".{database.name}.{os.getpid()}")
+    try:
+        template = _template()
+        if template.stat().st_uid != os.getuid() or template.is_symlink():
+            return
+        shutil.copyfile(template, copy_of)
+        with closing(sqlite3.connect(copy_of)) as store, store:  # as MLflow would have said here
+            store.execute("UPDATE experiments SET artifact_location = ?", (str(Path.cwd() / "mlruns" / "0"),))
+        os.link(copy_of, database)  # fails where another process was faster
+    except (OSError, RuntimeError, sqlite3.Error):
+        return
+    finally:
+        copy_of.unlink(missing_ok=True)
+
+
+def _keep_tables(database: Path) -> None:
+    """Keep the tables of a new database that nothing is recorded in yet, for the next one, if there is a place."""
+    with suppress(OSError, RuntimeError, sqlite3.Error):
+        if not (template := _template()).exists():
+            template.parent.mkdir(parents=True, exist_ok=True)
+            copy_of = template.with_name(f".{template.name}.{os.getpid()}")
+            with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy_of)) as target:
+                source.backup(target)
+            copy_of.rename(template)
 
 
 def _configure_mlflow() -> None:

@@ -78,6 +78,15 @@ def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[s
     return tint(digits.strokes, inks, grounds), captions
 
 
+def captioned(tints: int = 4) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Every digit of the train split in so many random tints, the same at every call: images (n, 16, 16, 3) uint8,
+    labels (n,) and captions."""
+    digits, rng = load_split("train"), np.random.default_rng(0)
+    rounds = [render(digits, rng) for _ in range(tints)]
+    images, captions = np.concatenate([each for each, _ in rounds]), [text for _, texts in rounds for text in texts]
+    return images, np.tile(digits.labels, tints), captions
+
+
 def real_images(prompts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     """A real digit of the test split for each prompt, which names all slots: uint8 (n, 16, 16, 3)."""
     digits, asked = load_split("test"), [parse(prompt) for prompt in prompts]

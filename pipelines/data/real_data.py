@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, field_validator
 
+from pipelines.data.digits import DIGITS, captioned
 from pipelines.data.image_folder import read_folder, shown
 from pipelines.data.pictures import colour, read_picture
 from pipelines.storage.locations import find
@@ -26,12 +27,15 @@ _MOST_NAMES = 20  # that a line for people lists
 class DataSettings(Settings):
     """Where real images come from, and how they are read."""
 
-    source: str = Field("digits", min_length=1, description="digits, a directory, or a data set of the hub")
+    source: str = Field(
+        "digits", min_length=1, description="digits, captioned_digits, a directory, or a data set of the hub"
+    )
     split: str = Field("train", description="which split, where the source has several")
     image_size: int | None = Field(None, ge=1, description="crop to the middle square and resize; null: as they are")
     background: str = Field("white", description="what shows through transparent images: a colour's name or #rrggbb")
     image_column: str | None = Field(None, description="the column of images; null: the only one")
     label_column: str | None = Field(None, description="null: the only one of class labels, or no labels")
+    caption_column: str | None = Field(None, description="the column of what each image shows, in words; null: none")
     reference: int = Field(397, ge=1, description="images kept apart for the metrics; no model is trained on them")
     limit: int | None = Field(None, ge=2, description="use at most so many images, a fixed random choice; null: all")
     extractor: str | None = Field(
@@ -49,20 +53,24 @@ class DataSettings(Settings):
 class RealData:
     """``images`` (n, height, width, 1 or 3) uint8, ``labels`` (n,) int64 in 0..classes−1.
 
-    ``classes`` are their names, by label; ``left_out`` what a directory holds that is no image.
+    ``classes`` are their names, by label; ``left_out`` what a directory holds that is no image; ``captions`` (n,) of
+    text what each shows.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
     left_out: Sequence[str] = ()
+    captions: np.ndarray | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """What identifies the images and labels, wherever they came from."""
+        """What identifies the images, labels and captions, wherever they came from."""
         digest = hashlib.sha256(str(self.images.shape).encode())
         for array in (self.images, self.labels):
             digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        for caption in () if self.captions is None else self.captions.tolist():
+            digest.update(f"{len(caption)} {caption}".encode())
         return digest.hexdigest()
 
     def describe(self) -> list[str]:
@@ -73,6 +81,8 @@ class RealData:
             counts = np.bincount(self.labels, minlength=len(self.classes))
             each = [f"{name} {number:,}" for name, number in zip(self.classes, counts, strict=True)]
             found += f", {len(each)} classes: {_some(each)}"
+        if self.captions is not None:
+            found += f"; {len(set(self.captions.tolist())):,} captions, such as {str(self.captions[0])!r}"
         return [found] + ([f"left out, as no images: {_some(self.left_out)}"] if self.left_out else [])
 
 
@@ -83,11 +93,13 @@ def load_real_data(settings: DataSettings) -> RealData:
     directory does not fit, a column is missing or ambiguous, a label is missing, or the images' sizes differ and
     ``image_size`` is None.
     """
-    items, labels, classes, left_out = _digits() if settings.source == "digits" else _open(settings)
-    known = None if labels is None else np.asarray(labels, np.int64)
+    made = {"digits": _digits, "captioned_digits": _captioned_digits}.get(settings.source)
+    found = _open(settings) if made is None else made()
+    items, known = found.items, None if found.labels is None else np.asarray(found.labels, np.int64)
     chosen = _drawn(len(items), min(settings.limit or len(items), len(items)), known, derive_seed(0, "limit"))
     images = _images(items, chosen, settings)
-    return RealData(images, None if known is None else known[chosen], classes, left_out)
+    captions = None if found.captions is None else np.array(found.captions, dtype=str)[chosen]
+    return RealData(images, None if known is None else known[chosen], found.classes, found.left_out, captions)
 
 
 def split_reference(data: RealData, reference: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -115,8 +127,14 @@ def ledger_order(size_of_pool: int, seed: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, "ledger")).permutation(size_of_pool)
 
 
-# Images to decode, their labels, the names of the classes, and what was left out.
-_Found = tuple[Sequence[Any], Sequence[int] | np.ndarray | None, Sequence[str], Sequence[str]]
+class _Found(NamedTuple):
+    """Images to decode, their labels, the names of the classes, what was left out, and captions."""
+
+    items: Sequence[Any]
+    labels: Sequence[int] | np.ndarray | None = None
+    classes: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    captions: Sequence[str] | None = None
 
 
 def _digits() -> _Found:
@@ -124,7 +142,13 @@ def _digits() -> _Found:
     from sklearn.datasets import load_digits
 
     strokes, labels = load_digits(return_X_y=True)
-    return np.rint(strokes.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels, [*map(str, range(10))], ()
+    return _Found(np.rint(strokes.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels, [*map(str, range(10))])
+
+
+def _captioned_digits() -> _Found:
+    """Tinted digits of 16x16 pixels, each with the caption that names its digit, ink and ground."""
+    images, labels, captions = captioned()
+    return _Found([*images], labels, DIGITS, captions=captions)
 
 
 def _open(settings: DataSettings) -> _Found:
@@ -155,7 +179,7 @@ def _folder(settings: DataSettings, directory: Path) -> _Found:
     """A directory of images; of a split such as train[:100], that part."""
     from datasets import ReadInstruction
 
-    for setting in ("image_column", "label_column"):
+    for setting in ("image_column", "label_column", "caption_column"):
         if getattr(settings, setting):
             raise ValueError(f"{setting}: {settings.source} is a directory of images, whose labels are its directories")
     found = read_folder(directory, name := settings.split.partition("[")[0])
@@ -164,20 +188,20 @@ def _folder(settings: DataSettings, directory: Path) -> _Found:
     if not found.paths[rows]:
         of = "" if settings.split == "train" else f" of split {settings.split}"
         raise ValueError(f"data.source: {settings.source} holds no images{of}")
-    return found.paths[rows], found.labels and found.labels[rows], found.classes, found.left_out
+    return _Found(found.paths[rows], found.labels and found.labels[rows], found.classes, found.left_out)
 
 
 def _table(settings: DataSettings, data: Any) -> _Found:
-    """The columns of images and labels of a data set."""
+    """The columns of images, labels and captions of a data set."""
     from datasets import ClassLabel, Image
 
     column = _column(data, "image_column", settings.image_column, Image)
     if column is None:
         raise ValueError(f"{settings.source} has no column of images; its columns are {', '.join(data.column_names)}")
-    items = data.cast_column(column, Image(decode=False))[column]
+    items, captions = data.cast_column(column, Image(decode=False))[column], _captions(settings, data)
     column = _column(data, "label_column", settings.label_column, ClassLabel)
     if column is None:
-        return items, None, (), ()
+        return _Found(items, captions=captions)
     names, values = getattr(data.features[column], "names", None), data[column][:]
     if any(value is None or value != value for value in values) or (names and -1 in values):
         raise ValueError(f"label_column: {column!r} leaves images without a label: choose another split or column")
@@ -186,7 +210,19 @@ def _table(settings: DataSettings, data: Any) -> _Found:
             raise ValueError(f"label_column: {column!r} holds no classes, which are words or whole numbers")
         known, values = np.unique(values, return_inverse=True)
         names = [*map(str, known)]
-    return items, values, names, ()
+    return _Found(items, values, names, captions=captions)
+
+
+def _captions(settings: DataSettings, data: Any) -> Sequence[str] | None:
+    """The column of captions; None if none is named."""
+    if (name := settings.caption_column) is None:
+        return None
+    if name not in data.column_names:
+        raise ValueError(f"caption_column: choose one of {', '.join(data.column_names)}, not {name}")
+    values = data[name][:]
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"caption_column: {name!r} leaves images without a text: choose another")
+    return list(values)
 
 
 def _column(data: Any, setting: str, name: str | None, kind: type) -> str | None:

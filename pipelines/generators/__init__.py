@@ -6,7 +6,7 @@ thousands of *universes* (seeds) in one call; those that train a network do one.
 importable without torch, which is imported where it is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +34,10 @@ class Generator(Named):
     closed_form: ClassVar[bool] = False  # the truth is a distribution, and a draw cheaper than a file
     many_universes: ClassVar[bool] = False  # fitted side by side in one task, and measured by their parameters
     conditional: ClassVar[bool] = False  # whether it learns from labels
+    captioned: ClassVar[bool] = False  # whether it learns from captions, and is asked for images in words
+    extrapolates: ClassVar[bool] = False  # whether differences of its weights mean something
+    has_score: ClassVar[bool] = False  # whether it draws by a score, from which it can be led away
+    updates: ClassVar[str | None] = None  # its setting of how many updates a fit takes; closed forms have none
     least_side: ClassVar[int] = 1  # of images, in pixels
     metrics: ClassVar[tuple[str, ...]] = ("fid", *NEIGHBOURS, "class_entropy", "memorisation")  # the first one compares
 
@@ -44,6 +48,22 @@ class Generator(Named):
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """``count`` samples a universe; ``bias`` in (0, 1] trades diversity for quality, 1 is unbiased (MAD's λ)."""
+        raise NotImplementedError
+
+    def candidates(self, count: int, each: int, seeds: Seeds, bias: float) -> Samples:
+        """``each`` samples for every one of ``count``: the j-th for the i-th stands at j · ``count`` + i."""
+        return self.sample(count * each, seeds, bias)
+
+    def fitted(self) -> dict[str, Any]:
+        """What was fitted, by name; of those that ``extrapolates``."""
+        raise NotImplementedError
+
+    def holding(self, weights: Mapping[str, Any]) -> Self:
+        """The same generator with other weights. Raises ValueError if they are those of none."""
+        raise NotImplementedError
+
+    def led_away(self, other: Self, strength: float) -> Self:
+        """What draws with the score (1 + ω) of this − ω of the ``other``; of those that have one."""
         raise NotImplementedError
 
     def save(self, directory: Path) -> None:

@@ -7,6 +7,7 @@ null class is the only one.
 """
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
+MOST_GUIDANCE = 1000  # beyond it a sampler's float32 numbers mean nothing
 
 
 class DiffusionSettings(Settings):
@@ -52,15 +53,26 @@ class DiffusionGenerator(Generator):
 
     names = ("diffusion",)
     schema = DiffusionSettings
-    conditional = True
+    conditional = extrapolates = has_score = True
+    updates = "training_steps"
     metrics = (*Generator.metrics, "label_accuracy")
 
-    def __init__(self, settings: DiffusionSettings, unet: Any, shares: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        settings: DiffusionSettings,
+        unet: Any,
+        shares: np.ndarray | None = None,
+        other: Any = None,
+        strength: float = 0.0,
+    ) -> None:
+        """``other``: a UNet from which samples are led away with some ``strength``."""
         from diffusers import DDPMScheduler
 
-        self.settings = settings
+        self.settings, self.other, self.strength = settings, other, strength
         self.unet = unet.eval().requires_grad_(False)
-        self.unet.register_to_config(_name_or_path="")  # else equal models would remember where they were loaded from
+        for network in (unet, other):
+            if network is not None:  # else equal models would remember where they were loaded from
+                network.register_to_config(_name_or_path="")
         self.classes = unet.config.num_class_embeds - 1  # the last one is the null class
         # Of each label in the training set, (classes,); (1,) without labels.
         self.shares = np.full(self.classes, 1 / self.classes) if shares is None else shares
@@ -120,7 +132,7 @@ class DiffusionGenerator(Generator):
 
         (seed,) = seeds
         random = torch.Generator().manual_seed(seed)
-        labels = _labels(torch.from_numpy(self.shares), count, random)
+        labels = allotted(torch.from_numpy(self.shares), count, random)
         with torch.inference_mode():
             batches = [self._denoise(batch, random, 1 / bias) for batch in labels.split(256)]
         return Samples(torch.cat(batches).numpy()[None], labels.numpy()[None] if self.classes else None)
@@ -135,19 +147,43 @@ class DiffusionGenerator(Generator):
         sampler.set_timesteps(self.settings.sampling_steps)
         shape = (len(labels), self.unet.config.in_channels, *self.unet.config.sample_size)
         images, labels = torch.randn(shape, generator=random).to(self.unet.device), labels.to(self.unet.device)
+
+        def velocity(unet: Any, time: "Tensor") -> "Tensor":
+            shown: Tensor = unet(images, time, labels).sample
+            if guidance_scale == 1:
+                return shown
+            free: Tensor = unet(images, time, torch.full_like(labels, self.classes)).sample
+            return free + guidance_scale * (shown - free)
+
         for time in sampler.timesteps:
-            velocity = self.unet(images, time, labels).sample
-            if guidance_scale != 1:
-                free = self.unet(images, time, torch.full_like(labels, self.classes)).sample
-                velocity = free + guidance_scale * (velocity - free)
-            images = sampler.step(velocity, time, images).prev_sample
+            direction = velocity(self.unet, time)
+            if self.other is not None:  # linear in the score at a given image and time, as the weights sum to 1
+                direction = direction + self.strength * (direction - velocity(self.other, time))
+            images = sampler.step(direction, time, images).prev_sample
         check_drawn(bool(images.isfinite().all()))
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+
+    def fitted(self) -> "dict[str, Tensor]":
+        """The UNet's."""
+        return {name: value.detach().cpu().clone() for name, value in self.unet.named_parameters()}
+
+    def holding(self, weights: "Mapping[str, Tensor]") -> Self:
+        """With another UNet of the same shape."""
+        unet = deepcopy(self.unet)
+        unet.load_state_dict(dict(weights), strict=False)
+        return type(self)(self.settings, unet, self.shares)
+
+    def led_away(self, other: Self, strength: float) -> Self:
+        """Twice the network calls."""
+        return type(self)(self.settings, self.unet, self.shares, other.unet, strength)
 
     def save(self, directory: Path) -> None:
         """The UNet as diffusers writes it, the settings and the labels' shares. Equal generators write equal bytes."""
         self.unet.save_pretrained(directory / "unet")
-        config = {"settings": self.settings.model_dump(), "shares": self.shares.tolist()}
+        config: dict[str, Any] = {"settings": self.settings.model_dump(), "shares": self.shares.tolist()}
+        if self.other is not None:
+            self.other.save_pretrained(directory / "other")
+            config["strength"] = self.strength
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -157,7 +193,10 @@ class DiffusionGenerator(Generator):
 
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         unet = UNet2DModel.from_pretrained(directory / "unet").to(device)
-        return cls(DiffusionSettings(**config["settings"]), unet, np.array(config["shares"]))
+        led = "strength" in config
+        other = UNet2DModel.from_pretrained(directory / "other").to(device).eval() if led else None
+        known = DiffusionSettings(**config["settings"]), unet, np.array(config["shares"])
+        return cls(*known, other, config.get("strength", 0.0))
 
     @classmethod
     def settled(cls, settings: DiffusionSettings, classes: int) -> DiffusionSettings:
@@ -172,8 +211,8 @@ class DiffusionGenerator(Generator):
             raise ValueError("a sampling_bias below 1 is guidance, which needs labels: set it to 1, or family=gan")
         if bias < 1 and not settings.label_dropout:
             raise ValueError("a sampling_bias below 1 is guidance, which needs diffusion.label_dropout above 0")
-        if bias * _MOST_GUIDANCE < 1:
-            raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {_MOST_GUIDANCE}")
+        if bias * MOST_GUIDANCE < 1:
+            raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {MOST_GUIDANCE}")
 
     @classmethod
     def check_classes(cls, settings: DiffusionSettings, classes: int) -> None:
@@ -187,7 +226,7 @@ class DiffusionGenerator(Generator):
         return 2 ** (settings.levels - 1)
 
 
-def _labels(shares: "Tensor", count: int, random: "torch.Generator") -> "Tensor":
+def allotted(shares: "Tensor", count: int, random: "torch.Generator") -> "Tensor":
     """Labels (count,), of which every first n have each label's share of n to within about one.
 
     The j-th of a label falls due at a random moment from j to j + 1 times the inverse of its share. Independent draws

@@ -9,7 +9,8 @@ images fall into classes (multi-modal truncation, Mokady et al., 2202.12211; the
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +22,7 @@ from policies.rl.health import check_drawn
 from policies.rl.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -62,6 +64,8 @@ class GanGenerator(Generator):
     names = ("gan",)
     schema = GanSettings
     least_side = 8
+    extrapolates = True
+    updates = "steps"
 
     def __init__(self, settings: GanSettings, networks: Any) -> None:
         self.settings, self.networks = settings, networks.requires_grad_(False)
@@ -72,7 +76,6 @@ class GanGenerator(Generator):
     ) -> Self:
         """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``."""
         import torch
-        from sklearn.cluster import KMeans
         from torch.optim import Adam
         from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -98,10 +101,7 @@ class GanGenerator(Generator):
             _update(optimizer, critic, critic_loss(networks.critic, real, fake.detach(), settings.gradient_penalty))
             _update(optimizer, generator, pairing_loss(networks.critic(fake), networks.critic(real)))
             schedule.step()
-        styles = networks.style(torch.randn(CENTRE_DRAWS, settings.latent, generator=stream).to(device)).detach()
-        check_drawn(bool(styles.isfinite().all()))
-        clusters = KMeans(CENTRES, n_init=1, random_state=seed % 2**32).fit(styles.cpu().numpy())
-        networks.centres = torch.from_numpy(clusters.cluster_centers_).to(device)
+        _settle_centres(networks, stream)
         return cls(settings, networks)
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
@@ -114,6 +114,19 @@ class GanGenerator(Generator):
             drawn = torch.cat([_truncated(self.networks, batch, bias) for batch in latents.split(SAMPLING_BATCH)])
         check_drawn(bool(drawn.isfinite().all()))
         return Samples(((drawn + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()[None])
+
+    def fitted(self) -> "dict[str, Tensor]":
+        """Those of all three networks."""
+        return {name: value.detach().cpu().clone() for name, value in self.networks.named_parameters()}
+
+    def holding(self, weights: "Mapping[str, Tensor]") -> Self:
+        """The centres of w are found anew."""
+        import torch
+
+        networks = deepcopy(self.networks)
+        networks.load_state_dict(dict(weights), strict=False)
+        _settle_centres(networks, torch.Generator().manual_seed(0))
+        return type(self)(self.settings, networks)
 
     def save(self, directory: Path) -> None:
         """All networks, so that training can go on, and ``config.json`` with the settings and the images' shape."""
@@ -164,6 +177,19 @@ def _networks(settings: GanSettings, shape: Sequence[int], seed: int) -> Any:
     networks.register_buffer("centres", torch.zeros(CENTRES, latent))
     networks.shape = tuple(shape)
     return networks
+
+
+def _settle_centres(networks: Any, random: "torch.Generator") -> None:
+    """Find the centres of w."""
+    import torch
+    from sklearn.cluster import KMeans
+
+    known = networks.centres
+    latents = torch.randn(CENTRE_DRAWS, known.shape[1], generator=random).to(known.device)
+    styles = networks.style(latents).detach()
+    check_drawn(bool(styles.isfinite().all()))
+    clusters = KMeans(CENTRES, n_init=1, random_state=random.initial_seed() % 2**32).fit(styles.cpu().numpy())
+    networks.centres = torch.from_numpy(clusters.cluster_centers_).to(known.device)
 
 
 def _truncated(networks: Any, latents: "Tensor", factor: float) -> "Tensor":

@@ -4,7 +4,7 @@ The truth is N(0, I). A sampling bias λ draws with covariance λΣ (Alemohammad
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -39,7 +39,7 @@ class GaussianGenerator(ClosedForm):
 
     names = ("gaussian",)
     schema = GaussianSettings
-    flat = many_universes = True
+    flat = many_universes = extrapolates = True
     metrics = ("w2_squared", "variance", "mean_square", "log_det")
 
     mean: np.ndarray
@@ -71,6 +71,19 @@ class GaussianGenerator(ClosedForm):
     def centred(self) -> tuple[Self, np.ndarray]:
         """The same spread around 0, and the mean (universes, d) that it was around."""
         return replace(self, mean=np.zeros_like(self.mean)), self.mean
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """Mean and covariance."""
+        return dict(vars(self))
+
+    def holding(self, weights: Mapping[str, Any]) -> Self:
+        """Of any mean, and a covariance that is one."""
+        least = float(np.linalg.eigvalsh(weights["covariance"]).min())
+        if not least > 0:
+            raise ValueError(
+                f"a covariance with the eigenvalue {least:.3g} is none: choose a smaller weight, or more samples"
+            )
+        return replace(self, **weights)
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
         """Draw from N(μ, λΣ)."""

@@ -71,6 +71,8 @@ class Chain:
     settings: Mapping[str, Any]
     seeds: Sequence[int]
     source: RealSource
+    refinement: Mapping[str, Any] | None = None  # its name and settings
+    words: Mapping[str, Any] | None = None  # of a family that learns from captions, see ``Words``
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -87,15 +89,38 @@ class Chain:
         """
         parameters, inputs = self._training_set(manifest, drawn)
         inputs += [start] if start else []
-        kept = kept or not self._generator.many_universes
-        return self._task("fit", manifest.generation, parameters | {"fine_tunes": start is not None}, inputs, kept)
+        parameters |= {"fine_tunes": start is not None, **self._read("path")}
+        return self._task("fit", manifest.generation, parameters, inputs, kept or not self._generator.many_universes)
 
-    def sample(self, model: Task, generation: int, start: int, stop: int) -> "Drawn":
+    def refine(self, model: Task, generation: int, kept: bool) -> Task:
+        """Do to a fitted model what this arm does to it before it draws."""
+        if self.refinement is None:
+            return model
+        about = {"generation": generation, "sampling_bias": self.loop.sampling_bias}
+        parameters = {**self._common, **self.refinement, **about, **self._read("path", "captioner", "reward")}
+        return self._task("refine", generation, parameters, [model], kept or not self._generator.many_universes)
+
+    def captioner(self, manifest: Manifest, drawn: Mapping["Batch", Task], before: Task | None) -> Task | None:
+        """Train the captioner on, with what a generation is fed; None: it stays as it is."""
+        if not self.words or not self.words["captions"]["refitted"]:
+            return None
+        parameters, inputs = self._training_set(manifest, drawn)
+        parameters |= {"updates": self.words["captions"]["refitted"], "trained": before is not None}
+        parameters |= self._read("captioner")
+        return self._task("captioner", manifest.generation, parameters, [*inputs, *([before] if before else [])])
+
+    def sample(self, model: Task, generation: int, start: int, stop: int, captioner: Task | None = None) -> "Drawn":
         """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
         if self._generator.closed_form:
             return Drawn(model, start, stop)
         judges = self.source.tasks[1:] if self.source.classified and self.loop.selection() else []
         parameters = {"selection": self.loop.selection(), "role": "training", "start": start, "count": stop - start}
+        if self.words and (captions := self.words["captions"])["share"]:
+            judges = [*judges, *([captioner] if captioner else [])]
+            parameters |= {"captions": {"share": captions["share"], "refitted": captioner is not None}}
+            parameters |= self._read("captioner")
+        if self.words and self.loop.selection():
+            parameters |= self._read("captioner", "reward")
         return Drawn(self._draw(model, generation, parameters, judges), start, stop)
 
     def evaluation(self, model: Task, generation: int) -> Task | None:
@@ -111,7 +136,16 @@ class Chain:
             return self._task("measure", manifest.generation, self._common | parameters, [model])
         parameters, training = self._training_set(manifest, drawn)
         inputs = [evaluation, *self.source.tasks, *training]
-        return self._task("measure", manifest.generation, {**parameters, "classes": self.source.classified}, inputs)
+        parameters |= {"classes": self.source.classified, **self._read("captioner", "evaluator", "reward")}
+        if self.words and self.words["reward"]:
+            parameters |= {"reward": self.words["reward"]}
+        return self._task("measure", manifest.generation, parameters, inputs)
+
+    def _read(self, *kinds: str) -> dict[str, Any]:
+        """Of a family of captions, what its task reads beside its inputs: contents by name."""
+        known = self.words["read"] if self.words else {}
+        found = {name: sha256 for name, sha256 in known.items() if name.split(".")[0] in kinds}
+        return {"read": found} if found else {}
 
     def _training_set(self, manifest: Manifest, drawn: Mapping["Batch", Task]) -> tuple[dict[str, Any], list[Task]]:
         """Parameters and inputs from which a manifest's samples can be read or drawn."""
@@ -160,6 +194,7 @@ class Generation:
     number: int
     manifest: Manifest
     fit: Task
+    model: Task  # what draws: the fit, or what it was refined to
     drawn: tuple[Drawn, ...]  # for later generations
     evaluation: Task | None
     measure: Task

@@ -4,18 +4,25 @@ Closed-form families draw samples wherever they are needed: a draw is a function
 cheaper than storing it. Families that train a network do one universe a task, and their samples are stored.
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.data.real_data import ledger_order
+from pipelines.data.real_data import RealData, ledger_order
 from pipelines.generators import GENERATORS, Generator, load_generator
+from pipelines.mad.captions import load_captioner, recaptioned, refit
 from pipelines.mad.drawing import draw
+from pipelines.refinements import REFINEMENTS
 from pipelines.storage.atomic import Files, packed, unpacked
+from pipelines.storage.locations import resolve_model
 from policies.common.seeding import derive_seed
+from policies.loops.rules.curated import BUILT_IN
 from policies.loops.samples import Samples
 from policies.loops.training_sets import REAL, Manifest, Part
 
@@ -27,11 +34,14 @@ def perform(kind: str, parameters: Parameters, inputs: list[Files], device: str)
     return _TASKS[kind](parameters, inputs, device)
 
 
-def real_data_files(images: np.ndarray, labels: np.ndarray | None, pool: np.ndarray, reference: np.ndarray) -> Files:
+def real_data_files(real: RealData, pool: np.ndarray, reference: np.ndarray) -> Files:
     """Real images as the result of a task: the pool that models learn from, and the reference that none ever sees."""
+    images = real.images
     arrays = {"pool": images[pool], "pool_rows": pool, "reference": images[reference], "reference_rows": reference}
-    if labels is not None:
-        arrays["pool_labels"] = labels[pool]
+    if real.labels is not None:
+        arrays["pool_labels"] = real.labels[pool]
+    if real.captions is not None:
+        arrays["pool_captions"] = real.captions[pool]
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return {"real.npz": buffer.getvalue()}
@@ -52,7 +62,8 @@ def read_samples(files: Files) -> Samples:
     images = images[..., None] if images.ndim == 3 else images
     unlabelled = rows["label"].dtype.kind != "i"  # a column of nothing is read as numbers that are not
     labels = None if unlabelled else rows["label"][None]
-    return Samples(images[None], labels)
+    captions = np.array(rows["caption"], dtype=str)[None] if "caption" in rows else None
+    return Samples(images[None], labels, captions=captions)
 
 
 def evaluation_points(model: Generator, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +95,36 @@ def _fit(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     return files if kind.closed_form else files | {"training_set.json": json.dumps(ids).encode()}
 
 
+def _refine(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Do to a fitted model what its arm does before it draws."""
+    (_, settings), seeds = _generator(parameters), parameters["seeds"]
+    refinement = REFINEMENTS.find(parameters["refinement"]).model_validate(parameters["how"])
+    model = load_generator(parameters["family"], inputs[0], device)
+    streams = [derive_seed(seed, "refinement", parameters["generation"]) for seed in seeds]
+    return packed(refinement.refine(model, settings, streams, parameters["sampling_bias"], device).save)
+
+
+def _captioner(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """Train the captioner on, with the training set of a generation."""
+    (_, settings), (seed,) = _generator(parameters), parameters["seeds"]
+    data, _ = _training_set(parameters, inputs)
+    stream = derive_seed(seed, "captioner", parameters["manifest"]["generation"])
+    before = _at(inputs[-1]) if parameters["trained"] else contextlib.nullcontext()
+    with before as start:
+        how = settings.captioner, start, data, parameters["updates"], stream, device
+        return packed(lambda directory: refit(*how, directory))
+
+
+@contextlib.contextmanager
+def _at(files: Files) -> Iterator[Path]:
+    """A directory that holds ``files`` in this block."""
+    with tempfile.TemporaryDirectory() as place:
+        for name, content in files.items():
+            (path := Path(place, name)).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        yield Path(place)
+
+
 def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """Draw one universe's samples, for training or for evaluation. Each row says where it comes from."""
     from datasets import Dataset, Features, Image, Value, disable_progress_bars
@@ -93,9 +134,17 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     if parameters["role"] == "evaluation":  # the same latent seeds at every generation: pictures can be compared
         drawn = model.sample(count, [derive_seed(seed, "evaluation") for seed in seeds], bias)
     else:
-        extractor = _load_extractor(inputs[1], device) if len(inputs) > 1 else None
-        selection, start = parameters["selection"], parameters["start"]
-        drawn = draw(model, count, seeds, parameters["generation"], bias, selection, extractor, start)
+        selection, start, generation = parameters["selection"], parameters["start"], parameters["generation"]
+        captions = parameters.get("captions", {})
+        judges = inputs[1:-1] if captions.get("refitted") else inputs[1:]
+        extractor = _load_extractor(judges[0], device) if judges else None
+        scorer = _scorer(model.settings, selection, device) if selection and model.captioned else None
+        drawn = draw(model, count, seeds, generation, bias, selection, extractor, start, scorer=scorer)
+        if captions:
+            with _at(inputs[-1]) if captions["refitted"] else contextlib.nullcontext() as weights:
+                captioner = load_captioner(model.settings.captioner, weights, device)
+            stream = derive_seed(seeds[0], "captions", generation, start)
+            drawn = recaptioned(drawn, captions["share"], captioner, stream)
     about = {"role": ("string", parameters["role"]), "generation": ("int32", parameters["generation"])}
     about |= {"seed": ("int64", seeds[0]), "checkpoint": ("string", parameters["checkpoint"])}
     about |= {"sampling_bias": ("float64", bias)}
@@ -105,8 +154,37 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         **{name: [value] * count for name, (_, value) in about.items()},
     }
     kinds = {"image": Image(), "label": Value("int64")} | {name: Value(kind) for name, (kind, _) in about.items()}
+    more = {**drawn.notes, **({} if drawn.captions is None else {"caption": drawn.captions})}
+    rows |= {name: list(values[0].tolist()) for name, values in more.items()}
+    kinds |= {name: _column(values) for name, values in more.items()}
     disable_progress_bars()
     return packed(Dataset.from_dict(rows, features=Features(kinds)).save_to_disk)
+
+
+def _column(values: np.ndarray) -> Any:
+    """What a data set calls the type of ``values`` (universes, n, …)."""
+    from datasets import List, Value
+
+    kind = Value("string" if values.dtype.kind == "U" else str(values.dtype))
+    return List(kind) if values.ndim > 2 else kind
+
+
+def _scorer(settings: Any, selection: Mapping[str, Any], device: str) -> Callable[[Samples], np.ndarray] | None:
+    """What scores candidates in words' loops: a reward of docs/rewards.md; None: the rule has no such."""
+    from pipelines.scoring import Scorer
+    from pipelines.settings import RewardSettings
+
+    if (name := selection.get("reward", BUILT_IN[0])) in BUILT_IN:
+        return None
+    options = selection.get("options")
+    reward = RewardSettings(function=name, options={name: options} if options else {})
+    scorer = Scorer(reward, settings.captioner, device)
+
+    def scored(drawn: Samples) -> np.ndarray:
+        assert drawn.captions is not None
+        return scorer(drawn.values[0], drawn.captions[0].tolist())
+
+    return scored
 
 
 def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
@@ -144,7 +222,10 @@ def _measure(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     images, labels = drawn.values[0], None if drawn.labels is None else drawn.labels[0]
     reference = real["reference"], np.load(io.BytesIO(inputs[2]["reference.npy"]))
     classes = parameters["classes"]
-    return _metrics(*measure_images(images, labels, *reference, training.values[0], extractor, classes))
+    figures, shares = measure_images(images, labels, *reference, training.values[0], extractor, classes)
+    if drawn.captions is not None:
+        figures |= measure_words(images, drawn.captions[0].tolist(), settings, parameters.get("reward"), device)
+    return _metrics(figures, shares)
 
 
 def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
@@ -164,8 +245,32 @@ def _floor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     return _metrics(*measure_images(pool[apart], labels, *reference, pool[rest], extractor, classes))
 
 
+def measure_words(
+    images: np.ndarray, prompts: Sequence[str], settings: Any, reward: Mapping[str, Any] | None, device: str
+) -> dict[str, float]:
+    """How well ``images`` (n, height, width, 3) show their ``prompts``: by the judge, in the captioner's words, and by
+    the reward that a loop is led by, as far as there are such."""
+    from pipelines.measures.evaluator import load_evaluator
+    from pipelines.scoring import Scorer, agreement, captioned
+    from pipelines.settings import RewardSettings
+
+    found = {}
+    if settings.evaluator:
+        verdict = load_evaluator(resolve_model(settings.evaluator), device).judge(images, prompts)
+        found["prompt_accuracy"] = float(verdict["full"].mean())
+    if settings.captioner:
+        captioner = load_captioner(settings.captioner, None, device)
+        found["caption_agreement"] = agreement(captioned(captioner, images), prompts)
+    if reward:
+        scorer = Scorer(RewardSettings(**reward), settings.captioner, device)
+        found["reward"] = float(scorer(images, prompts).mean())
+    return found
+
+
 _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
     "fit": _fit,
+    "refine": _refine,
+    "captioner": _captioner,
     "sample": _sample,
     "extractor": _extractor,
     "measure": _measure,
@@ -198,12 +303,14 @@ def _training_set(parameters: Parameters, inputs: Sequence[Files]) -> tuple[Samp
 
     origin = next((each.origin for each in held if each.origin is not None), None)
     labels = [each.samples.labels for each in held if each.samples.labels is not None]
+    captions = [each.samples.captions for each in held if each.samples.captions is not None]
     weights = np.repeat([part.weight for part in manifest.parts], [*map(len, rows[0])])
     samples = Samples(
         joined([each.values_from(origin) for each in held]),
         joined(labels) if len(labels) == len(held) else None,  # an unconditional model labels nothing
         None if np.all(weights == weights[0]) else weights,
         origin,
+        joined(captions) if len(captions) == len(held) else None,
     )
     taken = zip(manifest.parts, held, rows[0], strict=True)
     names = [
@@ -241,7 +348,9 @@ def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequen
         real = read_real_data(files)
         order = ledger_order(len(real["pool"]), seeds[0])
         labels = real["pool_labels"][order][None] if "pool_labels" in real else None
-        return _Held(Samples(real["pool"][order][None], labels), real["pool_rows"][order], 0)
+        captions = real["pool_captions"][order][None] if "pool_captions" in real else None
+        samples = Samples(real["pool"][order][None], labels, captions=captions)
+        return _Held(samples, real["pool_rows"][order], 0)
     numbers = np.arange(part.start, part.stop)
     if not kind.closed_form:
         return _Held(read_samples(files), numbers, part.start)

@@ -1,5 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -164,11 +165,11 @@ class DiffusionLearner:
     def weights(self, kind: WeightsKind = "current") -> trainable.Weights:
         """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step
         of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
-        with self._holding(kind), unsharded(self.policy.network):
+        with self.holding(kind), unsharded(self.policy.network):
             return trainable.exported_weights(self.policy.network)
 
-    def _holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
-        """In this block the network holds some of the weights."""
+    def holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
+        """In this block the network holds some of the :meth:`weights`."""
         held = self.previous if kind == "previous" else {}
         if kind == "averaged" or (kind == "current" and self._draws_average):
             held = self.average
@@ -214,12 +215,21 @@ class DiffusionLearner:
         self.learner.restore_moments(list(moments.values()))
         self.weights_version = state.weights_version
 
+    def begin_at(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin at other weights of what is trained than the model's own, by their names."""
+        with torch.no_grad():
+            for name, parameter in self.masters.items():
+                parameter.copy_(weights[name])
+        trainable.fill(self.parameters, self.masters)
+        self.first = trainable.copied(self.masters) if self.first else {}
+        self.average = trainable.copied(self.masters) if self.average else {}
+
     def save(self, directory: str | Path) -> None:
         """Write a diffusers directory of the averaged weights, LoRA merged, and LoRA alone in its ``lora/``, for the
         base's. The first of a group writes.
         """
         weights = self.weights("averaged")
-        with self._holding("averaged"), unsharded(self.policy.network):
+        with self.holding("averaged"), unsharded(self.policy.network):
             adapter = trainable.exported_adapter(self.policy.network)
             layers = {name: torch.from_numpy(each) for name, each in adapter.items()}
         if self.group.rank:

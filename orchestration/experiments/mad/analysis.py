@@ -25,7 +25,8 @@ Values = Mapping[str, np.ndarray]  # metric → (seeds, generations)
 
 def laws(arm: ArmSettings, generations: int) -> Laws:
     """The exact expectations for an arm: metric → (generations,); empty where no law is known."""
-    found: Laws = arm.generator.laws(arm.generator_settings, arm.loop, generations)
+    known: Any = arm.generator_settings, arm.loop, generations
+    found: Laws = arm.refined.laws(arm.generator, *known) if arm.refined else arm.generator.laws(*known)
     return found
 
 

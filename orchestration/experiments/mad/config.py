@@ -10,6 +10,11 @@ from orchestration.experiments.settings import TaskRunSettings
 from orchestration.runs.config import about
 from pipelines.data.real_data import DataSettings
 from pipelines.generators import GENERATORS
+from pipelines.mad.captions import CaptionsSettings
+from pipelines.refinements import REFINEMENTS, Refinement
+from pipelines.refinements.aligned import Aligned
+from pipelines.rewards import REWARDS
+from pipelines.settings import RewardSettings
 from policies.loops.rules import RULES, Rule
 from policies.rl.settings import Name, Settings, explain
 
@@ -20,11 +25,12 @@ _SCHEMAS = [each.schema for each in GENERATORS.built_in.values() if each.flat]
 _FLAT = {key: field for schema in _SCHEMAS for key, field in schema.model_fields.items()}
 BLOCKS = {name: each.schema for name, each in GENERATORS.built_in.items() if not each.flat}
 GENERATOR_KEYS = {*_FLAT, *BLOCKS}
+REFINING = dict(REFINEMENTS.built_in)
 _KEYS: Any = create_model(
     "_KEYS",
     __base__=Settings,
     **{key: (field.annotation, field) for key, field in (_OF_RULES | _FLAT).items()},  # type: ignore[call-overload]
-    **{name: (schema, schema()) for name, schema in BLOCKS.items()},
+    **{name: (schema, schema()) for name, schema in (BLOCKS | REFINING).items()},
 )
 
 
@@ -41,6 +47,10 @@ class ArmSettings(_KEYS, Settings):
     family: Annotated[str, AfterValidator(GENERATORS.check)] = Field(
         "gaussian", description="the generator: 'ouroboros config' lists them; or module:Name"
     )
+    refinement: Annotated[str, AfterValidator(REFINEMENTS.check)] | None = Field(
+        None, description="what a fitted generator undergoes before it draws: aligned, neon, sims; or module:Name"
+    )
+    captions: CaptionsSettings = CaptionsSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +60,7 @@ class ArmSettings(_KEYS, Settings):
         if content.get("synthetic_from") == "all":
             raise ValueError("synthetic_from: samples of all earlier generations are rule=accumulate now")
         content = {key: value for key, value in content.items() if key != "synthetic_from"}  # runs from before hold it
-        known = {*cls.model_fields, *RULES.installed, *GENERATORS.installed}
+        known = {*cls.model_fields, *RULES.installed, *GENERATORS.installed, *REFINEMENTS.installed}
         unknown = [(key, value) for key, value in content.items() if key not in known and ":" not in key]
         if unknown:
             problems: Any = [{"type": "extra_forbidden", "loc": (key,), "input": value} for key, value in unknown]
@@ -77,6 +87,33 @@ class ArmSettings(_KEYS, Settings):
         known = schema.model_fields if self.family in GENERATORS.built_in else ()
         return self._made(schema, {key: getattr(self, key) for key in known}, self.family)
 
+    @cached_property
+    def refined(self) -> Refinement | None:
+        """The refinement with its settings. Raises ValueError."""
+        if self.refinement is None or self.refinement in REFINING:
+            return getattr(self, self.refinement) if self.refinement else None
+        return self._made(REFINEMENTS.find(self.refinement), {}, self.refinement)
+
+    @property
+    def refinement_content(self) -> dict[str, Any] | None:
+        """The refinement as a task is given it."""
+        refined = self.refined
+        return {"refinement": self.refinement, "how": refined.model_dump(mode="json")} if refined else None
+
+    @property
+    def rewarded(self) -> RewardSettings | None:
+        """What leads a loop in which words ask for images: what it aligns with or selects by. Raises ValueError."""
+        if isinstance(self.refined, Aligned):
+            return self.refined.rewarded
+        asked = self.loop.in_words() if self.generator.captioned else None
+        if asked is None:
+            return None
+        options = {asked["name"]: asked["options"]} if asked["options"] else {}
+        try:
+            return RewardSettings(function=asked["name"], options=options)
+        except ValidationError as error:
+            raise ValueError(f"reward: {explain(RewardSettings, error)}") from error
+
     @property
     def own(self) -> dict[str, dict[str, Any]]:
         """The blocks of rules and generators of one's own, by name."""
@@ -84,17 +121,21 @@ class ArmSettings(_KEYS, Settings):
 
     @property
     def foreign(self) -> list[str]:
-        """Import paths of a rule and a generator that are imported when they are first used."""
-        return [name for name in (self.rule, self.family) if ":" in name]
+        """Import paths of a rule, a generator and a refinement that are imported when they are first used."""
+        return [name for name in (self.rule, self.family, self.refinement) if name and ":" in name]
 
     @property
     def code(self) -> list[str]:
         """Import paths of all that is not this program's own."""
         paths = [RULES.path(self.rule), GENERATORS.path(self.family), *self.loop.functions]
+        paths += [REFINEMENTS.path(self.refinement)] if self.refinement else []
+        paths += [REWARDS.path(name) for name in (self.rewarded.weights if self.rewarded else ())]
         return [path for path in paths if path]
 
     def underivable(self, generations: int, largest: bool = False) -> str | None:
         """What n_e, or the ``largest`` admissible n_s, needs and this arm lacks; None if it can be found."""
+        if self.refined:
+            return "an arm without a refinement"
         found: str | None = self.generator.underivable(self.generator_settings, self.loop, generations, largest)
         return found
 
@@ -106,7 +147,7 @@ class ArmSettings(_KEYS, Settings):
     @property
     def described(self) -> dict[str, Any]:
         """The settings as plain content, without the blocks of generators."""
-        return self.model_dump(mode="json", exclude=set(BLOCKS))
+        return self.model_dump(mode="json", exclude={*BLOCKS, *REFINING} - {self.refinement or ""})
 
     def _made(self, schema: type[Settings], given: dict[str, Any], name: str) -> Any:
         """``schema`` with the settings ``given``, and those of the block under its ``name``."""
@@ -158,11 +199,10 @@ class MadConfig(ArmSettings, TaskRunSettings):
             with self.about_arm(name):
                 arm.loop.check()
                 arm.loop.later_sizes(self.generations)
-                _ = arm.generator_settings
-        if unused := {name for arm in arms for name in arm.own} - {
-            name for arm in arms for name in (arm.rule, arm.family)
-        }:
-            raise ValueError(f"{unused.pop()!r} is neither the rule nor the family of an arm")
+                _ = arm.generator_settings, arm.refined, arm.rewarded
+        used = {name for arm in arms for name in (arm.rule, arm.family, arm.refinement)}
+        if unused := {name for arm in arms for name in arm.own} - used:
+            raise ValueError(f"{unused.pop()!r} is neither the rule nor the family of an arm, nor its refinement")
         for name in self.derive:
             lacking = [arm.underivable(self.generations, name == "largest_admissible") for arm in arms]
             if all(lacking):

@@ -60,7 +60,8 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
         source = image_source(**manifest["real_images"])
     blocks = seed_blocks(config.seed_list, arm, training_sets(arm.loop, config.generations, source.pool))
     seeds = next(block for block in blocks if seed in block)
-    generations = list(chain(name, arm, seeds, config.generations, source))[:number]
+    words = manifest.get("words", {}).get(name)
+    generations = list(chain(name, arm, seeds, config.generations, source, words))[:number]
     store, last = TaskStore(directory / "tasks"), generations[-1]
     lines = [Text(f"{name}, seed {seed}, generation {number}", style="bold")]
     if row is not None:

@@ -5,8 +5,9 @@ graph of tasks, each named by the hash of what it depends on. Ray runs what is n
 each other, the measuring of one generation beside the training of the next. The same command again goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestration.experiments.mad.config import ArmSettings, MadConfig
 from orchestration.experiments.mad.preflight import Experiment, preflight_mad
@@ -25,7 +26,7 @@ def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False, fig
     """
     experiment = preflight_mad(config)
     generations = unroll(config, experiment)
-    wanted = [task for each in generations for task in (each.fit, each.evaluation, each.measure) if task]
+    wanted = [task for each in generations for task in (each.model, each.evaluation, each.measure) if task]
     with MadRun(config, experiment, generations, trusted, changes) as run:
         run.perform(perform, [*experiment.floors.values(), *wanted], experiment.gpus, experiment.resources)
         return report(run, figures)
@@ -34,7 +35,7 @@ def run_mad(config: MadConfig, trusted: bool = False, changes: bool = False, fig
 def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:
     """Every chain of the experiment, generation by generation, so that arms and seeds advance together."""
     chains = [
-        chain(name, arm, seeds, config.generations, experiment.sources[name])
+        chain(name, arm, seeds, config.generations, experiment.sources[name], experiment.words.get(name))
         for name, arm in config.resolved_arms.items()
         for seeds in experiment.blocks[name]
     ]
@@ -42,19 +43,28 @@ def unroll(config: MadConfig, experiment: Experiment) -> list[Generation]:
 
 
 def chain(
-    name: str, arm: ArmSettings, seeds: Sequence[int], generations: int, source: RealSource
+    name: str,
+    arm: ArmSettings,
+    seeds: Sequence[int],
+    generations: int,
+    source: RealSource,
+    words: Mapping[str, Any] | None = None,
 ) -> Iterator[Generation]:
     """The generations of one arm, each trained on what the data rule takes of real data and of earlier generations."""
-    tasks = Chain(name, arm.loop, arm.family, arm.family_settings(source.classes), seeds, source)
+    common = name, arm.loop, arm.family, arm.family_settings(source.classes), seeds, source
+    tasks = Chain(*common, arm.refinement_content, words)
     manifests = training_sets(arm.loop, generations, source.pool)
     read = batches(manifests)
     drawn: dict[Batch, Task] = {}
-    model = None
+    model = captioner = None
     for manifest in manifests:
         number = manifest.generation
-        model = tasks.fit(manifest, drawn, start=model if arm.loop.fine_tunes else None, kept=number == generations)
+        last = number == generations
+        fit = tasks.fit(manifest, drawn, start=model if arm.loop.fine_tunes else None, kept=last)
+        model = tasks.refine(fit, number, kept=last)
+        captioner = tasks.captioner(manifest, drawn, captioner)
         evaluation = tasks.evaluation(model, number)
         measure = tasks.measure(model, evaluation, manifest, drawn)
-        new = tuple(tasks.sample(model, number, *ends) for ends in read[number].items())
+        new = tuple(tasks.sample(model, number, *ends, captioner) for ends in read[number].items())
         drawn |= {(number, batch.start): batch.task for batch in new}
-        yield Generation(name, tuple(seeds), number, manifest, model, new, evaluation, measure)
+        yield Generation(name, tuple(seeds), number, manifest, fit, model, new, evaluation, measure)

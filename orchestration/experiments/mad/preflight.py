@@ -1,9 +1,11 @@
 """Everything that can be wrong with a MAD experiment, found before anything is trained."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.mad.config import GENERATOR_KEYS, ArmSettings, MadConfig
@@ -11,10 +13,13 @@ from orchestration.experiments.task_run import check_same, task_resources
 from orchestration.runs.config import about, validate
 from orchestration.runs.run import TEMPLATES
 from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
+from pipelines.mad.captions import CaptionsSettings
 from pipelines.mad.graph import CLASSIFIER, SELF_SUPERVISED, TRAINED, RealSource, image_source
 from pipelines.pages import fill
 from pipelines.rewards import RewardError
+from pipelines.settings import RewardSettings
 from pipelines.storage.atomic import Files, content_digest
+from pipelines.storage.locations import check_model, fingerprint
 from pipelines.storage.tasks import Task
 from policies.common.user_code import calling, noted
 from policies.loops.training_sets import Manifest, training_sets
@@ -36,6 +41,8 @@ class Experiment:
     images: RealSource | None  # real images, if an arm is trained on such
     real_files: dict[str, Files]  # by key, of the tasks that nobody does: the real images, and a model given
     found: list[str]  # what real images were found, in words
+    words: dict[str, dict[str, Any]]  # by arm, of those that learn from captions: what their tasks are given
+    read: dict[str, str]  # models that tasks read, by the setting that names them
     gpus: int
     resources: dict[str, Any]  # of one task, and the longest wait
 
@@ -48,6 +55,8 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         for name, arm in arms.items():
             with config.about_arm(name):
                 arm.generator.check(arm.generator_settings, arm.loop)
+                if arm.refined:
+                    arm.refined.check(arm.generator, arm.generator_settings, arm.loop)
                 if arm.loop.needs_truth and not arm.generator.closed_form:
                     raise ValueError(
                         f"rule {arm.rule} draws from the truth, which family {arm.family} has only data of"
@@ -67,17 +76,24 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         images, files, found = _image_source(config.data, real, trained) if real else (None, {}, [])
         points = RealSource(reference)
         sources = {name: images if images and arm in trained else points for name, arm in arms.items()}
+        read: dict[str, str] = {}
+        words = {}
+        for name, arm in arms.items():
+            with config.about_arm(name):
+                if found_words := _in_words(arm, read):
+                    words[name] = found_words
         manifests = {}
         for name, arm in arms.items():
             with config.about_arm(name):
                 manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
-                arm.loop.check_family(arm.family, sources[name].classified > 0)
+                if not (arm.generator.captioned and arm.loop.in_words()):
+                    arm.loop.check_family(arm.family, sources[name].classified > 0)
                 _check_sizes(arm, manifests[name], real.images[0].size if real else 1)
                 _check_reward(arm, real if arm in trained else None)
         gpus, resources = task_resources(config.workers, machine, bool(trained))
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
-    return Experiment(sources, manifests, blocks, floors, images, files, found, gpus, resources)
+    return Experiment(sources, manifests, blocks, floors, images, files, found, words, read, gpus, resources)
 
 
 def describe_mad(config: MadConfig, experiment: Experiment) -> str:
@@ -112,9 +128,49 @@ def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> Non
     arm.generator.check_sets(arm.generator_settings, arm.loop, manifests)
 
 
+def _in_words(arm: ArmSettings, read: dict[str, str], known: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """What the tasks of an arm that learns from captions are given beside their generator; None: it does not. The
+    models that they read are put into ``read`` by the setting that names them; ``known`` are their contents by place,
+    of a run that was begun. Raises ValueError if one of them is not there."""
+    captions, settings, reward = arm.captions, arm.generator_settings, arm.rewarded
+    if not arm.generator.captioned:
+        if captions != CaptionsSettings():
+            raise ValueError(f"captions: family {arm.family} learns from none; text_to_image does")
+        return None
+    if (captions.share or captions.refitted) and settings.captioner is None:
+        raise ValueError(
+            "captions.share and captions.refitted need text_to_image.captioner, whose words they are about"
+        )
+    if captions.refitted and not captions.share:
+        raise ValueError("captions.refitted trains a captioner whose words nobody reads: set captions.share above 0")
+    paths = {name: getattr(settings, name) for name in ("path", "captioner", "evaluator") if getattr(settings, name)}
+    for name, function in (reward.functions if reward else {}).items():
+        paths |= {f"reward.{name}.{option}": path for option, path in function.model_paths.items()}
+    _check_words(reward, paths)
+    digests = {name: fingerprint(path)["sha256"] for name, path in paths.items()}
+    read |= {f"{arm.family}.{name}": path for name, path in paths.items()}
+    rewarded = reward.model_dump(mode="json", include={"function", "options"}) if reward else None
+    return {"captions": captions.model_dump(), "reward": rewarded, "read": digests}
+
+
+def _check_words(reward: RewardSettings | None, paths: Mapping[str, str]) -> None:
+    """The models are there, and a reward can be called on two images."""
+    for name, path in paths.items():
+        if name in ("captioner", "evaluator"):
+            check_model(path, "config.json", f"text_to_image.{name}")
+    if reward is None:
+        return
+    if reward.needs_captions and not paths.get("captioner"):
+        raise ValueError(f"reward {reward.title} reads captions: name text_to_image.captioner")
+    images, words = np.zeros((2, 16, 16, 3), np.uint8), ["one image", "another"]
+    for name, function in reward.functions.items():
+        function.check_call(name)
+        function.try_out(name, images, words, words if paths.get("captioner") else None)
+
+
 def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
     """One's own functions have to answer for two real samples."""
-    if not arm.loop.functions:
+    if not arm.loop.functions or (arm.generator.captioned and arm.loop.in_words()):
         return
     if real is None:
         values, labels = arm.generator.truth(arm.generator_settings, [0], 0, 2).values[0], None
@@ -155,6 +211,11 @@ def _image_source(
             "of its own, name data.label_column, or set self_supervised, which needs none"
         )
     for arm in arms:
+        if arm.generator.captioned and real.captions is None:
+            raise ValueError(
+                f"family {arm.family} learns from captions, and the images have none: name data.caption_column, or use "
+                "data.source=captioned_digits"
+            )
         arm.generator.check_classes(arm.generator_settings, classes)
         arm.generator.check(arm.generator.settled(arm.generator_settings, classes), arm.loop)
     given, look = Files(), kind
@@ -164,7 +225,7 @@ def _image_source(
         look = content_digest(given := given_extractor(kind, real.images[:2]))
     pool, reference = split_reference(real, wanted)
     source = image_source(real.sha256, len(reference), len(pool), classes, look)
-    held = {"data": real_data_files(real.images, real.labels, pool, reference), "model": given}
+    held = {"data": real_data_files(real, pool, reference), "model": given}
     found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"]
     if kind != CLASSIFIER:
         how = "trained on the former, without labels" if kind == SELF_SUPERVISED else kind

@@ -15,7 +15,7 @@ from orchestration.runs.inputs import code_of
 from orchestration.tracking.tracker import Tracker
 from pipelines.mad.graph import TRAINED, Generation
 from pipelines.mad.tasks import read_real_data, read_samples
-from pipelines.storage.locations import portable
+from pipelines.storage.locations import fingerprint, portable
 from pipelines.storage.tasks import Task
 
 _ROWS = (
@@ -23,6 +23,7 @@ _ROWS = (
     Row("frechet", "Fréchet distance", "distance {}", colour="red"),
     Row("w2_squared", "W₂²", "W2² {}", colour="red"),
     Row("heterozygosity", "heterozygosity", "heterozygosity {}", colour="blue"),
+    Row("prompt_accuracy", "prompt accuracy", "prompts {}", colour="green"),
     Row("precision", "precision", "precision {}", colour="green"),
     Row("recall", "recall", "recall {}", colour="blue"),
 )
@@ -41,12 +42,13 @@ class MadRun(TaskRun):
     ) -> None:
         arms, images = config.resolved_arms, experiment.images
         inputs = code_of(path for arm in arms.values() for path in arm.code)
-        about = {"loop": "mad", "total_steps": len(generations)}
+        about = {"loop": "mad", "total_steps": len(generations), "words": experiment.words}
         if images:
             about["real_images"] = images.described
             inputs["data.source"] = {"path": portable(config.data.source), "sha256": images.described["sha256"]}
             if images.look not in TRAINED:
                 inputs["data.extractor"] = {"path": portable(str(config.data.extractor)), "sha256": images.look}
+        inputs |= {name: fingerprint(path) for name, path in experiment.read.items()}
         super().__init__(config, about, inputs, _ROWS, "generation", *given)
         self.experiment, self.generations = experiment, generations
         for task in images.stored if images else ():

@@ -31,13 +31,16 @@ class Classifier(Protocol):
 
 
 class Drawing(NamedTuple):
-    """What samples are selected from. ``draw`` takes how many a universe, and from which on (the first)."""
+    """What samples are selected from. ``draw`` takes how many a universe, and from which on (the first); ``candidates``
+    how many, and how many for each: the j-th for the i-th stands at j times how many + i."""
 
     draw: Callable[..., Samples]
+    candidates: Callable[[int, int], Samples]
     size: int  # samples that are asked for
     streams: Sequence[np.random.Generator]  # one a universe
     classifier: Classifier | None
     truth: Callable[[int], Samples] | None = None  # so many samples of it a universe, that no training set has held
+    scorer: Callable[[Samples], np.ndarray] | None = None  # of one universe's samples, where words ask for images
 
 
 class FreshSchedule(Settings):
@@ -117,6 +120,11 @@ class Rule(Named, Settings):
     def functions(self) -> list[str]:
         """Import paths of a person's own functions that the rule calls."""
         return []
+
+    def in_words(self) -> dict[str, Any] | None:
+        """What a reward of docs/rewards.md is called by and given, if the rule selects images by one that words asked
+        for."""
+        return None
 
     def probe(self, values: np.ndarray, labels: np.ndarray | None) -> None:
         """Call the ``functions`` on two real samples. Raises ValueError or RewardError if they cannot be used."""

@@ -4,6 +4,7 @@ Ferbach et al. 2024 (2407.09499), the K-choose-1 model of human curation.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,20 @@ class Curated(Rule):
     supplied = True
 
     candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
-    reward: str = Field("confidence", description="curated: confidence, first_coordinate, or file.py:function")
+    reward: str = Field(
+        "confidence",
+        description="curated: confidence, first_coordinate, file.py:function; text_to_image: any of docs/rewards.md",
+    )
+    reward_options: dict[str, Any] = Field({}, description="curated text_to_image: of the reward: docs/rewards.md")
 
     @property
     def functions(self) -> list[str]:
         """The reward, if it is one's own."""
-        return [] if self.reward in BUILT_IN else [self.reward]
+        return [self.reward] if ":" in self.reward else []
 
     def check_family(self, family: str, classified: bool) -> None:
         """Confidence is a classifier's; one's own reward can be called."""
-        if self.functions:
+        if self.reward not in BUILT_IN:
             check_function(self.reward, "reward", ("values", "labels"), None, BUILT_IN)
         if self.reward == "confidence" and not classified:
             raise ValueError(
@@ -45,22 +50,34 @@ class Curated(Rule):
         """One's own reward has to answer."""
         score(self.reward, values, labels)
 
+    def in_words(self) -> dict[str, Any] | None:
+        """Any that is not this rule's own."""
+        return None if self.reward in BUILT_IN else {"name": self.reward, "options": self.reward_options}
+
     def selection(self) -> dict[str, Any]:
         """The reward and the number of candidates."""
-        return {"rule": "curated", "candidates": self.candidates, "reward": self.reward}
+        options = {"options": self.reward_options} if self.reward_options else {}
+        return {"rule": "curated", "candidates": self.candidates, "reward": self.reward, **options}
 
     @classmethod
     def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
         """Of the candidates for each sample keep one, by its reward."""
-        count, kept = drawing.size, []
-        drawn = drawing.draw(count * selection["candidates"])
+        count, kept, notes = drawing.size, [], []
+        drawn = drawing.candidates(count, selection["candidates"])
         for universe, stream in enumerate(drawing.streams):
             labels = None if drawn.labels is None else drawn.labels[universe]
-            scores = score(selection["reward"], drawn.values[universe], labels, drawing.classifier)
-            # Candidate j of sample i stands at j * count + i, so that those of one sample are asked for various labels.
-            choice = curate(scores.reshape(-1, count).T, stream)
+            if drawing.scorer is not None:
+                scores = drawing.scorer(drawn)
+            else:
+                scores = score(selection["reward"], drawn.values[universe], labels, drawing.classifier)
+            # Candidate j of sample i stands at j * count + i: those of one sample are asked for various labels, or,
+            # where words ask for images, for the same.
+            choice = curate(rivals := scores.reshape(-1, count).T, stream)
             kept.append(choice * count + np.arange(count))
-        return drawn.take(np.stack(kept))
+            notes.append((rivals[np.arange(count), choice], np.sort(rivals, axis=1)))
+        rewards, candidates = (np.stack(each) for each in zip(*notes, strict=True))
+        found = drawn.take(np.stack(kept))
+        return replace(found, notes={**found.notes, "reward": rewards, "candidates": candidates})
 
 
 def curate(scores: np.ndarray, stream: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,253 @@
+"""A text-to-image model in the self-consuming loop: any Stable Diffusion directory, fitted to captioned images.
+
+The autoencoder and the text encoder stay as they are. The UNet learns the diffusion loss on (image, caption) pairs,
+some captions replaced by the empty one, so that a sampling bias is guidance (2207.12598): MAD's λ is a guidance scale
+of 1/λ. It is asked for what its training set showed: prompts are that set's captions, in their shares.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from pydantic import Field
+
+from pipelines.generators import Generator, Seeds
+from pipelines.generators.diffusion import MOST_GUIDANCE, allotted
+from pipelines.storage.locations import portable, resolve_model
+from policies.common.seeding import derive_seed
+from policies.loops.rules import Rule
+from policies.loops.samples import Samples
+from policies.rl.health import check_drawn
+from policies.rl.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BATCH = 256  # images that are encoded or drawn at once
+
+
+class TextToImageSettings(Settings):
+    """A Stable Diffusion pipeline, how it is fitted to captioned images, and who looks at what it draws."""
+
+    path: str = Field("models/digits/pipeline", description="directory of a Stable Diffusion 1.x or 2.x pipeline")
+    from_scratch: bool = Field(True, description="a fit begins with new weights; false: with those of path")
+    lora_rank: int = Field(
+        0, ge=0, description="0 trains the whole UNet; else LoRA of its attention, from path's weights"
+    )
+    training_steps: int = Field(1000, ge=1, description="optimiser updates of one fit, annealed to rate 0")
+    batch_size: int = Field(64, ge=1, description="images of an update")
+    learning_rate: float = Field(3e-3, gt=0, description="peak of the one-cycle schedule")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions hidden in training, for guidance")
+    sampling_steps: int = Field(20, ge=1, le=1000, description="steps of the sampler, DPM-Solver++(2M)")
+    captioner: str | None = Field(
+        "models/digits/captioner", description="of BLIP or BLIP-2: for captions, and rewards that read them; null: none"
+    )
+    evaluator: str | None = Field(
+        "models/digits/evaluator", description="the judge of prompt_accuracy, which nothing is trained on; null: none"
+    )
+
+
+class TextToImageGenerator(Generator):
+    """A fitted pipeline. One universe: ``values`` are uint8 (1, n, height, width, 3), and there is one seed."""
+
+    names = ("text_to_image",)
+    schema = TextToImageSettings
+    captioned = extrapolates = True
+    updates = "training_steps"
+    metrics = (*Generator.metrics, "prompt_accuracy", "caption_agreement", "reward")
+
+    def __init__(self, settings: TextToImageSettings, captions: Mapping[str, float], device: str = "cpu") -> None:
+        """``captions``: what it is asked for, and how often (shares)."""
+        import torch
+
+        from pipelines.denoisers import load_family
+        from pipelines.rl.weights import prepare
+        from pipelines.settings import ModelSettings
+
+        self.settings, self.captions, self.device = settings, dict(captions), torch.device(device)
+        self.model = ModelSettings(path=settings.path, lora_rank=settings.lora_rank)
+        self.family = load_family(settings.path, torch.float32)
+        self.family.pipeline.to(self.device)
+        with torch.random.fork_rng(devices=[]):  # LoRA begins at random
+            torch.manual_seed(0)
+            self.parameters = prepare(self.family.network, self.model)
+        self.family.network.eval()
+
+    @classmethod
+    def fit(
+        cls, settings: TextToImageSettings, data: Samples, seeds: Seeds, start: Self | None = None, device: str = "cpu"
+    ) -> Self:
+        """Train from new weights, from those of ``settings.path``, or on from ``start``'s."""
+        (seed,), weights = seeds, np.ones(data.values.shape[1]) if data.weights is None else data.weights
+        assert data.captions is not None  # as of all images that this family may be trained on
+        read = data.captions[0].tolist()
+        shares: dict[str, float] = dict.fromkeys(sorted(set(read)), 0.0)
+        for caption, weight in zip(read, weights / weights.sum(), strict=True):
+            shares[caption] += float(weight)
+        generator = cls(settings, shares, device)
+        if start is not None:
+            generator.hold(start.fitted())
+        elif settings.from_scratch:
+            generator._begin_anew(seed)
+        generator._train(data.values[0], read, weights, seed)
+        return generator
+
+    def fitted(self) -> "dict[str, Tensor]":
+        """What is trained, by name: the whole UNet, or LoRA."""
+        from pipelines.rl.weights import copied
+
+        return copied(self.parameters, "cpu")
+
+    def holding(self, weights: "Mapping[str, Tensor]") -> Self:
+        """The same pipeline with other weights for what is trained."""
+        other = type(self)(self.settings, self.captions, str(self.device))
+        other.hold(weights)
+        return other
+
+    def hold(self, weights: "Mapping[str, Tensor]") -> None:
+        """Take over what :meth:`fitted` gave, of this or of another."""
+        from pipelines.rl.weights import fill
+
+        fill(self.parameters, weights)
+
+    def _begin_anew(self, seed: int) -> None:
+        """New weights, as the network's class makes them."""
+        import torch
+
+        network = self.family.network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hold(dict(type(network).from_config(network.config).named_parameters()))
+
+    def _train(self, images: np.ndarray, captions: Sequence[str], weights: np.ndarray, seed: int) -> None:
+        import torch
+
+        from pipelines.training import train
+
+        settings, network, device = self.settings, self.family.network, self.device
+        random, noises = torch.Generator().manual_seed(seed), self.family.pipeline.scheduler
+        mean, deviation = self._posterior(images)
+        known = {caption: number for number, caption in enumerate(sorted(set(captions)))}
+        states = self._states([*known, None])
+        owner, chances = torch.tensor([known[caption] for caption in captions]), torch.from_numpy(weights)
+        kind = noises.config.prediction_type
+
+        def loss() -> "Tensor":
+            chosen = torch.multinomial(chances, settings.batch_size, replacement=True, generator=random)
+            times = torch.randint(noises.config.num_train_timesteps, chosen.shape, generator=random)
+            hidden = torch.rand(chosen.shape, generator=random) < settings.caption_dropout
+            shape = (len(chosen), *mean.shape[1:])
+            spread, noise = torch.randn(2, *shape, generator=random)
+            clean, shown = mean[chosen] + deviation[chosen] * spread, owner[chosen].masked_fill(hidden, len(known))
+            noisy = noises.add_noise(clean, noise, times)
+            target = {"epsilon": noise, "sample": clean}.get(kind, noises.get_velocity(clean, noise, times))
+            given = {name: each[shown].to(device) for name, each in states.items()}
+            output = self.family.forward(noisy.to(device), times.to(device), given)
+            return torch.nn.functional.mse_loss(output, target.to(device))
+
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        network.train()
+        train(network, loss, settings.training_steps, settings.learning_rate, clip=1.0, fused=True)
+        network.eval()
+
+    def _posterior(self, images: np.ndarray) -> "tuple[Tensor, Tensor]":
+        """Mean and deviation of each image's latents, as the network sees them: (n, channels, height, width) each."""
+        import torch
+
+        from pipelines.measures.evaluator import to_network_input
+
+        vae = self.family.pipeline.vae
+        with torch.inference_mode():
+            parts = [vae.encode(batch.to(self.device)).latent_dist for batch in to_network_input(images).split(_BATCH)]
+            found = [torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("mean", "std")]
+        mean, deviation = (each.clone() * vae.config.scaling_factor for each in found)
+        return mean, deviation
+
+    def _states(self, captions: Sequence[str | None]) -> "dict[str, Tensor]":
+        """What the network gets of each caption; of None: of the empty one."""
+        import torch
+
+        with torch.no_grad():
+            each = [self.family.encode(caption, self.device) for caption in captions]
+        return {name: torch.stack([one[name] for one in each]).cpu() for name in each[0]}
+
+    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
+        """``count`` images of the stock pipeline and the captions they were asked to show.
+
+        A ``bias`` of 1 costs one network call a step, any other two, and needs caption dropout in training.
+        """
+        return self.candidates(count, 1, seeds, bias)
+
+    def candidates(self, count: int, each: int, seeds: Seeds, bias: float) -> Samples:
+        """``each`` images for every one of ``count`` prompts."""
+        import torch
+
+        (seed,), known = seeds, list(self.captions)
+        shares, random = torch.tensor(list(self.captions.values()), dtype=torch.float64), torch.Generator()
+        chosen = allotted(shares, count, random.manual_seed(seed)).tolist()
+        prompts = [known[number] for number in chosen] * each
+        return Samples(self.draw(prompts, derive_seed(seed, "noise"), 1 / bias)[None], captions=np.array(prompts)[None])
+
+    def draw(self, prompts: Sequence[str], seed: int, guidance_scale: float = 1.0) -> np.ndarray:
+        """An image for each prompt, (n, height, width, 3) uint8, by the stock pipeline."""
+        import torch
+        from diffusers import DPMSolverMultistepScheduler
+
+        pipeline, random = self.family.pipeline, torch.Generator().manual_seed(seed)
+        kept = pipeline.scheduler
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
+        how: dict[str, Any] = {"num_inference_steps": self.settings.sampling_steps, "output_type": "pt"}
+        how["guidance_scale"] = guidance_scale
+        starts = range(0, len(prompts), _BATCH)
+        try:
+            with torch.inference_mode():
+                drawn = [pipeline(list(prompts[at : at + _BATCH]), generator=random, **how).images for at in starts]
+        finally:
+            pipeline.scheduler = kept
+        images = torch.cat(drawn)
+        check_drawn(bool(images.isfinite().all()))
+        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def save(self, directory: Path) -> None:
+        """What was trained and the captions; the rest is at ``settings.path``. Equal generators write equal bytes."""
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(self.fitted(), directory / "trained.safetensors")
+        config = {"settings": self.settings.model_dump(), "captions": self.captions}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Self:
+        """The generator that :meth:`save` wrote."""
+        from safetensors.torch import load_file
+
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        generator = cls(TextToImageSettings(**config["settings"]), config["captions"], device)
+        generator.hold(load_file(directory / "trained.safetensors"))
+        return generator
+
+    @classmethod
+    def settled(cls, settings: TextToImageSettings, classes: int) -> TextToImageSettings:
+        """With paths that every node understands."""
+        paths = {name: getattr(settings, name) for name in ("path", "captioner", "evaluator")}
+        return settings.model_copy(update={name: portable(path) for name, path in paths.items() if path})
+
+    @classmethod
+    def check(cls, settings: TextToImageSettings, loop: Rule) -> None:
+        """A sampling bias is guidance; LoRA has a base."""
+        bias = loop.sampling_bias
+        if bias < 1 and not settings.caption_dropout:
+            raise ValueError("a sampling_bias below 1 is guidance, which needs text_to_image.caption_dropout above 0")
+        if bias * MOST_GUIDANCE < 1:
+            raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {MOST_GUIDANCE}")
+        if settings.lora_rank and settings.from_scratch:
+            raise ValueError("text_to_image: LoRA adds to weights that are there: set from_scratch=false")
+        from pipelines.denoisers import inspect
+
+        files = inspect(Path(resolve_model(settings.path)))
+        if files.kind.place != "stable_diffusion:StableDiffusion":
+            raise ValueError(f"text_to_image.path: {settings.path!r} is no StableDiffusionPipeline")
