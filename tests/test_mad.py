@@ -1,5 +1,6 @@
 """The self-consuming loop on a real Ray and a real MLflow store, with genuine small generators of real digits."""
 
+import io
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from orchestration.experiments.mad.config import MadConfig
+from orchestration.experiments.mad.lineage import render_lineage
 from orchestration.runs.config import load_config
 from tests.processes import start, wait_until
 from tests.schemas import checked
@@ -328,3 +331,8 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, killed: list[str], tmp
         for same in ("kind", "parameters", "inputs", "sha256"):
             assert after[key][same] == task[same]
     assert summary(directory)["arms"] == summary(undisturbed)["arms"]
+
+    told = io.StringIO()
+    Console(width=200, file=told).print(render_lineage(directory, "fresh/1/2/3"))
+    assert "asked for: 'a" in told.getvalue()
+    assert "the captioner saw: " in told.getvalue()

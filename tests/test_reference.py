@@ -11,6 +11,7 @@ from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.experiments.study.config import STUDIES
 from orchestration.runs.config import load_config
 from pipelines.generators import GENERATORS
+from pipelines.refinements import REFINEMENTS
 from pipelines.rewards import REWARDS
 from pipelines.storage.locations import CHECKOUT
 from policies.loops.rules import RULES
@@ -21,7 +22,14 @@ PARTS = reference.parts()
 
 
 def test_every_part_is_there_under_one_name() -> None:
-    everything = [*EXPERIMENTS, *STUDIES, *REWARDS.built_in, *RULES.built_in, *GENERATORS.built_in]
+    everything = [
+        *EXPERIMENTS,
+        *STUDIES,
+        *REWARDS.built_in,
+        *RULES.built_in,
+        *GENERATORS.built_in,
+        *REFINEMENTS.built_in,
+    ]
     assert [*PARTS] == everything
     assert len(set(everything)) == len(everything)
 
@@ -142,4 +150,4 @@ def test_the_overview(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert command(["config", "--json"], monkeypatch) == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in found] == [*PARTS]
-    assert {each["kind"] for each in found} == {"experiment", "study", "reward", "rule", "generator"}
+    assert {each["kind"] for each in found} == {"experiment", "study", "reward", "rule", "generator", "refinement"}

@@ -285,6 +285,8 @@ TEXT = ["family=text_to_image", "data.source=captioned_digits", "data.reference=
         (["text_to_image.lora_rank=4"], "set from_scratch=false"),
         (["text_to_image.caption_dropout=0", "sampling_bias=0.5"], "needs text_to_image.caption_dropout above 0"),
         (["captions.share=0.5", "text_to_image.captioner=null"], "need text_to_image.captioner, whose words"),
+        (["rule=curated", "n_real=0", "n_synthetic=9", "reward={strict: {ignord: a}}"], "ignored"),
+        (["rule=curated", "n_real=0", "n_synthetic=9", "reward={strict: {}, no_writing: {}}"], "reward names one"),
         (["captions.refitted=5"], "trains a captioner whose words nobody reads"),
         (["refinement=aligned", "text_to_image.captioner=null"], "reads captions: name a captioner"),
         (["refinement=aligned", "aligned.reward=tests.rewards:nothing_there"], "nothing_there"),

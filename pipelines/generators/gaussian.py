@@ -113,7 +113,7 @@ class GaussianGenerator(ClosedForm):
         """A variance has to be a number that can be held."""
         from scipy.special import digamma, polygamma
 
-        if settings.covariance == "known" or loop.accumulates:
+        if settings.covariance == "known" or loop.accumulates or loop.renews:
             return
         # Of each generation, the log variance: mean and variance over universes. Real samples set it anew.
         levels: dict[int, tuple[float, float]] = {}

@@ -25,7 +25,7 @@ from policies.rl.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BATCH = 256  # images that are encoded or drawn at once
+_BATCH, _PIXELS = 256, 2**20  # images, and their pixels, that are encoded or drawn at once
 
 
 class TextToImageSettings(Settings):
@@ -161,7 +161,10 @@ class TextToImageGenerator(Generator):
 
         vae = self.family.pipeline.vae
         with torch.inference_mode():
-            parts = [vae.encode(batch.to(self.device)).latent_dist for batch in to_network_input(images).split(_BATCH)]
+            parts = [
+                vae.encode(batch.to(self.device)).latent_dist
+                for batch in to_network_input(images).split(_together(images.shape[1:3]))
+            ]
             found = [torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("mean", "std")]
         mean, deviation = (each.clone() * vae.config.scaling_factor for each in found)
         return mean, deviation
@@ -201,15 +204,16 @@ class TextToImageGenerator(Generator):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
         how: dict[str, Any] = {"num_inference_steps": self.settings.sampling_steps, "output_type": "pt"}
         how["guidance_scale"] = guidance_scale
-        starts = range(0, len(prompts), _BATCH)
+        size = _together(self.family.files.image_size)
+        parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
         try:
             with torch.inference_mode():
-                drawn = [pipeline(list(prompts[at : at + _BATCH]), generator=random, **how).images for at in starts]
+                drawn = [pipeline(part, generator=random, **how).images.cpu() for part in parts]
         finally:
             pipeline.scheduler = kept
         images = torch.cat(drawn)
         check_drawn(bool(images.isfinite().all()))
-        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def save(self, directory: Path) -> None:
         """What was trained and the captions; the rest is at ``settings.path``. Equal generators write equal bytes."""
@@ -251,3 +255,8 @@ class TextToImageGenerator(Generator):
         files = inspect(Path(resolve_model(settings.path)))
         if files.kind.place != "stable_diffusion:StableDiffusion":
             raise ValueError(f"text_to_image.path: {settings.path!r} is no StableDiffusionPipeline")
+
+
+def _together(sides: Sequence[int]) -> int:
+    """How many images of ``sides`` (height, width) are computed on at once."""
+    return max(1, min(_BATCH, _PIXELS // (sides[0] * sides[1])))

@@ -23,10 +23,12 @@ def draw(
     start: int = 0,
     truth: Callable[[Sequence[int], int], Samples] | None = None,
     scorer: Callable[[Samples], np.ndarray] | None = None,
+    real: Callable[[int], Samples] | None = None,
 ) -> Samples:
     """``count`` samples a universe of the model of ``generation``, from the ``start``-th on: a function of these
     arguments and nothing else. ``selection`` is :meth:`policies.loops.rules.Rule.selection`; ``truth`` gives samples of
-    the truth by the universes' seeds and their number, ``scorer`` rewards (n,) of one universe's samples.
+    the truth by the universes' seeds and their number, ``scorer`` rewards (n,) of one universe's samples,
+    ``real`` the first real samples of generation 1.
 
     Raises ValueError if a reward fails or the verifier accepts too few.
     """
@@ -42,5 +44,7 @@ def draw(
         return plainly(count)
     apart = [derive_seed(seed, "correction", generation, start) for seed in seeds]
     known = None if truth is None else partial(truth, apart)
-    drawing = Drawing(plainly, candidates, count, streams(seeds, "curation", generation), classifier, known, scorer)
+    drawing = Drawing(
+        plainly, candidates, count, streams(seeds, "curation", generation), classifier, known, scorer, real
+    )
     return RULES.find(selection["rule"]).select(selection, drawing)

@@ -113,13 +113,15 @@ class Chain:
         """Draw a batch that later generations are trained on; closed forms draw it wherever they need it."""
         if self._generator.closed_form:
             return Drawn(model, start, stop)
-        judges = self.source.tasks[1:] if self.source.classified and self.loop.selection() else []
-        parameters = {"selection": self.loop.selection(), "role": "training", "start": start, "count": stop - start}
+        selection = self.loop.selection()
+        judges = self.source.tasks[1:] if self.source.classified and selection else []
+        judges = [*judges, *([self.source.data] if self.source.data and selection and "real" in selection else [])]
+        parameters = {"selection": selection, "role": "training", "start": start, "count": stop - start}
         if self.words and (captions := self.words["captions"])["share"]:
             judges = [*judges, *([captioner] if captioner else [])]
             parameters |= {"captions": {"share": captions["share"], "refitted": captioner is not None}}
             parameters |= self._read("captioner")
-        if self.words and self.loop.selection():
+        if self.words and selection:
             parameters |= self._read("captioner", "reward")
         return Drawn(self._draw(model, generation, parameters, judges), start, stop)
 

@@ -9,6 +9,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +54,17 @@ def read_real_data(files: Files) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read_samples(files: Files) -> Samples:
-    """The stored samples of one universe."""
+def read_rows(files: Files) -> dict[str, Any]:
+    """What is stored of the samples of one universe, column by column."""
     from datasets import Dataset
 
-    rows = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
+    rows: dict[str, Any] = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
+    return rows
+
+
+def read_samples(files: Files) -> Samples:
+    """The stored samples of one universe."""
+    rows = read_rows(files)
     images = np.stack([np.asarray(image, np.uint8) for image in rows["image"]])
     images = images[..., None] if images.ndim == 3 else images
     unlabelled = rows["label"].dtype.kind != "i"  # a column of nothing is read as numbers that are not
@@ -137,9 +144,10 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         selection, start, generation = parameters["selection"], parameters["start"], parameters["generation"]
         captions = parameters.get("captions", {})
         judges = inputs[1:-1] if captions.get("refitted") else inputs[1:]
-        extractor = _load_extractor(judges[0], device) if judges else None
+        real = _first_real(judges[-1], seeds) if selection and "real" in selection else None
+        extractor = _load_extractor(judges[0], device) if judges[: -1 if real else None] else None
         scorer = _scorer(model.settings, selection, device) if selection and model.captioned else None
-        drawn = draw(model, count, seeds, generation, bias, selection, extractor, start, scorer=scorer)
+        drawn = draw(model, count, seeds, generation, bias, selection, extractor, start, scorer=scorer, real=real)
         if captions:
             with _at(inputs[-1]) if captions["refitted"] else contextlib.nullcontext() as weights:
                 captioner = load_captioner(model.settings.captioner, weights, device)
@@ -159,6 +167,12 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     kinds |= {name: _column(values) for name, values in more.items()}
     disable_progress_bars()
     return packed(Dataset.from_dict(rows, features=Features(kinds)).save_to_disk)
+
+
+def _first_real(files: Files, seeds: Sequence[int]) -> Callable[[int], Samples]:
+    """The real images of generation 1: the first of the pool in the order of the universe."""
+    pool = read_real_data(files)["pool"]
+    return lambda count: Samples(pool[ledger_order(len(pool), seeds[0])[:count]][None])
 
 
 def _column(values: np.ndarray) -> Any:
@@ -364,5 +378,6 @@ def _held(parameters: Parameters, part: Part, source: int | None, inputs: Sequen
         return real
 
     bias, start = parameters["sampling_bias"], part.start
-    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=start, truth=truth)
+    own = partial(truth, seeds)
+    drawn = draw(model, part.size, seeds, part.generation, bias, selection, start=start, truth=truth, real=own)
     return _Held(drawn, numbers, part.start, origin)

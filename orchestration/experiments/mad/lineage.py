@@ -1,7 +1,9 @@
 """Where a sample comes from: back through the models and training sets of a MAD run to the real data."""
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -15,6 +17,7 @@ from orchestration.runs.display import plain_table
 from orchestration.runs.manifest import check_links, read_manifest
 from orchestration.runs.seal import check_seal
 from pipelines.mad.graph import Generation, RealSource, image_source
+from pipelines.mad.tasks import read_rows
 from pipelines.storage.tasks import TaskStore
 from policies.loops.training_sets import REAL, training_sets
 
@@ -72,10 +75,12 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
         if batch is None:
             raise ConfigError(f"{sample}: generation {number} drew {last.drawn[-1].stop} samples, counted from 0")
         again = "drawn again where it is read"
-        stored = again if batch.task is last.fit else f"stored in {store.path(batch.task.key)}"
-        how = f"drawn by model {last.fit.key}, sampling bias {arm.loop.sampling_bias:g}, "
+        stored = again if batch.task is last.model else f"stored in {store.path(batch.task.key)}"
+        how = f"drawn by model {last.model.key}, sampling bias {arm.loop.sampling_bias:g}, "
         how += f"stream sampling/{number}/{batch.start}, number {row - batch.start} of it; {stored}"
         lines.append(Text(how))
+        if batch.task.kind == "sample" and batch.task.key in store:
+            lines += [Text(line) for line in _told_of(read_rows(store.load(batch.task.key)), row - batch.start)]
     headings = ("generation", "trained on", "real", "real through", "distinct real samples behind", "model")
     table = plain_table(headings)
     for generation, (hops, real) in reversed(list(zip(generations, ancestry(generations, seed), strict=True))):
@@ -85,9 +90,23 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
             f"{hops[0]:.1%}",
             f"{np.arange(len(hops)) @ hops:.2f} generations",
             f"{len(real):,}",
-            generation.fit.key[:12] + ("" if generation.fit.key in store else " (not trained yet)"),
+            generation.model.key[:12] + ("" if generation.model.key in store else " (not trained yet)"),
         )
     return Group(*lines, Text(""), table)
+
+
+def _told_of(rows: Mapping[str, Sequence[Any]], row: int) -> Iterator[str]:
+    """What is kept of a stored sample besides its image, in words."""
+    known = {name: values[row] for name, values in rows.items()}
+    prompt, caption = known.get("prompt", known.get("caption")), known.get("caption")
+    if caption is not None:
+        yield f"asked for: {str(prompt)!r}; read by the next generation: {str(caption)!r}"
+    if "seen" in known:
+        yield f"the captioner saw: {str(known['seen'])!r}"
+    if "reward" in known:
+        rivals = list(known["candidates"])
+        rivals.remove(known["reward"])
+        yield f"reward {known['reward']:.4g}, kept from rivals of {', '.join(f'{each:.4g}' for each in rivals)}"
 
 
 def _parse(sample: str, config: MadConfig) -> tuple[str, int, int, int | None]:

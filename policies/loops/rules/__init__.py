@@ -41,6 +41,7 @@ class Drawing(NamedTuple):
     classifier: Classifier | None
     truth: Callable[[int], Samples] | None = None  # so many samples of it a universe, that no training set has held
     scorer: Callable[[Samples], np.ndarray] | None = None  # of one universe's samples, where words ask for images
+    real: Callable[[int], Samples] | None = None  # the first so many real samples a universe, as generation 1 has them
 
 
 class FreshSchedule(Settings):
@@ -63,7 +64,6 @@ class Rule(Named, Settings):
     fine_tunes: ClassVar[bool] = False  # whether a generation goes on from the last one's weights
     sized_by: ClassVar[int] = 2  # so many of n_real and n_synthetic are the size of all later sets; 3: there is none
     mixed: ClassVar[bool] = False  # whether the law of mixtures is its own
-    needs_truth: ClassVar[bool] = False  # whether it draws from the truth, which only closed forms have
     effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
     simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
 
@@ -115,6 +115,16 @@ class Rule(Named, Settings):
     def check_family(self, family: str, classified: bool) -> None:
         """Raise ValueError if the rule cannot be applied to samples of the ``family``; ``classified``: whether they are
         images for which there is a classifier."""
+
+    @property
+    def needs_truth(self) -> bool:
+        """Whether it draws from the truth, which only closed forms have."""
+        return False
+
+    @property
+    def renews(self) -> bool:
+        """Whether some of its synthetic samples are the truth's, so that a variance cannot vanish."""
+        return False
 
     @property
     def functions(self) -> list[str]:

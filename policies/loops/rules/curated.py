@@ -25,22 +25,34 @@ class Curated(Rule):
     supplied = True
 
     candidates: int = Field(4, ge=2, description="curated: draws of which one is kept; verified: most draws for one")
-    reward: str = Field(
+    reward: str | dict[str, dict[str, Any]] = Field(
         "confidence",
-        description="curated: confidence, first_coordinate, file.py:function; text_to_image: any of docs/rewards.md",
+        description="curated: confidence, first_coordinate, file.py:function; text_to_image: any of docs/rewards.md, "
+        "or {name: options}",
     )
-    reward_options: dict[str, Any] = Field({}, description="curated text_to_image: of the reward: docs/rewards.md")
+
+    @property
+    def named(self) -> tuple[str, dict[str, Any]]:
+        """The reward's name and its options."""
+        return (self.reward, {}) if isinstance(self.reward, str) else next(iter(self.reward.items()))
+
+    def contradiction(self) -> str | None:
+        """Several rewards, or none."""
+        return "reward names one, with its options" if isinstance(self.reward, dict) and len(self.reward) != 1 else None
 
     @property
     def functions(self) -> list[str]:
         """The reward, if it is one's own."""
-        return [self.reward] if ":" in self.reward else []
+        return [self.named[0]] if ":" in self.named[0] else []
 
     def check_family(self, family: str, classified: bool) -> None:
         """Confidence is a classifier's; one's own reward can be called."""
-        if self.reward not in BUILT_IN:
-            check_function(self.reward, "reward", ("values", "labels"), None, BUILT_IN)
-        if self.reward == "confidence" and not classified:
+        name, options = self.named
+        if options:
+            raise ValueError(f"reward {name}: options are of rewards of text_to_image; family {family} takes a name")
+        if name not in BUILT_IN:
+            check_function(name, "reward", ("values", "labels"), None, BUILT_IN)
+        if name == "confidence" and not classified:
             raise ValueError(
                 "reward confidence needs images with labels and data.extractor=classifier, whose it is: set reward"
                 "=first_coordinate, or module:function"
@@ -48,16 +60,18 @@ class Curated(Rule):
 
     def probe(self, values: np.ndarray, labels: np.ndarray | None) -> None:
         """One's own reward has to answer."""
-        score(self.reward, values, labels)
+        score(self.named[0], values, labels)
 
     def in_words(self) -> dict[str, Any] | None:
         """Any that is not this rule's own."""
-        return None if self.reward in BUILT_IN else {"name": self.reward, "options": self.reward_options}
+        name, options = self.named
+        return None if name in BUILT_IN else {"name": name, "options": options}
 
     def selection(self) -> dict[str, Any]:
         """The reward and the number of candidates."""
-        options = {"options": self.reward_options} if self.reward_options else {}
-        return {"rule": "curated", "candidates": self.candidates, "reward": self.reward, **options}
+        name, options = self.named
+        found = {"rule": "curated", "candidates": self.candidates, "reward": name}
+        return found | {"options": options} if options else found
 
     @classmethod
     def select(cls, selection: Mapping[str, Any], drawing: Drawing) -> Samples:
