@@ -280,7 +280,7 @@ def killed(tiny_pipeline: Path) -> list[str]:
         "n_ini=20",
         "n_real=10",
         "n_synthetic=10",
-        "seeds=2",
+        "seeds=1",
         "generations=4",
         "tracking.system_metrics=false",
     ]
@@ -333,6 +333,6 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, killed: list[str], tmp
     assert summary(directory)["arms"] == summary(undisturbed)["arms"]
 
     told = io.StringIO()
-    Console(width=200, file=told).print(render_lineage(directory, "fresh/1/2/3"))
+    Console(width=200, file=told).print(render_lineage(directory, "fresh/0/2/3"))
     assert "asked for: 'a" in told.getvalue()
     assert "the captioner saw: " in told.getvalue()

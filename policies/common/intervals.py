@@ -19,7 +19,10 @@ Scale = Literal["plain", "logarithm", "share", "correlation", "expectation"]
 FEWEST: dict[Scale, int] = {"correlation": 50, "expectation": 30}  # seeds that an interval takes; else 2
 _MOST_SKEWNESS = 0.01  # its square over the number of seeds: beyond, Student's t covers less than 93 %
 _LOGARITHM = ("fid", "frechet")
-_SHARE = ("precision", "recall", "coverage", "label_accuracy", "memorisation", "in_mode", "evaluator", "seen", "unseen")
+_SHARE = (
+    *("precision", "recall", "coverage", "label_accuracy", "memorisation", "in_mode", "evaluator", "seen", "unseen"),
+    *("prompt_accuracy", "caption_agreement"),
+)
 _EXPECTATION = ("w2_squared", "variance", "mean_square", "heterozygosity", "entropy", "total_variation")
 RATIOS = (*_LOGARITHM, "w2_squared", "total_variation")  # compared by their ratio, not by their difference
 
