@@ -25,7 +25,7 @@ _TITLES = {
     "heterozygosity": "heterozygosity, 1 − Σp²",
     "modes_covered": "modes covered",
 }
-_CURVES = (*_TITLES, "precision", "recall", "label_accuracy", "memorisation")
+_CURVES = (*_TITLES, "precision", "recall", "label_accuracy", "prompt_accuracy", "reward", "memorisation")
 _GRID_COLUMNS, _MOST_ROWS = 16, 10
 
 
