@@ -4,11 +4,9 @@ Closed-form families draw samples wherever they are needed: a draw is a function
 cheaper than storing it. Families that train a network do one universe a task, and their samples are stored.
 """
 
-import contextlib
 import io
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,20 +114,12 @@ def _captioner(parameters: Parameters, inputs: list[Files], device: str) -> File
     (_, settings), (seed,) = _generator(parameters), parameters["seeds"]
     data, _ = _training_set(parameters, inputs)
     stream = derive_seed(seed, "captioner", parameters["manifest"]["generation"])
-    before = _at(inputs[-1]) if parameters["trained"] else contextlib.nullcontext()
-    with before as start:
+
+    def trained(start: Path | None) -> Files:
         how = settings.captioner, start, data, parameters["updates"], stream, device
         return packed(lambda directory: refit(*how, directory))
 
-
-@contextlib.contextmanager
-def _at(files: Files) -> Iterator[Path]:
-    """A directory that holds ``files`` in this block."""
-    with tempfile.TemporaryDirectory() as place:
-        for name, content in files.items():
-            (path := Path(place, name)).parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        yield Path(place)
+    return unpacked(inputs[-1], trained) if parameters["trained"] else trained(None)
 
 
 def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
@@ -149,8 +139,8 @@ def _sample(parameters: Parameters, inputs: list[Files], device: str) -> Files:
         scorer = _scorer(model.settings, selection, device) if selection and model.captioned else None
         drawn = draw(model, count, seeds, generation, bias, selection, extractor, start, scorer=scorer, real=real)
         if captions:
-            with _at(inputs[-1]) if captions["refitted"] else contextlib.nullcontext() as weights:
-                captioner = load_captioner(model.settings.captioner, weights, device)
+            load = partial(load_captioner, model.settings.captioner, device=device)
+            captioner = unpacked(inputs[-1], load) if captions["refitted"] else load(None)
             stream = derive_seed(seeds[0], "captions", generation, start)
             drawn = recaptioned(drawn, captions["share"], captioner, stream)
     about = {"role": ("string", parameters["role"]), "generation": ("int32", parameters["generation"])}

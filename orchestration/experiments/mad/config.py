@@ -105,7 +105,7 @@ class ArmSettings(_KEYS, Settings):
         """What leads a loop in which words ask for images: what it aligns with or selects by. Raises ValueError."""
         if isinstance(self.refined, Aligned):
             return self.refined.rewarded
-        asked = self.loop.in_words() if self.generator.captioned else None
+        asked = self.loop.worded_reward() if self.generator.captioned else None
         if asked is None:
             return None
         options = {asked["name"]: asked["options"]} if asked["options"] else {}

@@ -80,13 +80,13 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
         words = {}
         for name, arm in arms.items():
             with config.about_arm(name):
-                if found_words := _in_words(arm, read):
+                if found_words := _words_of(arm, read):
                     words[name] = found_words
         manifests = {}
         for name, arm in arms.items():
             with config.about_arm(name):
                 manifests[name] = training_sets(arm.loop, config.generations, sources[name].pool)
-                if not (arm.generator.captioned and arm.loop.in_words()):
+                if not (arm.generator.captioned and arm.loop.worded_reward()):
                     arm.loop.check_family(arm.family, sources[name].classified > 0)
                 _check_sizes(arm, manifests[name], real.images[0].size if real else 1)
                 _check_reward(arm, real if arm in trained else None)
@@ -128,7 +128,7 @@ def _check_sizes(arm: ArmSettings, manifests: list[Manifest], image: int) -> Non
     arm.generator.check_sets(arm.generator_settings, arm.loop, manifests)
 
 
-def _in_words(arm: ArmSettings, read: dict[str, str], known: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+def _words_of(arm: ArmSettings, read: dict[str, str], known: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """What the tasks of an arm that learns from captions are given beside their generator; None: it does not. The
     models that they read are put into ``read`` by the setting that names them; ``known`` are their contents by place,
     of a run that was begun. Raises ValueError if one of them is not there."""
@@ -170,7 +170,7 @@ def _check_words(reward: RewardSettings | None, paths: Mapping[str, str]) -> Non
 
 def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
     """One's own functions have to answer for two real samples."""
-    if not arm.loop.functions or (arm.generator.captioned and arm.loop.in_words()):
+    if not arm.loop.functions or (arm.generator.captioned and arm.loop.worded_reward()):
         return
     if real is None:
         values, labels = arm.generator.truth(arm.generator_settings, [0], 0, 2).values[0], None

@@ -131,7 +131,7 @@ class Rule(Named, Settings):
         """Import paths of a person's own functions that the rule calls."""
         return []
 
-    def in_words(self) -> dict[str, Any] | None:
+    def worded_reward(self) -> dict[str, Any] | None:
         """What a reward of docs/rewards.md is called by and given, if the rule selects images by one that words asked
         for."""
         return None

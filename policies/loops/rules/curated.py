@@ -62,7 +62,7 @@ class Curated(Rule):
         """One's own reward has to answer."""
         score(self.named[0], values, labels)
 
-    def in_words(self) -> dict[str, Any] | None:
+    def worded_reward(self) -> dict[str, Any] | None:
         """Any that is not this rule's own."""
         name, options = self.named
         return None if name in BUILT_IN else {"name": name, "options": options}
