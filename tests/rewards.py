@@ -71,6 +71,18 @@ class Holds:
         raise AssertionError("it is not asked")
 
 
+class Waits:
+    """:func:`redness`, which waits between two files: a run stays where a test wants to find it."""
+
+    def __init__(self, since: str, until: str) -> None:
+        self._since, self._until = Path(since), Path(until)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
+        while self._since.exists() and not self._until.exists():
+            time.sleep(0.02)
+        return redness(images, prompts, captions)
+
+
 class NeverCalled:
     """Its instances cannot be called."""
 

@@ -572,14 +572,18 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
     neighbour_directory, directory = tmp_path / "neighbour", tmp_path / "interrupted"
     log, neighbour_log = tmp_path / "log.txt", tmp_path / "neighbour.txt"
     own = ["ddpo", *overrides, "tracking.uri=null"]
+    waits, held, go = "tests.rewards:Waits", directory / "checkpoints/step-000002", tmp_path / "go"
+    waiting = [f"reward.function={waits}", f"reward.options={{{waits}: {{since: {held}, until: {go}}}}}"]
     neighbour = start([*own, f"output_dir={neighbour_directory}"], neighbour_log)
-    process = start([*own, f"output_dir={directory}"], log, afresh=True)
+    process = start([*own, *waiting, f"output_dir={directory}"], log, afresh=True)
     try:
-        wait_until((directory / "manifest.json").exists, 300, "the beginning of the run")
+        begun = directory / "manifest.json"
+        wait_until(lambda: begun.exists() or process.poll() is not None, 300, "the beginning of the run")
         second = tmp_path / "second.txt"
         assert start(["resume", str(directory)], second).wait(timeout=180) == 2
         assert "is being run by another process" in second.read_text()
         wait_until(lambda: "step 2/" in log.read_text() or process.poll() is not None, 600, "the second step")
+        assert process.poll() is None, log.read_text()
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in child.name() for child in family)
         os.killpg(process.pid, signal.SIGINT)
@@ -606,6 +610,7 @@ def test_ctrl_c_beside_a_neighbour_and_resume(
     assert manifest["resolved"] == resolved
     assert resolved["learner_threads"] == 1
 
+    go.touch()
     resume_ddpo(directory)
     assert client.get_run(manifest["mlflow_run_id"]).info.status == "FINISHED"
     points = client.get_metric_history(manifest["mlflow_run_id"], "reward/mean")
