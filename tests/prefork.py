@@ -49,7 +49,6 @@ _RAY = ["ray.dashboard.dashboard", "ray.dashboard.modules.usage_stats.usage_stat
 _RAY += ["ray.dashboard.modules.job.job_agent", "ray.dashboard.modules.reporter.reporter_agent"]
 _RAY += ["ray._private.runtime_env.agent.main", "ray._private.runtime_env.agent.runtime_env_agent"]
 _RAY += ["ray._private.workers.default_worker"]
-_LATE = ("RAY_AUTH_TOKEN", "RAY_JOB_ID", "RAY_NODE_ID", "RAY_RAYLET_PID")  # read when they are needed, not at the import
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
 
 
@@ -188,8 +187,7 @@ class _Server:
         """For a program of Ray's, the way to the server that has Ray, as read in this environment."""
         if "ray" in sys.modules or f"{os.sep}ray{os.sep}" not in wanted["argv"][0]:
             return None
-        read = [each for each in wanted["environ"].items() if each[0].startswith("RAY_") and each[0] not in _LATE]
-        key = json.dumps(sorted(read))
+        key = json.dumps(sorted(each for each in wanted["environ"].items() if each[0].startswith("RAY_")))
         if key not in self._with_ray:
             self._with_ray[key], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             if os.fork() == 0:

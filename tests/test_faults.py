@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(directory: Path, server: MlflowServer) -> list[str]:
-    return [*chaos.ddpo_arguments(directory, server.uri, steps=16), "training.images_per_step=24"]
+    return [*chaos.ddpo_arguments(directory, server.uri, steps=10), "training.images_per_step=24"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_run_under_fire_ends_as_an_undisturbed_one(
     directory: Path, arguments: list[str], expected: dict[str, Any], server: MlflowServer
 ) -> None:
     stage = chaos.Stage(directory, server, {"ddpo": arguments}, random.Random(0))
-    strikes = [chaos.Strike(*fault, due=2 * number) for number, fault in enumerate(FAULTS, start=1)]
+    strikes = [chaos.Strike(*fault, due=number) for number, fault in enumerate(FAULTS, start=1)]
     found = chaos.disturbed(stage, "ddpo", directory / "run", strikes)
     assert [(strike.target, strike.how) for strike in stage.strikes] == FAULTS
     assert not chaos.differences(directory / "run", found, expected)

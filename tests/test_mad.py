@@ -248,10 +248,13 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
     assert again["arms"] == told["arms"]
     assert again["mlflow_run_id"] != told["mlflow_run_id"]  # a copy is a run of its own
 
-    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3"))
+    some = {name: ARMS[name] for name in ("fresh", "fine-tuned", "gan")}
+    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3", arms=some))
     after = tasks(directory)
     assert {key: after[key] for key in before} == before
-    for name, arm in summary(directory)["arms"].items():
+    arms = summary(directory)["arms"]
+    assert arms.keys() == some.keys()
+    for name, arm in arms.items():
         values = np.array(arm["metrics"]["fid"]["values"])
         assert values.shape == (3, GENERATIONS + 1)
         np.testing.assert_array_equal(values[:SEEDS, :GENERATIONS], told["arms"][name]["metrics"]["fid"]["values"])
