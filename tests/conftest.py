@@ -1,6 +1,7 @@
 """What every test starts from: no network, one thread, fixed seeds, and tiny models built once."""
 
 import contextlib
+import gc
 import os
 import sys
 
@@ -32,6 +33,7 @@ LONG = ("faults", "multinode", "mad", "loop", "sweep", "jobs", "remote_rewards",
 
 def pytest_configure(config: pytest.Config) -> None:
     """Processes that run tests side by side have one server of forks."""
+    gc.disable()  # what is imported, until all tests are collected, is there to stay
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         from tests import prefork
 
@@ -42,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = [f"test_{each}" for each in LONG]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _unless_ray_reads(change: Callable[..., None]) -> Callable[..., None]:

@@ -114,13 +114,14 @@ class _Server:
         import importlib
         import warnings
 
+        gc.disable()  # what is imported is there to stay
         with warnings.catch_warnings(action="ignore"):
             for name in libraries:
                 importlib.import_module(name)
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"{threads} threads would not survive a fork"
-        gc.collect()
         gc.freeze()
+        gc.enable()
         self._door, self._waiting = door, DefaultSelector()
         self._forks: dict[int, tuple[int, socket.socket]] = {}  # by what is read once it ended: its pid, who asked
         self._with_ray: dict[str, socket.socket] = {}

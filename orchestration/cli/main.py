@@ -1,5 +1,6 @@
 """The ``ouroboros`` command. Light to start: everything heavy is imported by the command that needs it."""
 
+import gc
 import os
 import re
 import sys
@@ -355,6 +356,7 @@ def program() -> NoReturn:
 
 def main() -> None:
     """A command: an error becomes one line and an exit code, and SIGTERM ends a run as Ctrl-C does."""
+    gc.set_threshold(100_000, 20, 50)  # the many objects of libraries stay, and each look at them takes time
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number is given to the next file
         pass
