@@ -248,16 +248,29 @@ def test_the_same_command_repeats_nothing_and_a_longer_one_only_what_is_new(
     assert again["arms"] == told["arms"]
     assert again["mlflow_run_id"] != told["mlflow_run_id"]  # a copy is a run of its own
 
-    some = {name: ARMS[name] for name in ("fresh", "fine-tuned", "gan")}
-    run_mad(configure(directory, f"generations={GENERATIONS + 1}", "seeds=3", arms=some))
+    run_mad(configure(directory, f"generations={GENERATIONS + 1}"))
     after = tasks(directory)
     assert {key: after[key] for key in before} == before
-    arms = summary(directory)["arms"]
-    assert arms.keys() == some.keys()
-    for name, arm in arms.items():
+    for name, arm in summary(directory)["arms"].items():
         values = np.array(arm["metrics"]["fid"]["values"])
-        assert values.shape == (3, GENERATIONS + 1)
-        np.testing.assert_array_equal(values[:SEEDS, :GENERATIONS], told["arms"][name]["metrics"]["fid"]["values"])
+        assert values.shape == (SEEDS, GENERATIONS + 1)
+        np.testing.assert_array_equal(values[:, :GENERATIONS], told["arms"][name]["metrics"]["fid"]["values"])
+
+
+def test_more_seeds_generations_and_arms_repeat_nothing(ray_session: None, tmp_path: Path) -> None:
+    from orchestration.experiments.mad.loop import run_mad
+
+    def run(generations: int, seeds: int, *arms: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        sizes = [f"generations={generations}", f"seeds={seeds}", f"output_dir={tmp_path / 'run'}"]
+        rules = [f"arms.{name}={{rule: {name}, n_ini: 20}}" for name in arms]
+        run_mad(load_config(MadConfig, None, ["tracking.system_metrics=false", *sizes, *rules]))
+        return tasks(tmp_path / "run"), summary(tmp_path / "run")["arms"]["accumulate"]["metrics"]["variance"]
+
+    before, short = run(2, 2, "accumulate")
+    after, long = run(3, 4, "accumulate", "fully_synthetic")
+    assert {key: after[key] for key in before} == before
+    assert np.shape(long["values"]) == (4, 3)
+    np.testing.assert_array_equal(np.array(long["values"])[:2, :2], short["values"])
 
 
 @pytest.fixture(scope="module")
