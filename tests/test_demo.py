@@ -22,7 +22,7 @@ def run_directory(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -
         "training.images_per_step=32",
         "training.images_per_prompt=4",
         "training.updates_per_step=2",
-        "evaluation.images=180",
+        "evaluation.images=72",
         "evaluation.interim_images=24",
         "evaluation.every=1",
     ]

@@ -297,7 +297,7 @@ def killed(tiny_pipeline: Path) -> list[str]:
         "n_real=10",
         "n_synthetic=10",
         "seeds=1",
-        "generations=4",
+        "generations=3",
         "tracking.system_metrics=false",
     ]
 
@@ -317,7 +317,7 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, killed: list[str], tmp
     kept: dict[str, int | None] = {}
 
     def between() -> bool:
-        return "generation 2/" in log.read_text()
+        return "generation 1/" in log.read_text()
 
     def inside() -> bool:
         kinds = [task["kind"] for task in tasks(directory).values()]
