@@ -23,6 +23,7 @@ from pipelines.storage.tasks import Task, TaskStore, in_order
 WINDOW = 256  # tasks given to Ray at once; the rest wait here
 _RETRIES = 3  # of a task whose worker died; a task that raises is not repeated
 
+Result = tuple[str, Files]  # a task's key, and what it made: a task is given nothing but what it asked for
 Work = Callable[[str, dict[str, Any], list[Files], str], Files]  # (kind, parameters, inputs, device) → files
 
 
@@ -58,8 +59,9 @@ class TaskRunner:
                 continue
             while len(self._pending) >= WINDOW:
                 yield from self._finished(meanwhile)
-            given = dict(task.parameters), self._device, *map(self._reference, task.inputs)
-            about, self._references[task.key] = self._remote.remote(self._work, task.kind, *given)
+            given = dict(task.parameters), self._device, [each.key for each in task.inputs]
+            inputs = map(self._reference, task.inputs)
+            about, self._references[task.key] = self._remote.remote(self._work, task.key, task.kind, *given, *inputs)
             self._pending[about] = task
         while self._pending:
             yield from self._finished(meanwhile)
@@ -77,7 +79,7 @@ class TaskRunner:
     def _reference(self, task: Task) -> ObjectRef:
         """The files of a task that is under way, or that was done before."""
         if task.key not in self._references:
-            self._references[task.key] = ray.put(self._store.load(task.key))
+            self._references[task.key] = ray.put((task.key, self._store.load(task.key)))
         return self._references[task.key]
 
     def _release(self, task: Task) -> None:
@@ -109,22 +111,29 @@ class TaskRunner:
         more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
         for reference in more:
             task = self._pending.pop(reference)
-            about, files = result(reference, task.label), result(self._references[task.key], task.label)
-            self._store.commit(task, files, about | {"finished_at_ms": int(time.time() * 1000)})
+            about, found = result(reference, task.label), result(self._references[task.key], task.label)
+            self._store.commit(task, _files_of(task.key, found), about | {"finished_at_ms": int(time.time() * 1000)})
             yield task
             self._release(task)
             self._let_go(task)
 
 
+def _files_of(key: str, found: Result) -> Files:
+    """What the task of ``key`` made. Raises RuntimeError if it is another's: objects that processes gave one name."""
+    if found[0] != key:
+        raise RuntimeError(f"asked for the result of task {key}, Ray gave that of {found[0]}")
+    return found[1]
+
+
 def _perform(
-    work: Work, kind: str, parameters: dict[str, Any], device: str, *inputs: Files
-) -> tuple[dict[str, Any], Files]:
+    work: Work, key: str, kind: str, parameters: dict[str, Any], device: str, asked: list[str], *inputs: Result
+) -> tuple[dict[str, Any], Result]:
     """In a worker: do one task, and note what it took."""
     wall, cpu = time.monotonic(), time.process_time()
     try:
-        files = work(kind, parameters, list(inputs), device)
+        files = work(kind, parameters, list(map(_files_of, asked, inputs)), device)
     except Exception as error:
         end_if_lost(error)
         raise
     spent = {"wall_seconds": round(time.monotonic() - wall, 4), "cpu_seconds": round(time.process_time() - cpu, 4)}
-    return {**spent, "device": device}, files
+    return {**spent, "device": device}, (key, files)

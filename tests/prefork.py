@@ -120,6 +120,10 @@ class _Server:
                 importlib.import_module(name)
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"{threads} threads would not survive a fork"
+        if "ray" in sys.modules:
+            from orchestration.cluster.forks import forks_differ
+
+            assert forks_differ(), "objects of two forks would have one name"
         gc.freeze()
         gc.enable()
         self._door, self._waiting = door, DefaultSelector()

@@ -188,6 +188,26 @@ def counts(kind: str, parameters: dict[str, Any], inputs: list[Files], device: s
     return {"number": b"%d" % (1 + len(inputs))}
 
 
+def test_a_task_takes_nothing_but_what_it_asked_for(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives one process the objects of another if both gave theirs one name: it is seen, and nothing is stored."""
+    import ray
+
+    store, put = TaskStore(tmp_path / "tasks"), ray.put
+    sample = Task("sample", {})
+    assert list(TaskRunner(counts, store, 1, 0, timeout=60).run([sample])) == [sample]
+    fit = Task("fit", {}, (sample,))
+
+    def another(value: Any) -> Any:
+        return put(("another", value[1]) if isinstance(value, tuple) else value)
+
+    monkeypatch.setattr(ray, "put", another)
+    with pytest.raises(ActorFailure, match=f"asked for the result of task {sample.key}, Ray gave that of another"):
+        list(TaskRunner(counts, store, 1, 0, timeout=60).run([fit]))
+    assert fit.key not in store
+
+
 def test_what_is_made_of_a_task_may_be_seen_before_the_task(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from orchestration.cluster import forks
+from pipelines.storage.locations import CHECKOUT
 from tests.processes import wait_until
 
 # In a process of its own: the server is one a process, and this one has none.
@@ -83,3 +85,39 @@ def test_a_stand_in_is_what_it_asked_for(tmp_path: Path) -> None:
     orphan = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "setup_worker.py" in orphan.stderr
     assert "KLINGON" in orphan.stderr
+
+
+_ALIKE = """
+import importlib, sys
+from orchestration.cluster import forks
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(forks.forks_differ())
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "differ"),
+    [
+        (["orchestration.experiments.ddpo.loop", "orchestration.experiments.mad.loop"], True),
+        (["orchestration.experiments.sweep.trial", "pipelines.mad.tasks"], True),
+        (["ray.tune"], False),
+    ],
+)
+def test_forks_that_would_give_objects_the_same_names_are_found_out(modules: list[str], differ: bool) -> None:
+    """Ray makes random names as Tune is imported; from there on all forks would make the same ones."""
+    words = [sys.executable, "-W", "ignore", "-c", _ALIKE, "ray._private.workers.default_worker", *modules]
+    environment = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    told = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert told.stdout.split() == [str(differ)]
+
+
+def test_what_workers_import_lets_them_be_forks() -> None:
+    from orchestration.experiments.registry import EXPERIMENTS
+    from orchestration.experiments.sweep.config import SweepConfig
+    from orchestration.runs.config import load_config
+
+    sweep = load_config(SweepConfig, CHECKOUT / "configs/sweeps/digits_phase.yaml", [])
+    names = EXPERIMENTS["sweep"].imports(sweep)
+    assert "orchestration.experiments.sweep.trial" in names
+    assert not [name for name in names if name.startswith("ray.")]

@@ -221,6 +221,9 @@ def test_alignment_repeats_itself_and_keeps_to_its_seed(speaking: Any) -> None:
     model, settings = speaking
     one, again, other = (aligned(steps=2).refine(model, settings, [seed], 1.0, "cpu") for seed in (1, 1, 2))
     assert stored(one) == stored(again) != stored(other)
+    for reward, same in (("the_same", True), ("redness", False)):  # where all images are as good, nothing is learned
+        led = aligned(reward=f"tests.rewards:{reward}").refine(model, settings, [1], 1.0, "cpu")
+        assert (stored(led) == stored(model)) == same
     assert one.captions == model.captions
     held = aligned(steps=2, kl_weight=1e6).refine(model, settings, [1], 1.0, "cpu")
     far, near = (

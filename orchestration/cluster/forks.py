@@ -142,6 +142,7 @@ class _Server:
         self._door, self._waiting = door, DefaultSelector()
         self._forks: dict[int, tuple[int, socket.socket]] = {}  # by what is read once it ended: its pid, who asked
         self._ray: dict[str, str] | None = None  # the environment that Ray was imported in
+        self._can_fork = False
         for each in (0, door):
             self._waiting.register(each, EVENT_READ)
         self._late = [name for name in libraries if name.startswith(_AFTER_RAY)]
@@ -221,7 +222,27 @@ class _Server:
             self._ray = rays
             os.environ.update(rays)
             self._load(["ray._private.workers.default_worker", *self._late])
-        return rays == self._ray and len(os.listdir("/proc/self/task")) == 1
+            self._can_fork = forks_differ()
+        return rays == self._ray and self._can_fork and len(os.listdir("/proc/self/task")) == 1
+
+
+def forks_differ() -> bool:
+    """Whether forks of this process would name Ray's objects differently. Where Ray has made a random name before, as
+    some of its modules do when they are imported (``ray.tune``), all forks go on with the same ones: then Ray gives the
+    objects of one process to another, without a word."""
+    import ray
+
+    names = set()
+    for _ in range(2):
+        reading, writing = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.write(writing, ray.ObjectRef.from_random().binary())
+            os._exit(0)
+        os.close(writing)
+        names.add(os.read(reading, 100))
+        os.close(reading)
+        os.waitpid(pid, 0)
+    return len(names) == 2
 
 
 def _become(wanted: Mapping[str, Any], streams: Iterable[int]) -> NoReturn:

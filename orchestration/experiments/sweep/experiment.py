@@ -23,7 +23,7 @@ class Sweep(Experiment):
     def imports(self, config: Any) -> list[str]:
         """See :class:`Experiment`: a trial drives a run, as a command does."""
         tracking, trial = "mlflow.store.tracking.sqlalchemy_store", f"orchestration.experiments.{config.loop}.loop"
-        ours = ["matplotlib.figure", tracking, "ray.tune", trial, "orchestration.experiments.sweep.trial"]
+        ours = ["matplotlib.figure", tracking, trial, "orchestration.experiments.sweep.trial"]
         return [*config.experiment.imports(config.example), *ours]
 
     def rows(self, run: RunInfo) -> list[dict[str, Any]]:
