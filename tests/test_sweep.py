@@ -313,6 +313,33 @@ def test_a_killed_sweep_goes_on_where_it_was(preloaded: None, tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in (trial / "tasks").rglob("*.json")} == made  # nothing was repeated
 
 
+def test_trials_at_once_are_what_each_would_be_alone(ray_session: None, tmp_path: Path) -> None:
+    """By every byte of every task, with workers as a person's are, and results so large that Ray's store holds them."""
+    from orchestration.experiments.mad.config import MadConfig
+    from orchestration.experiments.mad.loop import run_mad
+
+    small = {"family": "diffusion", "n_ini": 1200, "generations": 2, "data": {"reference": 100}}
+    small["diffusion"] = {"channels": 8, "training_steps": 3, "sampling_steps": 2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    content = {"name": "two", "loop": "mad", "config": str(tmp_path / "small.yaml"), "space": {"rule": ["accumulate"]}}
+    config = written(tmp_path, {**content, "search": "grid", "metric": "fid", "seeds": 2, "cpus_per_trial": 1})
+    words = ["sweep", "--config", str(config), f"output_dir={tmp_path / 'sweep'}", "tracking.system_metrics=false"]
+    process = start(words, tmp_path / "log", afresh=True)
+    assert process.wait(400) == 0, (tmp_path / "log").read_text()
+
+    alone = ["rule=accumulate", "seeds=2", f"output_dir={tmp_path / 'alone'}", "tracking.system_metrics=false"]
+    run_mad(load_config(MadConfig, tmp_path / "small.yaml", alone))
+
+    def made(directory: Path) -> dict[str, Any]:
+        tasks = {path.parent.name: json.loads(path.read_text()) for path in directory.glob("tasks/*/manifest.json")}
+        return {key: task["sha256"] for key, task in tasks.items()}
+
+    expected, trials = made(tmp_path / "alone"), [made(each) for each in (tmp_path / "sweep/trials").iterdir()]
+    assert len(trials) == 2
+    assert {**trials[0], **trials[1]}.items() <= expected.items()
+    assert len(trials[0].keys() - trials[1].keys()) >= 6  # each has its own
+
+
 def test_successive_halving_stops_the_worse_and_confirms_the_best(
     tiny: dict[str, Any], ray_session: None, tmp_path: Path
 ) -> None:
