@@ -325,7 +325,10 @@ def test_trials_at_once_are_what_each_would_be_alone(ray_session: None, tmp_path
     config = written(tmp_path, {**content, "search": "grid", "metric": "fid", "seeds": 2, "cpus_per_trial": 1})
     words = ["sweep", "--config", str(config), f"output_dir={tmp_path / 'sweep'}", "tracking.system_metrics=false"]
     process = start(words, tmp_path / "log", afresh=True)
-    assert process.wait(400) == 0, (tmp_path / "log").read_text()
+    try:
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
 
     alone = ["rule=accumulate", "seeds=2", f"output_dir={tmp_path / 'alone'}", "tracking.system_metrics=false"]
     run_mad(load_config(MadConfig, tmp_path / "small.yaml", alone))
