@@ -19,7 +19,7 @@ from tests.processes import wait_until
 _DRIVER = """
 import json, os, subprocess, sys
 from orchestration.cluster import forks
-forks.begin(["fractions", "a_module_that_nobody_has"])
+forks.begin(["numpy", "fractions", "a_module_that_nobody_has"])
 with forks.worker_setup() as setup:
     environment = dict(os.environ)
 print(json.dumps([setup, environment, forks._Forks.process.pid]), flush=True)
@@ -28,6 +28,7 @@ forks.end()
 """
 _WORKER = """
 import os, sys
+print(sys.modules["numpy"].random.randint(2**40), end=" ")
 print("fractions" in sys.modules, os.environ["OF_THE_WORKER"], sys.argv[1:], os.getpid(), os.getppid(), flush=True)
 sys.stdin.readline()
 sys.exit(7)
@@ -60,7 +61,9 @@ def test_a_stand_in_is_what_it_asked_for(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
 
     workers = [start() for _ in range(3)]
-    said = [worker.stdout.readline().rsplit(maxsplit=2) for worker in workers if worker.stdout]
+    lines = [worker.stdout.readline().split(maxsplit=1) for worker in workers if worker.stdout]
+    assert len({drawn for drawn, _ in lines}) == 3  # by code that gives no seed
+    said = [line.rsplit(maxsplit=2) for _, line in lines]
     assert {what for what, _, _ in said} == {"True seen ['an argument']"}
     assert {int(parent) for _, _, parent in said} == {server}
     own = [psutil.Process(int(pid)) for _, pid, _ in said]

@@ -266,6 +266,8 @@ def _become(wanted: Mapping[str, Any], streams: Iterable[int]) -> NoReturn:
         os.environ.update(wanted["environ"])
         os.chdir(wanted["cwd"])
         sys.path[:], tempfile.tempdir = wanted["path"], None
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed()  # else all forks would draw the same where somebody's code gives no seed
         sys.argv = [each for each in wanted["argv"] if not each.startswith(("--serialized-runtime-env", "--language"))]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
