@@ -29,8 +29,8 @@ def main(directory: Path, name: str = "joined_loops") -> None:
     config = Path("configs/mad", f"{name}.yaml")
     summary = json.loads(run_mad(load_config(MadConfig, config, [f"output_dir={directory}"])).read_text())
     arms = {
-        name: {metric: np.array(known["values"], float) for metric, known in arm["metrics"].items()}
-        for name, arm in summary["arms"].items()
+        arm: {metric: np.array(known["values"], float) for metric, known in told["metrics"].items()}
+        for arm, told in summary["arms"].items()
     }
     print(f"\ncommit {git_commit()}, {len(summary['seeds'])} seeds, {summary['wall_seconds']:.0f} s wall")
     cpu = {stage: seconds for stage, seconds in summary["seconds_by_stage"].items() if stage.endswith("/cpu")}
@@ -42,7 +42,7 @@ def main(directory: Path, name: str = "joined_loops") -> None:
                 means = "".join(f"{value:8.3f}" for value in known[metric].mean(axis=0))
                 print(f"{metric:<18}{arm:<26}{means}")
     print()
-    values: Any = {name: dict(_told(known)) for name, known in arms.items()}
+    values: Any = {arm: dict(_told(known)) for arm, known in arms.items()}
     for claim in CLAIMS[name]():
         found = judge(claim, values)
         interval = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from orchestration.cluster import forks
+from orchestration.experiments.registry import EXPERIMENTS
+from orchestration.runs.config import load_config
 from pipelines.storage.locations import CHECKOUT
 from tests.processes import wait_until
 
@@ -99,28 +101,18 @@ print(forks.forks_differ())
 """
 
 
-@pytest.mark.parametrize(
-    ("modules", "differ"),
-    [
-        (["orchestration.experiments.ddpo.loop", "orchestration.experiments.mad.loop"], True),
-        (["orchestration.experiments.sweep.trial", "pipelines.mad.tasks"], True),
-        (["ray.tune"], False),
-    ],
-)
-def test_forks_that_would_give_objects_the_same_names_are_found_out(modules: list[str], differ: bool) -> None:
+def imports(experiment: str) -> list[str]:
+    """What the workers of a ready-made configuration are to have."""
+    known = EXPERIMENTS[experiment]
+    config = {"ddpo": "ddpo/digits", "mad": "mad/joined_loops", "sweep": "sweeps/digits_phase"}[experiment]
+    return [*known.imports(load_config(known.schema, CHECKOUT / f"configs/{config}.yaml", []))]
+
+
+@pytest.mark.parametrize("experiment", ["ddpo", "mad", "sweep", None])
+def test_forks_that_would_give_objects_the_same_names_are_found_out(experiment: str | None) -> None:
     """Ray makes random names as Tune is imported; from there on all forks would make the same ones."""
+    modules = imports(experiment) if experiment else ["ray.tune"]
     words = [sys.executable, "-W", "ignore", "-c", _ALIKE, "ray._private.workers.default_worker", *modules]
     environment = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
     told = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert told.stdout.split() == [str(differ)]
-
-
-def test_what_workers_import_lets_them_be_forks() -> None:
-    from orchestration.experiments.registry import EXPERIMENTS
-    from orchestration.experiments.sweep.config import SweepConfig
-    from orchestration.runs.config import load_config
-
-    sweep = load_config(SweepConfig, CHECKOUT / "configs/sweeps/digits_phase.yaml", [])
-    names = EXPERIMENTS["sweep"].imports(sweep)
-    assert "orchestration.experiments.sweep.trial" in names
-    assert not [name for name in names if name.startswith("ray.")]
+    assert told.stdout.split() == [str(experiment is not None)]

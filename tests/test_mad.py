@@ -327,7 +327,7 @@ def test_a_killed_driver_loses_nothing(undisturbed: Path, killed: list[str], tmp
         return [key for key, finished_at in kept.items() if held[key].get("finished_at_ms") != finished_at]
 
     for reached in (between, inside):
-        process = start(command, log)
+        process = start(command, log, afresh=reached is between)
         over = process.poll
         wait_until(lambda reached=reached, over=over: reached() or over() is not None, 600, "the moment", pause=0.01)
         assert over() is None, f"it ended before the moment came: {log.read_text()}"
