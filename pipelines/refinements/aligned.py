@@ -12,7 +12,7 @@ from pipelines.settings import RewardSettings
 from policies.common.seeding import derive_seed
 from policies.loops.rules import Rule
 from policies.rl.advantages import PromptStatistics, advantages
-from policies.rl.health import DegenerateBatch, check_finite
+from policies.rl.health import alike, check_finite
 from policies.rl.settings import AdvantageSettings, SamplingSettings, TrainingSettings
 
 _GROUP = 8  # images of a prompt, among which a reward counts
@@ -95,11 +95,10 @@ class Aligned(Refinement):
                 drawn = [learner.policy.rollout(prompts[cut], numbers[cut], learner.weights_version) for cut in cuts]
             rewards = scorer(np.concatenate([images for images, _ in drawn]), prompts)
             rewards = random.permutation(rewards) if self.shuffled else rewards
-            try:
-                advantage = advantages(rewards, prompts, AdvantageSettings(), history)
-            except DegenerateBatch:
-                check_finite(rewards, prompts)
+            check_finite(rewards, prompts)
+            if alike(rewards):
                 continue  # all images are equally good: there is nothing to learn in this step
+            advantage = advantages(rewards, prompts, AdvantageSettings(), history)
             trajectory = Trajectory.concatenate([each for _, each in drawn])
             if advantage.any():
                 learner.learn(trajectory, advantage, derive_seed(seed, "timesteps", step))

@@ -38,8 +38,14 @@ def check_finite(rewards: np.ndarray, prompts: Sequence[str]) -> None:
         )
 
 
+def alike(rewards: np.ndarray) -> bool:
+    """Whether several finite ``rewards`` (images,) are equal but for rounding."""
+    halves = rewards / 2  # which do not overflow
+    return len(rewards) > 1 and bool(np.ptp(halves) <= ROUNDING * np.abs(halves).max())
+
+
 def check_rewards(rewards: np.ndarray, prompts: Sequence[str]) -> None:
     """Raise DegenerateBatch if one of the ``rewards`` (images,) is not finite, or all are equal but for rounding."""
     check_finite(rewards, prompts)
-    if len(rewards) > 1 and np.ptp(rewards / 2) <= ROUNDING * np.abs(rewards / 2).max():  # halves do not overflow
+    if alike(rewards):
         raise DegenerateBatch(f"all {len(rewards)} rewards are {rewards[0]:g}: this reward tells no image from another")
