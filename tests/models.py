@@ -41,10 +41,10 @@ def build_tiny_pipeline(
     text_encoder = _text_encoder(CLIPTextModel, tokenizer)
     unet = UNet2DConditionModel(
         sample_size=image_size // 2,
-        block_out_channels=(16, 16),
+        block_out_channels=(16,),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
         cross_attention_dim=_TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=8,

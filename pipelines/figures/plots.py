@@ -35,6 +35,7 @@ _WORK = {
 }
 _KINDS = _STAGES | {work: _STAGES[stage] for stage, work in _WORK.items()}  # and the driver's waiting for it
 _KINDS |= {"captioning": style.ARM_COLOURS[-2], "comparing with the base": _STAGES["evaluate"]}
+_PAIRED = 1.32  # inches of an image of a pair
 _MOST_LANES = 32
 _SLOTS = ("orange", "--"), ("purple", "-."), ("yellow", "-"), ("blue", ":")
 
@@ -71,20 +72,22 @@ def before_after(
     width, height = 3.0 * columns, 2.36 * rows + 0.4  # inches
     figure = style.figure_of(width, height)
     figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=FAINT)
-    edges = {"left": 0.15 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.95 / height}
-    places = figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.75, **edges)
+    page = figure.add_axes((0, 0, 1, 1))  # one for all pairs: axes are dear
+    page.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    page.axis("off")
     looks = {"before": (before, captions_before), "after": (after, captions_after)}
     for index, prompt in enumerate(prompts):
-        pair: Any = places[index].subgridspec(1, 2, wspace=0.05).subplots()
-        style.write(pair[0], (1.02, 1.18), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")
-        for axes, (name, (images, captions)) in zip(pair, looks.items(), strict=True):
-            axes.imshow(images[index])
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_color(FRAME)
-            axes.set_title(name, fontsize=6.5, color=FAINT, pad=3)
+        left, top = 3.0 * (index % columns) + 0.15, 2.36 * (index // columns) + 0.95
+        style.write(page, (left + 1.35, top - 0.24), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")
+        for side, (name, (images, captions)) in enumerate(looks.items()):
+            x = left + 1.37 * side
+            page.imshow(images[index], extent=(x, x + _PAIRED, top + _PAIRED, top), interpolation="nearest")
+            page.text(x + _PAIRED / 2, top - 0.05, name, fontsize=6.5, color=FAINT, ha="center")
             if captions:
                 colour = style.RIGHT if captions[index].strip() == prompt.strip() else style.WRONG
-                style.write(axes, (0.5, -0.05), captions[index], 26, size=6.6, color=colour, va="top")
+                place = x + _PAIRED / 2, top + _PAIRED + 0.06
+                style.write(page, place, captions[index], 26, size=6.6, color=colour, va="top")
+    page.set(xlim=(0, width), ylim=(height, 0))
     save(figure, path)
 
 
@@ -184,6 +187,8 @@ def _draw_seconds(axes: "Axes", table: "DataFrame") -> None:
     axes.stackplot(spent.index, spent.T.to_numpy(), colors=colours, **look)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
+    place = axes.get_position(original=True)
+    axes.set_position((place.x0, place.y0, 0.76 * place.width, place.height))
     legend(axes, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

@@ -18,11 +18,14 @@ LINES |= {"red": "#9c4943"}
 ARM_COLOURS = (*LINES.values(), "#47b7ff", "#1d1d39")  # no two alike to the colour-blind, see tests/test_figures.py
 PALE = ["#" + "".join(f"{127 + int(each[at : at + 2], 16) // 2:02x}" for at in (1, 3, 5)) for each in ARM_COLOURS]
 _MARKERS, _DASHES = "osD^vPX", ("-", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1)))
+_MARGINS = 0.62, 0.16, 0.5, 0.36  # inches left, right, below and above a panel of a sheet
+_GLANCE_MARGINS = 0.42, 0.05, 0.18, 0.16
 _GLANCE_DPI = 84  # of figures that fit into MLflow's description of a run, 528 × 69 pixels
 
 
 def panel_figure(count: int, most: int, width: float, height: float, glance: bool = False) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels of this size (inches), at most so many in a row; of few pixels at a glance."""
+    """A figure and its ``count`` panels of this size (inches), at most so many in a row; of few pixels at a glance.
+    matplotlib finds the room for what stands beside them, which is dear for many: see :func:`sheet`."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(most, count)
@@ -33,9 +36,23 @@ def panel_figure(count: int, most: int, width: float, height: float, glance: boo
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
-def sheet(count: int, glance: bool = False) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels, three in a row; at a ``glance`` small, two with room for strips beside."""
-    figure, panels = panel_figure(count, 3, *((1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)), glance)
+def sheet(count: int, glance: bool = False, below: float = 0.0) -> tuple[Any, list[Any]]:
+    """A figure and its ``count`` panels, three in a row; at a ``glance`` small, two with room for strips beside. Their
+    margins are fixed, with ``below`` each panel so many inches more."""
+    width, height = (1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)
+    left, right, bottom, top = _GLANCE_MARGINS if glance else _MARGINS
+    columns, rows = min(3, count), -(-count // 3)
+    figure = figure_of(width * columns, height * rows)
+    figure.set_dpi(_GLANCE_DPI if glance else DPI)
+    panels = []
+    for index in range(count):
+        x, y = width * (index % 3) + left, height * (rows - 1 - index // 3) + bottom + below
+        size = width - left - right, height - bottom - below - top
+        panels.append(
+            figure.add_axes(
+                (x / width / columns, y / height / rows, size[0] / width / columns, size[1] / height / rows)
+            )
+        )
     for axes in panels if glance else ():
         axes.margins(y=0.15)  # markers are large there
     return figure, panels
@@ -46,7 +63,8 @@ def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool 
     from matplotlib.ticker import MaxNLocator
 
     large = axes.figure.dpi == DPI
-    axes.set_title(title, loc="left", fontsize=10 if large else 7, color=INK, weight="bold", pad=8 if large else 3)
+    look = {"fontsize": 10 if large else 7, "color": INK, "weight": "bold", "pad": 8 if large else 3}
+    axes.set_title(title, loc="left", y=1, **look)  # else matplotlib measures all ticks to find the place
     axes.set_xlabel(below, fontsize=8, color=FAINT)
     axes.set_ylabel(beside, fontsize=8, color=FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=integer, nbins=ticks, steps=[1, 2, 5, 10]))
@@ -64,9 +82,9 @@ def legend(axes: "Axes", **options: Any) -> None:
 
 
 def write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **style: Any) -> None:
-    """Centre ``text`` at a place relative to the axes, in at most two lines of so many ``letters``."""
+    """Centre ``text`` at a place of the axes, in at most two lines of so many ``letters``."""
     lines = "\n".join(textwrap.wrap(text, letters, max_lines=2, placeholder=" …"))
-    axes.text(*place, lines, transform=axes.transAxes, ha="center", linespacing=1.15, parse_math=False, **style)
+    axes.text(*place, lines, ha="center", linespacing=1.15, parse_math=False, **style)
 
 
 def figure_of(width: float, height: float, **options: Any) -> "Figure":
@@ -107,9 +125,21 @@ def finish(figure: Any, path: Path, **options: Any) -> None:
     if figure.dpi < DPI:  # it may not grow: one row, or none
         keys = keys if sum(0.3 + 0.055 * len(label) for label in keys) < figure.get_figwidth() else {}
         options |= {"ncols": max(1, len(keys)), "fontsize": 6, "handlelength": 1, "columnspacing": 1}
+        _make_room(figure, 0.15 if keys else 0.0, grows=False)
     else:
-        figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(keys) // columns))
+        _make_room(figure, 0.17 * -(-len(keys) // columns), grows=True)
+    place = "outside lower center" if figure.get_layout_engine() else "lower center"
     style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
-    for text in figure.legend(keys.values(), keys, loc="outside lower center", **style).get_texts():
+    for text in figure.legend(keys.values(), keys, loc=place, **style).get_texts():
         text.set_parse_math(False)
     save(figure, path)
+
+
+def _make_room(figure: Any, inches: float, grows: bool) -> None:
+    """Leave so much below the panels of a figure, which ``grows`` by it or whose panels shrink."""
+    height = figure.get_figheight() + inches * grows
+    figure.set_figheight(height)
+    start = inches / height
+    for axes in figure.axes if figure.get_layout_engine() is None else ():
+        box = axes.get_position(original=True)
+        axes.set_position((box.x0, start + box.y0 * (1 - start), box.width, box.height * (1 - start)))

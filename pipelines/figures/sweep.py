@@ -65,9 +65,10 @@ def responses(path: Path, measured: Measured, logarithmic: Sequence[str], glance
     whose = np.repeat(np.arange(len(measured.points)), [len(each.values) for each in measured.points])
     seeds = np.concatenate([each.values for each in measured.points])
     ends = np.array([(each.mean - each.low, each.high - each.mean) for each in measured.points]).T
-    figure, panels = sheet(len(keys), glance)
-    for number, (axes, key) in enumerate(zip(panels, keys, strict=True)):
-        places, labels = _places(measured.column(key))
+    columns = [_places(measured.column(key)) for key in keys]
+    long = [labels is not None and sum(map(len, labels)) > _LETTERS for _, labels in columns]
+    figure, panels = sheet(len(keys), glance, below=0.5 if any(long) and not glance else 0)
+    for number, (axes, key, (places, labels)) in enumerate(zip(panels, keys, columns, strict=True)):
         dress(axes, key, "", "" if number % 3 else measured.title, integer=False, ticks=5)
         if number:
             axes.sharey(panels[0])
@@ -79,7 +80,7 @@ def responses(path: Path, measured: Measured, logarithmic: Sequence[str], glance
             over = [measured.over(finished & (places == place)) for place in shared]
             axes.plot(shared, over, color=INK, lw=1.2, alpha=0.6, label="mean of the points at a value")
         if labels is not None:
-            slope = {"rotation": 20, "ha": "right"} if sum(map(len, labels)) > _LETTERS else {}
+            slope = {"rotation": 20, "ha": "right"} if long[number] else {}
             axes.set_xticks(range(len(labels)), labels, parse_math=False, **slope)
             axes.set_xlim(-0.5, len(labels) - 0.5)
         for name in [*(["x"] if key in logarithmic else []), *(["y"] if measured.is_wide else [])]:
