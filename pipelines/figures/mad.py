@@ -106,10 +106,10 @@ def generations_grid(
     images = images.reshape(*images.shape[:2], images.shape[2] // few, few, -1, few, images.shape[4]).mean((3, 5))
     grid = image_grid(images.astype(np.uint8).reshape(-1, *images.shape[2:]), images.shape[1])
     wrapped = [textwrap.fill(label, _LETTERS, max_lines=4, placeholder=" …") for label in labels]
-    beside = 0.07 * max(len(line) for label in wrapped for line in label.split("\n"))
     over = 0.17 if glance else 0.3 + 0.15 * max((label.count("\n") for label in above), default=0)
+    margins = left, right, below, _ = style.beside(wrapped), 0.08, 0.02 if glance else 0.08, over
     height, width = np.array(grid.shape[:2]) * (0.53 if glance else 1) / DPI
-    figure, (axes,) = panel_figure(1, 1, width + beside + 0.2, height + over, glance)
+    figure, (axes,) = panel_figure(1, 1, left + width + right, below + height + over, margins, glance)
     axes.imshow(grid)
     if not above:
         axes.set_title("each column: one latent seed", fontsize=8, color=FAINT)
@@ -127,7 +127,7 @@ def points_grid(path: Path, points: Mapping[str, np.ndarray], reference: np.ndar
 
     All panels show one square, which holds 99 % of all coordinates.
     """
-    figure, panels = panel_figure(len(points), 5, 2.1, 2.3)
+    figure, panels = panel_figure(len(points), 5, 2.1, 2.3, (0.08, 0.08, 0.08, 0.28))
     low, high = np.percentile(np.vstack([reference, *points.values()]), (0.5, 99.5))
     view = (low - 0.08 * (high - low), high + 0.08 * (high - low))
     for axes, (label, cloud) in zip(panels, points.items(), strict=True):

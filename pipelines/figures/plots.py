@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.figures import style
-from pipelines.figures.style import FAINT, FRAME, INK, LINES, dress, legend, panel_figure, save
+from pipelines.figures.style import FAINT, INK, LINES, dress, finish, legend, panel_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,15 +119,18 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     steps = [span for spans in lanes.values() for span in spans if span[0] == "step"]
     begin, end = min(span[1] for span in steps), max(span[2] for span in steps)
     kinds = dict.fromkeys(what for spans in shown.values() for what, *_ in spans if what != "step")
-    figure, (axes,) = panel_figure(1, 1, 9, 1.3 + 0.3 * len(shown))
-    dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
-    labels = []
-    for row, (name, spans) in enumerate(shown.items()):
+    bars, labels = [], []
+    for name, spans in shown.items():
         done = [(what, (start - begin, stop - start)) for what, start, stop in spans if what != "step"]
-        colours = [_KINDS.get(what, FAINT) for what, _ in done]
-        axes.broken_barh([bar for _, bar in done], (row - 0.38, 0.76), color=colours)
+        bars.append(done)
         busy = min(1.0, sum(length for _, (_, length) in done) / (end - begin))
         labels.append(f"{name}  {'waiting' if name == 'driver' else 'busy'} {busy:.0%}, {1 - busy:.0%} idle")
+    margins = style.beside(labels), *style.MARGINS[1:]
+    figure, (axes,) = panel_figure(1, 1, 9, 1 + 0.3 * len(shown), margins)
+    dress(axes, f"{len(steps)} steps in the middle of the run", "seconds", integer=False)
+    for row, done in enumerate(bars):
+        colours = [_KINDS.get(what, FAINT) for what, _ in done]
+        axes.broken_barh([bar for _, bar in done], (row - 0.38, 0.76), color=colours)
     for _, start, _ in steps:
         axes.axvline(start - begin, color=INK, linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(shown)), labels)
@@ -135,8 +138,7 @@ def timeline(path: Path, lanes: Mapping[str, Sequence[tuple[str, float, float]]]
     for colour in dict.fromkeys([*_KINDS.values(), FAINT]):
         if alike := ", ".join(kind for kind in kinds if _KINDS.get(kind, FAINT) == colour):
             axes.plot([], [], "s", color=colour, label=alike)
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18), frameon=False)
-    save(figure, path)
+    finish(figure, path)
 
 
 def _draw_accuracy(axes: "Axes", table: "DataFrame") -> None:

@@ -1,7 +1,7 @@
 """What all figures look like: colours, panels, and how they are written. matplotlib is imported when it is used."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,44 +18,45 @@ LINES |= {"red": "#9c4943"}
 ARM_COLOURS = (*LINES.values(), "#47b7ff", "#1d1d39")  # no two alike to the colour-blind, see tests/test_figures.py
 PALE = ["#" + "".join(f"{127 + int(each[at : at + 2], 16) // 2:02x}" for at in (1, 3, 5)) for each in ARM_COLOURS]
 _MARKERS, _DASHES = "osD^vPX", ("-", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1)))
-_MARGINS = 0.62, 0.16, 0.5, 0.36  # inches left, right, below and above a panel of a sheet
+MARGINS = 0.62, 0.16, 0.5, 0.36  # inches left of a panel, right of it, below and above
 _GLANCE_MARGINS = 0.42, 0.05, 0.18, 0.16
 _GLANCE_DPI = 84  # of figures that fit into MLflow's description of a run, 528 × 69 pixels
 
 
-def panel_figure(count: int, most: int, width: float, height: float, glance: bool = False) -> tuple[Any, list[Any]]:
+def panel_figure(
+    count: int, most: int, width: float, height: float, margins: Sequence[float] = MARGINS, glance: bool = False
+) -> tuple[Any, list[Any]]:
     """A figure and its ``count`` panels of this size (inches), at most so many in a row; of few pixels at a glance.
-    matplotlib finds the room for what stands beside them, which is dear for many: see :func:`sheet`."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+    The ``margins`` of each panel hold its labels: what matplotlib's layouts take to find them is most of a picture."""
+    left, right, below, above = margins
     columns = min(most, count)
     rows = -(-count // columns)
-    pad = 0.01 if glance else 0.12
-    figure = figure_of(width * columns, height * rows, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
+    figure = figure_of(width * columns, height * rows)
     figure.set_dpi(_GLANCE_DPI if glance else DPI)
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+    size = (width - left - right) / width / columns, (height - below - above) / height / rows
+    panels = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        corner = (column + left / width) / columns, (rows - 1 - row + below / height) / rows
+        panels.append(figure.add_axes((*corner, *size)))
+    return figure, panels
 
 
 def sheet(count: int, glance: bool = False, below: float = 0.0) -> tuple[Any, list[Any]]:
-    """A figure and its ``count`` panels, three in a row; at a ``glance`` small, two with room for strips beside. Their
-    margins are fixed, with ``below`` each panel so many inches more."""
+    """A figure and its ``count`` panels, three in a row, with so many inches more ``below`` each; at a ``glance``
+    small, two with room for strips beside."""
     width, height = (1.5 if count < 3 else 2.08, 0.82) if glance else (4.3, 2.9)
-    left, right, bottom, top = _GLANCE_MARGINS if glance else _MARGINS
-    columns, rows = min(3, count), -(-count // 3)
-    figure = figure_of(width * columns, height * rows)
-    figure.set_dpi(_GLANCE_DPI if glance else DPI)
-    panels = []
-    for index in range(count):
-        x, y = width * (index % 3) + left, height * (rows - 1 - index // 3) + bottom + below
-        size = width - left - right, height - bottom - below - top
-        panels.append(
-            figure.add_axes(
-                (x / width / columns, y / height / rows, size[0] / width / columns, size[1] / height / rows)
-            )
-        )
+    margins = np.add(_GLANCE_MARGINS if glance else MARGINS, (0, 0, below, 0))
+    figure, panels = panel_figure(count, 3, width, height, margins.tolist(), glance)
     for axes in panels if glance else ():
         axes.margins(y=0.15)  # markers are large there
     return figure, panels
+
+
+def beside(labels: Iterable[str], size: float = 8) -> float:
+    """Inches that labels of this font size take, with what is between them and a panel."""
+    lines = [line for label in labels for line in label.split("\n")]
+    return 0.1 + 0.0088 * size * max(map(len, lines), default=0)
 
 
 def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool = True, ticks: int = 10) -> None:
@@ -63,7 +64,7 @@ def dress(axes: "Axes", title: str, below: str, beside: str = "", integer: bool 
     from matplotlib.ticker import MaxNLocator
 
     large = axes.figure.dpi == DPI
-    look = {"fontsize": 10 if large else 7, "color": INK, "weight": "bold", "pad": 8 if large else 3}
+    look: dict[str, Any] = {"fontsize": 10 if large else 7, "color": INK, "weight": "bold", "pad": 8 if large else 3}
     axes.set_title(title, loc="left", y=1, **look)  # else matplotlib measures all ticks to find the place
     axes.set_xlabel(below, fontsize=8, color=FAINT)
     axes.set_ylabel(beside, fontsize=8, color=FAINT)
@@ -87,10 +88,10 @@ def write(axes: "Axes", place: tuple[float, float], text: str, letters: int, **s
     axes.text(*place, lines, ha="center", linespacing=1.15, parse_math=False, **style)
 
 
-def figure_of(width: float, height: float, **options: Any) -> "Figure":
+def figure_of(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", **options)
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -124,13 +125,18 @@ def finish(figure: Any, path: Path, **options: Any) -> None:
     columns = max(1, int(figure.get_figwidth() / (0.5 + 0.06 * max(map(len, keys), default=1))))
     if figure.dpi < DPI:  # it may not grow: one row, or none
         keys = keys if sum(0.3 + 0.055 * len(label) for label in keys) < figure.get_figwidth() else {}
-        options |= {"ncols": max(1, len(keys)), "fontsize": 6, "handlelength": 1, "columnspacing": 1}
+        options |= {
+            "ncols": max(1, len(keys)),
+            "fontsize": 6,
+            "handlelength": 1,
+            "columnspacing": 1,
+            "borderaxespad": 0,
+        }
         _make_room(figure, 0.15 if keys else 0.0, grows=False)
     else:
         _make_room(figure, 0.17 * -(-len(keys) // columns), grows=True)
-    place = "outside lower center" if figure.get_layout_engine() else "lower center"
     style = {"ncols": columns, "fontsize": 7.5, "labelcolor": INK, "frameon": False} | options
-    for text in figure.legend(keys.values(), keys, loc=place, **style).get_texts():
+    for text in figure.legend(keys.values(), keys, loc="lower center", **style).get_texts():
         text.set_parse_math(False)
     save(figure, path)
 
@@ -140,6 +146,6 @@ def _make_room(figure: Any, inches: float, grows: bool) -> None:
     height = figure.get_figheight() + inches * grows
     figure.set_figheight(height)
     start = inches / height
-    for axes in figure.axes if figure.get_layout_engine() is None else ():
+    for axes in figure.axes:
         box = axes.get_position(original=True)
         axes.set_position((box.x0, start + box.y0 * (1 - start), box.width, box.height * (1 - start)))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.figures.style import FRAME, INK, LINES, dress, finish, panel_figure, save, sheet
+from pipelines.figures.style import FRAME, INK, LINES, MARGINS, beside, dress, finish, panel_figure, save, sheet
 from policies.common.intervals import interval, scale_of
 from policies.common.search_space import PointResult, exact, short
 
@@ -98,7 +98,8 @@ def parallel_coordinates(path: Path, measured: Measured, logarithmic: Sequence[s
     from matplotlib.collections import LineCollection
 
     columns = {key: measured.column(key) for key in measured.points[0].point} | {measured.title: list(measured.means)}
-    figure, (axes,) = panel_figure(1, 1, 1.6 + 1.9 * len(columns), 3.9)
+    ends = (beside([name]) / 2 for name in (next(iter(columns)), measured.title))
+    figure, (axes,) = panel_figure(1, 1, 1.6 + 1.9 * len(columns), 3.9, (*ends, 0.4, 0.1))
     logarithmic = [*logarithmic, *([measured.title] if measured.is_wide else [])]
     heights = []
     for index, (key, column) in enumerate(columns.items()):
@@ -127,15 +128,24 @@ def parallel_coordinates(path: Path, measured: Measured, logarithmic: Sequence[s
 
 
 def phase_diagram(path: Path, measured: Measured, across: str, up: str) -> None:
-    """The mean over the plane of two settings, of the finished points, with its number in each cell."""
+    """The mean over the plane of two settings, of the finished points, with its number in each cell, and below it the
+    95 % interval where a cell is one point with several seeds."""
     (places, columns), (heights, rows) = (_places(measured.column(key)) for key in (across, up))
     levels, lines = np.unique(places), np.unique(heights)
-    mean = np.full((len(lines), len(levels)), np.nan)
+    mean, ends = np.full((len(lines), len(levels)), np.nan), np.full((len(lines), len(levels), 2), np.nan)
     for row, column in np.ndindex(*mean.shape):
         here = measured.finished & (heights == lines[row]) & (places == levels[column])
         if here.any():
             mean[row, column] = measured.over(here)
-    figure, (axes,) = panel_figure(1, 1, 2.2 + 0.95 * len(levels), 1.6 + 0.7 * len(lines))
+        if here.sum() == 1:
+            point = measured.points[int(here.argmax())]
+            ends[row, column] = point.low, point.high
+    names = [
+        [short(each) for each in (labels if labels is not None else found.tolist())]
+        for found, labels in ((levels, columns), (lines, rows))
+    ]
+    margins = 0.25 + beside(names[1]), *MARGINS[1:]
+    figure, (axes,) = panel_figure(1, 1, 1 + margins[0] + 1.25 * len(levels), 1 + 0.7 * len(lines), margins)
     dress(axes, measured.title, across, up)
     axes.grid(visible=False)
     colours = measured.colours(mean)
@@ -146,8 +156,11 @@ def phase_diagram(path: Path, measured: Measured, across: str, up: str) -> None:
         ink = "white" if colours[row, column, :3] @ (0.3, 0.6, 0.1) < 0.6 else INK
         text, weight = f"{value:.3g}" if np.isfinite(value) else "–", "bold" if value == best else "normal"
         axes.text(column, row, text, ha="center", va="center", color=ink, weight=weight)
-    for axis, found, names in ((axes.xaxis, levels, columns), (axes.yaxis, lines, rows)):
-        axis.set_ticks(range(len(found)), [short(each) for each in (names if names is not None else found.tolist())])
+        if np.isfinite(ends[row, column]).all():
+            low, high = (f"{end:.3g}" for end in ends[row, column])
+            axes.text(column, row - 0.27, f"{low} – {high}", fontsize=6.5, ha="center", va="center", color=ink)
+    for axis, labels in zip((axes.xaxis, axes.yaxis), names, strict=True):
+        axis.set_ticks(range(len(labels)), labels)
     axes.spines[:].set_visible(False)
     save(figure, path)
 

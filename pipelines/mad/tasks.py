@@ -52,17 +52,21 @@ def read_real_data(files: Files) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read_rows(files: Files) -> dict[str, Any]:
-    """What is stored of the samples of one universe, column by column."""
+def read_rows(files: Files, first: int | None = None) -> dict[str, Any]:
+    """What is stored of the samples of one universe, or of so many of the ``first``, column by column."""
     from datasets import Dataset
 
-    rows: dict[str, Any] = unpacked(files, lambda directory: Dataset.load_from_disk(directory).with_format("numpy")[:])
-    return rows
+    def load(directory: Path) -> dict[str, Any]:
+        rows: dict[str, Any] = Dataset.load_from_disk(directory).with_format("numpy")[:first]
+        return rows
+
+    read: dict[str, Any] = unpacked(files, load)
+    return read
 
 
-def read_samples(files: Files) -> Samples:
-    """The stored samples of one universe."""
-    rows = read_rows(files)
+def read_samples(files: Files, first: int | None = None) -> Samples:
+    """The stored samples of one universe, or so many of the ``first``."""
+    rows = read_rows(files, first)
     images = np.stack([np.asarray(image, np.uint8) for image in rows["image"]])
     images = images[..., None] if images.ndim == 3 else images
     unlabelled = rows["label"].dtype.kind != "i"  # a column of nothing is read as numbers that are not

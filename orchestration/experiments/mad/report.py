@@ -118,7 +118,8 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     picked = [chain[i] for i in sorted({round(i) for i in np.linspace(0, len(chain) - 1, min(len(chain), _MOST_ROWS))})]
     labels, path = [f"G{each.number}" for each in picked], directory / f"samples_{file_name(name)}.png"
     if not arm.generator.closed_form:
-        sets = [read_samples(run.store.load(each.evaluation.key)).values[0] for each in picked if each.evaluation]
+        stored = [run.store.load(each.evaluation.key) for each in picked if each.evaluation]
+        sets = [read_samples(files, _GRID_COLUMNS).values[0] for files in stored]
         if real := run.experiment.sources[name].data:  # what the others should look like
             sets, labels = [read_real_data(run.store.load(real.key))["reference"], *sets], ["real", *labels]
         columns = min(_GRID_COLUMNS, *map(len, sets))

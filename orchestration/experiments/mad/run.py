@@ -120,7 +120,8 @@ class MadRun(TaskRun):
             return
         from pipelines.figures.plots import image_grid
 
-        sets = {generation.number: read_samples(self.store.load(generation.evaluation.key)).values[0]}
+        drawn = read_samples(self.store.load(generation.evaluation.key), _GRID_IMAGES)
+        sets = {generation.number: drawn.values[0]}
         if generation.number == 1:
             sets[0] = read_real_data(self.store.load(real.key))["reference"]
         for number, images in sets.items():
