@@ -27,7 +27,6 @@ from benchmarks.shared_pipelines import SIZES, random_pipeline
 from orchestration.runs.manifest import git_commit
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
-from pipelines.rl.weights import load_weights
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 
@@ -67,7 +66,7 @@ class Ours:
         reward = images.mean(axis=(1, 2, 3))
         advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
         learn = timed(lambda: self._learner.learn(trajectory, np.asarray(advantage), self._steps))
-        publish = timed(lambda: load_weights(self._sampler.network, self._learner.weights()))
+        publish = timed(lambda: self._sampler.load(self._learner.weights()))
         self._steps += 1
         return _named("sample", sample) | _named("learn", learn + publish)
 

@@ -39,7 +39,6 @@ from benchmarks.shared_pipelines import portable_copy
 from pipelines.captioner import Captioner
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
-from pipelines.rl.weights import load_weights
 from pipelines.settings import CaptionerSettings, ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests import models
@@ -122,7 +121,7 @@ def step_of(setting: str, pipeline: Path, captioner_path: Path, chosen: argparse
         with stages("learning"):
             statistics_, changed = learner.learn(trajectory, advantage, seed=number)
         with stages("sending"):
-            load_weights(sampler.network, learner.weights())
+            sampler.load(learner.weights())
     work = chosen.images * chosen.steps
     return {
         "setting": setting,

@@ -26,7 +26,6 @@ from pipelines.rewards import load_reward, score
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import load_weights
 from pipelines.storage.locations import resolve_model
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics, advantages, weighted_sum
@@ -80,7 +79,7 @@ class OneProcess:
         statistics, _ = self.learner.learn(
             Trajectory.concatenate(trajectories), advantage, derive_seed(config.seed, "timesteps", step)
         )
-        load_weights(self.sampler.network, self.learner.weights())
+        self.sampler.load(self.learner.weights())
         clock.append(time.process_time())
         for name, seconds in zip(self.spent, np.diff(clock), strict=True):
             self.spent[name] += float(seconds)

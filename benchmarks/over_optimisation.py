@@ -17,7 +17,6 @@ from benchmarks.one_process import OneProcess
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.config import validate
 from orchestration.runs.manifest import git_commit
-from pipelines.rl.weights import load_weights
 from pipelines.storage.checkpoint import CheckpointStore, LearnerState
 from pipelines.storage.locations import CHECKOUT
 from policies.common.seeding import derive_seed
@@ -52,7 +51,7 @@ def measure(directory: Path) -> dict[int, float]:
             continue
         commit = store.load(step)
         workers.learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
-        load_weights(workers.sampler.network, workers.learner.weights())
+        workers.sampler.load(workers.learner.weights())
         images, _ = workers.draw(prompts, seeds, 0)
         known[step] = float(workers.evaluator.judge(images, prompts)["full"].mean())
         record.write_text(json.dumps(known))

@@ -14,7 +14,7 @@ from pipelines.denoisers import load_family
 from pipelines.rl.learning import DiffusionLearner, LearnerState
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import checksum, fill, load_weights, masters, to_numpy
+from pipelines.rl.weights import changed_by, checksum, fill, load_weights, masters, to_numpy
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
 from policies.rl.settings import SamplingSettings, TrainingSettings
@@ -72,7 +72,7 @@ def test_restored_learner_goes_on_bit_for_bit(model: ModelSettings, sampler: Dif
     resumed = make_learner(model, seed=99)
     resumed.restore(LearnerState(commit.tensors, commit.state["version"]))
     assert checksum(resumed.weights()) == checksum(learner.weights())
-    load_weights(sampler.network, learner.weights())
+    sampler.load(learner.weights())
     trajectory = draw(sampler, version=1)
     for each in (learner, resumed):
         each.learn(trajectory, ADVANTAGE, seed=2)
@@ -90,7 +90,7 @@ def test_optimizer_moments_matter(model: ModelSettings, sampler: DiffusionPolicy
     assert moments == {"step", "exp_avg", "exp_avg_sq"}
     parameters = {key: value for key, value in state.tensors.items() if key.startswith("parameter/")}
     forgetful.restore(LearnerState(parameters, 1))
-    load_weights(sampler.network, learner.weights())
+    sampler.load(learner.weights())
     trajectory = draw(sampler, version=1)
     for each in (learner, forgetful):
         each.learn(trajectory, ADVANTAGE, seed=2)
@@ -108,7 +108,7 @@ def test_sampler_and_learner_agree_after_a_transfer(model: ModelSettings, sample
     """The ratio is 1 again on the images of the second version, LoRA merged in the sampler and not in the learner."""
     learner = make_learner(model)
     learner.learn(draw(sampler), ADVANTAGE, seed=1)
-    assert load_weights(sampler.network, learner.weights()) > 0
+    assert sampler.load(learner.weights()) > 0
     statistics, _ = learner.learn(draw(sampler, version=1), ADVANTAGE, seed=2)
     assert sorted(statistics.first_update_error) == [0, 1, 2]
     assert max(statistics.first_update_error.values()) < 1e-5
@@ -124,12 +124,12 @@ def test_images_of_other_weights_are_refused(model: ModelSettings, sampler: Diff
 def test_weights_are_counted_and_summed_as_they_travel(model: ModelSettings, sampler: DiffusionPolicy) -> None:
     learner = make_learner(model)
     before = learner.weights()
-    assert load_weights(sampler.network, before) == 0
+    assert sampler.load(before) == 0
     _, changed = learner.learn(draw(sampler), ADVANTAGE, seed=1)
     after = learner.weights()
-    differing = [name for name in before if not np.array_equal(before[name], after[name])]
-    assert load_weights(sampler.network, after) == len(differing) > 0
-    assert load_weights(sampler.network, after) == 0
+    differing = {name.split(".lora_")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert sampler.load(after) == len(differing) > 0
+    assert sampler.load(after) == 0
     assert changed > 0
     assert checksum(before) != checksum(after)
     assert checksum(after) == checksum(learner.weights()) == checksum(dict(reversed(after.items())))
@@ -152,7 +152,7 @@ def test_checksum_covers_names_shapes_types_and_bytes() -> None:
 
 def test_an_unknown_weight_is_refused(sampler: DiffusionPolicy) -> None:
     with pytest.raises(KeyError, match=r"no\.such\.weight"):
-        load_weights(sampler.network, {"no.such.weight": np.zeros(1, np.float32)})
+        sampler.load({"no.such.weight": np.zeros(1, np.float32)})
 
 
 def test_full_fine_tuning_changes_everything_that_has_a_gradient(tiny_v_pipeline: Path) -> None:
@@ -184,7 +184,8 @@ def test_lora_binds_to_exactly_the_named_modules(tiny_v_pipeline: Path) -> None:
     targets = [name for name in plain_unet_names(model.path) if f".{name}".endswith(endings)]
     assert {name.rsplit(".", 1)[1] for name in targets} == {"to_q", "0", "conv1"}
     assert set(learner.parameters) == {f"{n}.lora_{half}.default.weight" for n in targets for half in "AB"}
-    assert set(learner.weights()) == {f"{name}.weight" for name in targets}
+    assert set(changed_by(learner.weights())) == {f"{name}.weight" for name in targets}
+    assert set(learner.weights()) == {f"{n}.lora_{half}.weight" for n in targets for half in "AB"}
     assert learner.parameters[f"{targets[0]}.lora_A.default.weight"].shape[0] == 4
 
 
@@ -208,7 +209,7 @@ def test_merged_lora_is_the_network_that_was_trained(tiny_v_pipeline: Path) -> N
     latents, times, embeddings = torch.randn(4, 4, 8, 8), torch.tensor([999, 500, 100, 1]), sampler.embed(BATCH[:4])
     with torch.no_grad():
         base = sampler.predict(latents, times, embeddings)
-        load_weights(sampler.network, learner.weights())
+        sampler.load(learner.weights())
         merged = sampler.predict(latents, times, embeddings)
         trained = learner.policy.predict(latents, times, embeddings)
     assert (trained - base).abs().max() > 1e-3
@@ -221,7 +222,7 @@ def test_what_is_saved_draws_the_same_in_the_stock_pipeline(
     learner = make_learner(model)
     trajectory = draw(sampler)
     learner.learn(trajectory, ADVANTAGE, seed=1)
-    load_weights(sampler.network, learner.weights())
+    sampler.load(learner.weights())
     images, after = sampler.rollout(BATCH, SEEDS)
     assert np.abs(after.latents[:, -1] - trajectory.latents[:, -1]).max() > 1e-2
     learner.save(str(tmp_path))
@@ -291,7 +292,7 @@ def test_the_average_follows_the_weights(model: ModelSettings, sampler: Diffusio
     for version in range(2):
         learner.learn(draw(sampler, version), ADVANTAGE, seed=version)
         values.append({name: value.detach().clone() for name, value in learner.parameters.items()})
-        load_weights(sampler.network, learner.weights())
+        sampler.load(learner.weights())
     for name, mean in learner.average.items():
         expected = 0.75 * (0.75 * values[0][name] + 0.25 * values[1][name]) + 0.25 * values[2][name]
         torch.testing.assert_close(mean, expected)
@@ -302,8 +303,10 @@ def test_the_average_follows_the_weights(model: ModelSettings, sampler: Diffusio
     resumed.restore(learner.state())
     assert (checksum(resumed.weights()), checksum(resumed.weights("averaged"))) == (current, average)
     learner.save(tmp_path)
-    saved = dict(load_family(str(tmp_path), torch.float32).network.named_parameters())
-    assert checksum({name: saved[name].numpy() for name in learner.weights()}) == average
+    saved, plain = (load_family(path, torch.float32).network for path in (str(tmp_path), model.path))
+    assert load_weights(plain, learner.weights("averaged")) > 0
+    for one, other in zip(saved.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_half_precision_weight_learns_as_a_float32_one_does() -> None:
@@ -339,7 +342,7 @@ def test_a_network_in_half_precision_learns_in_float32(tiny_v_pipeline: Path) ->
         statistics, changed = learner.learn(draw(sampler, version), ADVANTAGE, seed=version)
         assert changed == len(learner.masters)
         assert max(statistics.first_update_error.values()) == 0
-        load_weights(sampler.network, learner.weights())
+        sampler.load(learner.weights())
         assert checksum(learner.weights()) == checksum(
             {name: to_numpy(value) for name, value in sampler.network.named_parameters()}
         )

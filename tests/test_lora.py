@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
-from pipelines.rl.weights import copied, exported_weights, load_weights, prepare, swapped
+from pipelines.rl.weights import changed_by, copied, exported_weights, prepare, swapped
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
@@ -86,9 +86,10 @@ def test_outputs_log_probabilities_and_gradients_are_pefts(tiny_v_pipeline: Path
 def test_a_sampler_computes_the_learners_bits(tiny_v_pipeline: Path) -> None:
     """The learner's weight is the sampler's, so the first update's ratio is as exact as without LoRA."""
     model = lora(tiny_v_pipeline)
-    policy, _ = prepared(model)
+    policy, parameters = prepared(model)
     sampler = DiffusionPolicy(model, SAMPLING)
-    assert load_weights(sampler.network, exported_weights(policy.network)) == len(exported_weights(policy.network)) > 7
+    assert sampler.load(weights := exported_weights(policy.network)) == len(changed_by(weights)) > 7
+    assert sum(each.nbytes for each in weights.values()) == sum(each.nbytes for each in parameters.values())
     with torch.no_grad():
         torch.testing.assert_close(log_prob(sampler)(), log_prob(policy)(), rtol=0, atol=0)
 
@@ -113,6 +114,7 @@ def test_the_reference_is_where_training_began(tiny_v_pipeline: Path, rank: int)
     again = call()
     with torch.no_grad(), swapped(parameters, first):
         then = call()
+        assert all(parameters[name].data_ptr() == value.data_ptr() for name, value in first.items())  # lent, not copied
     again.sum().backward()
     torch.testing.assert_close(then, base, rtol=0, atol=0)
     assert not then.requires_grad
@@ -138,14 +140,14 @@ def test_a_small_step_survives_a_coarse_type(tiny_v_pipeline: Path) -> None:
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     weights = exported_weights(policy.network)
     sampler = DiffusionPolicy(lora(tiny_v_pipeline, dtype="bfloat16"), SAMPLING)
-    load_weights(sampler.network, weights)
+    sampler.load(weights)
     with torch.no_grad():
         torch.testing.assert_close(log_prob(sampler)(), log_prob(policy)(), rtol=0, atol=0)
 
 
 def test_a_target_that_is_no_matrix_is_refused(tiny_v_pipeline: Path) -> None:
     with pytest.raises(ValueError, match="Target module GroupNorm"):
-        prepared(lora(tiny_v_pipeline, lora_targets=("norm1",)))
+        prepared(lora(tiny_v_pipeline, lora_targets=("conv_norm_out",)))
 
 
 def test_lora_alone_in_the_bases_stock_pipeline_draws_the_same(tiny_v_pipeline: Path, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_lora_alone_in_the_bases_stock_pipeline_draws_the_same(tiny_v_pipeline: 
                 parameter.normal_(std=0.2)
     learner.save(tmp_path)
     base, sampler = DiffusionPolicy(model, SAMPLING), DiffusionPolicy(model, SAMPLING)
-    load_weights(sampler.network, learner.weights())
+    sampler.load(learner.weights())
     seeds = [3, 1, 2]
     (shown, _), (unlearned, _) = (each.rollout(PROMPTS, seeds) for each in (sampler, base))
     assert np.abs(shown.astype(int) - unlearned).max() > 9

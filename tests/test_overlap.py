@@ -23,7 +23,7 @@ from orchestration.runs.timeline import (
 from pipelines.rl.learning import DiffusionLearner, LearnerState
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import checksum, load_weights
+from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from policies.rl.objectives.ddpo import decoupled_loss, importance_sampling_loss
 from policies.rl.settings import SamplingSettings, TrainingSettings
@@ -105,7 +105,7 @@ def test_a_replay_that_gives_something_else_stops(pair: tuple[DiffusionLearner, 
     learner, sampler = pair
     first = draw(sampler, 0)
     learner.learn(first, ADVANTAGE, seed=1)
-    load_weights(sampler.network, learner.weights())
+    sampler.load(learner.weights())
     with pytest.raises(RatioError, match="differs by"):  # drawn by the present weights, said to be of those before
         learner.learn(draw(sampler, 0), ADVANTAGE, seed=2)
     assert learner.weights_version == 1

@@ -14,7 +14,7 @@ from pipelines.captioner import Captioner
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import checksum, load_weights, to_numpy
+from pipelines.rl.weights import checksum, to_numpy
 from pipelines.settings import CaptionerSettings, ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
@@ -158,7 +158,7 @@ def test_a_network_made_fast_draws_the_same_and_has_ratio_one(
         statistics, changed = learner.learn(trajectory, np.linspace(-1, 1, 8), seed=seed)
         assert max(statistics.first_update_error.values()) < 1e-5
         assert changed
-        load_weights(policy.network, learner.weights())
+        policy.load(learner.weights())
         again, trajectory = policy.rollout(BATCH, SEEDS, learner.weights_version)
     assert not np.array_equal(again, images)
 

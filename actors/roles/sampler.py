@@ -1,6 +1,6 @@
 """Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,16 +64,12 @@ class Sampler(Worker):
 
         self.policy = DiffusionPolicy(model, sampling, device)
         self.version = 0
-        self.base: dict[str, Any] = {}  # what the first weights from elsewhere replaced
 
-    def set_weights(self, version: int, weights: Mapping[str, np.ndarray]) -> WeightReceipt:
+    def set_weights(self, version: int, weights: dict[str, np.ndarray]) -> WeightReceipt:
         """Take new weights. The checksum is computed here, from what arrived."""
-        from pipelines.rl.weights import checksum, copied, load_weights
+        from pipelines.rl.weights import checksum
 
-        if not self.base:
-            known = dict(self.policy.network.named_parameters())
-            self.base = copied({name: known[name] for name in weights}, "cpu")
-        changed = load_weights(self.policy.network, weights)
+        changed = self.policy.load(weights)
         self.version = version
         return WeightReceipt(checksum(weights), changed)
 
@@ -89,7 +85,7 @@ class Sampler(Worker):
         """How far ``source``, which drew the trajectory, is from the base model: KL of the first images (≤ 16,) in
         nats an image. Raises DamagedWeightsError as :meth:`rollout` does."""
         self._take(source)
-        return self.policy.divergence(trajectory.first(_COMPARED), self.base)
+        return self.policy.divergence(trajectory.first(_COMPARED))
 
     def _take(self, source: PolicyVersion) -> None:
         """Hold exactly ``source``: a sampler that was started again holds the model's files, whatever it was sent."""

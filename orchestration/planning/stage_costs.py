@@ -77,7 +77,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
     from pipelines.captioner import Captioner
     from pipelines.rewards import load_reward, score
     from pipelines.rl.policy import DiffusionPolicy
-    from pipelines.rl.weights import checksum, load_weights
+    from pipelines.rl.weights import checksum
 
     roles = {role.name: role for role in plan.roles}
     steps, size = config.sampling.steps, min(config.actors.images_per_call, config.training.images_per_step)
@@ -105,7 +105,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
     known = Costs(
         **costs,
         **of_learning,
-        publish=drawing(lambda: (load_weights(policy.network, weights), checksum(weights))),
+        publish=drawing(lambda: (policy.load(weights), checksum(weights))),
         weight_bytes=float(sum(each.nbytes for each in weights.values())),
         latent_bytes=trajectory.latents.nbytes / size / (steps + 1),
         **(NETWORK | ({"bus": LOOPBACK} if on_cpu else {})),

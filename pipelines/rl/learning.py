@@ -163,7 +163,7 @@ class DiffusionLearner:
         return bool(self.average) and self.training.algorithm.average_draws
 
     def weights(self, kind: WeightsKind = "current") -> trainable.Weights:
-        """Under the plain network's names what samplers draw with ("current"), what they drew with before the last step
+        """As they travel what samplers draw with ("current"), what they drew with before the last step
         of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
         with self.holding(kind), unsharded(self.policy.network):
             return trainable.exported_weights(self.policy.network)
@@ -229,15 +229,13 @@ class DiffusionLearner:
         base's. The first of a group writes.
         """
         weights = self.weights("averaged")
-        with self.holding("averaged"), unsharded(self.policy.network):
-            adapter = trainable.exported_adapter(self.policy.network)
-            layers = {name: torch.from_numpy(each) for name, each in adapter.items()}
         if self.group.rank:
             return
         family = load_family(self.model.path, self.policy.dtype)
         trainable.load_weights(family.network, weights)
         family.pipeline.save_pretrained(directory, safe_serialization=True)
-        if layers and hasattr(family.pipeline, "save_lora_weights"):
+        if self.model.lora_rank and hasattr(family.pipeline, "save_lora_weights"):
+            layers = {name: torch.from_numpy(each) for name, each in weights.items()}
             named = {f"{family.network_name}_lora_layers": layers}
             family.pipeline.save_lora_weights(Path(directory) / "lora", **named)
 

@@ -6,21 +6,20 @@ the merged weight, computes the same to the bit. peft configures, initialises an
 
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pipelines.rl.weights import merged
 
 
 class Merged:
     """What both kinds of layers share."""
 
     def whole(self: Any) -> Tensor:
-        """W + BA in W's shape and type, added up in float32."""
-        weight: Tensor = self.get_base_layer().weight
-        a, b = (each.flatten(1) for each in self.factors())
-        return torch.addmm(weight.flatten(1).to(a.dtype), b, a).view_as(weight).to(weight.dtype)
+        """W + BA."""
+        return merged(self.get_base_layer().weight, *self.factors())
 
     def factors(self: Any) -> tuple[Tensor, Tensor]:
         """A (rank, inputs, …) and B (outputs, rank, …)."""

@@ -4,7 +4,7 @@ An image is a function of (weights, prompt, seed): each has its own CPU generato
 pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.denoisers import check_guidance, load_family
 from pipelines.denoisers.family import Conditions
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import swapped
+from pipelines.rl.weights import Weights, changed_by, copied, load_weights, swapped
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import reading
 from policies.rl.health import DegenerateBatch
@@ -37,11 +37,19 @@ class DiffusionPolicy:
         with reading(self.family.files.directory / "scheduler"):
             self.schedule = self.family.schedule(sampling).to(self.device)
         self._conditions: dict[str | None, Conditions] = {}
+        self.base: dict[str, Tensor] = {}  # what the first weights from elsewhere replaced, in the machine's memory
 
     @property
     def network(self) -> Any:
         """The trained network."""
         return self.family.network
+
+    def load(self, weights: Weights) -> int:
+        """Take a learner's weights. Returns how many tensors changed. Raises KeyError on an unknown name."""
+        known = dict(self.network.named_parameters())
+        if not self.base:
+            self.base = copied({name: known[name] for name in changed_by(weights)}, "cpu")
+        return load_weights(self.network, weights, self.base)
 
     def embed(self, prompts: Sequence[str | None]) -> Conditions:
         """The prompts' conditions; of None: what guidance leads away from. Each is computed once, alone, so it never
@@ -119,9 +127,9 @@ class DiffusionPolicy:
         return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
-    def divergence(self, trajectory: Trajectory, base: Mapping[str, Tensor]) -> np.ndarray:
-        """KL of the present policy to the one with ``base`` for some of its weights, along a trajectory (batch,): that
-        of its normal steps, summed over steps, channels and pixels, in nats an image."""
+    def divergence(self, trajectory: Trajectory) -> np.ndarray:
+        """KL of the present policy to the one of the model's files, along a trajectory (batch,): that of its normal
+        steps, summed over steps, channels and pixels, in nats an image."""
         latents = torch.from_numpy(trajectory.latents).to(self.device, self.dtype)
         conditions, schedule = self.embed(trajectory.prompts), self.schedule
         steps = [step.repeat(len(latents)) for step in schedule.stochastic_steps]
@@ -130,7 +138,7 @@ class DiffusionPolicy:
             return [self.predict(latents[:, i[0]], schedule.timesteps[i], conditions) for i in steps]
 
         here, parameters = outputs(), dict(self.network.named_parameters())
-        with swapped({name: parameters[name] for name in base}, base):
+        with swapped({name: parameters[name] for name in self.base}, self.base):
             there = outputs()
         apart = [
             schedule.divergence(latents[:, step[0]], one, other, step, "sum")

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipelines.settings import ModelSettings
 
 Weights = dict[str, np.ndarray]
+_LORA = ".lora_A.weight", ".lora_B.weight"
 
 
 def checksum(weights: Mapping[str, np.ndarray]) -> str:
@@ -56,13 +58,20 @@ def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
 
 @contextmanager
 def swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """``parameters`` hold ``values`` in this block: the same network with other weights."""
-    kept = copied(parameters)
-    fill(parameters, values)
+    """``parameters`` hold ``values`` in this block: the same network with other weights. They are lent and not copied,
+    but where a parameter is sharded, of another type or on another device."""
+    sharded = {name: parameter for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
+    written = copied(sharded)
+    lent = {name: parameter.data for name, parameter in parameters.items() if name not in sharded}
     try:
+        fill(sharded, values)
+        for name in lent:
+            parameters[name].data = values[name].detach().to(lent[name])
         yield
     finally:
-        fill(parameters, kept)
+        fill(sharded, written)
+        for name, own in lent.items():
+            parameters[name].data = own
 
 
 def copied(parameters: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
@@ -89,32 +98,49 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def exported_weights(network: nn.Module) -> Weights:
-    """The trained weights under the plain network's names, LoRA merged (W + BA): samplers run at full speed."""
-    if layers := lora_layers(network):
-        return {f"{name}.weight": to_numpy(layer.whole()) for name, layer in layers.items()}
-    return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
-
-
-def exported_adapter(network: nn.Module) -> Weights:
-    """LoRA's A and B under peft's names; alpha = rank, which is what loaders take for granted. Empty without LoRA."""
-    factors = {name: layer.factors() for name, layer in lora_layers(network).items()}
+    """What travels to those who draw: the trained weights by their names, or LoRA's A and B under peft's, which
+    :func:`load_weights` adds to what the layers had (alpha = rank, which is what other loaders take for granted)."""
+    if not (layers := lora_layers(network)):
+        return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
+    factors = {name: layer.factors() for name, layer in layers.items()}
     return {
-        f"{name}.lora_{half}.weight": to_numpy(each)
+        f"{name}{ending}": to_numpy(each)
         for name, pair in factors.items()
-        for half, each in zip("AB", pair, strict=True)
+        for ending, each in zip(_LORA, pair, strict=True)
     }
 
 
+def changed_by(weights: Mapping[str, np.ndarray]) -> list[str]:
+    """The names of the parameters of a plain network that :func:`load_weights` writes."""
+    a, b = _LORA
+    names = (name for name in weights if not name.endswith(b))
+    return [f"{name.removesuffix(a)}.weight" if name.endswith(a) else name for name in names]
+
+
 @torch.no_grad()
-def load_weights(network: nn.Module, weights: Mapping[str, np.ndarray]) -> int:
-    """Write ``weights`` into a plain network. Returns how many tensors changed. Raises KeyError on an unknown name."""
+def load_weights(
+    network: nn.Module, weights: Mapping[str, np.ndarray], base: Mapping[str, Tensor] | None = None
+) -> int:
+    """Write exported weights into a plain network, which then runs at full speed. LoRA is added to the ``base``, by
+    default what the network holds: W + BA, computed as the learner does. Returns how many tensors changed. Raises
+    KeyError on an unknown name."""
     parameters = dict(network.named_parameters())
-    changed = 0
-    for name, array in weights.items():
-        tensor = from_numpy(array, parameters[name].dtype).to(parameters[name].device)
-        changed += not torch.equal(parameters[name], tensor)
-        parameters[name].copy_(tensor)
+    base, changed = parameters if base is None else base, 0
+    for name in changed_by(weights):
+        parameter, layer = parameters[name], name.removesuffix(".weight")
+        if layer + _LORA[0] in weights:
+            a, b = (from_numpy(weights[layer + ending], torch.float32).to(parameter.device) for ending in _LORA)
+            tensor = merged(base[name].to(parameter.device), a, b)
+        else:
+            tensor = from_numpy(weights[name], parameter.dtype).to(parameter.device)
+        changed += not torch.equal(parameter, tensor)
+        parameter.copy_(tensor)
     return changed
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """W + BA in W's shape and type, added up in the type of A and B, float32."""
+    return torch.addmm(weight.flatten(1).to(a.dtype), b.flatten(1), a.flatten(1)).view_as(weight).to(weight.dtype)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

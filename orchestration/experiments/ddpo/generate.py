@@ -86,7 +86,6 @@ def _open(source: Path, trusted: bool) -> Any:
         if changed := changed_inputs(held, now).get("model.path"):
             raise ConfigError(f"{run} has no pipeline yet, and what it trains is not as it was: model.path: {changed}")
         from pipelines.rl.learning import DiffusionLearner, LearnerState
-        from pipelines.rl.weights import load_weights
 
         store = CheckpointStore(directory / "checkpoints", owners=ids(manifest))
         if step not in (None, *store.steps()) or not store.steps():
@@ -95,5 +94,5 @@ def _open(source: Path, trusted: bool) -> Any:
         learner = DiffusionLearner(config.model, config.sampling, config.training, seed=0)
         learner.restore(LearnerState(commit.tensors, commit.state["weights_version"]))
         policy = DiffusionPolicy(config.model, config.sampling)
-        load_weights(policy.network, learner.weights("averaged"))
+        policy.load(learner.weights("averaged"))
         return policy
