@@ -4,7 +4,8 @@
 hold the rewards of all candidates, and prints for t = 0, 1, … the mean reward of what generation 1 + t draws, beside
 what t generations of curation make of generation 1's own samples by the exact law, if every model drew just what it was
 fed, and beside the optimum p e^{tr} of reinforcement learning with a KL weight of 1/t to that model. Means and 95 %
-intervals are over seeds; the laws hold within a digit's class, in its share.
+intervals are over seeds. The laws hold for each prompt by itself, whose candidates (six, in the mean) stand for its
+distribution.
 """
 
 import json
@@ -21,7 +22,7 @@ from orchestration.runs.manifest import git_commit
 from policies.common.intervals import interval
 from policies.loops.curation import curated_categorical, tilted_categorical
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # labels (n,), rewards of what was kept (n,), of candidates (n, K)
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompts (n,), rewards of what was kept (n,), of candidates (n, K)
 
 
 def main(run: Path) -> None:
@@ -30,10 +31,10 @@ def main(run: Path) -> None:
     for path in (run / "tasks").glob("[0-9a-f]*/manifest.json"):
         task = json.loads(path.read_text())
         about = task["parameters"]
-        if task["kind"] == "sample" and about["selection"] and about["count"] == 400:  # the arm without real data
+        if task["kind"] == "sample" and about.get("selection") and about["count"] == 400:  # the arm without real data
             rows = load_from_disk(str(path.parent))
-            label, reward, candidates = (np.array(rows[name]) for name in ("label", "reward", "candidates"))
-            found[about["generation"]][about["seeds"][0]] = label, reward, candidates
+            prompt, reward, candidates = (np.array(rows[name]) for name in ("caption", "reward", "candidates"))
+            found[about["generation"]][about["seeds"][0]] = prompt, reward, candidates
     first = found[min(found)]
     many = next(iter(first.values()))[2].shape[1]
     print(f"commit {git_commit()}, {len(first)} seeds, {many} candidates of a prompt")
@@ -47,16 +48,16 @@ def main(run: Path) -> None:
 
 
 def _after(rows: Rows, times: int, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """The mean reward once the candidates' distribution has been changed so many times, class by class."""
-    labels, _, candidates = rows
+    """The mean reward once the candidates' distribution has been changed so many times, prompt by prompt."""
+    prompts, _, candidates = rows
     total = 0.0
-    for label in np.unique(labels):
-        own = candidates[labels == label]
+    for prompt in np.unique(prompts):
+        own = candidates[prompts == prompt]
         values, counts = np.unique(own, return_counts=True)
         p = counts / counts.sum()
         for _ in range(times):
             p = change(p, values)
-        total += float(p @ values) * len(own) / len(labels)
+        total += float(p @ values) * len(own) / len(prompts)
     return total
 
 
