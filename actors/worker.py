@@ -25,6 +25,10 @@ ACTIVITIES = {
     "score": "scoring",
     "judge": "judging",
     "learn": "learning",
+    "state_part": "handing over its state",
+    "restore_part": "taking a state",
+    "pipeline": "saving the pipeline",
+    "pipeline_part": "handing over the pipeline",
     "divergence": "comparing with the base",
 }
 

@@ -103,9 +103,10 @@ def test_death_in_the_middle_leaves_the_previous_commit(
     store.commit(1, TENSORS, STATE)
     write, replace = atomic.write_durably, atomic.os.replace
 
-    def dying_write(path: Path, content: bytes) -> None:
+    def dying_write(path: Path, content: atomic.Content) -> None:
         if path.name == dies_at:
-            path.write_bytes(content[: len(content) // 2])
+            whole = content if isinstance(content, bytes) else b"".join(content)
+            path.write_bytes(whole[: len(whole) // 2])
             raise KeyboardInterrupt
         write(path, content)
 

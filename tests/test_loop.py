@@ -242,7 +242,7 @@ def test_a_check_says_which_rewards_can_teach(
     assert same.objection == "all images of a prompt score the same: there is nothing to learn from"
     assert same.means == {"true": 0.5, "shuffled": 0.5, "noise": 0.5}
     assert redness.objection is None
-    assert redness.spread > 0.01
+    assert redness.spread > 0.005 > same.spread
     assert redness.means["true"] == pytest.approx(redness.means["shuffled"])  # it reads no prompt
     assert abs(redness.means["noise"]) < 0.05 < redness.means["true"]
     assert redness.rank_correlation is None
@@ -406,11 +406,14 @@ def test_work_that_hangs_is_done_again_and_one_sampler_draws_what_two_do(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MB of its own."""
+def small_disk(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, with room for two commits and a half, and what else a run writes meanwhile."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True).returncode:
+    commits = [sum(file.stat().st_size for file in each.iterdir()) for each in (finished / "checkpoints").iterdir()]
+    others = sum(file.stat().st_size for file in (finished / "evaluations").iterdir()) // 2
+    size = f"size={max(commits) * 5 // 2 + others}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(place)], capture_output=True).returncode:
         pytest.skip("this system lets only an administrator mount a disk")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -1,6 +1,8 @@
 """The learner turns scored trajectories into new weights."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from actors.pool import Pool
 from actors.worker import Worker
 from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
-from pipelines.storage.atomic import Files, packed
-from pipelines.storage.checkpoint import LearnerState, WeightsKind
+from pipelines.storage.checkpoint import WeightsKind
+from pipelines.storage.tensor_files import PART, Outline
 from policies.rl.settings import SamplingSettings, TrainingSettings
 
 Weights = dict[str, np.ndarray]
@@ -61,17 +63,47 @@ class LearnerActor(Worker):
         """Some of the weights, as they are."""
         return self._sent(self.learner.weights(kind), self.learner.weights_version - (kind == "previous"), 0, {})
 
-    def state(self) -> LearnerState:
-        """What another learner goes on from."""
-        return self.learner.state()
+    def checksum(self, kind: WeightsKind) -> str:
+        """That of :meth:`weights`, which stay."""
+        from pipelines.rl.weights import checksum
 
-    def restore(self, state: LearnerState) -> None:
-        """Go on from a state."""
-        self.learner.restore(state)
+        return checksum(self.learner.weights(kind))
 
-    def pipeline(self) -> Files:
-        """The files of a diffusers directory of the current weights, LoRA merged; of the first learner, others none."""
-        return packed(self.learner.save)
+    def state_outline(self) -> tuple[Outline, int]:
+        """What another learner goes on from: its arrays, which :meth:`state_part` gives, and the weights' version."""
+        return self.learner.state_outline()
+
+    def state_part(self, names: list[str]) -> list[np.ndarray]:
+        """Some of the state."""
+        return self.learner.state_part(names)
+
+    def restore_part(self, tensors: Weights) -> None:
+        """Take some of a state."""
+        self.learner.restore_part(tensors)
+
+    def restored(self, weights_version: int) -> None:
+        """Go on from a state, all of which was taken."""
+        self.learner.restored(weights_version)
+
+    def pipeline(self) -> dict[str, int]:
+        """Write a diffusers directory of the current weights, LoRA merged, and lay it by for :meth:`pipeline_part`: its
+        files and their sizes; of the first learner, others none."""
+        self._saved = TemporaryDirectory()
+        self.learner.save(self._saved.name)
+        files = sorted(path for path in Path(self._saved.name).rglob("*") if path.is_file())
+        return {path.relative_to(self._saved.name).as_posix(): path.stat().st_size for path in files}
+
+    def pipeline_part(self, name: str, start: int) -> bytes:
+        """:data:`PART` bytes of one of the files, or what is left of it. A file is gone with its last part."""
+        path = Path(self._saved.name, name)
+        if self.group.rank:
+            return b""
+        with path.open("rb") as file:
+            file.seek(start)
+            part = file.read(PART)
+        if start + len(part) >= path.stat().st_size:
+            path.unlink()
+        return part
 
     def _insides(self) -> list[tuple[Any, str, str]]:
         import torch

@@ -1,7 +1,7 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipelines.rl.sharding import own_part, placed_as, shard, unsharded
 from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
+from pipelines.storage.tensor_files import Outline
 from policies.rl.group import Group, gathered
 from policies.rl.health import DegenerateBatch
 from policies.rl.rollouts import Network, Rollouts, replayed
@@ -65,6 +66,7 @@ class DiffusionLearner:
         self.average = trainable.copied(self.masters) if training.ema_decay else {}
         self.previous: dict[str, Tensor] = {}  # at depth 1: what the version before drew with
         self.weights_version = 0
+        self._given: dict[str, dict[tuple[str, str], Tensor]] = {}  # kind → (name, moment) → of a state that comes in
 
     def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
         """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
@@ -178,42 +180,64 @@ class DiffusionLearner:
     def state(self) -> LearnerState:
         """Trained parameters and the optimiser's moments, in float32 whatever the network computes in; of the first of
         a group, the others' has no tensors."""
+        tensors = {name: self.state_part([name])[0] for name in self._held()}
+        return LearnerState({} if self.group.rank else tensors, self.weights_version)
+
+    def state_outline(self) -> tuple[Outline, int]:
+        """What :meth:`state` holds, and the weights' version."""
+        held = self._held()
+        shapes = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in held.items()}
+        return shapes, self.weights_version
+
+    def state_part(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Some of the :meth:`state`; of the first of a group, others give nothing but their share."""
+        held = self._held()
+        whole = (gathered(held[name]) for name in names)
+        return [trainable.to_numpy(each) if self.group.rank == 0 else np.empty(0) for each in whole]
+
+    def _held(self) -> dict[str, Tensor]:
         held: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in self.masters.items()}
         held |= {f"average/{name}": mean for name, mean in self.average.items()}
         held |= {f"previous/{name}": value for name, value in self.previous.items()}
         for name, moments in zip(self.masters, self.learner.moments(), strict=True):
             held |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
-        tensors = {}
-        for key, value in held.items():
-            whole = gathered(value)
-            if self.group.rank == 0:
-                tensors[key] = trainable.to_numpy(whole)
-        return LearnerState(tensors, self.weights_version)
+        return held
 
     def restore(self, state: LearnerState) -> None:
         """The inverse of :meth:`state`. Raises KeyError if the state is of another model or another LoRA."""
+        self.restore_part(state.tensors)
+        self.restored(state.weights_version)
 
-        def held(kind: str, name: str) -> Tensor:
+    @torch.no_grad()
+    def restore_part(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Take some of a state's tensors; :meth:`restored` follows the last ones. Raises KeyError."""
+        written: dict[str, Mapping[str, Tensor]] = {"parameter": self.masters, "average": self.average}
+        for key, array in tensors.items():
+            kind, name = key.split("/", 1)
+            name, moment = name.rsplit("/", 1) if kind == "optimizer" else (name, "")
             like = self.masters[name]
-            return placed_as(trainable.from_numpy(state.tensors[f"{kind}/{name}"], like.dtype), like)
+            value = trainable.from_numpy(array, torch.float32 if moment else like.dtype)
+            # A count of steps is no part of a sharded tensor.
+            value = value if moment and not value.dim() else placed_as(value, like)
+            if kind in written:
+                value = written[kind][name].copy_(value) if name in written[kind] else like
+            self._given.setdefault(kind, {})[name, moment] = value
 
-        with torch.no_grad():
-            for name, parameter in self.masters.items():
-                parameter.copy_(held("parameter", name))
-            trainable.fill(self.parameters, self.masters)
-            for name, mean in self.average.items():
-                mean.copy_(held("average" if f"average/{name}" in state.tensors else "parameter", name))
-        kept = [name for name in self.parameters if self.training.depth and f"previous/{name}" in state.tensors]
-        self.previous = {name: held("previous", name) for name in kept}
+    @torch.no_grad()
+    def restored(self, weights_version: int) -> None:
+        """Go on from what the parts held. Raises KeyError if some of it is missing."""
+        given, self._given = self._given, {}
+        for name in self.masters:
+            given["parameter"][name, ""]
+        trainable.fill(self.parameters, self.masters)
+        for name, mean in self.average.items() if "average" not in given else ():
+            mean.copy_(self.masters[name])
+        self.previous = {name: value for (name, _), value in given.get("previous", {}).items() if self.training.depth}
         moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.masters}
-        for key in state.tensors:
-            if key.startswith("optimizer/"):
-                name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
-                value = trainable.from_numpy(state.tensors[key], torch.float32)
-                # A count of steps is no part of a sharded tensor.
-                moments[name][moment] = placed_as(value, self.masters[name]) if value.dim() else value
+        for (name, moment), value in given.get("optimizer", {}).items():
+            moments[name][moment] = value
         self.learner.restore_moments(list(moments.values()))
-        self.weights_version = state.weights_version
+        self.weights_version = weights_version
 
     def begin_at(self, weights: Mapping[str, Tensor]) -> None:
         """Begin at other weights of what is trained than the model's own, by their names."""
@@ -228,13 +252,19 @@ class DiffusionLearner:
         """Write a diffusers directory of the averaged weights, LoRA merged, and LoRA alone in its ``lora/``, for the
         base's. The first of a group writes.
         """
-        weights = self.weights("averaged")
+        family, lora = self.policy.family, self.model.lora_rank
+        weights = self.weights("averaged") if lora or self.group.sharded else {}
         if self.group.rank:
             return
-        family = load_family(self.model.path, self.policy.dtype)
-        trainable.load_weights(family.network, weights)
-        family.pipeline.save_pretrained(directory, safe_serialization=True)
-        if self.model.lora_rank and hasattr(family.pipeline, "save_lora_weights"):
+        with ExitStack() as stack:
+            if self.group.sharded:
+                family = load_family(self.model.path, self.policy.dtype)
+                trainable.load_weights(family.network, weights)
+            else:
+                stack.enter_context(self.holding("averaged"))
+                stack.enter_context(trainable.plain(family.network))
+            family.pipeline.save_pretrained(directory, safe_serialization=True)
+        if lora and hasattr(family.pipeline, "save_lora_weights"):
             layers = {name: torch.from_numpy(each) for name, each in weights.items()}
             named = {f"{family.network_name}_lora_layers": layers}
             family.pipeline.save_lora_weights(Path(directory) / "lora", **named)

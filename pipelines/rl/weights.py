@@ -96,6 +96,26 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if isinstance(module, Merged)}
 
 
+@contextmanager
+def plain(network: nn.Module) -> Iterator[None]:
+    """In this block ``network`` has no LoRA, but what it makes of the weights."""
+    layers = lora_layers(network)
+    kept = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
+
+    def put(name: str, module: nn.Module, weight: Tensor) -> None:
+        layers[name].get_base_layer().weight.data = weight
+        parent, _, child = name.rpartition(".")
+        network.get_submodule(parent)._modules[child] = module
+
+    try:
+        for name, layer in layers.items():
+            put(name, layer.get_base_layer(), layer.whole().detach())
+        yield
+    finally:
+        for name, weight in kept.items():
+            put(name, layers[name], weight)
+
+
 @torch.no_grad()
 def exported_weights(network: nn.Module) -> Weights:
     """What travels to those who draw: the trained weights by their names, or LoRA's A and B under peft's, which

@@ -11,13 +11,16 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MANIFEST = "manifest.json"
 Files = dict[str, bytes]  # relative path → content
+Content = bytes | Iterable[bytes]  # of a file, whole or piece by piece
 _MOST, _DEEPEST = 2**28, 100  # bytes of a JSON file or a journal, and levels of an object in it
+_PIECE = 2**24  # bytes of a large file that are read at a time
 _DIGEST = "_digest"  # of a record: the end of what it says, so that a digit that was changed is noticed
 
 
@@ -25,13 +28,13 @@ class DamagedFiles(RuntimeError):  # noqa: N818
     """A committed directory whose files do not match its manifest."""
 
 
-def commit_directory(target: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
+def commit_directory(target: Path, files: Mapping[str, Content], about: Mapping[str, Any]) -> None:
     """Put ``files`` at ``target``, in place of what was there; ``about`` is kept in the manifest."""
     aside = target.with_name(f".{target.name}.partial")
     remove(aside)
     try:
         _write_directory(aside, files, about)
-    except OSError:  # a full disk is not left fuller
+    except Exception:  # a full disk is not left fuller
         remove(aside)
         raise
     before = target.with_name(f".{target.name}.before")
@@ -60,26 +63,53 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _write_directory(aside: Path, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    manifest = json.dumps({**about, "sha256": hashes}, indent=1).encode()
+def _write_directory(aside: Path, files: Mapping[str, Content], about: Mapping[str, Any]) -> None:
     folders = {aside} | {(aside / name).parent for name in files}
     for folder in sorted(folders):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {**files, MANIFEST: manifest}.items():
-        write_durably(aside / name, content)
+    hashes = {}
+    for name, content in files.items():
+        digest = hashlib.sha256()
+        write_durably(aside / name, _passing(content, digest.update))
+        hashes[name] = digest.hexdigest()
+    write_durably(aside / MANIFEST, json.dumps({**about, "sha256": hashes}, indent=1).encode())
     for folder in folders:
         _flush_directory(folder)
 
 
+def _passing(content: Content, tell: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The pieces of ``content``, each of which is told of on its way."""
+    for piece in [content] if isinstance(content, bytes) else content:
+        tell(piece)
+        yield piece
+
+
 def read_directory(directory: Path) -> tuple[Files, dict[str, Any]]:
     """The files of a commit and its manifest. Raises DamagedFiles."""
-    manifest = read_manifest(directory)
-    contents = {name: read_bytes(directory / name, most=2**63) for name in manifest["sha256"]}
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
-            raise DamagedFiles(f"{directory / name} does not match its manifest: it was truncated or altered")
-    return contents, manifest
+    contents = {name: b"".join(content) for name, content in pieces_of(directory).items()}
+    return contents, read_manifest(directory)
+
+
+def check_directory(directory: Path) -> dict[str, Any]:
+    """The manifest of a commit whose files are what it says; none is held whole. Raises DamagedFiles."""
+    for content in pieces_of(directory).values():
+        for _ in content:
+            pass
+    return read_manifest(directory)
+
+
+def pieces_of(directory: Path) -> dict[str, Iterator[bytes]]:
+    """The files of a commit, piece by piece. Raises DamagedFiles, at the last piece of one that is not what the
+    manifest says."""
+
+    def pieces(path: Path, expected: str) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        with _opened(path, most=2**63) as file:
+            yield from _passing(iter(partial(file.read, _PIECE), b""), digest.update)
+        if digest.hexdigest() != expected:
+            raise DamagedFiles(f"{path} does not match its manifest: it was truncated or altered")
+
+    return {name: pieces(directory / name, digest) for name, digest in read_manifest(directory)["sha256"].items()}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -95,14 +125,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
-    """A regular file of at most ``most`` bytes. Raises DamagedFiles: a pipe or a device would be read for ever."""
+    """A regular file of at most ``most`` bytes. Raises DamagedFiles."""
+    with _opened(path, most) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, most: int) -> Iterator[BinaryIO]:
+    """A regular file of at most ``most`` bytes: a pipe or a device would be read for ever. Raises DamagedFiles."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_size > most:
                 raise DamagedFiles(f"{path} is not a file of at most {most / 1e6:,.0f} MB")
-            return file.read()
+            yield file
     except OSError as error:
         raise DamagedFiles(f"{path} cannot be read: {error.strerror}") from error
 
@@ -197,10 +234,11 @@ def replace_durably(path: Path, content: bytes) -> None:
     os.replace(aside, path)
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: Content) -> None:
     """Write a file and flush it to the disk."""
     with open(path, "wb", opener=not_through_a_link) as file:
-        file.write(content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

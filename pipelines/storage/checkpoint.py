@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.storage.atomic import DamagedFiles, commit_directory, read_directory, recover
+from pipelines.storage.atomic import (
+    DamagedFiles,
+    check_directory,
+    commit_directory,
+    pieces_of,
+    read_bytes,
+    recover,
+)
+from pipelines.storage.tensor_files import encoded, tensor_file
 
 SCHEMA = 1
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -25,7 +33,7 @@ class Checkpoint:
     """State after ``step`` finished steps: named arrays, and whatever JSON can hold."""
 
     step: int
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]  # read when they are asked for, as long as the commit is there
     state: dict[str, Any]
 
 
@@ -36,7 +44,7 @@ WeightsKind = Literal["current", "previous", "averaged"]  # of a learner
 class LearnerState:
     """Everything that learning needs to go on as if it had never stopped."""
 
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]
     weights_version: int
 
 
@@ -78,17 +86,11 @@ class CheckpointStore:
 
     def commit(self, step: int, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> Path:
         """Write a commit and forget those beyond ``keep``. Raises QuotaError, before anything is written."""
-        from safetensors.numpy import save
-
-        target = self.path(step)
-        files = {
-            # Not ascontiguousarray, which gives an array without dimensions one.
-            _TENSORS: save({name: np.asarray(array, order="C") for name, array in tensors.items()}),
-            _STATE: json.dumps(state).encode(),
-        }
+        target, known = self.path(step), json.dumps(state).encode()
+        size, content = encoded(tensors)
         if isinstance(self.keep, str):
-            self._make_room(sum(map(len, files.values())), self.keep)
-        commit_directory(target, files, self._about(step))
+            self._make_room(size + len(known), self.keep)
+        commit_directory(target, {_TENSORS: content, _STATE: known}, self._about(step))
         if isinstance(self.keep, int):
             self._forget(self.steps()[: -self.keep])
         return target
@@ -114,12 +116,12 @@ class CheckpointStore:
 
     def adopt(self, source: Path) -> int:
         """Put a commit of another store in place of what is held of its step and later. Returns its step."""
-        contents, manifest = read_directory(source)
+        manifest = check_directory(source)
         step = int(manifest["step"])
         for later in self.steps():
             if later >= step:
                 shutil.rmtree(self.path(later))
-        commit_directory(self.path(step), contents, self._about(step) | {"schema": manifest["schema"]})
+        commit_directory(self.path(step), pieces_of(source), self._about(step) | {"schema": manifest["schema"]})
         return step
 
     def _about(self, step: int) -> dict[str, Any]:
@@ -142,21 +144,20 @@ class CheckpointStore:
 
     def load(self, step: int | None = None) -> Checkpoint:
         """A commit, by default the newest. Raises FileNotFoundError or DamagedFiles."""
-        from safetensors.numpy import load
-
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "no commit" if step is None else f"no commit of step {step} (there are: {steps})"
             raise FileNotFoundError(f"{self.directory} holds {wanted}")
         step = steps[-1] if step is None else step
         directory = self.path(step)
-        contents, manifest = read_directory(directory)
+        manifest = check_directory(directory)
         if manifest.get("schema") != SCHEMA:
             raise DamagedFiles(f"{directory} has schema {manifest.get('schema')}, this program reads {SCHEMA}")
         if manifest.get("step") != step:
             raise DamagedFiles(f"{directory} holds step {manifest.get('step')}: it was renamed or altered")
         if self.owners and manifest.get("run", self.owners[0]) not in self.owners:
             raise DamagedFiles(f"{directory} is a commit of another run (id {manifest['run']})")
-        if not {_TENSORS, _STATE} <= contents.keys():
+        if not {_TENSORS, _STATE} <= manifest["sha256"].keys():
             raise DamagedFiles(f"{directory} holds no state")
-        return Checkpoint(step, load(contents[_TENSORS]), json.loads(contents[_STATE]))
+        state = json.loads(read_bytes(directory / _STATE))
+        return Checkpoint(step, tensor_file(directory / _TENSORS), state)

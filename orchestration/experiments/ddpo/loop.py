@@ -98,7 +98,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
             with run.stage("commit"):
                 run.store.pinned = report.best_step()  # anew each time: a resumed run knows it from its evaluations
                 known = {"prompt_statistics": history.state(), "drawn_by": queue.drawn_by}
-                run.commit(workers.ask_learner("state"), known, workers.accounts())
+                run.commit(workers.learner_state(), known, workers.accounts())
         on_step(run)
 
     kept = report.best_step(point_to_keep)

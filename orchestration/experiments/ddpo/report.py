@@ -23,7 +23,7 @@ from orchestration.runs.timeline import middle_of, read_spans
 from orchestration.tracking.tracker import FIRST_LOOK, flatten
 from pipelines.pages import fill
 from pipelines.storage import atomic
-from pipelines.storage.atomic import DamagedFiles, Files
+from pipelines.storage.atomic import Content, DamagedFiles, Files
 from policies.rl.over_optimisation import EvaluationPoint, best_point, over_optimised, point_to_keep
 
 _RESULTS = {  # of the summary, each before and after
@@ -92,7 +92,9 @@ class Report:
             run.tracker.tags({"stopped": self.stopped})
         return self.stopped is not None
 
-    def finish(self, after: Evaluation, weights_sha256: str, pipeline: Files, accounts: Mapping[str, Account]) -> Path:
+    def finish(
+        self, after: Evaluation, weights_sha256: str, pipeline: Mapping[str, Content], accounts: Mapping[str, Account]
+    ) -> Path:
         """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         best = self.best_step(point_to_keep) or run.step
@@ -115,7 +117,7 @@ class Report:
             "pipeline": str(run.directory / "pipeline"),
         }
         lora, shown = any(name.startswith("lora/") for name in pipeline), after.prompts[:_GRID_IMAGES]
-        files = pipeline | self._card(facts, figures, lora, list(dict.fromkeys(shown)))
+        files = {**pipeline, **self._card(facts, figures, lora, list(dict.fromkeys(shown)))}
         atomic.commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
         run.tracker.artifact(run.store.path(best), "checkpoints")
         if best != run.step:

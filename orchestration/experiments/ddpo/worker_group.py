@@ -24,9 +24,10 @@ from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation, fixed_work
 from orchestration.experiments.ddpo.preflight import Plan
 from orchestration.runs.display import Display
-from pipelines.storage.atomic import Files
+from pipelines.storage.atomic import Content
 from pipelines.storage.checkpoint import Checkpoint, LearnerState, WeightsKind
 from pipelines.storage.locations import portable
+from pipelines.storage.tensor_files import PART, StreamedTensors, outline_of, parts
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 
@@ -145,10 +146,21 @@ class WorkerGroup(ExitStack):
         """The answer of the learner's first process to a call of all."""
         return self.wait(self.learner.everyone(method, *arguments), f"the learner's {method}")[0]
 
-    def export(self) -> tuple[str, Files]:
-        """The checksum of the final weights, averaged if they are, and a diffusers directory of them."""
-        update, _ = self._learner("the final weights", "weights", "averaged")
-        return update.checksum, self.ask_learner("pipeline")
+    def learner_state(self) -> LearnerState:
+        """What a learner goes on from; its tensors come part by part, when they are asked for."""
+        outline, version = self.ask_learner("state_outline")
+        return LearnerState(StreamedTensors(outline, lambda names: self.ask_learner("state_part", names)), version)
+
+    def export(self) -> tuple[str, dict[str, Content]]:
+        """The checksum of the final weights, averaged if they are, and a diffusers directory of them, whose files come
+        piece by piece."""
+
+        def pieces(name: str, size: int) -> Iterator[bytes]:
+            for start in range(0, max(size, 1), PART):
+                yield self.ask_learner("pipeline_part", name, start)
+
+        checksum, sizes = self.ask_learner("checksum", "averaged"), self.ask_learner("pipeline")
+        return checksum, {name: pieces(name, size) for name, size in sizes.items()}
 
     def update_weights(self, update: Update, weights: ObjectRef, *, restored: bool = False) -> None:
         """Give every sampler the learner's weights. Raises WeightSyncError unless all came whole and changed something;
@@ -213,8 +225,9 @@ class WorkerGroup(ExitStack):
 
     def restore(self, commit: Checkpoint) -> None:
         """Go on from a commit: its learner's state is the samplers' too."""
-        saved = LearnerState(commit.tensors, commit.state["weights_version"])
-        self.ask_learner("restore", ray.put(saved))
+        for names in parts(outline_of(commit.tensors)):
+            self.ask_learner("restore_part", ray.put({name: commit.tensors[name] for name in names}))
+        self.ask_learner("restored", commit.state["weights_version"])
         restored = self._learner("the restored weights", "weights", "current")
         self.update_weights(*restored, restored=True)
 
