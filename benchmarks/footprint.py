@@ -1,0 +1,60 @@
+"""What a large model costs where it passes through: memory of each process, the object store, seconds of each stage.
+
+    python -m benchmarks.footprint [--channels 704 1120] [--pipeline DIRECTORY] [--lora-rank 16] [--guidance 5]
+
+Two steps of ``ouroboros ddpo`` on a Stable Diffusion of random weights, or on a pipeline that is there, with a commit
+after each, one sampler and one learner. Memory is resident memory at its highest, shared pages of the object store
+among it; the object store's is what it holds after a step.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from benchmarks.shared_pipelines import random_pipeline
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.loop import run_ddpo
+from orchestration.runs.config import load_config
+from orchestration.runs.manifest import git_commit
+
+SETTINGS = ["name=footprint", "reward.function=tests.rewards:redness", "captioner.path=null", "sampling.steps=3"]
+SETTINGS += ["training.steps=2", "training.images_per_step=4", "training.images_per_prompt=2", "checkpoint.every=1"]
+SETTINGS += ["training.updates_per_step=1", "training.ema_decay=0.5", "evaluation.evaluator=null", "actors.samplers=1"]
+SETTINGS += [
+    "evaluation.images=4",
+    "evaluation.interim_images=4",
+    "evaluation.every=0",
+    "tracking.system_metrics=false",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, nargs=2, default=(704, 1120))
+    parser.add_argument("--pipeline", type=Path)
+    parser.add_argument("--lora-rank", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        pipeline = given.pipeline or random_pipeline(tuple(given.channels), directory / "pipeline")
+        size = sum(path.stat().st_size for path in pipeline.rglob("*.safetensors"))
+        prompts = directory / "prompts.txt"
+        prompts.write_text("a red seven\na blue two\n")
+        asked = [f"output_dir={directory / 'run'}", f"model.path={pipeline}", f"model.lora_rank={given.lora_rank}"]
+        asked += [f"prompts={prompts}", f"sampling.guidance_scale={given.guidance}", "training.ratio_tolerance=1e-3"]
+        summary = json.loads(run_ddpo(load_config(DdpoConfig, None, [*SETTINGS, *asked])).read_text())
+        lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+        commits = sum(file.stat().st_size for file in (directory / "run" / "checkpoints").rglob("*.safetensors")) / 2
+        kind = f"LoRA of rank {given.lora_rank}" if given.lora_rank else "whole"
+        print(f"\ncommit {git_commit()}, {size / 1e9:.2f} GB of weights, {kind}, a commit of {commits / 1e6:,.0f} MB")
+        for process, peak in summary["peak_memory_bytes"].items():
+            print(f"{process:<12}{peak['memory'] / 1e9:8.2f} GB")
+        print(f"{'store':<12}{lines[-1]['object_store_bytes'] / 1e9:8.2f} GB")
+        print("CPU seconds in all", summary["cpu_seconds"])
+        print("seconds", {stage: round(each, 1) for stage, each in summary["seconds_by_stage"].items()})
+
+
+if __name__ == "__main__":
+    main()
