@@ -10,6 +10,8 @@ among it; the object store's is what it holds after a step.
 import argparse
 import json
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.shared_pipelines import random_pipeline
@@ -38,7 +40,10 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
-        pipeline = given.pipeline or random_pipeline(tuple(given.channels), directory / "pipeline")
+        if not (pipeline := given.pipeline):
+            pipeline = directory / "pipeline"  # made elsewhere: its memory is not the driver's
+            with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
+                elsewhere.submit(random_pipeline, tuple(given.channels), pipeline).result()
         size = sum(path.stat().st_size for path in pipeline.rglob("*.safetensors"))
         prompts = directory / "prompts.txt"
         prompts.write_text("a red seven\na blue two\n")
