@@ -198,6 +198,7 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
     network, size = model["unet"] + model["transformer"], BYTES[config.model.dtype]
     forward = 1e9 * model["forward"] * (1 + (config.sampling.guidance_scale > 1)) / rate
     trained = BYTES["float32"] * (model["lora"] * rank or network)
+    sent = trained if rank else network * size
     passes = (2 if rank else 3) + bool(config.training.kl_weight)
     captioner = config.captioner.path
     known = Costs(
@@ -205,12 +206,12 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
         caption=Cost(call=0.3, each=2 * 600 * counted(captioner).total() / rate) if captioner else Cost(),
         rewards={name: Cost(each=5e-3) for name in config.reward.functions},
         gradient=Cost(call=0.02 * passes, each=passes * forward),
-        **{"update": 5 * trained / 1e12, "learn": network * size / 1e9, "publish": network * size / 1e9},
+        **{"update": 5 * trained / 1e12, "learn": sent / 1e9, "publish": sent / 1e9},
         commit=3 * trained / 1e9,
         **NETWORK,
         **{
             "gradient_bytes": float(trained),
-            "weight_bytes": float(network * size),
+            "weight_bytes": float(sent),
             "latent_bytes": 4.0 * model["latent"],
         },
         tensors=256 if rank else 686,  # Stable Diffusion 1.5's
