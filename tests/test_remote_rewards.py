@@ -159,7 +159,9 @@ def test_the_command_serves_until_it_is_killed_in_the_middle_of_an_answer(tmp_pa
         asking.join(20)
         assert [type(error) for error in caught] == [UnreachableError]
         process.wait(20)
-        with pytest.raises(UnreachableError, match="Connection refused"):
+        with pytest.raises(
+            UnreachableError, match=r"Connection re(fused|set)"
+        ):  # reset: what still waited in the queue
             score(reward, IMAGES, PROMPTS, None)
     finally:
         process.kill()

@@ -107,7 +107,7 @@ def generations_grid(
     grid = image_grid(images.astype(np.uint8).reshape(-1, *images.shape[2:]), images.shape[1])
     wrapped = [textwrap.fill(label, _LETTERS, max_lines=4, placeholder=" …") for label in labels]
     over = 0.17 if glance else 0.3 + 0.15 * max((label.count("\n") for label in above), default=0)
-    margins = left, right, below, _ = style.beside(wrapped), 0.08, 0.02 if glance else 0.08, over
+    margins = left, right, below, _ = style.beside(wrapped), 0.08, 0 if glance else 0.08, over
     height, width = np.array(grid.shape[:2]) * (0.53 if glance else 1) / DPI
     figure, (axes,) = panel_figure(1, 1, left + width + right, below + height + over, margins, glance)
     axes.imshow(grid)
