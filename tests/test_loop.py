@@ -223,14 +223,15 @@ def test_a_run_that_its_reward_fools_stops_and_keeps_its_best_weights(
 
 
 def test_a_check_says_which_rewards_can_teach(
-    overrides: list[str], ray_session: None, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of actors without a learner, or in this process alone: one that sees a difference, and one that does not."""
     from orchestration.experiments.ddpo import reward_check
     from orchestration.experiments.ddpo.reward_check import check, render
 
     names = "{tests.rewards:redness: 1, tests.rewards:the_same: 1}"
-    config = configure(overrides, f"reward.function={names}", "actors.samplers=1")
+    model = build_tiny_pipeline(tmp_path / "pipeline", seed=3)  # whose images differ enough
+    config = configure(overrides, f"model.path={model}", f"reward.function={names}", "actors.samplers=1")
     with monkeypatch.context() as patch:
         patch.setattr(reward_check, "WorkerGroup", None)
         here = check(config)
@@ -242,7 +243,7 @@ def test_a_check_says_which_rewards_can_teach(
     assert same.objection == "all images of a prompt score the same: there is nothing to learn from"
     assert same.means == {"true": 0.5, "shuffled": 0.5, "noise": 0.5}
     assert redness.objection is None
-    assert redness.spread > 0.005 > same.spread
+    assert redness.spread > 0.01
     assert redness.means["true"] == pytest.approx(redness.means["shuffled"])  # it reads no prompt
     assert abs(redness.means["noise"]) < 0.05 < redness.means["true"]
     assert redness.rank_correlation is None

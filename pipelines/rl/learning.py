@@ -227,8 +227,8 @@ class DiffusionLearner:
     def restored(self, weights_version: int) -> None:
         """Go on from what the parts held. Raises KeyError if some of it is missing."""
         given, self._given = self._given, {}
-        for name in self.masters:
-            given["parameter"][name, ""]
+        if missing := [name for name in self.masters if (name, "") not in given.get("parameter", {})]:
+            raise KeyError(missing[0])
         trainable.fill(self.parameters, self.masters)
         for name, mean in self.average.items() if "average" not in given else ():
             mean.copy_(self.masters[name])
