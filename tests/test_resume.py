@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from actors.failures import ActorLost
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.inputs import ddpo_inputs
 from orchestration.experiments.ddpo.rollout_queue import RolloutQueue
@@ -26,7 +27,7 @@ from orchestration.runs.manifest import has_only_begun, open_run, write_manifest
 from orchestration.runs.run import _lock, check_output, going_on, new_directory, sync
 from orchestration.tracking.tracker import Tracker, TrackingSettings
 from pipelines.storage.atomic import commit_directory, read_lines
-from pipelines.storage.checkpoint import CheckpointStore
+from pipelines.storage.checkpoint import CheckpointStore, LearnerState
 from pipelines.storage.locations import CHECKOUT, fingerprint
 
 REWARD = """
@@ -53,7 +54,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delitem(__import__("sys").modules, name, raising=False)
     monkeypatch.chdir(home)
     run = DdpoRun.create(configured())
-    run.store.commit(1, {"weight": np.zeros(1)}, {"seconds_by_stage": {}, "peaks": {}})
+    run.store.commit(1, {"weight": np.zeros(1)}, {"seconds_by_stage": {}, "peaks": {}, "cpu_seconds": 0.0})
     run.manifest |= {"committed_step": 1, "status": "KILLED"}
     write_manifest(run.directory, run.manifest)
     run._lock.close()
@@ -334,6 +335,43 @@ def recorded(run: DdpoRun, step: int) -> None:
     run.record(step, {"reward/mean": 0.5})
     append_durably(run.journal, as_lines(map(with_digest, run._pending)))
     run._pending = []
+
+
+def test_a_learner_lost_in_the_middle_of_a_commit_leaves_no_line_behind(home: Path) -> None:
+    class Lost(dict[str, np.ndarray]):
+        """Tensors that are fetched one by one, from a learner that is lost after the first."""
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            if name == "b":
+                raise ActorLost("the learner was lost")
+            return super().__getitem__(name)
+
+    def journalled() -> list[int]:
+        return [line["step"] for line in read_lines(run.directory / "metrics.jsonl")]
+
+    run = resume(home.parent / "run")
+    run.manifest["resolved"] = {"micro_batch": 1, "learners": 1, "learner_threads": 1}
+    delivered: list[int] = []
+    run.tracker = SimpleNamespace(metrics=lambda step, *_: delivered.append(step))  # type: ignore[assignment]
+    before, tensors = run.step, {"a": np.zeros(1), "b": np.zeros(1)}
+    for committed in ([], [before + 1]):  # before the first line, and after one
+        finish_a_step(run)
+        with pytest.raises(ActorLost) as lost:
+            run.commit(LearnerState(Lost(tensors), 1), {}, {})
+        assert journalled() == [*committed, run.step]  # the line comes before the commit, as it has to
+        run.roll_back(lost.value)
+        assert journalled() == committed
+        assert run.step == before + len(committed)
+        if not committed:
+            finish_a_step(run)
+            run.commit(LearnerState(tensors, 1), {}, {})
+        assert journalled() == [line["step"] for line in run.history] == delivered == [before + 1]
+
+
+def finish_a_step(run: DdpoRun) -> None:
+    run._seconds_before = dict(run.seconds_by_stage)
+    run.seconds_by_stage["sample"] = run.seconds_by_stage.get("sample", 0.0) + 1.0
+    run.record(run.step, {"reward/mean": 0.5})
 
 
 def test_a_fork_to_depth_0_learns_from_what_the_present_weights_draw() -> None:

@@ -42,6 +42,8 @@ class DdpoRun(Run):
         super().__init__(directory, config, manifest, config.training.steps)
         self.profile = profile
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, ids(manifest))
+        self.journal = directory / "metrics.jsonl"  # one finished step a line
+        self.damaged: list[str] = []  # lines of the journal
         self._stand_at_commit()
         before = self.checkpoint.state if self.checkpoint else {}  # what earlier sessions used
         self._wall_before = before.get("wall_seconds", 0.0)
@@ -50,12 +52,6 @@ class DdpoRun(Run):
             self.display.remedy = f"run_ddpo(resume={str(directory)!r}, reward={names}) in Python"
         self.seconds_by_stage.update(before.get("seconds_by_stage", {}))
         self.peaks: dict[str, dict[str, int]] = before.get("peaks", {})
-        self.journal = directory / "metrics.jsonl"  # one finished step a line
-        # What MLflow has stands: a step that is done again, from an older commit, gives the same numbers. Lines that
-        # were never committed will be written again.
-        committed = max(self.step, manifest["committed_step"])
-        self.damaged: list[str] = []  # lines of the journal
-        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed, ["step"], self.damaged)
         self._began = time.time()  # the step in progress
 
     @classmethod
@@ -153,6 +149,10 @@ class DdpoRun(Run):
         """Be where the newest commit is, or at the start."""
         self.checkpoint = self.store.newest()
         self.step = self.display.done = self.checkpoint.step if self.checkpoint else 0
+        # What MLflow has stands: a step that is done again, from an older commit, gives the same numbers. Lines that
+        # were never committed, as when the learner was lost in the middle of a commit, will be written again.
+        committed = max(self.step, self.manifest["committed_step"])
+        self.history = cut_lines(self.journal, lambda line: line["step"] <= committed, ["step"], self.damaged)
         self._pending: list[dict[str, Any]] = []
         self.spans = []
         self._discard()
