@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from policies.rl.health import DegenerateBatch
 from policies.rl.objectives.ddpo import importance_sampling_loss, score_function_loss
+from policies.rl.ratio import RatioError
 from policies.rl.rollouts import Objective
 from policies.rl.settings import TrainingSettings
-from policies.rl.update import PolicyLearner, RatioError, UpdateStatistics
+from policies.rl.update import PolicyLearner, UpdateStatistics
 
 IMAGES, STEPS, SIGMA = 64, 6, 0.5
 

@@ -19,8 +19,9 @@ from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from policies.rl.group import DivergedError, Group, gathered, meeting_place
 from policies.rl.health import DegenerateBatch, ShortOfMemoryError
+from policies.rl.ratio import RatioError
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from policies.rl.update import PolicyLearner, RatioError
+from policies.rl.update import PolicyLearner
 from tests.models import PROMPTS, build_tiny_sd3
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)

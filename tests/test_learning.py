@@ -17,6 +17,7 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import changed_by, checksum, fill, load_weights, masters, to_numpy
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
+from policies.rl.ratio import LEAST, RatioBound, RatioError
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner
 from tests.models import PROMPTS
@@ -467,3 +468,54 @@ def test_an_update_in_which_nothing_teaches_is_one_of_no_gradient(
     learner.learn(draw(sampler), advantage, seed=0)
     counts = {int(state["step"]) for state in learner.learner.optimizer.state.values()}
     assert counts == {2}
+
+
+def test_dropout_is_no_rounding(tiny_v_pipeline: Path) -> None:
+    training = TRAINING.model_copy(update={"micro_batch": 3})
+    learner = DiffusionLearner(ModelSettings(path=str(tiny_v_pipeline)), SAMPLING, training, seed=0)
+    assert learner.ratio_bound == RatioBound(LEAST, recomputes=False)  # until something was measured
+    found = learner.find_ratio_bound(BATCH)
+    assert found.noise is not None
+    assert found.noise < 1e-5
+    assert learner.ratio_bound == found
+    assert learner.learner.tolerance == found.tolerance == LEAST
+    learner.policy.network.register_forward_hook(lambda _, __, output: (torch.nn.functional.dropout(output[0], 0.1),))
+    with pytest.raises(RatioError, match=r"differ by 0\.\d+ nats .* Look for dropout"):
+        learner.find_ratio_bound(BATCH)
+
+
+@pytest.mark.parametrize("asked", ["auto", "recompute"])
+def test_what_rounding_did_to_stored_log_probabilities_is_nothing_to_a_learner_that_recomputes(
+    tiny_v_pipeline: Path, asked: str
+) -> None:
+    """Rounding is played: a part of the clip range is added to what a sampler stored."""
+    model = ModelSettings(path=str(tiny_v_pipeline))
+    training = TRAINING.model_copy(update={"ratio_tolerance": asked, "clip_range": 2e-5, "inner_epochs": 2})
+    exact = draw(DiffusionPolicy(model, SAMPLING))
+    noise = np.random.default_rng(0).normal(scale=1e-5, size=exact.log_probs.shape)
+    ended = []
+    for trajectory in (exact, replace(exact, log_probs=exact.log_probs + noise)):
+        learner = DiffusionLearner(model, SAMPLING, training, seed=0)
+        statistics, _ = learner.learn(trajectory, ADVANTAGE, seed=1)
+        assert 0 < max(statistics.first_update_error.values()) < LEAST or trajectory is exact
+        ended.append(checksum(learner.weights()))
+    assert (ended[0] == ended[1]) == (asked == "recompute")
+    far = replace(exact, log_probs=exact.log_probs + 1e-3)  # of another version, say
+    with pytest.raises(RatioError, match="check weights version"):
+        DiffusionLearner(model, SAMPLING, training, seed=0).learn(far, ADVANTAGE, seed=1)
+
+
+def test_rounding_beyond_the_clip_range_is_computed_anew() -> None:
+    bound = functools.partial(RatioBound.of, TRAINING.model_copy(update={"clip_range": 1e-4}), 48)
+    assert bound(noise=1e-6) == RatioBound(LEAST, False, 1e-6)
+    assert bound(noise=4e-4, coarse=True) == RatioBound(4e-3, True, 4e-4)
+    with pytest.raises(RatioError, match=r"rounding does 0\.001 at most"):
+        bound(noise=2e-3)  # in float32
+    with pytest.raises(RatioError):
+        bound(noise=float("nan"), coarse=True)
+    by_sum = TRAINING.model_copy(update={"log_density": "sum", "clip_range": 0.1})
+    assert RatioBound.of(by_sum, 48, 1e-4) == RatioBound(48 * LEAST, False, 1e-4)
+    given = TRAINING.model_copy(update={"ratio_tolerance": 0.5})
+    assert RatioBound.of(given, 48, 0.4) == RatioBound(0.5, False, 0.4)
+    on_policy = TRAINING.model_copy(update={"objective": "score_function", "ratio_tolerance": "recompute"})
+    assert not RatioBound.of(on_policy, 48).recomputes  # it has one update, and no old log-probabilities

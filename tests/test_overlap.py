@@ -26,8 +26,8 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from policies.rl.objectives.ddpo import decoupled_loss, importance_sampling_loss
+from policies.rl.ratio import RatioError
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from policies.rl.update import RatioError
 from tests.models import PROMPTS
 
 STEPS = 4

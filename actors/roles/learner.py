@@ -15,6 +15,7 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import WeightsKind
 from pipelines.storage.tensor_files import PART, Outline
+from policies.rl.ratio import RatioBound
 from policies.rl.settings import SamplingSettings, TrainingSettings
 
 Weights = dict[str, np.ndarray]
@@ -53,6 +54,14 @@ class LearnerActor(Worker):
     def micro_batch(self) -> int:
         """Transitions a network call, as found or given: part of the run's manifest."""
         return self.learner.micro_batch
+
+    def find_ratio_bound(self, prompts: list[str]) -> RatioBound:
+        """How exactly log-probabilities are to be those of a sampler's call: part of the run's manifest."""
+        return self.learner.find_ratio_bound(prompts)
+
+    def take_ratio_bound(self, bound: RatioBound) -> None:
+        """Hold a run to what was found when it began."""
+        self.learner.take_ratio_bound(bound)
 
     def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, Weights]:
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""

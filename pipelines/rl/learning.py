@@ -1,5 +1,6 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -21,9 +22,10 @@ from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from pipelines.storage.tensor_files import Outline
 from policies.rl.group import Group, gathered
 from policies.rl.health import DegenerateBatch
+from policies.rl.ratio import RatioBound, check_reproduced
 from policies.rl.rollouts import Network, Rollouts, replayed
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from policies.rl.update import PolicyLearner, UpdateStatistics, check_reproduced, estimated_kl
+from policies.rl.update import PolicyLearner, UpdateStatistics, estimated_kl
 
 _LOSS_SCALE = 2.0**16  # below 6e-8 a gradient in float16 is 0
 SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
@@ -61,6 +63,7 @@ class DiffusionLearner:
         self.masters = trainable.masters(self.parameters)
         scale = _LOSS_SCALE if self.policy.dtype == torch.float16 else 1.0
         self.learner = PolicyLearner(list(self.masters.values()), training, self.micro_batch, group, scale)
+        self.take_ratio_bound(RatioBound.of(training, math.prod(self.policy.family.latent_shape)))
         self.learner.optimizer.register_step_post_hook(lambda *_: trainable.fill(self.parameters, self.masters))
         self.first = trainable.copied(self.masters) if training.kl_weight else {}
         self.average = trainable.copied(self.masters) if training.ema_decay else {}
@@ -71,7 +74,8 @@ class DiffusionLearner:
     def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
         """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
 
-        At depth 1 they may be of the version before: it is replayed on a micro-batch of them, to give what is stored.
+        At depth 1 they may be of the version before. That, and weights whose log-probabilities are computed anew, are
+        replayed on a micro-batch of them, to give what is stored.
         Raises ValueError on a trajectory of other weights, RatioError and DegenerateBatch as the policies do.
         """
         staleness = self.weights_version - trajectory.weights_version
@@ -86,7 +90,7 @@ class DiffusionLearner:
         objective = training.algorithm.objective(rollouts, training)
         steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
         generator, found = torch.Generator().manual_seed(seed), {}
-        if staleness and not training.algorithm.on_forward_process:
+        if rollouts.proximal and not training.algorithm.on_forward_process:
             found = self._replay(rollouts, steps, generator)
         # An image that is as good as its prompt's others teaches nothing, but to stay near the first weights.
         teaching = (
@@ -118,8 +122,34 @@ class DiffusionLearner:
             return torch.stack([replayed(rollouts, network, images, steps) for network in networks], dim=1)
 
         apart, chosen = self.learner.on_some(both, len(rollouts.advantage), steps, generator)
-        error = check_reproduced(apart[:, 0], chosen, self.training.ratio_tolerance)
-        return {"first_update_error": error, "behaviour_kl": estimated_kl(apart[:, 1])}
+        error = check_reproduced(apart[:, 0], chosen, self.ratio_bound.tolerance)
+        return {"first_update_error": error} | (
+            {} if rollouts.recomputed else {"behaviour_kl": estimated_kl(apart[:, 1])}
+        )
+
+    def take_ratio_bound(self, bound: RatioBound) -> None:
+        """Hold the first update's ratio to ``bound`` from now on."""
+        self.ratio_bound, self.learner.tolerance = bound, bound.tolerance
+
+    def find_ratio_bound(self, prompts: Sequence[str]) -> RatioBound:
+        """Take and return the bound that the settings ask for. Where they leave it open, one sampler's call is drawn
+        here for as many ``prompts``, and some of it is replayed in the learner's own calls: weights, device and code
+        are the same, so what differs is rounding. All of a group have to ask."""
+        asked, on_forward = self.training.ratio_tolerance, self.training.algorithm.on_forward_process
+        if isinstance(asked, str) and not on_forward:
+            schedule, latent_shape = self.policy.schedule, self.policy.family.latent_shape
+            _, drawn = self.policy.denoise(prompts, range(len(prompts)), self.weights_version)
+            rollouts = self._rollouts(drawn, np.zeros(len(prompts)), {}, seed=0)
+            apart, _ = self.learner.on_some(
+                lambda images, steps: replayed(rollouts, rollouts.network, images, steps),
+                len(prompts),
+                schedule.stochastic_steps.cpu(),
+                torch.Generator().manual_seed(0),
+            )
+            coarse = self.policy.dtype != torch.float32 or self.policy.device.type == "cuda"  # which has TF32
+            noise = float(apart.abs().nan_to_num(nan=torch.inf).max())
+            self.take_ratio_bound(RatioBound.of(self.training, math.prod(latent_shape), noise, coarse))
+        return self.ratio_bound
 
     def _rollouts(
         self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int
@@ -157,7 +187,8 @@ class DiffusionLearner:
 
         tables = schedule, latents, log_probs, weights
         networks, how = (network, under(self.first), behaviour), (seed, self.training.log_density)
-        return Rollouts(*tables, *networks, *how, proximal if stale else None, lambda: self.learner.epoch)
+        anew = self.ratio_bound.recomputes and not stale  # of stale ones they are, always
+        return Rollouts(*tables, *networks, *how, proximal if stale or anew else None, anew, lambda: self.learner.epoch)
 
     @property
     def _draws_average(self) -> bool:

@@ -91,11 +91,18 @@ class DiffusionPolicy:
         unconditional, conditional = output.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    @torch.no_grad()
     def rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
     ) -> tuple[np.ndarray, Trajectory]:
         """One image for each (prompt, seed): images (batch, height, width, 3) uint8 and their trajectory."""
+        latents, trajectory = self.denoise(prompts, seeds, weights_version)
+        return self.decode(latents), trajectory
+
+    @torch.no_grad()
+    def denoise(
+        self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
+    ) -> tuple[Tensor, Trajectory]:
+        """The latents (batch, channels, height, width) of :meth:`rollout`, and the trajectory."""
         family, schedule, eta = self.family, self.schedule, self.sampling.eta
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -124,7 +131,7 @@ class DiffusionPolicy:
                 when = f"after {finite.argmin()} of {len(finite) - 1} denoising steps"
                 whose = f"the image of {prompts[image]!r}, seed {seeds[image]}"
                 raise DegenerateBatch(f"{whose}, is NaN or infinite {when}: {self._remedy}")
-        return self.decode(latents), Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
+        return latents, Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
 
     @torch.no_grad()
     def divergence(self, trajectory: Trajectory) -> np.ndarray:

@@ -22,8 +22,9 @@ class Rollouts:
     """A step's images. ``latents`` (images, T + 1, channels, height, width), ``log_probs`` (images, T) in nats under
     the weights that drew them, ``advantage`` (images,). ``network`` is the one that learns; ``reference`` and
     ``behaviour`` are the same with the first weights of all, and with those that drew the images; without gradient.
-    ``proximal``, too, with the weights that the step began with, where others drew the images; it answers None as long
-    as ``network`` still holds these. ``epoch``: which pass over the images is being made, from 0.
+    ``proximal``, too, with the weights that the step began with, where others drew the images, or ``recomputed``, where
+    ``log_probs`` are too coarse and count for nothing; it answers None as long as ``network`` still holds these.
+    ``epoch``: which pass over the images is being made, from 0.
     """
 
     schedule: Schedule
@@ -36,6 +37,7 @@ class Rollouts:
     seed: int
     reduction: Reduction = "mean"
     proximal: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
+    recomputed: bool = False
     epoch: Callable[[], int] = lambda: 0
 
     def noised(self, images: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,8 +132,10 @@ class TrainingSettings(Settings):
     )
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's")
     max_gradient_norm: float = Field(1.0, gt=0, description="a longer gradient is scaled to this L2 norm")
-    ratio_tolerance: float = Field(
-        1e-4, gt=0, description="largest |Δ log p| allowed on a step's first update; beyond it the run stops"
+    ratio_tolerance: Annotated[float, Field(gt=0)] | Literal["auto", "recompute"] = Field(
+        "auto",
+        description="largest |Δ log p| allowed on a step's first update, beyond which the run stops; auto: ten times "
+        "what rounding does, found at the start; recompute: the learner computes old log-probabilities itself",
     )
     micro_batch: int | None = Field(
         None, ge=1, description="transitions in one network call; null: found by the program"

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from policies.rl.group import Group, gathered
 from policies.rl.health import DegenerateBatch, ShortOfMemoryError
+from policies.rl.ratio import LEAST, check_reproduced
 from policies.rl.rollouts import Objective
 from policies.rl.settings import TrainingSettings
 
 WEIGHT_DECAY = 1e-4  # that of the paper and of every peer
-
-
-class RatioError(RuntimeError):
-    """The learner does not reproduce the log-probabilities under which the images were drawn."""
 
 
 @dataclass
@@ -77,6 +74,8 @@ class PolicyLearner:
         self.epoch = 0  # the pass over the step's images that is being made
         self.group = group or Group()
         self.loss_scale = loss_scale
+        asked = settings.ratio_tolerance
+        self.tolerance = LEAST if isinstance(asked, str) else asked  # who knows the density's size says another
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -93,7 +92,7 @@ class PolicyLearner:
 
         ``steps`` (S,): the denoising steps to learn from. ``generator`` shuffles images and picks each image's share
         of the steps. ``teaching`` (images,) bool: those whose gradient is not 0. What the others would add is not
-        computed, and they still count in the mean. Raises :class:`RatioError` before the first update if the policy
+        computed, and they still count in the mean. Raises RatioError before the first update if the policy
         does not reproduce the log-probabilities that the images were drawn with.
         """
         settings, updates = self.settings, list[_Update]()
@@ -146,7 +145,7 @@ class PolicyLearner:
             loss, difference, norm = self._summed(objective, images, steps, count, scale)
         errors: dict[int, float] = {}
         if first and difference is not None:
-            errors = check_reproduced(difference, steps, self.settings.ratio_tolerance)
+            errors = check_reproduced(difference, steps, self.tolerance)
         if torch.isfinite(norm):
             self.optimizer.step()
             self.moved = True
@@ -224,18 +223,3 @@ class PolicyLearner:
 def estimated_kl(difference: Tensor) -> float:
     """Schulman's low-variance estimate of KL(old ‖ new): E[(r − 1) − log r], of log r (transitions,)."""
     return float((difference.exp() - 1 - difference).mean())
-
-
-def check_reproduced(difference: Tensor, steps: Tensor, tolerance: float) -> dict[int, float]:
-    """The largest |Δ log p| of each denoising step. Raises RatioError beyond ``tolerance``."""
-    # NaN compares as smaller than anything: as infinity it is the worst that it is.
-    difference, steps = difference.abs().nan_to_num(nan=torch.inf).cpu(), steps.cpu()
-    errors = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-    worst = max(errors, key=lambda step: errors[step])
-    if not errors[worst] <= tolerance:
-        raise RatioError(
-            f"before any update the log-probability at denoising step {worst} differs by {errors[worst]:.3g} nats from "
-            f"the stored one (allowed: {tolerance:.3g}). Sampler and learner differ: check weights version, guidance, "
-            "precision and dropout"
-        )
-    return errors

@@ -59,12 +59,13 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
             return workers.evaluate(images)
 
     if run.checkpoint is None:
-        run.describe(plan.prompts, plan.roles, workers.ask_learner("micro_batch"))
+        run.describe(plan.prompts, plan.roles, workers.ask_learner("micro_batch"), workers.ratio_bound(None))
         before = evaluate(config.evaluation.images)
         queue.request(run.step)  # drawn while the reward is calibrated
         report.before(before, calibrate(workers, *fitting_images(config, before)))
     else:
         workers.restore(run.checkpoint)
+        run.ratio_bound = workers.ratio_bound(run.ratio_bound)
         history.restore(run.checkpoint.state["prompt_statistics"])
         queue.redo(run.step, run.checkpoint.state.get("drawn_by"))
         run.display.say(f"resumed after step {run.step}")

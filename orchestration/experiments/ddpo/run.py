@@ -27,6 +27,7 @@ from pipelines.storage.atomic import append_durably, as_lines, cut_lines, read_l
 from pipelines.storage.checkpoint import CheckpointStore, LearnerState
 from policies.common.user_code import IN_PROCESS
 from policies.rl.health import DegenerateBatch
+from policies.rl.ratio import RatioBound
 
 StepCallback = Callable[["DdpoRun"], None]  # called after each step; a sweep looks on, and may end the run in it
 
@@ -125,7 +126,10 @@ class DdpoRun(Run):
         past = [line for line in read_lines(source / "metrics.jsonl", ["step"]) if line["step"] <= step]
         write_durably(directory / "metrics.jsonl", as_lines(map(with_digest, past)))
         store.load(step)  # raises DamagedFiles if it is not this run's, or not whole
-        stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": manifest["resolved"]}
+        resolved = {
+            key: value for key, value in manifest["resolved"].items() if key != "ratio_bound"
+        }  # of its settings
+        stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": resolved}
         origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "FORKED"}
         manifest = new_manifest("ddpo", config, inputs=inputs) | stand | origin
         CheckpointStore(directory / "checkpoints", owners=ids(manifest)).adopt(store.path(step))
@@ -178,11 +182,28 @@ class DdpoRun(Run):
         """The last committed step."""
         return f"last committed step: {self.manifest['committed_step']}"
 
-    def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int) -> None:
+    @property
+    def ratio_bound(self) -> RatioBound | None:
+        """What the ratio of a first update is held to; None if that was not found yet."""
+        known = self.manifest["resolved"].get("ratio_bound")
+        return RatioBound(**known) if known else None
+
+    @ratio_bound.setter
+    def ratio_bound(self, bound: RatioBound) -> None:
+        self.manifest["resolved"]["ratio_bound"] = bound._asdict()
+
+    def describe(self, prompts: list[str], roles: Sequence[Role], micro_batch: int, bound: RatioBound) -> None:
         """Record what was resolved at the start, and send MLflow what this run is."""
         learner = next(role for role in roles if role.name == "learner")
         resolved = {"micro_batch": micro_batch, "learners": learner.count, "learner_threads": learner.threads}
         self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
+        self.ratio_bound = bound
+        if bound.recomputes:
+            why = (
+                f"rounding moves log-probabilities by up to {bound.noise or 0:.1e} nats" if bound.noise else "as asked"
+            )
+            what = "the learner computes the old ones itself, a pass forward more for all but a step's first update"
+            self.display.say(f"{why}: {what}")
         self._status("RUNNING")
         self._log_params()
         digest = sha256("\n".join(prompts).encode()).hexdigest()

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from itertools import cycle, islice
+from typing import Any, Self, cast
 
 import numpy as np
 import ray
@@ -30,6 +31,7 @@ from pipelines.storage.locations import portable
 from pipelines.storage.tensor_files import PART, StreamedTensors, outline_of, parts
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
+from policies.rl.ratio import RatioBound
 
 
 class WeightSyncError(RuntimeError):
@@ -145,6 +147,14 @@ class WorkerGroup(ExitStack):
     def ask_learner(self, method: str, *arguments: Any) -> Any:
         """The answer of the learner's first process to a call of all."""
         return self.wait(self.learner.everyone(method, *arguments), f"the learner's {method}")[0]
+
+    def ratio_bound(self, known: RatioBound | None) -> RatioBound:
+        """Hold the learner to what is ``known``, or to what it finds on one sampler's call. Returns it."""
+        if known is not None:
+            self.ask_learner("take_ratio_bound", known)
+            return known
+        size = min(self.config.actors.images_per_call, self.config.training.images_per_step)
+        return cast(RatioBound, self.ask_learner("find_ratio_bound", list(islice(cycle(self.plan.prompts), size))))
 
     def learner_state(self) -> LearnerState:
         """What a learner goes on from; its tensors come part by part, when they are asked for."""

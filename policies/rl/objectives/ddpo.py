@@ -72,6 +72,7 @@ class PolicyGradient(Algorithm):
             old = drawn if rollouts.proximal is None else new.detach()
             if start is not None:
                 old = schedule.log_prob(before, after, start, steps, reduction)
+            drawn = old if rollouts.recomputed else drawn
             loss = cls.loss(new, old, drawn, advantage, settings.clip_range)
             if anchor is not None:
                 loss = loss + settings.kl_weight * schedule.divergence(before, output, anchor, steps, reduction)
