@@ -91,9 +91,10 @@ def shares() -> Iterator[Claim]:
 
 def gap() -> Iterator[Claim]:
     """Of reward and judge, by the share of real data."""
-    for share in ("0", "0.25", "0.5"):
+    shares = ("0.25", "0.5", "0.25 fresh", "0.5 fresh", "0.75 fresh")
+    for share in ("0", *shares):
         yield Claim(f"{share} real: the gap of reward and judge grows", "change of gap", share, "at least", 0.0)
-    for share in ("0.25", "0.5"):
+    for share in shares:
         yield _against(f"{share} real: it grows less than with none", "change of gap", share, "at most", "0")
         yield _against(f"{share} real: more images show their prompt", ACCURACY, share, "at least", "0")
 
