@@ -1,9 +1,12 @@
 """Images into captions with a BLIP or BLIP-2 model, greedily, so that a caption is a function of the image."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.precision import in_half
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_tokenizer, load_whole, quieten, reading
@@ -13,7 +16,8 @@ from policies.rl.health import DegenerateBatch
 class Captioner:
     """Any ``BlipForConditionalGeneration`` or ``Blip2ForConditionalGeneration`` with its processor and tokenizer."""
 
-    def __init__(self, settings: CaptionerSettings, device: str = "cpu") -> None:
+    def __init__(self, settings: CaptionerSettings, device: str = "cpu", half: bool = False) -> None:
+        """``half``: whether it computes in half precision on a card."""
         quieten()
         import transformers
 
@@ -27,6 +31,8 @@ class Captioner:
             self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
             self.tokenizer = load_tokenizer(path)
         self.max_new_tokens = settings.max_new_tokens
+        # The T5 of some BLIP-2 has numbers beyond float16's.
+        self.precision = partial(in_half, device, half, "float16" if kind == "blip" else "bfloat16")
 
     def pixels(self, images: np.ndarray) -> Tensor:
         """What the model sees of ``images`` (batch, height, width, 3) uint8: (batch, 3, its height, its width)."""
@@ -36,9 +42,9 @@ class Captioner:
     @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
         """Captions of ``images`` (batch, height, width, 3) uint8. Raises DegenerateBatch if a caption is empty."""
-        tokens = self.model.generate(
-            pixel_values=self.pixels(images), max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-        )
+        pixels, limit = self.pixels(images), self.max_new_tokens
+        with self.precision():
+            tokens = self.model.generate(pixel_values=pixels, max_new_tokens=limit, do_sample=False, num_beams=1)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         captions = [text.strip().removeprefix("[DEC]").strip() for text in texts]  # BLIP's own start token stays
         if not all(captions):

@@ -16,6 +16,11 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="numbers that the model computes in"
     )
+    kernels: tuple[Literal["channels_last", "compiled", "graphs"], ...] = Field(
+        (),
+        description="how samplers and learners compute: memory layout of tensor cores, torch.compile, or that with "
+        "CUDA graphs; measure first (docs/gpu.md)",
+    )
     lora_rank: int = Field(0, ge=0, description="0 trains the whole network; the scale of LoRA is 1 (alpha = rank)")
     lora_targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), description="modules of the network that LoRA binds to"

@@ -21,7 +21,7 @@ from pipelines.refinements import REFINEMENTS, Refinement
 from pipelines.rewards import REWARDS, Reward
 from policies.common.user_code import import_function
 from policies.loops.rules import RULES, Rule
-from policies.rl.settings import nearest
+from policies.rl.settings import OF_THE_PROGRAM, nearest
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 _KINDS = {"study": Study, "reward": Reward, "rule": Rule, "generator": Generator, "refinement": Refinement}
@@ -112,6 +112,8 @@ def settings_of(
 ) -> Iterator[dict[str, Any]]:
     """A row for every key and block of a JSON schema; ``given`` are the defaults where a block is part of another."""
     for name, field in schema.get("properties", {}).items():
+        if OF_THE_PROGRAM.items() <= field.items():
+            continue
         held = [blocks[each] for each in re.findall(r"'#/\$defs/(\w+)'", str(field))]
         default, is_block = (given or field).get(name if given else "default"), "$ref" in field
         declared = Study.model_fields.get(name)  # which studies declare again

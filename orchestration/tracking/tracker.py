@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from orchestration.tracking.delivery import Delivery
 from orchestration.tracking.outbox import Content, Outbox, undelivered
 from orchestration.tracking.store import KEY, MlflowStore, Refused, Say, TrackingError, settle
-from policies.rl.settings import Settings
+from policies.rl.settings import OF_THE_PROGRAM, Settings
 
 Ending = Literal["FINISHED", "KILLED", "FAILED"]
 
@@ -50,7 +50,7 @@ class TrackingSettings(Settings):
     uri: str | None = Field(None, description="http://server or sqlite:///file; null: SQLite in the run directory")
     experiment: str | None = Field(default=None, min_length=1, description="MLflow's; null: the loop's name")
     system_metrics: bool = Field(default=True, description="record the driver machine's processor, memory and GPU")
-    parent: str | None = Field(default=None, description="MLflow run that this one is listed below; sweeps set it")
+    parent: str | None = Field(default=None, json_schema_extra=OF_THE_PROGRAM)  # of a sweep's trials: its MLflow run
 
     @field_validator("uri")
     @classmethod

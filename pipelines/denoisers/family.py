@@ -16,6 +16,8 @@ from policies.rl.settings import SamplingSettings
 
 Conditions = dict[str, Tensor]  # what the network gets of each prompt: name → (prompts, …)
 
+_PIXELS = 2**20  # of images that are decoded at once: an autoencoder's activations are a hundred times an image
+
 AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 
 
@@ -107,4 +109,6 @@ class Family(ABC):
             latents = latents / config.scaling_factor
         if "shift_factor" in self.scales and getattr(config, "shift_factor", None):
             latents = latents + config.shift_factor
-        return vae.decode(latents, return_dict=False)[0]
+        height, width = self.files.image_size
+        parts = latents.split(max(1, _PIXELS // (height * width)))
+        return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])

@@ -43,6 +43,7 @@ class Reward(Named, Settings):
 
     names: ClassVar[tuple[str, ...]] = ()
     needs_captions: ClassVar[bool] = False
+    in_half: ClassVar[bool] = False  # whether its models may compute in half precision on a card, if the run's do
     models: ClassVar[dict[str, str]] = {}  # option that names a model → a file that its directory holds; "" → a file
 
     @property

@@ -31,6 +31,7 @@ class VqaOptions(Reward):
     """Probability of an answer about the image, by a BlipForQuestionAnswering."""
 
     names = ("blip_vqa",)
+    in_half = True
     models: ClassVar = {"model": "config.json", "questions": ""}
     model: str = Field(description="directory or hub name")
     question: Template = Field("does the image show {prompt}?", description="asked of every image")
@@ -123,6 +124,7 @@ class ClipScoreOptions(Reward):
     """Cosine of a CLIPModel's embeddings of image and prompt."""
 
     names = ("clip_score",)
+    in_half = True
     models: ClassVar = {"model": "config.json"}
     model: str = Field(description="directory or hub name")
     template: Template = Field("{prompt}", description="what the image is compared with")
@@ -136,6 +138,7 @@ class AestheticOptions(Reward):
     """LAION's aesthetic predictor on a CLIPModel's embedding of the image."""
 
     names = ("aesthetic",)
+    in_half = True
     models: ClassVar = {"model": "config.json", "head": ""}
     model: str = Field(description="directory or hub name")
     head: str = Field(description="safetensors file of the head's linear layers")

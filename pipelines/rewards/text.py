@@ -53,6 +53,7 @@ class CosineOptions(Reward):
 
     names = ("sentence_cosine",)
     needs_captions = True
+    in_half = True
     models: ClassVar = {"model": "modules.json"}
     model: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
     template: Template = Field("{prompt}", description="what the caption is compared with")
@@ -86,6 +87,7 @@ class BertScoreOptions(Reward):
 
     names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
     needs_captions = True
+    in_half = True
     models: ClassVar = {"model": "config.json"}
     model: str | None = Field(None, description="any encoder: directory or hub name; null is all-MiniLM-L6-v2")
     template: Template = Field("{prompt}", description="the reference; DDPO's paper: The image contains {prompt}")

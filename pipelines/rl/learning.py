@@ -53,13 +53,14 @@ class DiffusionLearner:
         self.model = model
         self.sampling, self.training = sampling, training
         self.group = group = group or Group()
-        self.policy = DiffusionPolicy(model, sampling, device)
+        self.policy = DiffusionPolicy(model, sampling, device, trained=True)
         self.parameters = trainable.prepare(self.policy.network, model)
         self.micro_batch = self._find_micro_batch()
         group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
         if group.sharded:
             shard(self.policy.network, group.size)
             self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
+        self.policy.use_kernels()
         self.masters = trainable.masters(self.parameters)
         scale = _LOSS_SCALE if self.policy.dtype == torch.float16 else 1.0
         self.learner = PolicyLearner(list(self.masters.values()), training, self.micro_batch, group, scale)
@@ -98,10 +99,10 @@ class DiffusionLearner:
         )
         statistics = self.learner.learn(objective, len(advantage), steps, generator, teaching)
         statistics = replace(statistics, staleness=staleness, **found)
-        pairs = [(own_part(before[name]), own_part(value)) for name, value in self.masters.items()]
-        sick = not all(torch.isfinite(after).all() for _, after in pairs)
-        *different, sick = self.group.any(*(not torch.equal(*pair) for pair in pairs), sick)
-        changed = sum(different)
+        pairs = [(own_part(before[name]), own_part(value.detach())) for name, value in self.masters.items()]
+        flags = [(start != now).any() for start, now in pairs] + [~now.isfinite().all() for _, now in pairs]
+        found_out = self.group.any(*torch.stack(flags).tolist())  # asked at once: a card is waited for but one time
+        changed, sick = sum(found_out[: len(pairs)]), any(found_out[len(pairs) :])
         if not changed and self.training.on_sick_numbers == "stop":
             why = "check the learning rate" if np.any(advantage) else "no image is better than what it is compared with"
             raise DegenerateBatch(f"the step's updates changed no tensor: {why}")
@@ -172,10 +173,8 @@ class DiffusionLearner:
 
             return other
 
-        latents, log_probs, weights = (
-            torch.from_numpy(np.array(each)).to(device)
-            for each in (trajectory.latents, trajectory.log_probs, advantage)
-        )
+        latents = trainable.from_numpy(trajectory.latents, torch.float32).to(device)
+        log_probs, weights = (torch.from_numpy(np.array(each)).to(device) for each in (trajectory.log_probs, advantage))
         if self.training.log_density == "sum":
             log_probs = log_probs * latents[0, 0].numel()
         start = under(before)
@@ -294,7 +293,9 @@ class DiffusionLearner:
             else:
                 stack.enter_context(self.holding("averaged"))
                 stack.enter_context(trainable.plain(family.network))
+                self.policy.lay_out(torch.contiguous_format)  # safetensors knows no other
             family.pipeline.save_pretrained(directory, safe_serialization=True)
+            self.policy.lay_out()
         if lora and hasattr(family.pipeline, "save_lora_weights"):
             layers = {name: torch.from_numpy(each) for name, each in weights.items()}
             named = {f"{family.network_name}_lora_layers": layers}

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.denoisers import check_guidance, load_family
 from pipelines.denoisers.family import Conditions
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import Weights, changed_by, copied, load_weights, swapped
+from pipelines.rl.weights import Weights, changed_by, copied, from_numpy, load_weights, swapped, to_numpy
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import reading
 from policies.rl.health import DegenerateBatch
@@ -26,8 +26,13 @@ _KEPT_BYTES = 2**30  # of prompts' conditions, in the machine's memory
 class DiffusionPolicy:
     """A pipeline of any family on one device, bound to its sampling settings. Raises ValueError if they do not fit."""
 
-    def __init__(self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(
+        self, model: ModelSettings, sampling: SamplingSettings, device: str = "cpu", trained: bool = False
+    ) -> None:
+        """``trained``: whether somebody prepares the network for training, and then calls :meth:`use_kernels`."""
+        self.device, self.kernels = torch.device(device), model.kernels
+        if self.device.type == "cuda":  # products of float32 in TF32, as convolutions are anyway
+            torch.set_float32_matmul_precision("high")
         # Kept here because diffusers' own property walks every module at every call.
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.family = load_family(model.path, self.dtype, "meta" if device == "meta" else None)
@@ -38,11 +43,25 @@ class DiffusionPolicy:
             self.schedule = self.family.schedule(sampling).to(self.device)
         self._conditions: dict[str | None, Conditions] = {}
         self.base: dict[str, Tensor] = {}  # what the first weights from elsewhere replaced, in the machine's memory
+        if not trained:
+            self.use_kernels()
 
     @property
     def network(self) -> Any:
         """The trained network."""
         return self.family.network
+
+    def lay_out(self, form: torch.memory_format = torch.channels_last) -> None:
+        """If ``model.kernels`` says so, have weights lie as tensor cores read them, or in another form."""
+        if "channels_last" in self.kernels:
+            self.network.to(memory_format=form)
+
+    def use_kernels(self) -> None:
+        """Have the network compute as ``model.kernels`` says: the same numbers, but for rounding."""
+        self.lay_out()
+        if "compiled" in self.kernels or "graphs" in self.kernels:
+            mode = "reduce-overhead" if "graphs" in self.kernels else "default"
+            self.network.compile(dynamic=False, mode=mode)
 
     def load(self, weights: Weights) -> int:
         """Take a learner's weights. Returns how many tensors changed. Raises KeyError on an unknown name."""
@@ -125,19 +144,19 @@ class DiffusionPolicy:
                 log_probs.append(torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=self.device))
             latents = following
             path.append(latents)
-        taken, densities = torch.stack(path, dim=1).float().cpu().numpy(), torch.stack(log_probs, dim=1).cpu().numpy()
-        for image, finite in enumerate(np.isfinite(taken).reshape(*taken.shape[:2], -1).all(axis=2)):
+        taken, densities = torch.stack(path, dim=1), torch.stack(log_probs, dim=1).cpu().numpy()
+        for image, finite in enumerate(taken.isfinite().flatten(2).all(dim=2).cpu().numpy()):
             if not finite.all():
                 when = f"after {finite.argmin()} of {len(finite) - 1} denoising steps"
                 whose = f"the image of {prompts[image]!r}, seed {seeds[image]}"
                 raise DegenerateBatch(f"{whose}, is NaN or infinite {when}: {self._remedy}")
-        return latents, Trajectory(list(prompts), list(seeds), taken, densities, weights_version)
+        return latents, Trajectory(list(prompts), list(seeds), to_numpy(taken), densities, weights_version)
 
     @torch.no_grad()
     def divergence(self, trajectory: Trajectory) -> np.ndarray:
         """KL of the present policy to the one of the model's files, along a trajectory (batch,): that of its normal
         steps, summed over steps, channels and pixels, in nats an image."""
-        latents = torch.from_numpy(trajectory.latents).to(self.device, self.dtype)
+        latents = from_numpy(trajectory.latents, self.dtype).to(self.device)
         conditions, schedule = self.embed(trajectory.prompts), self.schedule
         steps = [step.repeat(len(latents)) for step in schedule.stochastic_steps]
 

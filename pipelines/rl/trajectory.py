@@ -10,9 +10,9 @@ import numpy as np
 class Trajectory:
     """The denoising of some images.
 
-    ``latents`` (batch, steps + 1, channels, height, width) float32, from pure noise to the final latents;
-    ``log_probs`` (batch, steps) float64 in nats, NaN where a step is deterministic; ``weights_version``: of the
-    weights that drew them.
+    ``latents`` (batch, steps + 1, channels, height, width), from pure noise to the final latents, in the type of the
+    network, as :func:`pipelines.rl.weights.to_numpy` has it; ``log_probs`` (batch, steps) float64 in nats, NaN where a
+    step is deterministic; ``weights_version``: of the weights that drew them.
     """
 
     prompts: list[str]

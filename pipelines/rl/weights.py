@@ -145,7 +145,7 @@ def load_weights(
     default what the network holds: W + BA, computed as the learner does. Returns how many tensors changed. Raises
     KeyError on an unknown name."""
     parameters = dict(network.named_parameters())
-    base, changed = parameters if base is None else base, 0
+    base, changed = parameters if base is None else base, []
     for name in changed_by(weights):
         parameter, layer = parameters[name], name.removesuffix(".weight")
         if layer + _LORA[0] in weights:
@@ -153,9 +153,9 @@ def load_weights(
             tensor = merged(base[name].to(parameter.device), a, b)
         else:
             tensor = from_numpy(weights[name], parameter.dtype).to(parameter.device)
-        changed += not torch.equal(parameter, tensor)
+        changed.append((parameter != tensor).any())
         parameter.copy_(tensor)
-    return changed
+    return int(torch.stack(changed).sum()) if changed else 0
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -164,13 +164,12 @@ def merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A copy on the host; bfloat16, which numpy lacks, travels as float32 without loss."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor.to("cpu", copy=True).numpy()  # of a copy: FSDP frees the storage of what was gathered
+    """A copy on the host; bfloat16, which numpy lacks, as its 16 bits: uint16."""
+    tensor = tensor.detach().to("cpu", copy=True)  # of a copy: FSDP frees the storage of what was gathered
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """A tensor of ``dtype``. Arrays from Ray's object store are read-only, so they are copied."""
-    return torch.from_numpy(np.array(array)).to(dtype)
+    """What :func:`to_numpy` was given, as ``dtype``. Arrays from Ray's object store are read-only: they are copied."""
+    tensor = torch.from_numpy(np.array(array))
+    return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(dtype)

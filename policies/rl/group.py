@@ -8,11 +8,14 @@ is over raises is torch's own.
 import datetime
 import os
 import socket
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_BUCKET = 25 * 2**20  # bytes
 
 
 class DivergedError(RuntimeError):
@@ -96,8 +99,14 @@ class Group:
         from torch.distributed.tensor import DTensor
 
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-        for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
+        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+        for bucket in _buckets(gradients):  # one is sent while the next is packed; more would hold all of them twice
+            packed = torch.cat([gradient.flatten() for gradient in bucket])
+            under_way.append((bucket, packed, torch.distributed.all_reduce(packed, async_op=True)))
+            if len(under_way) > 1:
+                _unpack(*under_way.popleft())
+        for each in under_way:
+            _unpack(*each)
 
     def check_same(self, checksum: str) -> None:
         """Raise DivergedError, in all learners, unless all have the same ``checksum`` (hexadecimal digits)."""
@@ -109,3 +118,21 @@ class Group:
                 f"after the same updates learners {different} hold other weights than learner 0: are all nodes of one "
                 "kind, with the same versions of torch?"
             )
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In parts of some ``_BUCKET`` bytes and one type: an exchange has a cost of its own, whatever it carries."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and (bucket[0].dtype != gradient.dtype or sum(each.nbytes for each in bucket) >= _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
+
+
+def _unpack(bucket: Sequence[Tensor], packed: Tensor, work: Any) -> None:
+    work.wait()
+    for gradient, summed in zip(bucket, packed.split([each.numel() for each in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

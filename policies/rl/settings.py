@@ -29,6 +29,8 @@ Name = Annotated[
 ]
 
 
+OF_THE_PROGRAM: dict[str, Any] = {"set by": "the program"}  # as ``json_schema_extra`` of a key that no person sets
+
 # What pydantic calls the ways in which a value of several types can be given.
 _BRANCH = re.compile(r"constrained-\w+|(function-\w+|tuple|list|dict)\[.*\]|float|int|str|bool")
 
@@ -66,13 +68,13 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
 
 def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a schema with its field."""
+    """Every dotted key of a schema that people set, with its field."""
     keys: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             keys |= known_keys(annotation, f"{prefix}{name}.")
-        else:
+        elif field.json_schema_extra != OF_THE_PROGRAM:
             keys[prefix + name] = field
     return keys
 

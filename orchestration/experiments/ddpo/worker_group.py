@@ -85,8 +85,9 @@ class WorkerGroup(ExitStack):
         if "learner" in placed:  # a check of rewards does without
             self.learner = Learner(placed["learner"], timeout, model, config.sampling, config.training, seed)
         self.samplers = Samplers(placed["sampler"], model, config.sampling, config.actors.images_per_call)
-        self.rewards = reward_pools(placed, config.reward)
-        self.captioners = Pool(placed["captioner"], CaptionerActor, captioner) if "captioner" in placed else None
+        half = config.model.dtype != "float32"
+        self.rewards = reward_pools(placed, config.reward, half)
+        self.captioners = Pool(placed["captioner"], CaptionerActor, captioner, half) if "captioner" in placed else None
         self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge) if judge else None
         others = self.captioners, *self.rewards.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
