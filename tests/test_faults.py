@@ -32,7 +32,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(directory: Path, server: MlflowServer) -> list[str]:
-    return [*chaos.ddpo_arguments(directory, server.uri, steps=10), "training.images_per_step=24"]
+    own = ["training.images_per_step=24", "training.ratio_tolerance=recompute", "model.kernels=[channels_last]"]
+    return [*chaos.ddpo_arguments(directory, server.uri, steps=10), *own]
 
 
 @pytest.fixture(scope="module")

@@ -349,6 +349,9 @@ def test_a_network_in_half_precision_learns_in_float32(tiny_v_pipeline: Path) ->
         )
     state = learner.state()
     assert {array.dtype for array in state.tensors.values()} == {np.dtype(np.float32)}
+    sent = learner.weights()
+    assert {array.dtype for array in sent.values()} == {np.dtype(np.uint16)}  # bfloat16's bits: half of float32's bytes
+    assert draw(sampler, 2).latents.dtype == np.uint16
     moved = sum(bool((mean != begun[name]).any()) for name, mean in learner.average.items())
     assert moved > len(begun) / 2  # the others are 1 everywhere, where float32 has no neighbour as near
     assert {parameter.dtype for parameter in learner.policy.network.parameters()} == {torch.bfloat16}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum, to_numpy
 from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.storage.checkpoint import CheckpointStore, LearnerState
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_captioner, build_tiny_clip, build_tiny_pipeline
 
@@ -133,25 +135,29 @@ def test_ratio_is_one_on_the_first_update(tiny_pipeline: Path, guidance_scale: f
     assert max(errors.values()) < 1e-5
 
 
-def channels_last(network: torch.nn.Module) -> None:
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def captured(network: torch.nn.Module) -> None:
-    network.compile(dynamic=False, backend="eager")  # captured alike, without the minutes a compiler takes
-
-
-@pytest.mark.parametrize("change", [channels_last, captured])
+@pytest.mark.parametrize(
+    ("kernels", "mode"),
+    [(("channels_last",), None), (("compiled",), "default"), (("channels_last", "graphs"), "reduce-overhead")],
+)
 def test_a_network_made_fast_draws_the_same_and_has_ratio_one(
-    tiny_pipeline: Path, change: Callable[[torch.nn.Module], None]
+    tiny_pipeline: Path, kernels: Any, mode: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What benchmarks/gpu.py does to both roles."""
-    model, sampling = ModelSettings(path=str(tiny_pipeline), lora_rank=2), SamplingSettings(steps=3, guidance_scale=5.0)
-    plain, policy = DiffusionPolicy(model, sampling), DiffusionPolicy(model, sampling)
+    compiled, compile_ = list[str](), torch.nn.Module.compile
+
+    def captured(network: torch.nn.Module, mode: str, **how: Any) -> None:
+        compiled.append(mode)
+        compile_(network, backend="eager", **how)  # captured alike, without the minutes a compiler takes
+
+    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+    sampling = SamplingSettings(steps=3, guidance_scale=5.0)
+    rank = 0 if mode else 2
+    model = ModelSettings(path=str(tiny_pipeline), lora_rank=rank, kernels=kernels)
+    plain = DiffusionPolicy(ModelSettings(path=str(tiny_pipeline)), sampling)
     training = TrainingSettings(images_per_step=8, images_per_prompt=1, updates_per_step=1, micro_batch=12)
-    learner = DiffusionLearner(model, sampling, training, seed=0)
-    for network in (policy.network, learner.policy.network):
-        change(network)
+    policy, learner = DiffusionPolicy(model, sampling), DiffusionLearner(model, sampling, training, seed=0)
+    assert compiled == ([mode, mode] if mode else [])
+    weight = learner.policy.network.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in kernels)
     images, trajectory = policy.rollout(BATCH, SEEDS)
     assert_same_images(images, plain.rollout(BATCH, SEEDS)[0])
     for seed in range(2):  # weights that were sent are used, too
@@ -161,6 +167,16 @@ def test_a_network_made_fast_draws_the_same_and_has_ratio_one(
         policy.load(learner.weights())
         again, trajectory = policy.rollout(BATCH, SEEDS, learner.weights_version)
     assert not np.array_equal(again, images)
+    learner.save(tmp_path / "saved")  # whatever its layout, as others read it
+    saved = DiffusionPolicy(ModelSettings(path=str(tmp_path / "saved")), sampling)
+    assert_same_images(saved.rollout(BATCH, SEEDS)[0], again)
+    goes_on = DiffusionLearner(model, sampling, training, seed=1)
+    state, store = learner.state(), CheckpointStore(tmp_path / "commits")
+    store.commit(1, state.tensors, {})  # which keeps no memory layout
+    goes_on.restore(LearnerState(store.load(1).tensors, state.weights_version))
+    for each in (goes_on, learner):
+        each.learn(trajectory, np.linspace(-1, 1, 8), seed=2)
+    assert checksum(goes_on.state().tensors) == checksum(learner.state().tensors)
 
 
 def test_ratio_is_one_where_the_last_step_is_deterministic(tiny_v_pipeline: Path) -> None:

@@ -115,9 +115,14 @@ class PolicyLearner:
         return [dict(self.optimizer.state.get(parameter, {})) for parameter in self.parameters]
 
     def restore_moments(self, moments: Sequence[Mapping[str, Tensor]]) -> None:
-        """The inverse of :meth:`moments`, wherever these are: AdamW's count of steps, too, belongs on the device of the
-        parameter, or its fused kernel fails there."""
-        known = {number: dict(each) for number, each in enumerate(moments) if each}
+        """The inverse of :meth:`moments`, wherever and however these lie. AdamW's fused kernel fails where its count of
+        steps is on another device than the parameter, and reads the numbers of a moment in the order of the parameter's
+        memory: from one in another order it takes other numbers, and says nothing."""
+        known = {
+            number: {name: _laid_out(value, parameter) for name, value in each.items()}
+            for number, (parameter, each) in enumerate(zip(self.parameters, moments, strict=True))
+            if each
+        }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": known})
         for parameter, state in self.optimizer.state.items():
             assert all(value.device == parameter.device for value in state.values())
@@ -218,6 +223,13 @@ class PolicyLearner:
             if difference is not None:
                 differences.append(difference)
         return torch.cat(losses), torch.cat(differences) if differences else None
+
+
+def _laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
+    """``moment`` in the memory order of ``parameter``."""
+    if not moment.dim() or moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def estimated_kl(difference: Tensor) -> float:
