@@ -38,7 +38,7 @@ REWARDS = ("sentence_cosine", "bertscore_precision", "bertscore_recall", "bertsc
 def learning(chosen: argparse.Namespace) -> int:
     """Run what is missing, and print. Returns 1 where a claim is broken."""
     lines = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
-    known = {(line["seed"], line["way"]): line for line in lines}
+    known: dict[tuple[int, str], dict[str, Any]] = {(line["seed"], line["way"]): line for line in lines}
     for seed in chosen.seeds:
         for way in WAYS:
             if (seed, way) not in known:
@@ -47,10 +47,10 @@ def learning(chosen: argparse.Namespace) -> int:
                     file.write(json.dumps(found) + "\n")
     print(f"\ncommit {git_commit()}, {chosen.dtype}, {' '.join(chosen.overrides)}")
     print(f"{'accuracy gained':<28}" + "".join(f"  seed {seed}" for seed in chosen.seeds) + "  CPU s each")
-    gains = {way: [known[seed, way]["gain"] for seed in chosen.seeds] for way in WAYS}
-    for way, found in gains.items():
+    gains: dict[str, list[float]] = {way: [known[seed, way]["gain"] for seed in chosen.seeds] for way in WAYS}
+    for way, gained in gains.items():
         spent = np.mean([known[seed, way]["cpu_seconds"] for seed in chosen.seeds])
-        print(f"{way:<28}" + "".join(f"  {gain:+.3f}" for gain in found) + f"  {spent:.0f}")
+        print(f"{way:<28}" + "".join(f"  {gain:+.3f}" for gain in gained) + f"  {spent:.0f}")
     kept = {
         f"with float32 weights behind: at least {GAIN} in every seed": min(gains[WAYS[1]]) >= GAIN,
         "without them: not in every seed": min(gains[WAYS[2]]) < GAIN,

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.denoisers import load_family
+from pipelines.rl.activations import kept_bytes
 from pipelines.rl.learning import DiffusionLearner, LearnerState
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
@@ -261,8 +262,8 @@ def test_micro_batches_shrink_with_the_memory_of_the_machine(
 ) -> None:
     model, training = ModelSettings(path=str(tiny_pipeline)), TrainingSettings(updates_per_step=1)
     wide = DiffusionLearner(model, SAMPLING, training, seed=0)
-    taken = wide._activation_bytes()
-    monkeypatch.setattr("pipelines.rl.learning.memory_limit", lambda: 8 * 10 * taken)
+    taken = kept_bytes(wide.policy)
+    monkeypatch.setattr("pipelines.rl.activations.memory_limit", lambda: 8 * 10 * taken)
     assert DiffusionLearner(model, SAMPLING, training, seed=0).micro_batch <= 10 < wide.micro_batch
 
 
@@ -271,11 +272,11 @@ def test_activations_are_computed_twice_where_memory_is_small(
 ) -> None:
     """Which gives the same bits, and room for a micro-batch that there was none for."""
     usual = make_learner(model)
-    taken = usual._activation_bytes()
-    monkeypatch.setattr("pipelines.rl.learning.memory_limit", lambda: 8 * 3 * taken)
+    taken = kept_bytes(usual.policy)
+    monkeypatch.setattr("pipelines.rl.activations.memory_limit", lambda: 8 * 3 * taken)
     small = make_learner(model)
     assert [each.policy.network.is_gradient_checkpointing for each in (usual, small)] == [False, True]
-    assert small._activation_bytes() < 0.8 * taken
+    assert kept_bytes(small.policy) < 0.8 * taken
     trajectory = draw(sampler)
     for each in (usual, small):
         each.learn(trajectory, ADVANTAGE, seed=1)

@@ -5,11 +5,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
-from orchestration.cluster.ray_cluster import Machine, imagine_machine
+from orchestration.cluster.ray_cluster import imagine_machine
 from orchestration.experiments.ddpo.config import DdpoConfig
-from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.prompts import read_prompts
@@ -95,25 +93,3 @@ def test_files_are_given_one_after_another(monkeypatch: pytest.MonkeyPatch, caps
     assert "GPU with" in printed
     assert command(["ddpo", *files, "--gpus", "2"], monkeypatch) == 0  # no run takes GPUs that are not there
     assert "GPU with" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_memory_is_what_the_parts_count(rank: int, tiny_pipeline: Path) -> None:
-    from pipelines.denoisers import load_family
-    from pipelines.rl.weights import prepare
-
-    config = load_config(
-        DdpoConfig, TASKS["digits"], [f"model.path={tiny_pipeline}", f"model.lora_rank={rank}", "model.dtype=bfloat16"]
-    )
-    family = load_family(str(tiny_pipeline), torch.bfloat16)
-    parts = [part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
-    trained = sum(4 * each.numel() for each in prepare(family.network, config.model).values())
-    latents = 256 * 11 * 4 * 8 * 8 * 4  # images, latents of a path, channels, height, width, bytes
-    text = "\n".join(memory_plan(config, preflight_ddpo(config, Machine(8, 0)).roles, []))
-    sampler, learner = (
-        float(re.search(rf"{role} on cpu: (\S+) GB", text).group(1)) * 1e9  # type: ignore[union-attr]
-        for role in ("sampler", "learner")
-    )
-    assert sampler == pytest.approx(weights, rel=0.01)
-    assert learner == pytest.approx(weights + 5 * trained + latents, rel=0.01)

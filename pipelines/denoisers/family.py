@@ -28,6 +28,12 @@ def checked(schedule: AnySchedule, steps: DenoisingSteps) -> AnySchedule:
     return schedule
 
 
+def placed(part: nn.Module, device: torch.device) -> Any:
+    """A part of a pipeline on ``device``. Nothing is asked of one that is there."""
+    parameter = next(part.parameters(), None)
+    return part if parameter is None or parameter.device.type == device.type else part.to(device)
+
+
 class Family(ABC):
     """A stock diffusers pipeline, and how its parts are used. Subclasses are one family each."""
 
@@ -99,7 +105,7 @@ class Family(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [−1, 1], (batch, 3, height, width): through the autoencoder, scaled as the stock pipeline does."""
-        vae = self.pipeline.vae.to(latents.device)  # the first time: a learner never decodes
+        vae = placed(self.pipeline.vae, latents.device)  # the first time: a learner never decodes
         config, latents = vae.config, latents.to(vae.dtype)
         if all(name in self.scales and getattr(config, name, None) for name in ("latents_mean", "latents_std")):
             known = config.latents_mean, config.latents_std
@@ -109,6 +115,10 @@ class Family(ABC):
             latents = latents / config.scaling_factor
         if "shift_factor" in self.scales and getattr(config, "shift_factor", None):
             latents = latents + config.shift_factor
-        height, width = self.files.image_size
-        parts = latents.split(max(1, _PIXELS // (height * width)))
+        parts = latents.split(self.decoded_at_once(len(latents)))
         return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
+
+    def decoded_at_once(self, images: int) -> int:
+        """How many of so many ``images`` the autoencoder decodes in a call."""
+        height, width = self.files.image_size
+        return min(images, max(1, _PIXELS // (height * width)))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pipelines.denoisers import load_family
-from pipelines.limits import memory_limit
 from pipelines.rl import weights as trainable
+from pipelines.rl.activations import find_micro_batch, room, transitions_of
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.sharding import own_part, placed_as, shard, unsharded
 from pipelines.rl.trajectory import Trajectory
@@ -28,8 +28,6 @@ from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner, UpdateStatistics, estimated_kl
 
 _LOSS_SCALE = 2.0**16  # below 6e-8 a gradient in float16 is 0
-SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
-LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
 
 
 class DiffusionLearner:
@@ -55,7 +53,9 @@ class DiffusionLearner:
         self.group = group = group or Group()
         self.policy = DiffusionPolicy(model, sampling, device, trained=True)
         self.parameters = trainable.prepare(self.policy.network, model)
-        self.micro_batch = self._find_micro_batch()
+        self.micro_batch = find_micro_batch(
+            self.policy, training.micro_batch, transitions_of(self.policy, training, group.size), group
+        )
         group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
         if group.sharded:
             shard(self.policy.network, group.size)
@@ -301,55 +301,9 @@ class DiffusionLearner:
             named = {f"{family.network_name}_lora_layers": layers}
             family.pipeline.save_lora_weights(Path(directory) / "lora", **named)
 
-    def _find_micro_batch(self) -> int:
-        """Transitions a network call: as many as fit into memory, at most a learner's part of an update or
-        ``LARGEST_MICRO_BATCH``. Gradient checkpointing is switched on where not even ``SMALL_MICRO_BATCH`` fit.
-
-        Depends on the model and on the size of the machine, not on how busy it is, so that a run can be repeated.
-        """
-        network, given = self.policy.network, self.training.micro_batch
-        stochastic = self.policy.schedule.stochastic_steps.tolist()
-        share = self.training.timesteps_per_image(len(self.training.learnable_steps(self.sampling.steps, stochastic)))
-        transitions = -(-self.training.images_per_update * share // self.group.size)
-        fitting = self._memory() // self._activation_bytes()
-        few = fitting < min(given or SMALL_MICRO_BATCH, SMALL_MICRO_BATCH, transitions)
-        if self.group.any(few and getattr(network, "_supports_gradient_checkpointing", False))[0]:
-            network.enable_gradient_checkpointing()
-            fitting = self._memory() // self._activation_bytes()
-        calls = -(-transitions // min(max(1, fitting), LARGEST_MICRO_BATCH))
-        found = given or -(-transitions // calls)  # calls of equal size
-        return int(self.group.gather(torch.tensor([found])).min())
-
-    def _memory(self) -> int:
-        """Bytes of the device that activations may take, and that weights may with all that training adds to them."""
-        if self.policy.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.policy.device).total_memory // 2
-        return memory_limit() // 8
-
     def _is_too_large(self) -> bool:
         """Whether weights, gradients, both moments, a step's starting point and averages do not fit on the device."""
         copies = 5 + bool(self.training.kl_weight) + bool(self.training.ema_decay) + self.training.depth
         trained, network = self.parameters.values(), sum(p.nbytes for p in self.policy.network.parameters())
         held = sum(p.numel() * torch.float32.itemsize * (copies - (p.dtype == torch.float32)) for p in trained)
-        return network + held > self._memory()
-
-    def _activation_bytes(self) -> int:
-        """Bytes that one transition more keeps for the backward pass, counted in real forward passes."""
-        device, shape = self.policy.device, self.policy.family.latent_shape
-        weights = {parameter.data_ptr() for parameter in self.policy.network.parameters()}
-        kept: list[dict[int, int]] = [{}, {}]
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in weights:
-                kept[count - 1][tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    times, empty = self.policy.schedule.timesteps[:1].expand(count), self.policy.embed([""] * count)
-                    output = self.policy.predict(torch.zeros(count, *shape, device=device), times, empty)
-            except torch.OutOfMemoryError:
-                return self._memory() + 1
-            del output
-        return max(1, sum(kept[1].values()) - sum(kept[0].values()))
+        return network + held > room(self.policy.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.denoisers import check_guidance, load_family
-from pipelines.denoisers.family import Conditions
+from pipelines.denoisers.family import Conditions, placed
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import Weights, changed_by, copied, from_numpy, load_weights, swapped, to_numpy
 from pipelines.settings import ModelSettings
@@ -74,17 +74,18 @@ class DiffusionPolicy:
         """The prompts' conditions; of None: what guidance leads away from. Each is computed once, alone, so it never
         depends on a batch; the text encoders take memory of the device only while they compute."""
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
-        home = "meta" if self.device.type == "meta" else "cpu"  # what has no numbers cannot be brought elsewhere
+        # What has no numbers cannot be brought elsewhere.
+        home = torch.device("meta" if self.device.type == "meta" else "cpu")
         if unknown:
             for encoder in self.family.text_encoders:
-                encoder.to(self.device)
+                placed(encoder, self.device)
             with torch.no_grad():
                 for prompt in unknown:
                     encoded = self.family.encode(prompt, self.device)
                     place = self.device if prompt is None else home  # that of None is asked for at every step
                     self._conditions[prompt] = {name: each.to(place, copy=True) for name, each in encoded.items()}
             for encoder in self.family.text_encoders:
-                encoder.to(home)
+                placed(encoder, home)
         known = [self._conditions[prompt] for prompt in prompts]
         size = sum(tensor.nbytes for tensor in known[0].values()) or 1  # a model without text has empty ones
         most = max(len(set(prompts)), _KEPT_BYTES // size)

@@ -89,6 +89,8 @@ class Group:
 
     def any(self, *flags: bool) -> list[bool]:
         """Whether any learner raised each of ``flags``."""
+        if self.size == 1:
+            return list(flags)
         own = torch.tensor([flags], dtype=torch.uint8)
         return self.gather(own).any(dim=0).tolist()
 

@@ -1,0 +1,78 @@
+"""What a run is said to hold in memory before it starts, against what is counted, found and measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.experiments.ddpo.memory_plan import foreseen_activations, memory_lines, memory_of
+from orchestration.experiments.ddpo.preflight import preflight_ddpo
+from orchestration.runs.config import load_config
+from pipelines.denoisers import load_family
+from pipelines.rl.activations import foreseen, most_alive, taught
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.weights import prepare
+from pipelines.settings import ModelSettings
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from tests.models import build_tiny_pipeline
+
+DEMONSTRATION = Path("configs/ddpo/digits.yaml")
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_memory_is_what_the_parts_count(rank: int, tiny_pipeline: Path) -> None:
+    config = load_config(
+        DdpoConfig, DEMONSTRATION, [f"model.path={tiny_pipeline}", f"model.lora_rank={rank}", "model.dtype=bfloat16"]
+    )
+    family = load_family(str(tiny_pipeline), torch.bfloat16)
+    parts = [part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(each.numel() * each.element_size() for part in parts for each in part.parameters())
+    trained = sum(4 * each.numel() for each in prepare(family.network, config.model).values())
+    latents = 256 * 11 * 4 * 8 * 8 * 4  # images, latents of a path, channels, height, width, bytes
+    roles = preflight_ddpo(config, Machine(8, 0)).roles
+    rows = {row["role"]: row for row in memory_of(config, roles, [])["roles"]}
+    assert rows["sampler"]["bytes"] == pytest.approx(weights, rel=0.01)
+    assert rows["learner"]["bytes"] == pytest.approx(weights + 5 * trained + latents, rel=0.01)
+    activations = foreseen_activations(config, roles)
+    assert activations is not None
+    more = {row["role"]: row for row in memory_of(config, roles, [], activations)["roles"]}
+    assert more["learner"]["bytes"] - rows["learner"]["bytes"] == activations.learner
+    assert more["sampler"]["process"] - rows["sampler"]["process"] == activations.sampler
+    assert "activations apart" in memory_lines(memory_of(config, roles, []))[-1]
+
+
+def test_what_is_alive_is_counted_at_its_most() -> None:
+    begun = torch.zeros(1000)
+
+    def call() -> None:
+        twice = begun * 2  # 4,000 bytes
+        more = torch.cat([twice, begun])  # and 8,000
+        del twice
+        more.view(2, -1).add_(1)  # nothing new
+        assert float((more + 1).sum()) == 4000  # and 8,000, when 4,000 are gone, and their sum
+
+    assert most_alive(call) == 16_004
+    assert most_alive(lambda: begun.view(10, -1)) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_a_plan_knows_the_micro_batch_that_a_learner_will_find(tmp_path: Path, rank: int, image_size: int) -> None:
+    """Without a number of the model, on the meta device; and what a call of the real one holds."""
+    model = ModelSettings(path=str(build_tiny_pipeline(tmp_path, image_size=image_size)), lora_rank=rank)
+    sampling = SamplingSettings(steps=6, guidance_scale=3.0)
+    training = TrainingSettings(images_per_step=96, images_per_prompt=4, updates_per_step=2, timestep_fraction=0.5)
+    planned = foreseen(model, sampling, training, images=5, learners=1)
+    learner = DiffusionLearner(model, sampling, training, seed=0)
+    assert planned.micro_batch == learner.micro_batch
+    few = foreseen(model, sampling, training.model_copy(update={"micro_batch": 5}), images=5, learners=1)
+    for parameter in learner.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    real = most_alive(lambda: taught(learner.policy, 5))
+    assert few.learner == pytest.approx(real, rel=0.05)
+    policy = DiffusionPolicy(model, sampling)
+    real = most_alive(lambda: policy.decode(policy.denoise(["a red seven"] * 5, range(5))[0]))
+    assert planned.sampler == pytest.approx(real, rel=0.25)
