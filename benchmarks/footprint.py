@@ -2,10 +2,10 @@
 
     python -m benchmarks.footprint [--channels 704 1120] [--sd15] [--pipeline DIRECTORY] [--lora-rank 16] [--guidance 5]
 
-Two steps of ``ouroboros ddpo`` on a Stable Diffusion of random weights, of some size or of 1.5's shape at 512 pixels, or on a
-pipeline that is there, with a commit after each, one sampler and one learner. Memory is resident memory at its highest,
-shared pages of the object store among it, beside what the plan foresaw; the object store's is what it holds after a
-step.
+Two steps of ``ouroboros ddpo`` on a Stable Diffusion of random weights, of some size or of 1.5's shape at 512 pixels,
+or on a pipeline that is there, with a commit after each, one sampler and one learner. Memory is resident memory at its
+highest, shared pages of the object store among it, beside what the plan foresaw; the object store's is what it holds
+after a step.
 """
 
 import argparse
