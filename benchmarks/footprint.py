@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import build_sd15
+from benchmarks.gpu_shapes import build_sd15
 from benchmarks.shared_pipelines import random_pipeline
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.loop import run_ddpo

@@ -1,378 +1,152 @@
-"""Whole DDPO steps on one card: images a second, share of the card's arithmetic in use, memory, and TRL beside it.
+"""What there is to know about a card, in an order and within a time.
 
-    python -m benchmarks.gpu [--shape sd3] [--out gpu.json] [--trl-python VENV/bin/python]
+    python -m benchmarks.gpu DIRECTORY [--minutes 12] [--trl-python VENV/bin/python]
+    python -m benchmarks.gpu DIRECTORY --rehearse              # the same parts, tiny and on the CPU
 
-Builds Stable Diffusion 1.5's shape (``--shape sd3``: Stable Diffusion 3 medium's, without T5) and BLIP-base's with
-random weights. Every setting in ``--settings`` draws images, captions them, learns from them, and sends the sampler
-what was learned, all roles on one card. A setting is words joined by "-": bfloat16 or float32; lora or whole; and, if
-wished, tf32, channels_last (both roles), compiled (torch.compile, static shapes) or graphs (the same with CUDA graphs).
-The largest |Δ log p| of the first update says whether sampler and learner still compute the same.
-
-Utilisation is the network's own arithmetic (counted by torch, without what checkpointing computes twice) over the
-card's nominal rate for bfloat16, or over the fastest matrix product measured here. ``--trl-python`` is the Python of an
-environment with TRL 0.23.1 (``benchmarks/peer.py`` lists it): it trains on the same pipeline at its default batches of
-1/1 and at larger ones until memory ends. Needs diffusers, transformers and, for lora, peft; neither Ray nor a network.
-``--shape tiny --device cpu`` goes the same way in a minute.
+Each part is a process of its own, with what is left of the time as its limit; what it printed is in DIRECTORY. A part
+that was finished is not done again, so that the same command goes on where time ended. In this order: steps of the
+demonstration through Ray, and a resumed run that has to end as the whole one did; what rounding does to
+log-probabilities, by type, guidance and calls; whole steps of Stable Diffusion 1.5's shape with TRL beside it;
+the same with other kernels; 3's. Where Ray is not installed, its part says so.
 """
 
 import argparse
-import gc
+import importlib.util
 import json
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peer import Trl
-from benchmarks.shared_pipelines import portable_copy
-from pipelines.captioner import Captioner
+from benchmarks.gpu_shapes import SHAPES
+from orchestration.runs.manifest import git_commit
 from pipelines.rl.learning import DiffusionLearner
-from pipelines.rl.policy import DiffusionPolicy
-from pipelines.settings import CaptionerSettings, ModelSettings
+from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from tests import models
+from tests.models import PROMPTS
 
-NOMINAL = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bfloat16, dense
-SETTINGS = {
-    "cuda": (
-        *("bfloat16-lora", "bfloat16-lora-channels_last", "bfloat16-lora-compiled", "bfloat16-lora-graphs"),
-        *("bfloat16-lora-channels_last-compiled", "bfloat16-whole", "float32-lora", "float32-lora-tf32"),
-    ),
-    "cpu": ("float32-lora", "float32-whole", "float32-lora-channels_last", "bfloat16-lora"),
-}
-WORDS = {"bfloat16", "float32", "lora", "whole", "tf32", "channels_last", "compiled", "graphs"}
-TRL_BATCHES = ((1, 1), (8, 2), (16, 4), (32, 8), (64, 16))
-RANK = 4  # TRL's
+LEAST_SECONDS = 20.0  # less is not worth the start of a part
+TYPES, GUIDANCE = ("float32", "bfloat16", "float16"), (1.0, 4.5)
 
 
-@dataclass
-class Stages:
-    """Seconds (one value a round) and peak bytes of what is done."""
-
-    cuda: bool
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    memory: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.memory[name] = max(self.memory.get(name, 0), torch.cuda.max_memory_allocated())
-        self.seconds[name].append(time.perf_counter() - began)
-
-    def median(self, name: str) -> float:
-        """Of the rounds but the first, which finds kernels and memory."""
-        return statistics.median(self.seconds[name][1:])
+def parts_of(chosen: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Names and words for Python, in order."""
+    device, shape = ("cpu", "tiny") if chosen.rehearse else ("cuda", "sd15")
+    own, steps = ["-m", "benchmarks.gpu", str(chosen.directory), "--only"], ["-m", "benchmarks.gpu_steps"]
+    tail = ["--rehearse"] if chosen.rehearse else []
+    small = ["--device", device, "--rounds", "1" if chosen.rehearse else "2"]
+    trl = ["--trl-python", str(chosen.trl_python)] if chosen.trl_python else []
+    first, others = ("bfloat16-lora", "bfloat16-whole"), ("float32-lora", "float32-lora-strict", "float16-lora")
+    fast = ("bfloat16-lora-channels_last", "bfloat16-lora-compiled", "bfloat16-lora-graphs")
+    return [
+        ("loop", [*own, "loop", *tail]),
+        ("rounding", [*own, "rounding", *tail]),
+        ("steps", [*steps, "--shape", shape, *small, "--settings", *first, *trl]),
+        ("types", [*steps, "--shape", shape, *small, "--settings", *others]),
+        ("kernels", [*steps, "--shape", shape, *small, "--settings", *(fast[:1] if chosen.rehearse else fast)]),
+        *([] if chosen.rehearse else [("sd3", [*steps, "--shape", "sd3", *small, "--settings", "bfloat16-lora"])]),
+    ]
 
 
-def step_of(setting: str, pipeline: Path, captioner_path: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Whole steps in one setting: seconds and peak bytes by stage, FLOPs, and what came of it."""
-    words, device = setting.split("-"), chosen.device
-    if unknown := set(words) - WORDS:
-        raise SystemExit(f"--settings: {setting} has {sorted(unknown)}; known are {sorted(WORDS)}")
-    torch.set_float32_matmul_precision("high" if "tf32" in words else "highest")
-    sampling = SamplingSettings(steps=chosen.steps, eta=chosen.eta, guidance_scale=chosen.guidance)
-    training = TrainingSettings(
-        images_per_step=chosen.images,
-        images_per_prompt=4,
-        updates_per_step=chosen.updates,
-        ratio_tolerance=1.0,  # what precision does to the ratio is printed, not judged
-    )
-    model = ModelSettings(path=str(pipeline), dtype=words[0], lora_rank=RANK if "lora" in words else 0)
-    sampler, learner = DiffusionPolicy(model, sampling, device), DiffusionLearner(model, sampling, training, 0, device)
-    captioner = Captioner(CaptionerSettings(path=str(captioner_path), max_new_tokens=8), device)
-    flops = {"sampling": marginal_flops(sampler, False), "learning": marginal_flops(learner.policy, True)}
-    for policy in (sampler, learner.policy):
-        if "channels_last" in words:
-            policy.network.to(memory_format=torch.channels_last)
-        if "compiled" in words or "graphs" in words:
-            policy.network.compile(dynamic=False, mode="reduce-overhead" if "graphs" in words else "default")
-    prompts = [models.PROMPTS[index // 4 % len(models.PROMPTS)] for index in range(chosen.images)]
-    stages = Stages(device.startswith("cuda"))
-    for number in range(chosen.rounds + 1):
-        parts = []
-        with stages("sampling"):
-            for start in range(0, chosen.images, chosen.images_per_call):
-                some = slice(start, start + chosen.images_per_call)
-                seeds = list(range(number * chosen.images, (number + 1) * chosen.images))[some]
-                parts.append(sampler.rollout(prompts[some], seeds, learner.weights_version))
-        images = np.concatenate([each for each, _ in parts])
-        with stages("captioning"):
-            captions = captioner.caption(images)
-        scores = images.mean(axis=(1, 2, 3)) + np.array([len(caption) for caption in captions])
-        advantage = (scores - scores.mean()) / (scores.std() + 1e-6)
-        trajectory = type(parts[0][1]).concatenate([each for _, each in parts])
-        with stages("learning"):
-            statistics_, changed = learner.learn(trajectory, advantage, seed=number)
-        with stages("sending"):
-            sampler.load(learner.weights())
-    work = chosen.images * chosen.steps
-    return {
-        "setting": setting,
-        "micro_batch": learner.micro_batch,
-        "checkpointing": bool(getattr(learner.policy.network, "is_gradient_checkpointing", False)),
-        "seconds": {name: stages.median(name) for name in stages.seconds},
-        "first_round": {name: seconds[0] for name, seconds in stages.seconds.items()},
-        "peak_bytes": stages.memory,
-        "flops": {"sampling": flops["sampling"] * work, "learning": flops["learning"] * work},
-        "first_update_error": max(statistics_.first_update_error.values()),
-        "changed_tensors": changed,
-    }
-
-
-def marginal_flops(policy: DiffusionPolicy, backward: bool) -> float:
-    """FLOPs of one image-step more in a call, guidance included; forward, or forward and backward."""
-    network, shape, counted = policy.network, policy.family.latent_shape, []
-    checkpointing = getattr(network, "is_gradient_checkpointing", False)
-    if checkpointing:
-        network.disable_gradient_checkpointing()
-    for count in (1, 2):
-        times, told = policy.schedule.timesteps[:1].repeat(count), policy.embed([""] * count)
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            output = policy.predict(torch.zeros(count, *shape, device=policy.device), times, told)
-            if backward:
-                output.sum().backward()
-        counted.append(counter.get_total_flops())
-    network.zero_grad(set_to_none=True)
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    return float(counted[1] - counted[0])
-
-
-def measured_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOPs a second of the fastest of ten large matrix products."""
-    size = 8192 if device.startswith("cuda") else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    stages = Stages(device.startswith("cuda"))
-    for _ in range(10):
-        with stages("product"):
-            a @ b
-    return float(2 * size**3 / min(stages.seconds["product"]))
-
-
-def peak_of(setting: str, device: str) -> tuple[float, str]:
-    """FLOPs a second that the card could do in a setting's precision, and where that figure is from."""
-    if setting.startswith("bfloat16") and device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-        if known := [rate for card, rate in NOMINAL.items() if all(word in name for word in card.split())]:
-            return known[0], "nominal"
-    torch.set_float32_matmul_precision("high" if "tf32" in setting else "highest")
-    return measured_peak(device, getattr(torch, setting.split("-")[0])), "matrix product"
-
-
-def trl_epochs(pipeline: Path, lora: bool, batches: tuple[int, int], chosen: argparse.Namespace, log: Path) -> float:
-    """Median seconds of TRL's epochs, rewards left out. Raises RuntimeError if it ends, for want of memory say."""
-    sample, train = batches
-    ddpo = {
-        "sample_num_steps": chosen.steps,
-        "sample_eta": chosen.eta,
-        "sample_guidance_scale": chosen.guidance,
-        "train_cfg": chosen.guidance > 1,
-        "sample_batch_size": sample,
-        "sample_num_batches_per_epoch": chosen.images // sample,
-        "train_batch_size": train,
-        "train_gradient_accumulation_steps": chosen.images // chosen.updates // train,
-        "train_learning_rate": 1e-4,
-        "per_prompt_stat_tracking": False,
-        "mixed_precision": "bf16" if chosen.device.startswith("cuda") else "no",
-    }
-    given = {"pipeline": str(pipeline), "lora": lora, "ddpo": ddpo, "prompts": list(models.PROMPTS)}
-    with Trl(chosen.trl_python, given | {"images_per_prompt": 4}, log) as trl:
-        answers = [trl.epoch() for _ in range(chosen.rounds + 1)]
-    return statistics.median(answer["all wall"] - answer["reward wall"] for answer in answers[1:])
-
-
-def compare_with_trl(rows: list[dict[str, Any]], pipeline: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """TRL's seconds an epoch at each of its batch sizes, over those of every setting that trains the same."""
-    found = []
-    for kind in ("lora", "whole"):
-        mine = {row["setting"]: _loop_seconds(row) for row in rows if kind in row["setting"]}
-        for batches in TRL_BATCHES if mine else ():
-            if chosen.images % batches[0] or chosen.images // chosen.updates % batches[1]:
+def run_parts(parts: Sequence[tuple[str, list[str]]], directory: Path, minutes: float) -> bool:
+    """Do what is not done, while there is time. Returns whether all is done."""
+    end, known_in = time.monotonic() + 60 * minutes, directory / "parts.json"
+    done: dict[str, Any] = json.loads(known_in.read_text()) if known_in.exists() else {}
+    for name, words in parts:
+        left, log = end - time.monotonic(), directory / f"{name}.txt"
+        if done.get(name, {}).get("status") != 0:
+            if left < LEAST_SECONDS:
+                print(f"== {name}: no time left")
                 continue
-            log = pipeline.with_name(f"trl-{kind}-{batches[0]}.log")
-            try:
-                seconds = trl_epochs(pipeline, kind == "lora", batches, chosen, log)
-            except RuntimeError:
-                print(f"TRL {kind} {batches[0]}/{batches[1]} ended: {log.read_text().strip().splitlines()[-1:]}")
-                break
-            ratios = {name: seconds / own for name, own in mine.items()}
-            found.append({"kind": kind, "batches": batches, "seconds": seconds, "ratios": ratios})
-            told = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in ratios.items())
-            print(f"TRL {kind} {batches[0]}/{batches[1]}: {seconds:.2f} s an epoch = {told}", flush=True)
-    return found
+            began = time.monotonic()
+            with log.open("wb") as file:
+                try:
+                    command = [sys.executable, *words]
+                    status = subprocess.run(command, stdout=file, stderr=file, timeout=left).returncode
+                except subprocess.TimeoutExpired:
+                    status = 124
+            done[name] = {"status": status, "seconds": round(time.monotonic() - began, 1), "commit": git_commit()}
+            known_in.write_text(json.dumps(done, indent=1))
+        state = done[name]
+        print(f"== {name}: status {state['status']} after {state['seconds']} s, commit {state['commit']}")
+        print(log.read_text(errors="replace")[-6000:], flush=True)
+    return all(done.get(name, {}).get("status") == 0 for name, _ in parts)
 
 
-def _loop_seconds(row: dict[str, Any]) -> float:
-    return float(sum(row["seconds"][stage] for stage in ("sampling", "learning", "sending")))
+def loop(directory: Path, rehearse: bool) -> None:
+    """Two steps of the demonstration, and the second of them again from the first's commit."""
+    if importlib.util.find_spec("ray") is None:
+        print("Ray is not installed here: the loop through Ray was not run")
+        return
+    from orchestration.experiments.ddpo.config import DdpoConfig
+    from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
+    from orchestration.experiments.ddpo.run import DdpoRun
+    from orchestration.runs.config import load_config
+
+    place = directory / f"loop-{time.time_ns()}"
+    size = ["training.steps=2", "checkpoint.keep=2", "checkpoint.every=1", "evaluation.images=64", "seed=1"]
+    size += ["evaluation.interim_images=64"] + (
+        ["training.images_per_step=32"] if rehearse else ["model.dtype=bfloat16"]
+    )
+    config = load_config(DdpoConfig, Path("configs/ddpo/digits.yaml"), [*size, f"output_dir={place / 'whole'}"])
+    began = time.monotonic()
+    whole = json.loads(run_ddpo(config).read_text())
+    print(f"two steps through Ray: {time.monotonic() - began:.1f} s, stages {whole['seconds_by_stage']}")
+    for name, peak in whole["peak_memory_bytes"].items():
+        print(f"  {name:<12} {peak['memory'] / 1e9:.2f} GB, on the card {peak['gpu_memory'] / 1e9:.2f} GB")
+    again = json.loads(
+        resume_ddpo(DdpoRun.fork(place / "whole", [f"output_dir={place / 'again'}"], step=1)).read_text()
+    )
+    same = again["weights_sha256"] == whole["weights_sha256"]
+    print(f"resumed after step 1: {'the same weights, bit for bit' if same else 'OTHER WEIGHTS'}")
+    if not same:
+        raise SystemExit(1)
 
 
-def report(row: dict[str, Any], images: int) -> None:
-    """One setting's lines."""
-    peak, source = row["peak"], row["peak_source"]
-    print(f"{row['setting']}: micro-batch {row['micro_batch']}, checkpointing {row['checkpointing']}")
-    for stage, seconds in row["seconds"].items():
-        used = f"{row['flops'][stage] / seconds / peak:6.1%} of {source}" if stage in row["flops"] else ""
-        memory = f"{row['peak_bytes'][stage] / 1e9:6.1f} GB" if stage in row["peak_bytes"] else ""
-        first = row["first_round"][stage]
-        print(f"  {stage:<11}{seconds:9.2f} s (first {first:8.2f}) {images / seconds:9.2f} images/s  {memory}  {used}")
-    error = row["first_update_error"]
-    print(f"  changed {row['changed_tensors']} tensors, first update |Δ log p| ≤ {error:.1e} nats", flush=True)
+def rounding(directory: Path, rehearse: bool) -> None:
+    """|Δ log p| between a sampler's call and a learner's, with the same weights on the same device."""
+    device, images = ("cpu", 4) if rehearse else ("cuda", 8)
+    pipelines = {"digits": Path("models/digits/pipeline")}
+    if not rehearse:
+        pipelines["sd15"] = SHAPES["sd15"][0](directory / "sd15", device, torch.float32)
+    print(f"{'model':<8}{'type':<10}{'guidance':>9}{'learner':>9}{'mean':>10}{'99 %':>10}{'most':>10}  nats")
+    for shape, path in pipelines.items():
+        for kind in TYPES:
+            for guidance in GUIDANCE:
+                for calls, micro_batch in (("equal", images), ("unequal", 3 * images // 2)):
+                    sampling = SamplingSettings(steps=10, guidance_scale=guidance)
+                    training = TrainingSettings(images_per_step=images, images_per_prompt=1, micro_batch=micro_batch)
+                    model = ModelSettings(path=str(path), dtype=kind)  # type: ignore[arg-type]
+                    learner = DiffusionLearner(model, sampling, training, 0, device)
+                    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(images)]
+                    found = learner.rounding(prompts).cpu()
+                    told = (found.mean(), found.quantile(0.99), found.max())
+                    values = "".join(f"{float(each):>10.1e}" for each in told)
+                    print(f"{shape:<8}{kind:<10}{guidance:>9}{calls:>9}{values}", flush=True)
+                    del learner
 
 
 def main() -> int:
-    """Print every setting's figures, then TRL's, and write them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="sd15")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--settings", nargs="+", help="by default all that the device is asked about")
-    parser.add_argument("--images", type=int, help="a step; by default 64, or 8 of tiny")
-    parser.add_argument("--images-per-call", type=int, default=8, help="of the sampler")
-    parser.add_argument("--updates", type=int, default=1, help="a step")
-    parser.add_argument("--steps", type=int, help="denoising steps; by default the shape's")
-    parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--trl-python", type=Path, help="Python of an environment with TRL 0.23.1")
-    parser.add_argument("--out", type=Path, help="file for all figures as JSON")
+    parser.add_argument("--rehearse", action="store_true", help="everything tiny, on the CPU")
+    parser.add_argument("--only", choices=("loop", "rounding"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    cuda = chosen.device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        print("there is no GPU here; to try the command itself: --shape tiny --device cpu", file=sys.stderr)
+    if not (chosen.rehearse or torch.cuda.is_available()):
+        print("there is no GPU here; to try the command itself: --rehearse", file=sys.stderr)
         return 2
-    build, captioner_of, steps, chosen.eta, chosen.guidance = SHAPES[chosen.shape]
-    chosen.steps = chosen.steps or steps
-    chosen.images = chosen.images or (8 if chosen.shape == "tiny" else 64)
-    card = torch.cuda.get_device_name() if cuda else "CPU"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit or 'unknown'}, torch {torch.__version__}, {card}, {chosen.shape}")
-    print(
-        f"{chosen.images} images × {chosen.steps} steps, {chosen.images_per_call} a call, guidance {chosen.guidance:g}"
-    )
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        captioner = captioner_of(Path(place) / "captioner")
-        pipeline = build(Path(place) / "pipeline", chosen.device, torch.bfloat16 if cuda else torch.float32)
-        for setting in chosen.settings or SETTINGS["cuda" if cuda else "cpu"]:
-            row = step_of(setting, pipeline, captioner, chosen)
-            gc.collect()  # the models are gone: the next setting has the card for itself
-            if cuda:
-                torch.cuda.empty_cache()
-            row["peak"], row["peak_source"] = peak_of(setting, chosen.device)
-            rows.append(row)
-            report(row, chosen.images)
-        uses_trl = chosen.trl_python and chosen.shape != "sd3"  # whose trainer knows Stable Diffusion 1 and 2 only
-        trl = compare_with_trl(rows, portable_copy(pipeline, pipeline), chosen) if uses_trl else []
-    if chosen.out:
-        about = {"commit": commit, "torch": torch.__version__, "card": card, "shape": chosen.shape}
-        sizes = {name: getattr(chosen, name) for name in ("images", "steps", "images_per_call", "updates", "rounds")}
-        chosen.out.write_text(json.dumps({**about, **sizes, "settings": rows, "trl": trl}, indent=1))
-    return 0
+    chosen.directory.mkdir(parents=True, exist_ok=True)
+    if chosen.only:
+        {"loop": loop, "rounding": rounding}[chosen.only](chosen.directory, chosen.rehearse)
+        return 0
+    return 0 if run_parts(parts_of(chosen), chosen.directory, chosen.minutes) else 1
 
-
-def _text_encoder(kind: Any, tokenizer: Any, width: int, layers: int, heads: int) -> Any:
-    from transformers import CLIPTextConfig
-
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    size = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
-    depth = {"num_hidden_layers": layers, "num_attention_heads": heads}
-    return kind(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **size, **depth, **special))
-
-
-def _autoencoder(**own: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks, **own)
-
-
-def build_sd15(directory: Path, device: str, dtype: torch.dtype) -> Path:
-    """Stable Diffusion 1.5's shape; the tokenizer knows the tests' words only."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    tokenizer = models._clip_tokenizer()
-    tokenizer.model_max_length = 77
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        encoder, vae = _text_encoder(CLIPTextModel, tokenizer, 768, 12, 12), _autoencoder()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
-    )
-    parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
-    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(**parts, **none).to(dtype).save_pretrained(directory)
-    return directory
-
-
-def build_sd3(directory: Path, device: str, dtype: torch.dtype) -> Path:
-    """Stable Diffusion 3 medium's shape at 512 pixels, with both CLIP encoders and without T5."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
-
-    tokenizer = models._clip_tokenizer()
-    tokenizer.model_max_length = 77
-    with torch.device(device):
-        transformer = SD3Transformer2DModel(
-            sample_size=64,
-            num_layers=24,
-            num_attention_heads=24,
-            attention_head_dim=64,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=768 + 1280,
-            pos_embed_max_size=192,
-        )
-        first = _text_encoder(CLIPTextModelWithProjection, tokenizer, 768, 12, 12)
-        second = _text_encoder(CLIPTextModelWithProjection, tokenizer, 1280, 32, 20)
-        vae = _autoencoder(latent_channels=16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-    parts = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae}
-    parts |= {"text_encoder": first, "tokenizer": tokenizer, "text_encoder_2": second, "tokenizer_2": tokenizer}
-    StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None).to(dtype).save_pretrained(directory)
-    return directory
-
-
-def build_blip(directory: Path) -> Path:
-    """BLIP-base's shape; the tokenizer knows the tests' words only."""
-    from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
-
-    models.build_tiny_captioner(directory, image_size=384)  # for its processor
-    text = BlipTextConfig(encoder_hidden_size=768, bos_token_id=2, eos_token_id=3, sep_token_id=3, pad_token_id=0)
-    vision = BlipVisionConfig(image_size=384)
-    model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
-    words = len(models.WORDS) + 7
-    with torch.no_grad():  # of its 30,524 words only those that the tokenizer knows, and none of its seven marks
-        bias = model.text_decoder.get_output_embeddings().bias
-        bias[:7] = bias[words:] = -1e4
-    model.save_pretrained(directory)
-    return directory
-
-
-def build_tiny(directory: Path, device: str, dtype: torch.dtype) -> Path:
-    """The tests' model, the same way."""
-    return models.build_tiny_pipeline(directory)
-
-
-# By name: pipeline, captioner, denoising steps, η, guidance.
-SHAPES: dict[str, tuple[Callable[..., Path], Callable[[Path], Path], int, float, float]] = {
-    "sd15": (build_sd15, build_blip, 50, 1.0, 5.0),
-    "sd3": (build_sd3, build_blip, 28, 0.7, 4.5),
-    "tiny": (build_tiny, models.build_tiny_captioner, 6, 1.0, 5.0),
-}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -138,19 +138,22 @@ class DiffusionLearner:
         are the same, so what differs is rounding. All of a group have to ask."""
         asked, on_forward = self.training.ratio_tolerance, self.training.algorithm.on_forward_process
         if isinstance(asked, str) and not on_forward:
-            schedule, latent_shape = self.policy.schedule, self.policy.family.latent_shape
-            _, drawn = self.policy.denoise(prompts, range(len(prompts)), self.weights_version)
-            rollouts = self._rollouts(drawn, np.zeros(len(prompts)), {}, seed=0)
-            apart, _ = self.learner.on_some(
-                lambda images, steps: replayed(rollouts, rollouts.network, images, steps),
-                len(prompts),
-                schedule.stochastic_steps.cpu(),
-                torch.Generator().manual_seed(0),
-            )
+            apart, numbers = self.rounding(prompts), math.prod(self.policy.family.latent_shape)
             coarse = self.policy.dtype != torch.float32 or self.policy.device.type == "cuda"  # which has TF32
-            noise = float(apart.abs().nan_to_num(nan=torch.inf).max())
-            self.take_ratio_bound(RatioBound.of(self.training, math.prod(latent_shape), noise, coarse))
+            noise = float(apart.nan_to_num(nan=torch.inf).max())
+            self.take_ratio_bound(RatioBound.of(self.training, numbers, noise, coarse))
         return self.ratio_bound
+
+    def rounding(self, prompts: Sequence[str]) -> Tensor:
+        """|Δ log p| of some transitions between a sampler's call for ``prompts`` and a learner's, with equal weights."""
+        _, drawn = self.policy.denoise(prompts, range(len(prompts)), self.weights_version)
+        rollouts = self._rollouts(drawn, np.zeros(len(prompts)), {}, seed=0)
+        steps, generator = self.policy.schedule.stochastic_steps.cpu(), torch.Generator().manual_seed(0)
+
+        def apart(images: Tensor, steps: Tensor) -> Tensor:
+            return replayed(rollouts, rollouts.network, images, steps)
+
+        return self.learner.on_some(apart, len(prompts), steps, generator)[0].abs()
 
     def _rollouts(
         self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int
