@@ -145,7 +145,7 @@ class DiffusionLearner:
         return self.ratio_bound
 
     def rounding(self, prompts: Sequence[str]) -> Tensor:
-        """|Δ log p| of some transitions between a sampler's call for ``prompts`` and a learner's, with equal weights."""
+        """|Δ log p| of some transitions between a sampler's call for ``prompts`` and a learner's, at equal weights."""
         _, drawn = self.policy.denoise(prompts, range(len(prompts)), self.weights_version)
         rollouts = self._rollouts(drawn, np.zeros(len(prompts)), {}, seed=0)
         steps, generator = self.policy.schedule.stochastic_steps.cpu(), torch.Generator().manual_seed(0)
