@@ -11,7 +11,7 @@ from orchestration.experiments.ddpo.memory_plan import foreseen_activations, mem
 from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import load_config
 from pipelines.denoisers import load_family
-from pipelines.rl.activations import foreseen, most_alive, taught
+from pipelines.rl.activations import foreseen, kept_bytes, most_alive, taught
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.weights import prepare
@@ -60,7 +60,9 @@ def test_what_is_alive_is_counted_at_its_most() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("image_size", [16, 64])
-def test_a_plan_knows_the_micro_batch_that_a_learner_will_find(tmp_path: Path, rank: int, image_size: int) -> None:
+def test_a_plan_knows_the_micro_batch_that_a_learner_will_find(
+    tmp_path: Path, rank: int, image_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a number of the model, on the meta device; and what a call of the real one holds."""
     model = ModelSettings(path=str(build_tiny_pipeline(tmp_path, image_size=image_size)), lora_rank=rank)
     sampling = SamplingSettings(steps=6, guidance_scale=3.0)
@@ -68,6 +70,9 @@ def test_a_plan_knows_the_micro_batch_that_a_learner_will_find(tmp_path: Path, r
     planned = foreseen(model, sampling, training, images=5, learners=1)
     learner = DiffusionLearner(model, sampling, training, seed=0)
     assert planned.micro_batch == learner.micro_batch
+    real_calls = kept_bytes(learner.policy)
+    monkeypatch.setattr("pipelines.rl.activations._LARGE", 0)
+    assert kept_bytes(learner.policy) == real_calls  # as of a large network, in calls without numbers
     few = foreseen(model, sampling, training.model_copy(update={"micro_batch": 5}), images=5, learners=1)
     for parameter in learner.parameters.values():
         parameter.grad = torch.zeros_like(parameter)

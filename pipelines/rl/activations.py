@@ -1,14 +1,15 @@
 """What calls of a network hold for a moment: counted, in real calls or in such without numbers (torch's fake tensors),
 to choose a micro-batch and to foresee a run's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,8 @@ from policies.rl.settings import SamplingSettings, TrainingSettings
 
 SMALL_MICRO_BATCH = 4  # if not even so many transitions fit, activations are computed a second time instead of kept
 LARGEST_MICRO_BATCH = 512  # beyond this a call gains little even on a small network: see benchmarks/micro_batch.py
+
+_LARGE = 2**28  # bytes of weights
 
 
 def room(device: torch.device) -> int:
@@ -56,8 +59,21 @@ def find_micro_batch(policy: DiffusionPolicy, given: int | None, transitions: in
 
 
 def kept_bytes(policy: DiffusionPolicy) -> int:
-    """Bytes that one transition more keeps for the backward pass."""
-    weights = {_place(parameter) for parameter in policy.network.parameters()}
+    """Bytes that one transition more keeps for the backward pass: counted in real calls of a small network, and of a
+    large one in such without numbers, as two transitions' activations may be more than there is room for."""
+    network: nn.Module = policy.network
+    if sum(parameter.nbytes for parameter in network.parameters()) < _LARGE or _is_fake(network):
+        return _kept(partial(_predicted, policy), network.parameters(), policy.device)
+    policy.embed([""])  # with numbers
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        held = [*network.named_parameters(), *network.named_buffers()]
+        fake: dict[str, Any] = {f"network.{name}": mode.from_tensor(each) for name, each in held}
+        around = _Around(policy)
+        return _kept(lambda count: functional_call(around, fake, (count,)), fake.values(), policy.device)
+
+
+def _kept(predicted: Callable[[int], Tensor], parameters: Iterable[Tensor], device: torch.device) -> int:
+    weights = {_place(parameter) for parameter in parameters}
     kept: list[dict[Any, int]] = [{}, {}]
     held: list[Tensor] = []  # whose places are not given to others meanwhile
 
@@ -70,12 +86,27 @@ def kept_bytes(policy: DiffusionPolicy) -> int:
     for count in (1, 2):  # what both keep, such as LoRA's merged weights, does not grow
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                output = _predicted(policy, count)
+                output = predicted(count)
         except torch.OutOfMemoryError:
-            return room(policy.device) + 1
+            return room(device) + 1
         del output
         held.clear()
     return max(1, sum(kept[1].values()) - sum(kept[0].values()))
+
+
+class _Around(nn.Module):
+    """A policy's network where torch looks for modules."""
+
+    def __init__(self, policy: DiffusionPolicy) -> None:
+        super().__init__()
+        self.network, self.policy = policy.network, policy
+
+    def forward(self, count: int) -> Tensor:
+        return _predicted(self.policy, count)
+
+
+def _is_fake(network: nn.Module) -> bool:
+    return any(isinstance(parameter, FakeTensor) for parameter in network.parameters())
 
 
 def most_alive(call: Callable[[], object]) -> int:
