@@ -3,8 +3,9 @@
     git worktree add /tmp/before 4f89436
     python -m benchmarks.before_after /tmp/before [--rounds 3] [--channels 704 1120] [key=value …]
 
-``/tmp/before`` is another checkout, run in this environment. By default twenty steps of the demonstration; with
-``--channels`` two steps of a Stable Diffusion of random weights (benchmarks/footprint.py). Medians of the rounds.
+``/tmp/before`` is another checkout, run in its own environment (``make .venv/.ready`` there) or in this one. By default
+twenty steps of the demonstration; with ``--channels`` two steps of a Stable Diffusion of random weights, as
+benchmarks/footprint.py makes them. Medians of the rounds.
 """
 
 import argparse
@@ -30,7 +31,15 @@ DEMONSTRATION += ["evaluation.images=216", "tracking.system_metrics=false"]
 
 def measured(checkout: Path, words: list[str], directory: Path) -> dict[str, float]:
     """Figures of one run by a checkout."""
-    command = [sys.executable, "-m", "orchestration.cli", "ddpo", *words, f"output_dir={directory}"]
+    own = checkout / ".venv/bin/python"
+    command = [
+        str(own) if own.exists() else sys.executable,
+        "-m",
+        "orchestration.cli",
+        "ddpo",
+        *words,
+        f"output_dir={directory}",
+    ]
     subprocess.run(
         command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, check=True, capture_output=True
     )
