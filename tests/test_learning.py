@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -523,3 +524,20 @@ def test_rounding_beyond_the_clip_range_is_computed_anew() -> None:
     assert RatioBound.of(given, 48, 0.4) == RatioBound(0.5, False, 0.4)
     on_policy = TRAINING.model_copy(update={"objective": "score_function", "ratio_tolerance": "recompute"})
     assert not RatioBound.of(on_policy, 48).recomputes  # it has one update, and no old log-probabilities
+
+
+def test_rounding_is_found_on_half_of_a_call_where_memory_is_short(
+    tiny_v_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, asked = make_learner(ModelSettings(path=str(tiny_v_pipeline))), list[int]()
+    denoise = learner.policy.denoise
+
+    def short(prompts: list[str], *more: Any) -> Any:
+        asked.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return denoise(prompts, *more)
+
+    monkeypatch.setattr(learner.policy, "denoise", short)
+    assert learner.find_ratio_bound(BATCH).noise is not None
+    assert asked == [6, 3, 2]

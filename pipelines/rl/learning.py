@@ -145,15 +145,24 @@ class DiffusionLearner:
         return self.ratio_bound
 
     def rounding(self, prompts: Sequence[str]) -> Tensor:
-        """|Δ log p| of some transitions between a sampler's call for ``prompts`` and a learner's, at equal weights."""
-        _, drawn = self.policy.denoise(prompts, range(len(prompts)), self.weights_version)
-        rollouts = self._rollouts(drawn, np.zeros(len(prompts)), {}, seed=0)
+        """|Δ log p| of some transitions between a sampler's call for ``prompts`` and a learner's, at equal weights.
+        Where there is no memory for all of them, half have to do, as they would for a sampler."""
+        count, drawn = min(len(prompts), self.micro_batch) if self.group.sharded else len(prompts), None
+        while drawn is None:
+            try:
+                _, drawn = self.policy.denoise(prompts[:count], range(count), self.weights_version)
+            except torch.OutOfMemoryError:
+                if count == 1 or self.group.sharded:
+                    raise
+            if self.group.any(drawn is None)[0]:
+                drawn, count = None, -(-count // 2)
+        rollouts = self._rollouts(drawn, np.zeros(count), {}, seed=0)
         steps, generator = self.policy.schedule.stochastic_steps.cpu(), torch.Generator().manual_seed(0)
 
         def apart(images: Tensor, steps: Tensor) -> Tensor:
             return replayed(rollouts, rollouts.network, images, steps)
 
-        return self.learner.on_some(apart, len(prompts), steps, generator)[0].abs()
+        return self.learner.on_some(apart, count, steps, generator)[0].abs()
 
     def _rollouts(
         self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int

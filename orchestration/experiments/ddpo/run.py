@@ -126,9 +126,8 @@ class DdpoRun(Run):
         past = [line for line in read_lines(source / "metrics.jsonl", ["step"]) if line["step"] <= step]
         write_durably(directory / "metrics.jsonl", as_lines(map(with_digest, past)))
         store.load(step)  # raises DamagedFiles if it is not this run's, or not whole
-        resolved = {
-            key: value for key, value in manifest["resolved"].items() if key != "ratio_bound"
-        }  # of its settings
+        resolved = dict(manifest["resolved"])
+        resolved.pop("ratio_bound", None)  # which follows from settings that may be others now
         stand = {"total_steps": config.training.steps, "committed_step": step, "resolved": resolved}
         origin = {"forked_from": {"run": str(source.resolve()), "step": step}, "status": "FORKED"}
         manifest = new_manifest("ddpo", config, inputs=inputs) | stand | origin
@@ -199,11 +198,9 @@ class DdpoRun(Run):
         self.manifest["resolved"] = {**resolved, "actors": {role.name: vars(role) for role in roles}}
         self.ratio_bound = bound
         if bound.recomputes:
-            why = (
-                f"rounding moves log-probabilities by up to {bound.noise or 0:.1e} nats" if bound.noise else "as asked"
-            )
+            moved = f"rounding moves log-probabilities by {bound.noise:.1e} nats" if bound.noise else "as asked"
             what = "the learner computes the old ones itself, a pass forward more for all but a step's first update"
-            self.display.say(f"{why}: {what}")
+            self.display.say(f"{moved}: {what}")
         self._status("RUNNING")
         self._log_params()
         digest = sha256("\n".join(prompts).encode()).hexdigest()
