@@ -1,7 +1,7 @@
-"""A learner and a sampler on a card that is not there, and the same on the CPU: run by tests/test_devices.py, as a
-process of its own, because torch takes a kind of device for good.
+"""A learner and a sampler on a card that is not there, or on one that is, and the same on the CPU: run by
+tests/test_devices.py, as a process of its own, because torch takes a kind of device for good.
 
-    python -m tests.on_pretend_card PIPELINE LORA_RANK OBJECTIVE
+    python -m tests.on_pretend_card PIPELINE LORA_RANK OBJECTIVE [cuda]
 
 prints what differs and how often the card was waited for, as JSON.
 """
@@ -9,6 +9,7 @@ prints what differs and how often the card was waited for, as JSON.
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS
-from tests.pretend_card import KIND, OnCard, pretend_card
+from tests.pretend_card import KIND, pretend_card
 
 IMAGES = 6
 ADVANTAGE = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
@@ -83,7 +84,7 @@ def two_steps(
     return found | {
         "first": first,
         "weights": learner.weights(),
-        "on card": sum(isinstance(each, OnCard) for each in held) / len(held),
+        "on card": sum(each.device.type != "cpu" for each in held) / len(held),
     }
 
 
@@ -93,13 +94,13 @@ def apart(one: Weights, other: Weights) -> float:
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
-def main(pipeline: str, rank: str, objective: str) -> None:
+def main(pipeline: str, rank: str, objective: str, device: str = KIND) -> None:
     torch.set_num_threads(1)
     model = ModelSettings(path=pipeline, lora_rank=int(rank))
     here = two_steps(model, objective, "cpu", Waits(Counter()))
-    with pretend_card() as counted:
+    with pretend_card() if device == KIND else nullcontext(Counter[str]()) as counted:
         waits = Waits(counted)
-        there = two_steps(model, objective, KIND, waits, here["first"])
+        there = two_steps(model, objective, device, waits, here["first"])
     levels = [np.abs(a.astype(int) - b).max() for a, b in zip(here["images"], there["images"], strict=True)]
     found = {"images": int(max(levels)), "weights": apart(here["weights"], there["weights"]), "waits": waits.by_part}
     found |= {name: (here[name], there[name]) for name in ("loss", "changed", "on card")}
