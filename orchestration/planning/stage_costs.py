@@ -60,8 +60,9 @@ class StageCosts(Settings):
 def settings_behind(config: DdpoConfig) -> dict[str, str]:
     """What costs are measured for; the model follows batches, denoising steps and actors by itself."""
     model, guided = config.model, config.sampling.guidance_scale > 1
+    kind = ", ".join((model.dtype, *model.kernels, f"LoRA rank {model.lora_rank}", "guided" if guided else "unguided"))
     return {
-        "model": f"{Path(model.path).name}, {model.dtype}, LoRA rank {model.lora_rank}, {'' if guided else 'un'}guided",
+        "model": f"{Path(model.path).name}, {kind}",
         "captioner": Path(config.captioner.path or "none").name,
         "rewards": ", ".join(config.reward.functions),
     }
