@@ -114,3 +114,25 @@ def pretend_card() -> Iterator[Counter[str]]:
         _Machine() as machine,
     ):
         yield machine.waits
+
+
+def main() -> None:
+    """Print what each of three mistakes leads to."""
+    with pretend_card() as waits:
+        there = torch.ones(2).to(KIND)
+        assert (there + there.sum()).device.type == KIND
+        assert there.sum().item() == 2
+        assert sum(waits.values()) == 1
+        parameter = torch.nn.Parameter(there)
+        (2 * parameter).sum().backward()
+        assert parameter.grad is not None
+        assert parameter.grad.device.type == KIND
+        for mistake in (lambda: there + torch.ones(2), lambda: torch.cat([there, torch.ones(2)]), there.numpy):
+            try:
+                mistake()
+            except (RuntimeError, TypeError) as error:
+                print(type(error).__name__, str(error)[:45])
+
+
+if __name__ == "__main__":
+    main()

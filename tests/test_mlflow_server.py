@@ -26,6 +26,8 @@ from orchestration.tracking.tracker import Tracker, TrackingSettings
 from tests.network import free_port, listeners
 from tests.processes import start, wait_until
 
+pytestmark = pytest.mark.usefixtures("preloaded")  # psutil has to see forks at their place
+
 
 @dataclass(frozen=True)
 class Served:

@@ -44,6 +44,8 @@ from tests.network import free_port, listeners
 from tests.rewards import redness
 from tests.test_config import command
 
+pytestmark = pytest.mark.usefixtures("preloaded")  # psutil has to see forks at their place
+
 IMAGES = np.random.default_rng(0).integers(0, 256, size=(24, 8, 12, 3), dtype=np.uint8)
 IMAGES[::3, :4] = 128
 PROMPTS = [f'{"a" * (i % 5)} "zèbre" {{{i}}}\n' for i in range(24)]

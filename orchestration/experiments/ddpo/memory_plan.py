@@ -117,7 +117,7 @@ def memory_lines(known: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {each['gpus']} × GPU with {shared}: {least:.3g} GB, {most:.3g} while prompts are encoded")
     together = known["together"] / 1e9
     apart = "" if known["activations"] else "; activations apart"
-    return [*lines, f"  all processes {together:.1f} GB of machines' memory{apart}"]
+    return [*lines, f"  together {together:.1f} GB of the machines' memory{apart}"]
 
 
 def models_of(reward: Reward) -> list[str]:
