@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from pipelines.denoisers import load_family
 from pipelines.rl.activations import foreseen, kept_bytes, most_alive, taught
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
-from pipelines.rl.weights import prepare
+from pipelines.rl.weights import checksum, prepare
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import build_tiny_pipeline
@@ -73,6 +74,11 @@ def test_a_plan_knows_the_micro_batch_that_a_learner_will_find(
     real_calls = kept_bytes(learner.policy)
     monkeypatch.setattr("pipelines.rl.activations._LARGE", 0)
     assert kept_bytes(learner.policy) == real_calls  # as of a large network, in calls without numbers
+    other = DiffusionLearner(model, sampling, training, seed=0)
+    drawn = DiffusionPolicy(model, sampling).rollout(["a red seven"] * 4, range(4))[1]
+    for each in (learner, other):  # which leave nothing behind
+        each.learn(drawn, np.array([1.0, -1.0, 0.5, -0.5]), seed=1)
+    assert checksum(other.weights()) == checksum(learner.weights())
     few = foreseen(model, sampling, training.model_copy(update={"micro_batch": 5}), images=5, learners=1)
     for parameter in learner.parameters.values():
         parameter.grad = torch.zeros_like(parameter)

@@ -2,6 +2,7 @@
 to choose a micro-batch and to foresee a run's memory."""
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +65,8 @@ def kept_bytes(policy: DiffusionPolicy) -> int:
     network: nn.Module = policy.network
     if sum(parameter.nbytes for parameter in network.parameters()) < _LARGE or _is_fake(network):
         return _kept(partial(_predicted, policy), network.parameters(), policy.device)
-    policy.embed([""])  # with numbers
+    policy = copy(policy)  # whose memory of prompts may hold what has no numbers
+    policy._conditions = dict(policy._conditions)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         held = [*network.named_parameters(), *network.named_buffers()]
         fake: dict[str, Any] = {f"network.{name}": mode.from_tensor(each) for name, each in held}
