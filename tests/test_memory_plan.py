@@ -1,5 +1,6 @@
 """What a run is said to hold in memory before it starts, against what is counted, found and measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.weights import checksum, prepare
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from tests.models import build_tiny_pipeline
+from tests.models import build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 DEMONSTRATION = Path("configs/ddpo/digits.yaml")
 
@@ -57,6 +58,20 @@ def test_what_is_alive_is_counted_at_its_most() -> None:
 
     assert most_alive(call) == 16_004
     assert most_alive(lambda: begun.view(10, -1)) == 0
+
+
+@pytest.mark.parametrize("build", [build_tiny_xl, build_tiny_sd3, build_tiny_pixels])
+def test_activations_of_every_family_are_foreseen(tmp_path: Path, build: Callable[[Path], Path]) -> None:
+    """A prompt's own conditions, transformers, and models of pixels, that have neither autoencoder nor prompts."""
+    model = ModelSettings(path=str(build(tmp_path / "pipeline")))
+    sampling = SamplingSettings(steps=4, guidance_scale=1.0 if build is build_tiny_pixels else 2.0)
+    training = TrainingSettings(images_per_step=16, images_per_prompt=4)
+    planned = foreseen(model, sampling, training, images=3, learners=1)
+    learner = DiffusionLearner(model, sampling, training, seed=0)
+    assert planned.micro_batch == learner.micro_batch
+    policy = DiffusionPolicy(model, sampling)
+    real = most_alive(lambda: policy.decode(policy.denoise(["a red seven"] * 3, range(3))[0]))
+    assert planned.sampler == pytest.approx(real, rel=0.3)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

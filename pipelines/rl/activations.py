@@ -140,7 +140,7 @@ def foreseen(
     with FakeTensorMode(allow_non_fake_inputs=True):
         for policy in (sampler, learner):
             policy.device, policy.schedule = torch.device("cpu"), schedule
-            for part in (policy.network, policy.family.pipeline.vae, *policy.family.text_encoders):
+            for part in (each for each in policy.family.pipeline.components.values() if isinstance(each, nn.Module)):
                 _bring(part)
         at_once = sampler.family.decoded_at_once(images)
         latents = torch.empty(at_once, *sampler.family.latent_shape, dtype=sampler.dtype)
