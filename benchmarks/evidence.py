@@ -71,7 +71,7 @@ def cases() -> Iterator[Case]:
         yield Case("mad", (f"configs/mad/{name}.yaml",))
     for name, words in {
         "ddpo_asha": ("trials=2", "fixed={training.steps: 10, evaluation.every: 5}", "confirm_seeds=0"),
-        "ddpo_pbt": ("trials=2", "fixed={training.steps: 20, evaluation.every: 10}"),
+        "ddpo_pbt": ("trials=4", "fixed={training.steps: 20, evaluation.every: 10}"),
         "rewards": ("fixed={training.steps: 4}", "seeds=1"),
         "digits_phase": ("fixed={arms: {}, generations: 2}", "seeds=1", "space.sampling_bias=[1.0, 0.5]"),
     }.items():
