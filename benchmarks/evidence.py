@@ -117,7 +117,8 @@ def figures(summary: dict[str, Any], loop: str) -> str:
         last = sorted(float(np.mean([row[-1] for row in arm["metrics"][metric]["values"]])) for arm in arms)
         return f"last {metric} {last[0]:.3g}" + (f" to {last[-1]:.3g} in {len(arms)} arms" if len(arms) > 1 else "")
     if loop == "sweep":
-        at = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in summary["best"]["point"].items())
+        best = summary["best"]["point"]
+        at = ", ".join(f"{name.split('.')[-1]} {v:.3g}" if isinstance(v, float) else f"{v}" for name, v in best.items())
         return f"{len(summary['trials'])} trials, best {summary['metric']} {summary['best']['mean']:.3g} at {at}"
     return f"{len(summary['claims'])} claims"
 
