@@ -1,6 +1,7 @@
 """Every family of models end to end, with genuine classes: drawn, learned from, sent on, drawn by stock pipelines."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def sampling(name: str) -> SamplingSettings:
 @pytest.fixture(scope="module")
 def policy(model: ModelSettings, sampling: SamplingSettings) -> DiffusionPolicy:
     return DiffusionPolicy(model, sampling)
+
+
+def test_a_model_that_was_loaded_asks_its_directory_no_more(
+    name: str, policy: DiffusionPolicy, sampling: SamplingSettings, tmp_path: Path
+) -> None:
+    """A study's products are unpacked only to be loaded."""
+    directory = BUILDERS[name](tmp_path / "pipeline")
+    loaded = DiffusionPolicy(ModelSettings(path=str(directory)), sampling)
+    shutil.rmtree(directory)
+    np.testing.assert_array_equal(loaded.rollout(BATCH, SEEDS)[0], policy.rollout(BATCH, SEEDS)[0])
 
 
 def test_log_probabilities_are_those_of_a_normal(policy: DiffusionPolicy) -> None:

@@ -48,8 +48,9 @@ _LARGEST = 4096  # channels, or numbers on a side, of what is denoised
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's directory, read but not loaded. ``parts``: library and class of each; ``absent``: those it does
-    without; ``shapes``: of the tensors of those that hold any."""
+    """A model's directory, read but not loaded: nothing here asks it again, so it may be gone. ``parts``: library and
+    class of each; ``absent``: those it does without; ``image_size``: height and width of what it draws, in pixels;
+    ``shapes``: of the tensors of those parts that hold any."""
 
     directory: Path
     kind: _Kind
@@ -57,19 +58,13 @@ class ModelFiles:
     absent: Sequence[str]
     scheduler: DdimConfig | FlowConfig
     latent_shape: tuple[int, int, int]
+    image_size: tuple[int, int]
     shapes: Mapping[str, Shapes]
 
     @property
     def knows_prompts(self) -> bool:
         """Whether prompts change what it draws."""
         return bool(self.kind.parts)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of what it draws, in pixels: an autoencoder doubles them between its blocks."""
-        blocks = read_json(self.directory / "vae" / "config.json")["block_out_channels"] if "vae" in self.parts else [0]
-        _, height, width = self.latent_shape
-        return height << len(blocks) - 1, width << len(blocks) - 1
 
 
 def inspect(directory: Path) -> ModelFiles:
@@ -100,8 +95,11 @@ def inspect(directory: Path) -> ModelFiles:
         held = {file.name for file in (directory / part).glob("*")} if part.startswith("tokenizer") else set()
         if part.startswith("tokenizer") and not any(held >= files for files in _OF_TOKENIZERS):
             raise ModelFilesError(f"{directory / part} holds no tokenizer.json, nor vocab.json and merges.txt")
+    with reading(directory / "vae" / "config.json"):
+        doublings = len(configs["vae"]["block_out_channels"]) - 1 if "vae" in configs else 0
+    size = shape[1] << doublings, shape[2] << doublings
     shapes = {part: model_files.weight_shapes(directory / part) for part in models}
-    return ModelFiles(directory, kind, parts, absent, scheduler, shape, shapes)
+    return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes)
 
 
 def denoising_steps(path: str, steps: int) -> DenoisingSteps:
