@@ -13,7 +13,7 @@ from orchestration.experiments.ddpo.memory_plan import foreseen_activations, mem
 from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import load_config
 from pipelines.denoisers import load_family
-from pipelines.rl.activations import foreseen, kept_bytes, most_alive, taught
+from pipelines.rl.activations import _kept, foreseen, kept_bytes, most_alive, taught
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.weights import checksum, prepare
@@ -58,6 +58,24 @@ def test_what_is_alive_is_counted_at_its_most() -> None:
 
     assert most_alive(call) == 16_004
     assert most_alive(lambda: begun.view(10, -1)) == 0
+
+
+def test_memory_that_is_kept_is_that_of_the_whole_of_which_parts_are_kept() -> None:
+    """As of a layer whose two halves are multiplied: each half keeps both."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+
+    def predicted(count: int) -> torch.Tensor:
+        value, gate = (torch.ones(count, 1000) * weight).chunk(2, dim=1)
+        return value * gate.exp().detach()  # keeps one half, ones, and what follows from the other
+
+    # The ones: 4,000 bytes more; the half: 0 of the value, and 2,000 of what it is multiplied with.
+    assert _kept(predicted, [weight], torch.device("cpu")) == 4000 + 2000
+
+    def halves(count: int) -> torch.Tensor:
+        value, gate = (torch.ones(count, 1000) * weight).chunk(2, dim=1)
+        return value * gate
+
+    assert _kept(halves, [weight], torch.device("cpu")) == 4000 + 4000
 
 
 @pytest.mark.parametrize("build", [build_tiny_xl, build_tiny_sd3, build_tiny_pixels])

@@ -81,7 +81,7 @@ def _kept(predicted: Callable[[int], Tensor], parameters: Iterable[Tensor], devi
 
     def keep(tensor: Tensor) -> Tensor:
         if (place := _place(tensor)) not in weights:
-            kept[count - 1][place] = tensor.numel() * tensor.element_size()
+            kept[count - 1][place] = tensor.untyped_storage().nbytes()  # all of it, of whatever part is asked for
             held.append(tensor)
         return tensor
 

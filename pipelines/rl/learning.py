@@ -101,8 +101,8 @@ class DiffusionLearner:
         statistics = replace(statistics, staleness=staleness, **found)
         pairs = [(own_part(before[name]), own_part(value.detach())) for name, value in self.masters.items()]
         flags = [(start != now).any() for start, now in pairs] + [~now.isfinite().all() for _, now in pairs]
-        found_out = self.group.any(*torch.stack(flags).tolist())  # asked at once: a card is waited for but one time
-        changed, sick = sum(found_out[: len(pairs)]), any(found_out[len(pairs) :])
+        raised = self.group.any(*torch.stack(flags).tolist())  # asked at once: a card is waited for but one time
+        changed, sick = sum(raised[: len(pairs)]), any(raised[len(pairs) :])
         if not changed and self.training.on_sick_numbers == "stop":
             why = "check the learning rate" if np.any(advantage) else "no image is better than what it is compared with"
             raise DegenerateBatch(f"the step's updates changed no tensor: {why}")
