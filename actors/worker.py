@@ -20,6 +20,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 ACTIVITIES = {
     "ready": "loading",
     "set_weights": "taking weights",
+    "receive": "taking weights",
+    "send": "sending weights",
     "rollout": "drawing",
     "caption": "captioning",
     "score": "scoring",
@@ -95,6 +97,11 @@ class Worker:
     def ready(self) -> bool:
         """Answers once the model is loaded."""
         return True
+
+    def card(self) -> str | None:
+        """The card that this process computes on; None: it computes on CPUs."""
+        cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
+        return str(cuda.get_device_properties(0).uuid) if cuda and cuda.is_initialized() else None
 
     def account(self) -> Account:
         """What this process has used."""

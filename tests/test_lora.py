@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
-from pipelines.rl.weights import changed_by, copied, exported_weights, prepare, swapped
+from pipelines.rl.weights import changed_by, copied, exported, prepare, swapped
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
@@ -88,7 +88,7 @@ def test_a_sampler_computes_the_learners_bits(tiny_v_pipeline: Path) -> None:
     model = lora(tiny_v_pipeline)
     policy, parameters = prepared(model)
     sampler = DiffusionPolicy(model, SAMPLING)
-    assert sampler.load(weights := exported_weights(policy.network)) == len(changed_by(weights)) > 7
+    assert sampler.load(weights := exported(policy.network)) == len(changed_by(weights)) > 7
     assert sum(each.nbytes for each in weights.values()) == sum(each.nbytes for each in parameters.values())
     with torch.no_grad():
         torch.testing.assert_close(log_prob(sampler)(), log_prob(policy)(), rtol=0, atol=0)
@@ -138,7 +138,7 @@ def test_a_small_step_survives_a_coarse_type(tiny_v_pipeline: Path) -> None:
     """A and B are float32 in a bfloat16 network: a step of 1e-4 on a weight of 1 would be rounded away."""
     policy, parameters = prepared(lora(tiny_v_pipeline, dtype="bfloat16"))
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
-    weights = exported_weights(policy.network)
+    weights = exported(policy.network)
     sampler = DiffusionPolicy(lora(tiny_v_pipeline, dtype="bfloat16"), SAMPLING)
     sampler.load(weights)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from safetensors.numpy import load, load_file, save_file
 from pipelines.storage import tensor_files
 from pipelines.storage.atomic import DamagedFiles, commit_directory, pieces_of
 from pipelines.storage.checkpoint import CheckpointStore
-from pipelines.storage.tensor_files import StreamedTensors, encoded, outline_of, parts, tensor_file
+from pipelines.storage.tensor_files import StreamedTensors, encoded, outline_of, parts, sizes, tensor_file
 
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, np.ndarray] = {
@@ -56,7 +56,7 @@ def test_each_part_is_fetched_once_and_none_is_held_beside_the_next(
     assert len(streamed) == 24
     store = CheckpointStore(tmp_path)
     store.commit(1, streamed, {})
-    assert fetched == list(parts(outline_of(arrays)))
+    assert fetched == list(parts(sizes(outline_of(arrays))))
     assert {len(names) for names in fetched} == {2}
     read = store.load(1).tensors
     assert isinstance(read, StreamedTensors)
@@ -72,7 +72,7 @@ def test_an_array_larger_than_a_part_is_one_of_its_own(monkeypatch: pytest.Monke
     monkeypatch.setattr(tensor_files, "PART", 1_000)
     sizes = {"small": 10, "large": 5_000, "half": 125, "other half": 125, "more": 1}
     outline = {name: ("float32", (size,)) for name, size in sizes.items()}
-    assert list(parts(outline)) == [["small"], ["large"], ["half", "other half"], ["more"]]
+    assert list(parts(sizes(outline))) == [["small"], ["large"], ["half", "other half"], ["more"]]
     assert list(parts({})) == []
 
 

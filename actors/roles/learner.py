@@ -78,6 +78,32 @@ class LearnerActor(Worker):
 
         return checksum(self.learner.weights(kind))
 
+    def outline(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of each of :meth:`weights`."""
+        with self.learner.exported("current") as tensors:
+            return {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in tensors.items()}
+
+    def link(self, host: str, port: int, size: int, device: str, timeout: float) -> bool:
+        """Join a broadcast of the first learner to the samplers. Returns whether that is so."""
+        from policies.rl.broadcast import joined
+
+        self._broadcast = None if self.group.rank else joined(host, port, 0, size, device, timeout)
+        return self._broadcast is not None
+
+    def send(self, kind: WeightsKind) -> None:
+        """Give some of the weights to the samplers, which :meth:`Sampler.receive` them, as long as none is lost."""
+        from pipelines.rl.weights import portions
+        from policies.rl.broadcast import BroadcastLostError
+
+        with self.learner.exported(kind) as tensors:
+            if self._broadcast is None:
+                return
+            try:
+                for names in portions({name: each.nbytes for name, each in tensors.items()}):
+                    self._broadcast.transfer(tensors[name] for name in names)
+            except BroadcastLostError:
+                self._broadcast = None
+
     def state_outline(self) -> tuple[Outline, int]:
         """What another learner goes on from: its arrays, which :meth:`state_part` gives, and the weights' version."""
         return self.learner.state_outline()

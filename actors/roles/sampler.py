@@ -1,6 +1,6 @@
 """Samplers draw images. An image is a function of (weights version, prompt, seed), never of the sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,40 @@ class Sampler(Worker):
         from pipelines.rl.policy import DiffusionPolicy
 
         self.policy = DiffusionPolicy(model, sampling, device)
-        self.version = 0
+        self.version: int | None = 0  # None: parts of two
+        self._broadcast: Any = None
+
+    def link(self, outline: dict[str, Any], rank: int, host: str, port: int, *how: Any) -> bool:
+        """Join a broadcast of the learner's weights, which are as in ``outline``. Returns whether that worked."""
+        from policies.rl.broadcast import joined
+
+        self._broadcast, self._outline = joined(host, port, rank, *how), outline
+        return self._broadcast is not None
+
+    def receive(self, source: PolicyVersion, meeting: tuple[str, int]) -> WeightReceipt | None:
+        """Take new weights as the learner sends them. None: a process of the broadcast that met at ``meeting`` is gone,
+        this one's own may be that. Raises DamagedWeightsError if others arrived than left."""
+        import torch
+
+        from pipelines.rl.weights import portions
+        from policies.rl.broadcast import BroadcastLostError, leave
+
+        if self._broadcast is None:
+            leave(*meeting)
+            return None
+        self.version, changed = None, 0
+        empty = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (kind, shape) in self._outline.items()}
+        try:
+            for names in portions({name: each.nbytes for name, each in empty.items()}):
+                tensors = {name: torch.empty_like(empty[name], device=self.policy.device) for name in names}
+                if not self._broadcast.transfer(tensors.values()):
+                    raise DamagedWeightsError(f"weights version {source.version} arrived otherwise than they left")
+                changed += self.policy.load(tensors)
+        except BroadcastLostError:
+            self._broadcast = None
+            return None
+        self.version = source.version
+        return WeightReceipt(source.checksum, changed)
 
     def set_weights(self, version: int, weights: dict[str, np.ndarray]) -> WeightReceipt:
         """Take new weights. The checksum is computed here, from what arrived."""
@@ -127,8 +160,19 @@ class Samplers(Pool):
             chunks.append(Chunk(*work, images, trajectory, self.policy))
         return chunks
 
-    def update_weights(self, published: PolicyVersion) -> list[ObjectRef]:
-        """Send new weights to every sampler. Work submitted from now on asks for this version, that before it for its
-        own: a sampler takes up what it was given in order."""
+    def link(self, outline: dict[str, Any], host: str, port: int, *how: Any) -> list[ObjectRef]:
+        """Have all join a broadcast of the learner's."""
+        self._meeting, members = (host, port), range(len(self.members))
+        return [self._call(each, "link", (outline, each + 1, host, port, *how), 1) for each in members]
+
+    def update_weights(
+        self, published: PolicyVersion, linked: bool = False, to: Iterable[int] | None = None
+    ) -> list[ObjectRef]:
+        """Send new weights to every sampler, or some, by the object store, or have them taken from the learner. Work
+        submitted from now on asks for this version, that before it for its own: a sampler takes up what it was given in
+        order."""
         self.policy = published
-        return self.everyone("set_weights", published.version, published.weights)
+        if linked:
+            return self.everyone("receive", published, self._meeting)
+        members = range(len(self.members)) if to is None else to
+        return [self._call(each, "set_weights", (published.version, published.weights), 1) for each in members]

@@ -1,8 +1,8 @@
 """The learner's side of a diffusion model: a network being trained, its optimiser and its state."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,14 @@ class DiffusionLearner:
     def weights(self, kind: WeightsKind = "current") -> trainable.Weights:
         """As they travel what samplers draw with ("current"), what they drew with before the last step
         of learning, at depth 1 ("previous"), or what is evaluated and saved: the average over steps ("averaged")."""
+        with self.exported(kind) as tensors:
+            return {name: trainable.to_numpy(each) for name, each in tensors.items()}
+
+    @contextmanager
+    def exported(self, kind: WeightsKind) -> Iterator[dict[str, Tensor]]:
+        """In this block, some of the :meth:`weights` where they lie. All of a group have to ask."""
         with self.holding(kind), unsharded(self.policy.network):
-            return trainable.exported_weights(self.policy.network)
+            yield trainable.exported(self.policy.network)
 
     def holding(self, kind: WeightsKind) -> AbstractContextManager[None]:
         """In this block the network holds some of the :meth:`weights`."""

@@ -4,7 +4,7 @@ An image is a function of (weights, prompt, seed): each has its own CPU generato
 pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.denoisers import check_guidance, load_family
 from pipelines.denoisers.family import Conditions, placed
 from pipelines.rl.trajectory import Trajectory
-from pipelines.rl.weights import Weights, changed_by, copied, from_numpy, load_weights, swapped, to_numpy
+from pipelines.rl.weights import changed_by, copied, from_numpy, load_weights, swapped, to_numpy
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import reading
 from policies.rl.health import DegenerateBatch
@@ -63,11 +63,11 @@ class DiffusionPolicy:
             mode = "reduce-overhead" if "graphs" in self.kernels else "default"
             self.network.compile(dynamic=False, mode=mode)
 
-    def load(self, weights: Weights) -> int:
-        """Take a learner's weights. Returns how many tensors changed. Raises KeyError on an unknown name."""
+    def load(self, weights: Mapping[str, np.ndarray | Tensor]) -> int:
+        """Take a learner's weights, or a part of them. Returns how many tensors changed. Raises KeyError on an unknown
+        name."""
         known = dict(self.network.named_parameters())
-        if not self.base:
-            self.base = copied({name: known[name] for name in changed_by(weights)}, "cpu")
+        self.base |= copied({name: known[name] for name in changed_by(weights) if name not in self.base}, "cpu")
         return load_weights(self.network, weights, self.base)
 
     def embed(self, prompts: Sequence[str | None]) -> Conditions:

@@ -1,7 +1,7 @@
 """What of a network is trained, what of it travels to the samplers, and how each is named, counted and verified."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pipelines.settings import ModelSettings
+from pipelines.storage.tensor_files import parts
 
 Weights = dict[str, np.ndarray]
 _LORA = ".lora_A.weight", ".lora_B.weight"
@@ -116,21 +117,26 @@ def plain(network: nn.Module) -> Iterator[None]:
             put(name, layers[name], weight)
 
 
-@torch.no_grad()
-def exported_weights(network: nn.Module) -> Weights:
+def exported(network: nn.Module) -> dict[str, Tensor]:
     """What travels to those who draw: the trained weights by their names, or LoRA's A and B under peft's, which
     :func:`load_weights` adds to what the layers had (alpha = rank, which is what other loaders take for granted)."""
     if not (layers := lora_layers(network)):
-        return {name: to_numpy(parameter) for name, parameter in network.named_parameters() if parameter.requires_grad}
+        return {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
     factors = {name: layer.factors() for name, layer in layers.items()}
     return {
-        f"{name}{ending}": to_numpy(each)
+        f"{name}{ending}": each.detach()
         for name, pair in factors.items()
         for ending, each in zip(_LORA, pair, strict=True)
     }
 
 
-def changed_by(weights: Mapping[str, np.ndarray]) -> list[str]:
+def portions(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names of exported weights of so many bytes in parts that can be loaded one after the other."""
+    together = any(name.endswith(_LORA) for name in sizes)  # A and B of a layer are added at once
+    return [[*sizes]] if together else [*parts(sizes)]
+
+
+def changed_by(weights: Iterable[str]) -> list[str]:
     """The names of the parameters of a plain network that :func:`load_weights` writes."""
     a, b = _LORA
     names = (name for name in weights if not name.endswith(b))
@@ -139,7 +145,7 @@ def changed_by(weights: Mapping[str, np.ndarray]) -> list[str]:
 
 @torch.no_grad()
 def load_weights(
-    network: nn.Module, weights: Mapping[str, np.ndarray], base: Mapping[str, Tensor] | None = None
+    network: nn.Module, weights: Mapping[str, np.ndarray | Tensor], base: Mapping[str, Tensor] | None = None
 ) -> int:
     """Write exported weights into a plain network, which then runs at full speed. LoRA is added to the ``base``, by
     default what the network holds: W + BA, computed as the learner does. Returns how many tensors changed. Raises
@@ -169,7 +175,10 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """What :func:`to_numpy` was given, as ``dtype``. Arrays from Ray's object store are read-only: they are copied."""
+def from_numpy(array: np.ndarray | Tensor, dtype: torch.dtype) -> Tensor:
+    """What :func:`to_numpy` was given, as ``dtype``. Arrays from Ray's object store are read-only: they are copied. One
+    that is a tensor still has its numbers."""
+    if isinstance(array, Tensor):
+        return array.to(dtype)
     tensor = torch.from_numpy(np.array(array))
     return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(dtype)

@@ -17,7 +17,7 @@ class StreamedTensors(Mapping[str, np.ndarray]):
 
     def __init__(self, outline: Outline, fetch: Callable[[list[str]], Sequence[np.ndarray]]) -> None:
         self.outline, self._fetch = outline, fetch
-        self._part_of = {name: part for part in parts(outline) for name in part}
+        self._part_of = {name: part for part in parts(sizes(outline)) for name in part}
         self._held: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -47,12 +47,16 @@ def size_of(outline: Outline, name: str) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
 
 
-def parts(outline: Outline) -> Iterator[list[str]]:
-    """The names, in order, in parts of about :data:`PART` bytes."""
+def sizes(outline: Outline) -> dict[str, int]:
+    """Bytes of each array."""
+    return {name: size_of(outline, name) for name in outline}
+
+
+def parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names of what has so many bytes, in order, in parts of about :data:`PART` bytes."""
     part: list[str] = []
     taken = 0
-    for name in outline:
-        size = size_of(outline, name)
+    for name, size in sizes.items():
         if part and taken + size > PART:
             yield part
             part, taken = [], 0

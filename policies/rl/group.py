@@ -36,6 +36,20 @@ def meeting_place(host: str) -> "torch.distributed.TCPStore":
     return torch.distributed.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
 
 
+def network_to(host: str, port: int, timeout: float) -> str:
+    """The own address by which this process reaches another; Gloo and NCCL are to use its network. Raises OSError
+    within ``timeout`` seconds."""
+    import psutil
+
+    with socket.create_connection((host, port), timeout) as connection:
+        own: str = connection.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    return own
+
+
 class Group:
     """The ``rank``-th of ``size`` learners. Alone, nothing is sent."""
 
@@ -50,15 +64,9 @@ class Group:
 
         Gloo carries what is on CPUs, NCCL what is on GPUs; both use the network by which the store is reached.
         """
-        import psutil
         import torch.distributed as dist
 
-        with socket.create_connection((host, port), timeout) as connection:
-            own = connection.getsockname()[0]
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(address.address == own for address in addresses):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+        network_to(host, port, timeout)
         bound = datetime.timedelta(seconds=timeout)
         options: dict[str, Any] = {"backend": "gloo"}
         if device == "cuda":

@@ -28,7 +28,7 @@ from orchestration.runs.display import Display
 from pipelines.storage.atomic import Content
 from pipelines.storage.checkpoint import Checkpoint, LearnerState, WeightsKind
 from pipelines.storage.locations import portable
-from pipelines.storage.tensor_files import PART, StreamedTensors, outline_of, parts
+from pipelines.storage.tensor_files import PART, StreamedTensors, outline_of, parts, sizes
 from policies.common.seeding import derive_seed
 from policies.rl.advantages import weighted_sum
 from policies.rl.ratio import RatioBound
@@ -49,6 +49,11 @@ class Rollout:
     images: np.ndarray
 
 
+def linkable(cards: Sequence[str | None]) -> bool:
+    """Whether processes on these ``cards`` can exchange by them: NCCL wants one for each."""
+    return None not in cards and len(set(cards)) == len(cards)
+
+
 class WorkerGroup(ExitStack):
     """Samplers, captioners, rewards, evaluator and learner. Leaving it ends every actor."""
 
@@ -58,6 +63,7 @@ class WorkerGroup(ExitStack):
         self._display, self._profile = display, profile
         self._monitor = StuckWorkerMonitor()
         self._receipts: tuple[list[ObjectRef], bool] = [], False
+        self._linked = False  # whether weights go from card to card
 
     def __enter__(self) -> Self:
         try:
@@ -94,8 +100,23 @@ class WorkerGroup(ExitStack):
         self.callback(self._monitor.end)
         self.callback(lambda: [ray.kill(member) for pool in self.pools for member in pool.members])
         self.everyone("ready", "starting the actors")
+        if "learner" in placed:
+            self._link(timeout)
         if self._profile:
             self.everyone("profile", "preparing to profile")
+
+    def _link(self, timeout: float) -> None:
+        """Let weights go from the first learner's card to the samplers' if each of these has one to itself."""
+        members = [self.learner.members[0], *self.samplers.members]
+        if not linkable(self.wait([member.card.remote() for member in members], "asking for cards")):
+            return
+        from policies.rl.group import meeting_place
+
+        self._meeting = store = meeting_place(ray.util.get_node_ip_address())  # as long as the actors
+        outline = self.ask_learner("outline")
+        link = store.host, store.port, len(members), self.learner.role.device, timeout
+        joined = [*self.learner.everyone("link", *link)[:1], *self.samplers.link(outline, *link)]
+        self._linked = all(self.wait(joined, "linking the learner with the samplers"))
 
     def everyone(self, method: str, what: str) -> list[Any]:
         """The answers of all actors, in the order of their pools."""
@@ -179,18 +200,27 @@ class WorkerGroup(ExitStack):
         nothing was learned before."""
         learned = update.version > 0 if restored else self.config.training.on_sick_numbers == "stop"
         expect_change = learned and self.config.model.dtype == "float32"
-        self._send(PolicyVersion(update.version, update.checksum, weights), expect_change)
+        self._send(PolicyVersion(update.version, update.checksum, weights), expect_change=expect_change)
 
-    def _send(self, sent: PolicyVersion, expect_change: bool = False) -> None:
+    def _send(self, sent: PolicyVersion, kind: WeightsKind = "current", expect_change: bool = False) -> None:
+        """Give every sampler ``sent``, of which the learner holds the ``kind``."""
         self.check_receipts()
-        self._receipts = self.samplers.update_weights(sent), expect_change
+        if self._linked:
+            self.learner.everyone("send", kind)
+        self._receipts = self.samplers.update_weights(sent, self._linked), expect_change
         if not self.config.training.depth:  # else samplers are drawing; what they do next waits for the weights anyway
             self.check_receipts()
 
     def check_receipts(self) -> None:
         """Wait for every sampler's receipt of what was sent last. Raises WeightSyncError."""
         (references, expect_change), sent = self._receipts, self.samplers.policy
-        for number, receipt in enumerate(self.wait(references, "sending weights")):
+        receipts = self.wait(references, "sending weights")
+        if None in receipts:
+            self._display.say("a sampler was lost: from now on weights go to all by the object store")
+            self._linked = False
+            references = self.samplers.update_weights(sent, to=[n for n, each in enumerate(receipts) if each is None])
+            receipts = [each for each in receipts if each] + self.wait(references, "sending weights again")
+        for number, receipt in enumerate(receipts):
             if receipt.checksum != sent.checksum:
                 raise WeightSyncError(f"sampler {number} received other weights than version {sent.version}")
             if expect_change and not receipt.changed_tensors:
@@ -202,7 +232,8 @@ class WorkerGroup(ExitStack):
         """In this block samplers are asked to draw with other weights of the learner's than those published."""
         usual = self.samplers.policy
         other, weights = self._learner(f"{kind} weights", "weights", kind)
-        self._send(PolicyVersion(-other.version if kind == "averaged" else other.version, other.checksum, weights))
+        version = -other.version if kind == "averaged" else other.version
+        self._send(PolicyVersion(version, other.checksum, weights), kind)
         yield
         self._send(usual)
 
@@ -236,7 +267,7 @@ class WorkerGroup(ExitStack):
 
     def restore(self, commit: Checkpoint) -> None:
         """Go on from a commit: its learner's state is the samplers' too."""
-        for names in parts(outline_of(commit.tensors)):
+        for names in parts(sizes(outline_of(commit.tensors))):
             self.ask_learner("restore_part", ray.put({name: commit.tensors[name] for name in names}))
         self.ask_learner("restored", commit.state["weights_version"])
         restored = self._learner("the restored weights", "weights", "current")
