@@ -70,8 +70,8 @@ def test_each_part_is_fetched_once_and_none_is_held_beside_the_next(
 
 def test_an_array_larger_than_a_part_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "PART", 1_000)
-    sizes = {"small": 10, "large": 5_000, "half": 125, "other half": 125, "more": 1}
-    outline = {name: ("float32", (size,)) for name, size in sizes.items()}
+    shapes = {"small": 10, "large": 5_000, "half": 125, "other half": 125, "more": 1}
+    outline = {name: ("float32", (size,)) for name, size in shapes.items()}
     assert list(parts(sizes(outline))) == [["small"], ["large"], ["half", "other half"], ["more"]]
     assert list(parts({})) == []
 
