@@ -1,12 +1,13 @@
 """Settings of the actors and where they run. Importable without torch and ray."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from policies.rl.settings import Settings
 
 RoleName = Annotated[str, Field(pattern="^(sampler|captioner|reward|learner|evaluator)$")]
+Workers = Annotated[int, Field(ge=1)]
 Replicated = Annotated[str, Field(pattern="^(captioner|reward)$")]
 
 
@@ -41,6 +42,20 @@ class WorkerSettings(Settings):
 
     cpus_per_task: int = Field(1, ge=1, description="CPUs that a task reserves")
     tasks_per_gpu: int = Field(4, ge=1, description="tasks that share a GPU, where there is one")
+    train_workers: Workers | tuple[Workers, Workers] = Field(
+        1, description="Ray Train's workers that share each training, a GPU each if any; [least, most]: as have room"
+    )
     nodes: str | None = Field(None, min_length=1, description="the resource that marks the nodes to use; null: any")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if there are any")
     timeout_seconds: float = Field(3600.0, gt=0, description="longest wait for any task to finish")
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> Self:
+        if self.bounds[0] > self.bounds[1]:
+            raise ValueError(f"train_workers {list(self.bounds)}: the least comes first")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """How many share a training, at least and at most."""
+        return self.train_workers if isinstance(self.train_workers, tuple) else (self.train_workers,) * 2

@@ -21,6 +21,7 @@ from pipelines.storage.atomic import Files
 from pipelines.storage.tasks import Task, TaskStore, in_order
 
 WINDOW = 256  # tasks given to Ray at once; the rest wait here
+COMMIT_SECONDS = 60.0  # between two commits of a training that several workers share
 _RETRIES = 3  # of a task whose worker died; a task that raises is not repeated
 
 Result = tuple[str, Files]  # a task's key, and what it made: a task is given nothing but what it asked for
@@ -31,14 +32,30 @@ class TaskRunner:
     """Runs tasks that are not in ``store`` yet, as many at once as the cluster has room for."""
 
     def __init__(
-        self, work: Work, store: TaskStore, cpus: float, gpus: float, timeout: float, nodes: str | None = None
+        self,
+        work: Work,
+        store: TaskStore,
+        cpus: float,
+        gpus: float,
+        timeout: float,
+        nodes: str | None = None,
+        train_workers: tuple[int, int] = (1, 1),
     ) -> None:
         self._store, self._timeout = store, timeout
         self.monitor = StuckWorkerMonitor()  # called by the driver while it waits
         self._device = "cuda" if gpus else "cpu"
-        remote: Any = ray.remote(_perform)
+        remote: Any = ray.remote(perform)
         taken = {"num_cpus": cpus, "num_gpus": gpus, "resources": mark(nodes)}
-        self._remote = remote.options(**taken, max_retries=_RETRIES, num_returns=2)
+        often = {"max_retries": _RETRIES, "num_returns": 2}
+        self._remote: Any = remote.options(**taken, **often)
+        self._divided: Any = self._remote
+        if train_workers[1] > 1:
+            from actors.train_group import TrainGroup, divided
+
+            at = store.directory.parent / "training"
+            each = {"CPU": cpus, **mark(nodes)}
+            group = TrainGroup(train_workers, each, bool(gpus), timeout, str(at), COMMIT_SECONDS, _RETRIES)
+            self._divided = divided(group, **often)
         self._work = ray.put(work)
         self._references: dict[str, ObjectRef] = {}
         self._pending: dict[ObjectRef, Task] = {}
@@ -61,7 +78,8 @@ class TaskRunner:
                 yield from self._finished(meanwhile)
             given = dict(task.parameters), self._device, [each.key for each in task.inputs]
             inputs = map(self._reference, task.inputs)
-            about, self._references[task.key] = self._remote.remote(self._work, task.key, task.kind, *given, *inputs)
+            remote = self._divided if task.divisible else self._remote
+            about, self._references[task.key] = remote.remote(self._work, task.key, task.kind, *given, *inputs)
             self._pending[about] = task
         while self._pending:
             yield from self._finished(meanwhile)
@@ -125,7 +143,7 @@ def _files_of(key: str, found: Result) -> Files:
     return found[1]
 
 
-def _perform(
+def perform(
     work: Work, key: str, kind: str, parameters: dict[str, Any], device: str, asked: list[str], *inputs: Result
 ) -> tuple[dict[str, Any], Result]:
     """In a worker: do one task, and note what it took."""

@@ -5,6 +5,7 @@ Everything is a function of the pipeline, the settings and the seed; on one mach
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from pipelines.storage.atomic import Files, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import check_pipeline
 from pipelines.studies import metrics, product, products
+from pipelines.training import descend
 from policies.common.seeding import derive_seed
 from policies.erasing import ErasingSettings, Variant, esd_target, trained_modules, uce_weight
 from policies.rl.settings import SamplingSettings
@@ -88,18 +90,14 @@ class Eraser:
         losses = []
         for _ in range(settings.rounds):
             states, latents, targets = self._draw(prompts, settings, schedule, random)
-            for _ in range(settings.updates):
-                sizes = (settings.images, settings.steps)
-                image, step = (torch.randint(most, (settings.batch,), generator=random) for most in sizes)
-                answer = self._ask(self.network, latents[step, image], schedule.timesteps[step], states[image])
-                loss = (answer - targets[step, image]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                falling.step()
-                losses.append(loss.item())
+            draw = partial(_some, latents, schedule.timesteps, states, targets, settings.batch, random)
+            course = descend(self.network, draw, self._loss, settings.updates, optimizer, falling)
+            losses += [loss.item() for _, loss in course]
         self.network.requires_grad_(False)
         return losses
+
+    def _loss(self, network: nn.Module, latents: Tensor, times: Tensor, states: Tensor, target: Tensor) -> Tensor:
+        return (self._ask(network, latents, times, states) - target).square().mean()
 
     @torch.no_grad()
     def _draw(
@@ -157,6 +155,15 @@ class Eraser:
     def _ask(self, network: nn.Module, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
         """The output of ``network`` at ``times``, one for all or one each."""
         return network(latents, times.to(self.device).expand(len(latents)), states, return_dict=False)[0]
+
+
+def _some(
+    latents: Tensor, times: Tensor, states: Tensor, targets: Tensor, count: int, random: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Some of what :meth:`Eraser._draw` drew: x_t, the times, the text states and what is to be answered."""
+    steps, images = latents.shape[:2]
+    image, step = (torch.randint(most, (count,), generator=random) for most in (images, steps))
+    return latents[step, image], times[step], states[image], targets[step, image]
 
 
 def erase(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:

@@ -24,13 +24,20 @@ TaskFunction = Callable[[Mapping[str, Any], list[Files], str], Files]
 
 
 def task(
-    function: TaskFunction, parameters: Mapping[str, Any], *inputs: Task, label: str = "", kept: bool = True
+    function: TaskFunction,
+    parameters: Mapping[str, Any],
+    *inputs: Task,
+    label: str = "",
+    kept: bool = True,
+    divisible: bool = False,
 ) -> Task:
-    """The task of calling ``function`` with ``parameters`` and the files of other tasks. Raises ValueError unless the
+    """The task of calling ``function`` with ``parameters`` and the files of other tasks. ``divisible``: several workers
+    may call it at once, as its training is :mod:`pipelines.training`'s, which they share. Raises ValueError unless the
     function can be imported by its name: a worker does so."""
     if "<" in function.__qualname__ or "." in function.__qualname__:
         raise ValueError(f"{function.__qualname__} is no function of a module: a task's is found by its import path")
-    return Task(f"{function.__module__}:{function.__name__}", parameters, inputs, label or function.__name__, kept)
+    kind, label = f"{function.__module__}:{function.__name__}", label or function.__name__
+    return Task(kind, parameters, inputs, label, kept, divisible)
 
 
 def perform(kind: str, parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:

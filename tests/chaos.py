@@ -35,7 +35,7 @@ from tests.servers import MlflowServer
 
 MARK = "OUROBOROS_CHAOS"  # in the environment of everything that a run starts
 ROLES = {"sampler": "ray::Sampler", "captioner": "ray::CaptionerActor", "reward": "ray::RewardActor"}
-ROLES |= {"learner": "ray::LearnerActor", "worker": "ray::_perform", "raylet": "raylet"}
+ROLES |= {"learner": "ray::LearnerActor", "worker": "ray::perform", "raylet": "raylet"}
 EVERYWHERE = [("driver", "SIGKILL"), ("driver", "SIGSTOP"), ("MLflow", "SIGKILL"), ("raylet", "SIGKILL")]
 FAULTS = {
     "ddpo": [(role, how) for role in ("sampler", "captioner", "reward", "learner") for how in ("SIGKILL", "SIGSTOP")],

@@ -1,7 +1,9 @@
-"""Learners that make each update together: the numbers of one, whether weights are whole in each or sharded."""
+"""Processes that make each update together: the numbers of one, whether weights are whole in each or sharded."""
 
+import contextlib
 import dataclasses
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -10,13 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from actors.failures import MARKS_OF_A_PEER
+from pipelines.erasing import Eraser, Prompts
+from pipelines.generators.text_to_image import TextToImageGenerator, TextToImageSettings
 from pipelines.rl.learning import DiffusionLearner, LearnerState
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
+from pipelines.sharing import Sharing, shared
+from pipelines.training import train
+from policies.erasing import ErasingSettings
+from policies.loops.samples import Samples
 from policies.rl.group import DivergedError, Group, gathered, meeting_place
 from policies.rl.health import DegenerateBatch, ShortOfMemoryError
 from policies.rl.ratio import RatioError
@@ -258,3 +267,115 @@ def test_learners_that_differ_or_do_not_come_are_named(pool: list[Pool]) -> None
     lost = what_comes_of(pool, 2, leave_alone)[0]
     assert isinstance(lost, RuntimeError)
     assert any(mark in str(lost) for mark in MARKS_OF_A_PEER)
+
+
+def train_together(
+    group: Group, directory: str, batch: int = 10, steps: int = 12, stop: int = 0, spread: bool | None = None
+) -> tuple[dict[str, np.ndarray], list[str], int]:
+    """In a process: a small diffusion model's training, shared; what was trained, what was told, and the commits. It is
+    given up after ``stop`` of them, and begins at the last one that is there."""
+    torch.manual_seed(0)
+    network: Any = UNet2DModel(
+        8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,),
+        layers_per_block=1, norm_num_groups=4, add_attention=False,
+    )  # fmt: skip
+    frozen = network.conv_in.bias.requires_grad_(False).clone()
+    random, told, commits = torch.Generator().manual_seed(1), list[str](), list[str]()
+    kept = Path(directory) / "kept"
+
+    def keep(place: Path | None) -> None:
+        commits.append("")
+        if place:
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(place, kept)
+        if len(commits) == stop:
+            raise ValueError("given up")
+
+    def draw() -> tuple[torch.Tensor, ...]:
+        return torch.randn(batch, 1, 8, 8, generator=random), torch.randint(50, (batch,), generator=random)
+
+    def loss(network: Any, images: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return (network(images, times).sample - 2 * images).square().mean()
+
+    own = Sharing(group, keep, kept if kept.exists() else None, 0.0, spread)
+    with shared(own), contextlib.suppress(ValueError):
+        train(network, draw, loss, steps, 1e-3, told.append, clip=1.0, fused=True)
+    assert torch.equal(network.conv_in.bias, frozen)
+    assert all(type(each) is torch.nn.Parameter for each in network.parameters())
+    return {name: each.detach().numpy() for name, each in network.named_parameters()}, told, len(commits)
+
+
+@pytest.mark.parametrize(("size", "spread"), [(2, False), (3, False), (2, True), (3, True)])
+@pytest.mark.parametrize("batch", [10, 2])
+def test_a_training_that_is_shared_gives_the_numbers_of_one(
+    size: int, spread: bool, batch: int, pool: list[Pool], tmp_path: Path
+) -> None:
+    directory = str(tmp_path)
+    ((alone, *_),) = together(pool, 1, train_together, directory, batch)
+    for each, _, commits in together(pool, size, train_together, directory, batch, 12, 0, spread):
+        assert commits == 12
+        assert all(np.abs(each[name] - alone[name]).max() < 1e-5 for name in alone)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_shared_training_goes_on_where_it_was_committed(spread: bool, pool: list[Pool], tmp_path: Path) -> None:
+    whole, _ = together(pool, 2, train_together, str(tmp_path / "whole"), 10, 12, 0, spread)
+    interrupted, _ = together(pool, 2, train_together, str(tmp_path / "cut"), 10, 12, 7, spread)
+    assert distance(interrupted[0], whole[0]) > 1e-3
+    goes_on, _ = together(pool, 2, train_together, str(tmp_path / "cut"), 10, 12, 0, spread)
+    assert goes_on[2] == 5
+    assert all(np.array_equal(goes_on[0][name], whole[0][name]) for name in whole[0])
+
+
+def test_what_is_no_mean_over_rows_is_not_divided(pool: list[Pool]) -> None:
+    (alone,) = together(pool, 1, train_undivided)
+    assert all(distance(each, alone) == 0 for each in together(pool, 2, train_undivided))
+
+
+def train_undivided(group: Group) -> dict[str, np.ndarray]:
+    network, random = torch.nn.Linear(3, 3, bias=False), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        network.weight.copy_(torch.eye(3))
+
+    def loss(network: Any, rows: torch.Tensor) -> torch.Tensor:
+        return network(rows).std(dim=0).sum()
+
+    with shared(Sharing(group)):
+        train(network, lambda: (torch.randn(5, 3, generator=random),), loss, 5, 1e-2, divisible=False)
+    return {"weight": network.weight.detach().numpy()}
+
+
+def fit_together(group: Group, path: str, lora_rank: int, spread: bool) -> dict[str, np.ndarray]:
+    """In a process: a text-to-image model, fitted by all."""
+    about: dict[str, Any] = {"path": path, "captioner": None, "evaluator": None, "lora_rank": lora_rank}
+    settings = TextToImageSettings(**about, from_scratch=not lora_rank, training_steps=4, batch_size=6)
+    images = np.random.default_rng(0).integers(0, 256, (1, 6, 16, 16, 3), dtype=np.uint8)
+    with shared(Sharing(group, spread=spread)):
+        fitted = TextToImageGenerator.fit(settings, Samples(images, captions=np.array([[*PROMPTS] * 2])), [0])
+    return {name: each.numpy() for name, each in fitted.fitted().items()}
+
+
+def erase_together(group: Group, path: str) -> dict[str, np.ndarray]:
+    """In a process: a concept is erased by all."""
+    eraser, settings = Eraser(path), ErasingSettings(images=4, rounds=2, updates=3, batch=5, steps=3)
+    with shared(Sharing(group)):
+        losses = eraser.erase(Prompts.of("red", PROMPTS), "esd-x", settings, 0)
+    held = {name: each.numpy() for name, each in eraser.network.named_parameters()}
+    return held | {"losses": np.array(losses)}
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("spread", [False, True])
+def test_workers_fit_a_model_as_one_does(lora_rank: int, spread: bool, tiny_pipeline: Path, pool: list[Pool]) -> None:
+    how = str(tiny_pipeline), lora_rank, spread
+    (alone,) = together(pool, 1, fit_together, *how)
+    for each in together(pool, 2, fit_together, *how):
+        assert each.keys() == alone.keys()
+        assert max(np.abs(each[name] - alone[name]).max() for name in alone) < 1e-5
+
+
+def test_workers_erase_a_concept_as_one_does(tiny_pipeline: Path, pool: list[Pool]) -> None:
+    (alone,) = together(pool, 1, erase_together, str(tiny_pipeline))
+    for each in together(pool, 2, erase_together, str(tiny_pipeline)):
+        assert len(each["losses"]) == 6
+        assert max(np.abs(each[name] - alone[name]).max() for name in alone) < 1e-5

@@ -101,7 +101,8 @@ class Erase(Study):
         for concept in self.concepts:
             common = {"path": portable(self.path), "key": concept.key, "seed": seed, "read": self._digests}
             label = f"{concept.word}, {arm}, seed {seed}"
-            erased = [task(erase, common | self._job(arm, concept, texts), label=label)] if arm != "base" else []
+            job = common | self._job(arm, concept, texts)
+            erased = [task(erase, job, label=label, divisible=arm != "uce")] if arm != "base" else []
             asked = {**common, **judging, "concept": concept.word, "prompts": texts}
             asked["guidance_scale"] = concept.guidance_scale
             found += [*erased, task(measure, asked, *erased, label=f"{label}, judged")]

@@ -177,9 +177,11 @@ def check_same(loop: str, config: TaskRunSettings, differing: Callable[[dict[str
         )
 
 
-def task_resources(workers: WorkerSettings, machine: Machine | None, wants_gpu: bool) -> tuple[int, dict[str, Any]]:
+def task_resources(
+    workers: WorkerSettings, machine: Machine | None, wants_gpu: bool, divisible: bool
+) -> tuple[int, dict[str, Any]]:
     """GPUs of the run, and what a task takes of the ``machine`` (None: what is found), with the longest wait. Raises
-    ValueError for what is not there."""
+    ValueError for what is not there, and for workers that share trainings where none is ``divisible``."""
     machine = machine or find_machine(workers.device)
     if workers.cpus_per_task > machine.cpus:
         raise ValueError(f"workers.cpus_per_task is {workers.cpus_per_task}, there are {machine.cpus} CPUs")
@@ -187,8 +189,15 @@ def task_resources(workers: WorkerSettings, machine: Machine | None, wants_gpu: 
     if workers.device == "cuda" and not machine.gpus:
         raise ValueError("workers.device is cuda, but no GPU was found: set workers.device=auto or cpu")
     on_gpu = machine.gpus > 0 and workers.device != "cpu" and wants_gpu
-    taken = {"cpus": workers.cpus_per_task, "gpus": 1 / workers.tasks_per_gpu if on_gpu else 0.0}
-    return machine.gpus if on_gpu else 0, taken | {"timeout": workers.timeout_seconds, "nodes": workers.nodes}
+    taken: dict[str, Any] = {"cpus": workers.cpus_per_task, "gpus": 1 / workers.tasks_per_gpu if on_gpu else 0.0}
+    least, most = workers.bounds
+    if most > 1 and not divisible:
+        raise ValueError("workers.train_workers: nothing here is trained in a way that workers can share: set it to 1")
+    room, what = (machine.gpus, "GPUs") if on_gpu else (machine.cpus // workers.cpus_per_task, "times cpus_per_task")
+    if least > room:
+        raise ValueError(f"workers.train_workers is {least}, there are {room} {what}")
+    taken |= {"timeout": workers.timeout_seconds, "nodes": workers.nodes, "train_workers": (least, most)}
+    return machine.gpus if on_gpu else 0, taken
 
 
 def short(kind: str) -> str:

@@ -46,14 +46,17 @@ def build_evaluator(directory: Path, built: Path, seed: int, tell: Tell) -> Meas
     classes = {slot: list(CHOICES[slot]) for slot in SLOTS}
     network = EvaluatorNetwork(classes, EVALUATOR_CHANNELS, IMAGE_SIZE).train()
 
-    def loss() -> Tensor:
+    def draw() -> tuple[Tensor, ...]:
         images, slots = batches.draw(how["batch_size"], generator, max_shift=1.5)
-        logits = network(degrade(images, generator))
+        return degrade(images, generator), slots
+
+    def loss(network: nn.Module, images: Tensor, slots: Tensor) -> Tensor:
+        logits = network(images)
         pairs = [(logits[slot], slots[:, number]) for number, slot in enumerate(SLOTS)]
         digit, ink, ground = (functional.cross_entropy(*pair, label_smoothing=0.05) for pair in pairs)
         return digit + ink + ground
 
-    train(network, loss, tell=tell, **how["descent"])
+    train(network, draw, loss, tell=tell, **how["descent"])
     evaluator = Evaluator(network, classes, IMAGE_SIZE)
     save_evaluator(evaluator, directory, EVALUATOR_CHANNELS)
     return {"parameters": parameters(network), "test": accuracy(evaluator.judge(*test_set()))}
@@ -68,12 +71,14 @@ def build_captioner(directory: Path, built: Path, seed: int, tell: Tell) -> Meas
     model = transformers.BlipForConditionalGeneration(config).train()
     captions = tokenizer(all_prompts(), return_tensors="pt", padding=True).input_ids
 
-    def loss() -> Tensor:
+    def draw() -> tuple[Tensor, ...]:
         images, slots = batches.draw(how["batch_size"], generator, max_shift=1.0)
-        tokens = captions[prompt_indices(slots)]
-        return model(pixel_values=degrade(images, generator), input_ids=tokens, labels=tokens).loss
+        return degrade(images, generator), captions[prompt_indices(slots)]
 
-    train(model, loss, tell=tell, **how["descent"])
+    def loss(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
+        return model(pixel_values=images, input_ids=tokens, labels=tokens).loss
+
+    train(model, draw, loss, tell=tell, divisible=False, **how["descent"])
     into = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     looks = transformers.BlipImageProcessorPil(**into)  # images to [-1, 1]
     processor = transformers.BlipProcessor(image_processor=looks, tokenizer=tokenizer)
@@ -97,14 +102,16 @@ def build_autoencoder(directory: Path, built: Path, seed: int, tell: Tell) -> Me
     how, generator, batches = _begin("autoencoder", seed)
     autoencoder = AutoencoderKL(**configuration()["autoencoder"]).train()
 
-    def loss() -> Tensor:
-        images, _ = batches.draw(how["batch_size"], generator)
+    def draw() -> tuple[Tensor, ...]:
+        return batches.draw(how["batch_size"], generator)[:1]
+
+    def loss(autoencoder: Any, images: Tensor) -> Tensor:
         posterior = autoencoder.encode(images).latent_dist
         decoded = autoencoder.decode(posterior.sample(generator=generator)).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return functional.l1_loss(decoded, images) + how["kl_weight"] * divergence
 
-    train(autoencoder, loss, tell=tell, **how["descent"])
+    train(autoencoder, draw, loss, tell=tell, divisible=False, **how["descent"])
     _standardise_latents(autoencoder.eval(), batches.draw(2048, generator)[0])
     autoencoder.save_pretrained(directory)
     images, captions = test_set()
@@ -226,7 +233,7 @@ def train_pipeline(
     optimizer = torch.optim.AdamW(networks.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
 
-    def loss_of() -> Tensor:
+    def draw() -> tuple[Tensor, ...]:
         images, slots = batches.draw(size, generator)
         with torch.no_grad():
             latents = pipeline.vae.encode(images).latent_dist.sample(generator=generator)
@@ -239,11 +246,14 @@ def train_pipeline(
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
-        words = pipeline.text_encoder(tokens[prompts]).last_hidden_state
+        return noisy, timesteps, tokens[prompts], target
+
+    def loss_of(_: nn.Module, noisy: Tensor, timesteps: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
+        words = pipeline.text_encoder(tokens).last_hidden_state
         return functional.mse_loss(pipeline.unet(noisy, timesteps, words).sample, target)
 
     running_loss = 1.0
-    for step, loss in descend(networks, loss_of, steps, optimizer, warmup, clip=1.0):
+    for step, loss in descend(networks, draw, loss_of, steps, optimizer, warmup, clip=1.0):
         with torch.no_grad():
             decay = min(how["ema_decay"], step / (step + 10))
             torch._foreach_lerp_(list(averages.parameters()), list(networks.parameters()), 1.0 - decay)

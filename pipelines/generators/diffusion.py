@@ -53,7 +53,7 @@ class DiffusionGenerator(Generator):
 
     names = ("diffusion",)
     schema = DiffusionSettings
-    conditional = extrapolates = has_score = True
+    conditional = extrapolates = has_score = shares_training = True
     updates = "training_steps"
     metrics = (*Generator.metrics, "label_accuracy")
 
@@ -110,17 +110,20 @@ class DiffusionGenerator(Generator):
         settings, noises, device = self.settings, self.noises, self.unet.device
         unet = self.unet.train().requires_grad_(True)
 
-        def loss() -> "Tensor":
+        def draw() -> "tuple[Tensor, ...]":
             chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=random)
             times = torch.randint(settings.timesteps, chosen.shape, generator=random)
             hidden = torch.rand(chosen.shape, generator=random) < settings.label_dropout
             clean, shown = images[chosen], labels[chosen].masked_fill(hidden, self.classes)
             noise = torch.randn(clean.shape, generator=random)
             noisy, target = noises.add_noise(clean, noise, times), noises.get_velocity(clean, noise, times)
+            return noisy, times, shown, target
+
+        def loss(unet: Any, noisy: "Tensor", times: "Tensor", shown: "Tensor", target: "Tensor") -> "Tensor":
             velocity = unet(noisy.to(device), times.to(device), shown.to(device)).sample
             return torch.nn.functional.mse_loss(velocity, target.to(device))
 
-        train(unet, loss, settings.training_steps, settings.learning_rate, fused=True)
+        train(unet, draw, loss, settings.training_steps, settings.learning_rate, fused=True)
         unet.eval().requires_grad_(False)
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:

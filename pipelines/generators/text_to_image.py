@@ -54,7 +54,7 @@ class TextToImageGenerator(Generator):
 
     names = ("text_to_image",)
     schema = TextToImageSettings
-    captioned = extrapolates = True
+    captioned = extrapolates = shares_training = True
     updates = "training_steps"
     metrics = (*Generator.metrics, "prompt_accuracy", "caption_agreement", "reward")
 
@@ -134,7 +134,7 @@ class TextToImageGenerator(Generator):
         owner, chances = torch.tensor([known[caption] for caption in captions]), torch.from_numpy(weights)
         kind = noises.config.prediction_type
 
-        def loss() -> "Tensor":
+        def draw() -> "tuple[Tensor, ...]":
             chosen = torch.multinomial(chances, settings.batch_size, replacement=True, generator=random)
             times = torch.randint(noises.config.num_train_timesteps, chosen.shape, generator=random)
             hidden = torch.rand(chosen.shape, generator=random) < settings.caption_dropout
@@ -143,14 +143,17 @@ class TextToImageGenerator(Generator):
             clean, shown = mean[chosen] + deviation[chosen] * spread, owner[chosen].masked_fill(hidden, len(known))
             noisy = noises.add_noise(clean, noise, times)
             target = {"epsilon": noise, "sample": clean}.get(kind, noises.get_velocity(clean, noise, times))
+            return noisy, times, shown, target
+
+        def loss(unet: Any, noisy: "Tensor", times: "Tensor", shown: "Tensor", target: "Tensor") -> "Tensor":
             given = {name: each[shown].to(device) for name, each in states.items()}
-            output = self.family.forward(noisy.to(device), times.to(device), given)
+            output = unet(noisy.to(device), times.to(device), **given, return_dict=False)[0]
             return torch.nn.functional.mse_loss(output, target.to(device))
 
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         network.train()
-        train(network, loss, settings.training_steps, settings.learning_rate, clip=1.0, fused=True)
+        train(network, draw, loss, settings.training_steps, settings.learning_rate, clip=1.0, fused=True)
         network.eval()
 
     def _posterior(self, images: np.ndarray) -> "tuple[Tensor, Tensor]":

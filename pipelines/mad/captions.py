@@ -57,15 +57,17 @@ def refit(path: str, start: Path | None, data: Samples, updates: int, seed: int,
     random = torch.Generator().manual_seed(seed)
     model = captioner.model.train().requires_grad_(True)
 
-    def loss() -> "Tensor":
+    def draw() -> "tuple[Tensor, ...]":
         chosen = torch.randint(len(images), (_BATCH,), generator=random)
-        ids = tokens[chosen].to(device)
-        found: Tensor = model(pixel_values=captioner.pixels(images[chosen.numpy()]), input_ids=ids, labels=ids).loss
+        return captioner.pixels(images[chosen.numpy()]), tokens[chosen].to(device)
+
+    def loss(model: Any, pixels: "Tensor", ids: "Tensor") -> "Tensor":
+        found: Tensor = model(pixel_values=pixels, input_ids=ids, labels=ids).loss
         return found
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "dropout"))
-        train(model, loss, updates, _RATE, clip=1.0, fused=True)
+        train(model, draw, loss, updates, _RATE, clip=1.0, divisible=False, fused=True)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.named_parameters()}
     save_file(weights, directory / "captioner.safetensors")
 

@@ -90,7 +90,8 @@ class Chain:
         parameters, inputs = self._training_set(manifest, drawn)
         inputs += [start] if start else []
         parameters |= {"fine_tunes": start is not None, **self._read("path")}
-        return self._task("fit", manifest.generation, parameters, inputs, kept or not self._generator.many_universes)
+        kept, divisible = kept or not self._generator.many_universes, self._generator.shares_training
+        return self._task("fit", manifest.generation, parameters, inputs, kept, divisible)
 
     def refine(self, model: Task, generation: int, kept: bool) -> Task:
         """Do to a fitted model what this arm does to it before it draws."""
@@ -167,12 +168,17 @@ class Chain:
         return self._task("sample", generation, self._common | about | parameters, [model, *inputs])
 
     def _task(
-        self, kind: str, generation: int, parameters: Mapping[str, Any], inputs: Sequence[Task], kept: bool = True
+        self,
+        kind: str,
+        generation: int,
+        parameters: Mapping[str, Any],
+        inputs: Sequence[Task],
+        kept: bool = True,
+        divisible: bool = False,
     ) -> Task:
         seeds = "–".join(map(str, dict.fromkeys((self.seeds[0], self.seeds[-1]))))
-        return Task(
-            kind, parameters, tuple(inputs), f"{self.name}, seed {seeds}, generation {generation}: {kind}", kept
-        )
+        label = f"{self.name}, seed {seeds}, generation {generation}: {kind}"
+        return Task(kind, parameters, tuple(inputs), label, kept, divisible)
 
 
 Batch = tuple[int, int]  # a generation, and the number of the first sample

@@ -112,14 +112,19 @@ def train_extractor(
     inputs = to_network_input(images)
     targets = torch.zeros(len(images)) if labels is None else torch.from_numpy(labels).long()
 
-    def loss() -> Tensor:
+    def draw() -> tuple[Tensor, ...]:
         chosen = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
         shown = inputs[chosen].to(device)
         if classes:
-            return functional.cross_entropy(network(shown), targets[chosen].to(device))
-        return contrastive_loss(network(torch.cat([_view(shown, generator), _view(shown, generator)])))
+            return shown, targets[chosen].to(device)
+        return _view(shown, generator), _view(shown, generator)
 
-    train(network, loss, UPDATES, LEARNING_RATE, weight_decay=0.05)
+    def loss(network: nn.Module, shown: Tensor, other: Tensor) -> Tensor:
+        if classes:
+            return functional.cross_entropy(network(shown), other)
+        return contrastive_loss(network(torch.cat([shown, other])))
+
+    train(network, draw, loss, UPDATES, LEARNING_RATE, divisible=bool(classes), weight_decay=0.05)
     if not classes:
         network[-1] = nn.Identity()  # SimCLR's projection is for training alone
     return Extractor(network, images.shape[1:])

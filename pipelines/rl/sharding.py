@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(network: nn.Module, size: int) -> None:
-    """Leave each of ``size`` learners its part of every parameter. A block is whole only while it computes.
+def shard(network: nn.Module, size: int, device: str | None = None) -> None:
+    """Leave each of ``size`` learners its part of every parameter, on a ``device``, by default where it is. A block is
+    whole only while it computes.
 
     Gradients are summed over learners, in float32 whatever the weights are. The outermost part is given back after each
     pass, too: it would miss that other weights were put in for a pass.
@@ -18,7 +19,7 @@ def shard(network: nn.Module, size: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(network.parameters()).device.type, (size,))
+    mesh = init_device_mesh(device or next(network.parameters()).device.type, (size,))
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*blocks, network):

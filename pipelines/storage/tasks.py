@@ -19,8 +19,8 @@ SCHEMA = 4  # part of every key: raised when a task comes to mean something else
 class Task:
     """Work of one kind on the results of other tasks.
 
-    ``label``, for people, and ``kept``, whether its files stay once every task that reads them is done, are not part of
-    the key.
+    ``label``, for people, ``kept``, whether its files stay once every task that reads them is done, and ``divisible``,
+    whether several workers can share its training (:mod:`pipelines.sharing`), are not part of the key.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class Task:
     inputs: tuple["Task", ...] = ()
     label: str = ""
     kept: bool = True
+    divisible: bool = False
     key: str = field(init=False)
 
     def __post_init__(self) -> None:

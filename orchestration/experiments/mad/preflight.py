@@ -90,7 +90,8 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
                     arm.loop.check_family(arm.family, sources[name].classified > 0)
                 _check_sizes(arm, manifests[name], real.images[0].size if real else 1)
                 _check_reward(arm, real if arm in trained else None)
-        gpus, resources = task_resources(config.workers, machine, bool(trained))
+        divisible = any(arm.generator.shares_training for arm in trained)
+        gpus, resources = task_resources(config.workers, machine, bool(trained), divisible)
     blocks = {name: seed_blocks(config.seed_list, arm, manifests[name]) for name, arm in arms.items()}
     floors = {arm.family: task for name, arm in arms.items() if (task := _floor(arm, sources[name]))}
     return Experiment(sources, manifests, blocks, floors, images, files, found, words, read, gpus, resources)

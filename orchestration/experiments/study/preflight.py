@@ -49,7 +49,8 @@ def preflight_study(config: Study, machine: Machine | None = None) -> Plan:
         tasks = {pair: tuple({task.key: task for task in config.tasks(*pair)}.values()) for pair in pairs}
         on = {"absolute": config.scale}  # others are on a scale of their own
         claims = tuple(replace(each, scale=each.scale or on.get(each.kind)) for each in config.claims())
-        plan = Plan(tasks, claims, {}, *task_resources(config.workers, machine, wants_gpu=True))
+        divisible = any(task.divisible for found in tasks.values() for task in in_order(found))
+        plan = Plan(tasks, claims, {}, *task_resources(config.workers, machine, True, divisible))
         if gone := next((task for task in plan.reported if not task.kept), None):
             raise ValueError(f"task {gone.label} is reported, so it has to be kept")
         known = {*type(config).model_fields["arms"].default, None}

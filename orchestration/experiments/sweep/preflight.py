@@ -28,7 +28,10 @@ def preflight_sweep(config: SweepConfig, machine: Machine | None = None) -> Mach
         )
     for point in _points(config):
         with _about_point(point):
-            known, metric = config.experiment.check(config.trial_config(point, 0), each), config.compared
+            trial = config.trial_config(point, 0)
+            if (workers := getattr(trial, "workers", None)) and workers.bounds[1] > 1:
+                raise ConfigError("workers.train_workers: a trial of a sweep has one place of its own: set it to 1")
+            known, metric = config.experiment.check(trial, each), config.compared
             if metric not in known:
                 near = difflib.get_close_matches(metric, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
