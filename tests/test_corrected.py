@@ -68,6 +68,13 @@ def test_a_classifier_replaces_by_what_it_is_surest_of() -> None:
     assert len(found) == 50
 
 
+def test_of_one_generation_nothing_follows_but_itself() -> None:
+    """Its law has no later sizes."""
+    probabilities = [0.2, 0.3, 0.5]
+    law = Corrected(n_ini=4, n_real=0, n_synthetic=4).categorical_law(1, probabilities)
+    np.testing.assert_allclose(law["heterozygosity"], [(1 - 1 / 4) * (1 - np.square(probabilities).sum())])
+
+
 def test_an_ideally_corrected_loop_may_be_long() -> None:
     """Its variance cannot vanish, as that of the same loop without a corrector does."""
     long = ["n_ini=20", "generations=400", "sampling_bias=0.1", "rule=corrected", "n_real=0", "n_synthetic=20"]

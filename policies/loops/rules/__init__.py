@@ -190,6 +190,11 @@ class Rule(Named, Settings):
         """(n_real, n_synthetic) of generations 2, 3, …"""
         return [self.sizes(generation, generations) for generation in range(2, generations + 1)]
 
+    def later_counts(self, generations: int) -> dict[str, list[int]]:
+        """The same by what they are counts of, as laws take them; of one generation none."""
+        sizes = self.later_sizes(generations)
+        return {"n_real": [real for real, _ in sizes], "n_synthetic": [synthetic for _, synthetic in sizes]}
+
     def parts(self, generation: int, generations: int, ledger: Ledger) -> list[Part]:
         """What a generation ≥ 2 is trained on, as the ledger gives it; parts may be empty.
 
@@ -232,10 +237,7 @@ class Rule(Named, Settings):
         if not self.mixed:
             return {}
         if self.supply != "fixed":
-            n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
-            return laws.fresh(
-                **how, n_ini=self.initial(), n_real=n_real, n_synthetic=n_synthetic, memory=self.remembered
-            )
+            return laws.fresh(**how, n_ini=self.initial(), **self.later_counts(generations), memory=self.remembered)
         if (once := self.once(generations)) is None:
             return {}
         if self.accumulates:

@@ -98,8 +98,8 @@ class Corrected(Rule):
         return corrected_categorical(**how, n_ini=self.initial(), kept=self.kept, **sizes)
 
     def _law_sizes(self, generations: int) -> dict[str, Any]:
-        n_real, n_synthetic = zip(*self.later_sizes(generations), strict=True)
-        return {} if self.supply == "fixed" and any(n_real) else {"n_real": n_real, "n_synthetic": n_synthetic}
+        counts = self.later_counts(generations)
+        return {} if self.supply == "fixed" and any(counts["n_real"]) else counts
 
 
 def _nearest(values: np.ndarray, real: np.ndarray, anchors: int) -> np.ndarray:
