@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_workers DIRECTORY [KEY=VALUE ...]
 
-One generation of ``configs/mad/text_to_image.yaml`` in turns, a CPU for each worker: seconds and processor seconds of the
-fit without its start, how far the weights are apart, and what the judge says.
+One generation of ``configs/mad/text_to_image.yaml`` in turns, a CPU for each worker: seconds and processor seconds of
+the fit without its start, how far the weights are apart, and what the judge says.
 """
 
 import argparse
