@@ -76,9 +76,7 @@ class OneProcess:
         scores = weighted_sum({n: score(self.rewards[n], images, asked, captions) for n in weights}, weights)
         advantage = advantages(scores, asked, config.advantage, history)
         clock.append(time.process_time())
-        statistics, _ = self.learner.learn(
-            Trajectory.concatenate(trajectories), advantage, derive_seed(config.seed, "timesteps", step)
-        )
+        statistics, _ = self.learner.learn(trajectories, advantage, derive_seed(config.seed, "timesteps", step))
         self.sampler.load(self.learner.weights())
         clock.append(time.process_time())
         for name, seconds in zip(self.spent, np.diff(clock), strict=True):

@@ -14,6 +14,7 @@ from actors.roles.sampler import PolicyVersion, Sampler
 from pipelines.captioner import Captioner
 from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
+from pipelines.rl.stored_latents import StoredLatents
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum, to_numpy
 from pipelines.settings import CaptionerSettings, ModelSettings
@@ -228,6 +229,11 @@ def test_trajectories_are_joined_in_order_and_never_mixed(model: ModelSettings) 
     assert (joined.prompts, joined.seeds) == (list(PROMPTS), SEEDS[:3])
     np.testing.assert_array_equal(joined.latents[2], parts[2].latents[0])
     np.testing.assert_array_equal(joined.log_probs[1], parts[1].log_probs[0])
+    stored = StoredLatents([each.latents for each in (parts[0], joined, parts[2])], torch.device("cpu"))
+    images, steps = torch.tensor([4, 0, 3, 1, 4]), torch.tensor([0, 2, 1, 1, 2])
+    expected = [parts[each].latents[0] for each in (2, 0, 2, 0, 2)]
+    for found, where in ((stored[images, steps], steps), (stored[images, -1], torch.full((5,), -1))):
+        np.testing.assert_array_equal(found, [each[step] for each, step in zip(expected, where.tolist(), strict=True)])
     newer = policy.rollout([PROMPTS[0]], [0], weights_version=2)[1]
     with pytest.raises(ValueError, match=r"versions \[1, 2\]"):
         Trajectory.concatenate([*parts, newer])

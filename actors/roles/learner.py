@@ -65,7 +65,7 @@ class LearnerActor(Worker):
 
     def learn(self, advantage: np.ndarray, seed: int, *parts: Trajectory) -> tuple[Update, Weights]:
         """One step's updates from the chunks' trajectories, in order, and ``advantage`` (images,)."""
-        statistics, changed = self.learner.learn(Trajectory.concatenate(parts), advantage, seed)
+        statistics, changed = self.learner.learn(parts, advantage, seed)
         return self._sent(self.learner.weights(), self.learner.weights_version, changed, asdict(statistics))
 
     def weights(self, kind: WeightsKind) -> tuple[Update, Weights]:
@@ -148,7 +148,6 @@ class LearnerActor(Worker):
         names = {"_rollouts": "gathering", "_replay": "replay", "weights": "weights out"}
         return [
             *((self.learner, name, what) for name, what in names.items()),
-            (Trajectory, "concatenate", "gathering"),
             (self.learner.policy, "predict", "forward"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "clipping"),

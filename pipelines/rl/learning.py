@@ -16,7 +16,8 @@ from pipelines.rl import weights as trainable
 from pipelines.rl.activations import find_micro_batch, room, transitions_of
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.sharding import own_part, placed_as, shard, unsharded
-from pipelines.rl.trajectory import Trajectory
+from pipelines.rl.stored_latents import StoredLatents
+from pipelines.rl.trajectory import Trajectory, version_of
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import LearnerState, WeightsKind
 from pipelines.storage.tensor_files import Outline
@@ -72,22 +73,27 @@ class DiffusionLearner:
         self.weights_version = 0
         self._given: dict[str, dict[tuple[str, str], Tensor]] = {}  # kind → (name, moment) → of a state that comes in
 
-    def learn(self, trajectory: Trajectory, advantage: np.ndarray, seed: int) -> tuple[UpdateStatistics, int]:
-        """One step's updates on ``trajectory`` with ``advantage`` (images,). Returns statistics and changed tensors.
+    def learn(
+        self, trajectory: Trajectory | Sequence[Trajectory], advantage: np.ndarray, seed: int
+    ) -> tuple[UpdateStatistics, int]:
+        """One step's updates on one trajectory, or several, with ``advantage`` (images,). Returns statistics and
+        changed tensors.
 
         At depth 1 they may be of the version before. That, and weights whose log-probabilities are computed anew, are
         replayed on a micro-batch of them, to give what is stored.
         Raises ValueError on a trajectory of other weights, RatioError and DegenerateBatch as the policies do.
         """
-        staleness = self.weights_version - trajectory.weights_version
+        parts = [trajectory] if isinstance(trajectory, Trajectory) else trajectory
+        drawn_by = version_of(parts)
+        staleness = self.weights_version - drawn_by
         if staleness and (staleness != 1 or not self.previous):
             raise ValueError(
-                f"the images were drawn by weights version {trajectory.weights_version}, the learner holds "
+                f"the images were drawn by weights version {drawn_by}, the learner holds "
                 f"{self.weights_version}: at depth {self.training.depth} that cannot be"
             )
         schedule, training = self.policy.schedule, self.training
         before = trainable.copied(self.masters)
-        rollouts = self._rollouts(trajectory, advantage, before, seed)
+        rollouts = self._rollouts(parts, advantage, before, seed)
         objective = training.algorithm.objective(rollouts, training)
         steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
         generator, found = torch.Generator().manual_seed(seed), {}
@@ -156,7 +162,7 @@ class DiffusionLearner:
                     raise
             if self.group.any(drawn is None)[0]:
                 drawn, count = None, -(-count // 2)
-        rollouts = self._rollouts(drawn, np.zeros(count), {}, seed=0)
+        rollouts = self._rollouts([drawn], np.zeros(count), {}, seed=0)
         steps, generator = self.policy.schedule.stochastic_steps.cpu(), torch.Generator().manual_seed(0)
 
         def apart(images: Tensor, steps: Tensor) -> Tensor:
@@ -165,13 +171,14 @@ class DiffusionLearner:
         return self.learner.on_some(apart, count, steps, generator)[0].abs()
 
     def _rollouts(
-        self, trajectory: Trajectory, advantage: np.ndarray, before: dict[str, Tensor], seed: int
+        self, parts: Sequence[Trajectory], advantage: np.ndarray, before: dict[str, Tensor], seed: int
     ) -> Rollouts:
-        """Everything of ``trajectory`` on the device, and the network with all the sets of weights."""
+        """What was drawn, and the network with all the sets of weights."""
         device, schedule = self.policy.device, self.policy.schedule
-        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(trajectory.prompts))}
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         conditions = self.policy.embed(list(unique))
-        owner = torch.tensor([unique[prompt] for prompt in trajectory.prompts], device=device)
+        owner = torch.tensor([unique[prompt] for prompt in prompts], device=device)
         guidance = 1.0 if self.training.algorithm.on_forward_process else self.sampling.guidance_scale
 
         def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
@@ -185,12 +192,13 @@ class DiffusionLearner:
 
             return other
 
-        latents = trainable.from_numpy(trajectory.latents, torch.float32).to(device)
-        log_probs, weights = (torch.from_numpy(np.array(each)).to(device) for each in (trajectory.log_probs, advantage))
+        latents = StoredLatents([part.latents for part in parts], device)
+        densities = np.concatenate([part.log_probs for part in parts])
+        log_probs, weights = (torch.from_numpy(np.array(each)).to(device) for each in (densities, advantage))
         if self.training.log_density == "sum":
-            log_probs = log_probs * latents[0, 0].numel()
+            log_probs = log_probs * math.prod(self.policy.family.latent_shape)
         start = under(before)
-        stale = trajectory.weights_version != self.weights_version
+        stale = version_of(parts) != self.weights_version
         behaviour = under(self.previous) if stale else under(self.average) if self._draws_average else start
 
         def proximal(*of: Tensor) -> Tensor | None:

@@ -31,13 +31,19 @@ class Trajectory:
     @staticmethod
     def concatenate(parts: Sequence["Trajectory"]) -> "Trajectory":
         """One trajectory of all images, in order. Raises ValueError if they were drawn by different weights."""
-        versions = {part.weights_version for part in parts}
-        if len(versions) != 1:
-            raise ValueError(f"trajectories of different weights were mixed: versions {sorted(versions)}")
+        version = version_of(parts)
         return Trajectory(
             [prompt for part in parts for prompt in part.prompts],
             [seed for part in parts for seed in part.seeds],
             np.concatenate([part.latents for part in parts]),
             np.concatenate([part.log_probs for part in parts]),
-            versions.pop(),
+            version,
         )
+
+
+def version_of(parts: Sequence[Trajectory]) -> int:
+    """Of the weights that drew them all. Raises ValueError if there were several."""
+    versions = {part.weights_version for part in parts}
+    if len(versions) != 1:
+        raise ValueError(f"trajectories of different weights were mixed: versions {sorted(versions)}")
+    return versions.pop()

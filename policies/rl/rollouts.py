@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from policies.diffusion.schedule import Reduction, Schedule
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (batch, channels, height, width), denoising steps (batch,), image indices (batch,)) → the network's output."""
+
+
+class Latents(Protocol):
+    """(images, T + 1, channels, height, width), of which only rows are asked for: a tensor, or what reads as one."""
+
+    def __getitem__(self, where: tuple[Tensor, Tensor | int], /) -> Tensor:
+        """Of images (batch,) the latents after so many denoising steps, (batch,) or one number."""
+
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(image indices (batch,), denoising steps (batch,)) → the loss of each transition (batch,), and, where the objective
@@ -28,7 +37,7 @@ class Rollouts:
     """
 
     schedule: Schedule
-    latents: Tensor
+    latents: Latents
     log_probs: Tensor
     advantage: Tensor
     network: Network

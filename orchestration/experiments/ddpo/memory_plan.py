@@ -55,11 +55,11 @@ def memory_of(
     network, vae, text = (size * count for count in (model["unet"] + model["transformer"], model["vae"], encoders))
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
     trained = adapter or network * BYTES["float32"] // size
-    latents = training.images_per_step * (config.sampling.steps + 1) * model["latent"] * BYTES["float32"]
+    latents = training.images_per_step * (config.sampling.steps + 1) * model["latent"] * size
     drawing = {"network": network, "autoencoder": vae, "text encoders": text}
     learning = drawing | {"LoRA": adapter, "gradient": trained, "optimiser": 2 * trained, "start of the step": trained}
     learning |= {"first model": trained * bool(training.kl_weight), "average": trained * bool(training.ema_decay)}
-    learning |= {"weights before": trained * training.depth, "trajectories": latents}
+    learning |= {"weights before": trained * training.depth}
     learning |= {"float32 weights": trained * (trained != network and not adapter)}
     captioning = {"weights": BYTES["float32"] * captioner.total()}
     if activations:
@@ -72,12 +72,12 @@ def memory_of(
     away = {"sampler": text, "learner": text + vae}  # from the GPU, but for moments
     sums = {role.name: sum(held.get(role.name, {}).values()) for role in roles}
     # In the machine's memory, wherever a network is: pages of the object store with weights that were sent, which stay
-    # until the next but one came; what a sampler drew with at first; parts of the finished pipeline, as bytes, pickled,
-    # and in pages of two. A copy of weights to be sent is made when the step's start is gone.
+    # until the next but one came, and with what was drawn; what a sampler drew with at first; parts of the finished
+    # pipeline, as bytes, pickled, and in pages of two. A copy of weights to be sent is made when the step's start is gone.
     sent, versions = adapter or network, 2 + bool(training.ema_decay)
     beside = {
         "sampler": {"first weights": size * model["bound"] if adapter else network, "weights sent": versions * sent},
-        "learner": {"weights sent": versions * sent, "parts sent": 4 * min(PART, network)},
+        "learner": {"weights sent": versions * sent, "parts sent": 4 * min(PART, network), "trajectories": latents},
     }
     light = {role_name for options, role_name in scoring if not (options.needs_captions or options.on_gpu)}
     described: list[dict[str, Any]] = []
