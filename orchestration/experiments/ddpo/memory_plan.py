@@ -73,7 +73,7 @@ def memory_of(
     sums = {role.name: sum(held.get(role.name, {}).values()) for role in roles}
     # In the machine's memory, wherever a network is: pages of the object store with weights that were sent, which stay
     # until the next but one came, and with what was drawn; what a sampler drew with at first; parts of the finished
-    # pipeline, as bytes, pickled, and in pages of two. A copy of weights to be sent is made when the step's start is gone.
+    # pipeline, as bytes, pickled, and in pages of two. Weights to be sent are copied when the step's start is gone.
     sent, versions = adapter or network, 2 + bool(training.ema_decay)
     beside = {
         "sampler": {"first weights": size * model["bound"] if adapter else network, "weights sent": versions * sent},
