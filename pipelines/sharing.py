@@ -58,6 +58,8 @@ class Sharing:
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(gathered(parted.get_parameter(name)))
+            for name, buffer in network.named_buffers():
+                buffer.copy_(parted.get_buffer(name))
         network.to(device)
 
     def _is_too_large(self, network: nn.Module) -> bool:
@@ -98,11 +100,16 @@ class Course:
             self._commit()
             self.committed_at = time.monotonic()
 
+    @property
+    def _training(self) -> list[Any]:
+        """Which of a task's trainings this is, and of what: a task that begins anew may leave out what it has done."""
+        return [self.sharing.begun, [[name, [*each.shape]] for name, each in self.network.named_parameters()]]
+
     def _commit(self) -> None:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optimizer = get_state_dict(self.network, self.optimizer, options=_options())
-        state = {"training": self.sharing.begun, "done": self.done, "schedule": self.schedule.state_dict()}
+        state = {"training": self._training, "done": self.done, "schedule": self.schedule.state_dict()}
         with TemporaryDirectory() as directory:
             if not self.sharing.group.rank:
                 torch.save(state | {"model": model, "optimizer": optimizer}, Path(directory, _FILE))
@@ -113,7 +120,7 @@ class Course:
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["training"] == self.sharing.begun:
+        if state["training"] == self._training:
             parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
             set_state_dict(self.network, self.optimizer, **parts, options=_options())
             self.schedule.load_state_dict(state["schedule"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from pipelines.sharing import sharing
@@ -30,15 +31,17 @@ def descend(
 ) -> Iterator[tuple[int, Tensor]]:
     """Take ``steps`` steps with gradients of norm ``clip`` at most; yields the number and the loss of each.
 
-    ``divisible``: whether the loss is a mean over rows, so that it can be computed in parts.
+    ``divisible``: whether the loss is a mean over rows, so that it can be computed in parts; that of a network with
+    batch normalisation is none.
     """
     group = sharing().group
+    divisible &= not any(isinstance(module, _BatchNorm) for module in network.modules())
     for step in range(1, steps + 1):
         batch = draw()
         optimizer.zero_grad()
         if group.size == 1 or not divisible:
             loss = loss_of(network, *batch)
-            loss.backward()
+            (loss / group.size if group.sharded else loss).backward()  # a sharded network adds up all gradients
         else:
             rows, own = group.share(*batch)
             part = own / len(batch[0])  # a sharded network is called even for none

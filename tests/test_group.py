@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.numpy import load_file
 
 from actors.failures import MARKS_OF_A_PEER
+from pipelines.default_models import pretrain
 from pipelines.erasing import Eraser, Prompts
 from pipelines.generators.text_to_image import TextToImageGenerator, TextToImageSettings
 from pipelines.rl.learning import DiffusionLearner, LearnerState
@@ -32,6 +34,7 @@ from policies.rl.ratio import RatioError
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from policies.rl.update import PolicyLearner
 from tests.models import PROMPTS, build_tiny_sd3
+from tests.test_pretrain import make_hasty
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
@@ -327,22 +330,27 @@ def test_a_shared_training_goes_on_where_it_was_committed(spread: bool, pool: li
     assert all(np.array_equal(goes_on[0][name], whole[0][name]) for name in whole[0])
 
 
-def test_what_is_no_mean_over_rows_is_not_divided(pool: list[Pool]) -> None:
-    (alone,) = together(pool, 1, train_undivided)
-    assert all(distance(each, alone) == 0 for each in together(pool, 2, train_undivided))
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_is_no_mean_over_rows_is_not_divided(spread: bool, normed: bool, pool: list[Pool]) -> None:
+    (alone,) = together(pool, 1, train_undivided, spread, normed)
+    found = together(pool, 2, train_undivided, spread, normed)
+    assert max(distance(each, alone) for each in found) < 1e-6
 
 
-def train_undivided(group: Group) -> dict[str, np.ndarray]:
-    network, random = torch.nn.Linear(3, 3, bias=False), torch.Generator().manual_seed(0)
+def train_undivided(group: Group, spread: bool, normed: bool) -> dict[str, np.ndarray]:
+    network, random = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False)), torch.Generator().manual_seed(0)
+    if normed:
+        network.append(torch.nn.BatchNorm1d(3))
     with torch.no_grad():
-        network.weight.copy_(torch.eye(3))
+        network[0].weight.copy_(torch.eye(3))
 
     def loss(network: Any, rows: torch.Tensor) -> torch.Tensor:
-        return network(rows).std(dim=0).sum()
+        return (network(rows) + rows).square().mean() if normed else network(rows).std(dim=0).sum()
 
-    with shared(Sharing(group)):
-        train(network, lambda: (torch.randn(5, 3, generator=random),), loss, 5, 1e-2, divisible=False)
-    return {"weight": network.weight.detach().numpy()}
+    with shared(Sharing(group, spread=spread)):
+        train(network, lambda: (torch.randn(5, 3, generator=random),), loss, 5, 1e-2, divisible=normed)
+    return {name: each.numpy() for name, each in network.state_dict().items()}
 
 
 def fit_together(group: Group, path: str, lora_rank: int, spread: bool) -> dict[str, np.ndarray]:
@@ -379,3 +387,22 @@ def test_workers_erase_a_concept_as_one_does(tiny_pipeline: Path, pool: list[Poo
     for each in together(pool, 2, erase_together, str(tiny_pipeline)):
         assert len(each["losses"]) == 6
         assert max(np.abs(each[name] - alone[name]).max() for name in alone) < 1e-5
+
+
+def build_together(group: Group, directory: str) -> None:
+    """In a process: the default models, hastily, by all."""
+    output = Path(directory, str(group.size))
+    output.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, shared(Sharing(group)):
+        make_hasty(patch)
+        pretrain.build({"output": str(output), "seed": 3}, [], "cpu")
+
+
+def test_workers_build_the_default_models_as_one_does(pool: list[Pool], tmp_path: Path) -> None:
+    for size in (1, 2):
+        together(pool, size, build_together, str(tmp_path))
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        one, two = (load_file(tmp_path / each / file) for each in ("1", "2"))
+        assert max(np.abs(one[name] - two[name]).max() for name in one) < 1e-4, file

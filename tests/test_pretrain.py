@@ -1,18 +1,28 @@
 """The recipe of the default models, in a few steps: it builds every part, resumes, and repeats itself."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from orchestration.cluster.building import build_together
 from pipelines import default_models as recipe
 from pipelines.data.digits import all_prompts
 from pipelines.default_models import models, pretrain
+from pipelines.storage.locations import CHECKOUT
+from tests.processes import start
 
 
 @pytest.fixture
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_hasty(monkeypatch)
+
+
+def make_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of everything, and few images."""
     hows = copy.deepcopy(recipe.configuration()["training"])
     for how in hows.values():
         how["batch_size"] = 4
@@ -70,3 +80,26 @@ def test_pretrain_builds_resumes_and_repeats_itself(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="begun with seed 3, not 4"):
         pretrain.pretrain(first, seed=4)
+
+
+def test_several_workers_build_what_is_not_there(tmp_path: Path) -> None:
+    """A part was lost; of the rest everything is kept. (That shared trainings give the same numbers: test_group.)"""
+    models = CHECKOUT / "models/digits"
+    record = json.loads((models / "measurements.json").read_text())
+    kept = ("captioner", "pipeline", "evaluator", "measurements.json")
+    for name in kept:
+        place = shutil.copytree if (models / name).is_dir() else shutil.copy2
+        place(models / name, tmp_path / name)
+    (tmp_path / "README.md").write_text("old")
+    command = ["pretrain", f"--output={tmp_path}", f"--seed={record['seed']}", "--train-workers=2"]
+    log = tmp_path.with_suffix(".log")
+    assert start(command, log).wait(timeout=200) == 0, log.read_text()
+    said = log.read_text()
+    assert all(f"{name}: built" in said for name in ("evaluator", "captioner", "autoencoder", "pipeline"))
+    assert (tmp_path / "README.md").read_text() == (models / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "README.md"}
+
+
+def test_more_workers_than_processors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--train-workers is 9999, there are"):
+        build_together(tmp_path, 0, 9999)

@@ -214,12 +214,18 @@ def print_reference(
 def pretrain(
     output: Annotated[Path, typer.Option(help="directory to build the default models in")] = Path("models/digits"),
     seed: Annotated[int, typer.Option()] = 0,
+    train_workers: Annotated[int, typer.Option(min=1, help="workers that share each training, by Ray Train")] = 1,
 ) -> None:
     """Rebuild the default models from scratch (about half an hour of CPU time)."""
-    from pipelines.default_models.pretrain import pretrain as build
-
     with about("--output"):
-        build(output, seed)
+        if train_workers > 1:
+            from orchestration.cluster.building import build_together
+
+            build_together(output, seed, train_workers)
+        else:
+            from pipelines.default_models.pretrain import pretrain as build
+
+            build(output, seed)
 
 
 @app.command()

@@ -9,12 +9,15 @@ says how it is made worse, and how its checkpoint is chosen by ``TARGET_ACCURACY
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.data.digits import SPLIT_SIZES, all_prompts
 from pipelines.pages import fill
+from pipelines.sharing import sharing
+from pipelines.storage.atomic import Files
 
 _PARTS = "evaluator", "captioner", "autoencoder", "pipeline"
 _PLACES = {"autoencoder": ".autoencoder"}  # until the pipeline holds it; any other part's directory has its name
@@ -26,10 +29,7 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
     Takes about twenty-five CPU minutes from nothing. Parts already there are skipped; delete a part's directory to
     build it again. Raises ValueError if ``output_dir`` holds parts built from another seed, or cannot be made.
     """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{output_dir} cannot be made ({error.strerror}): name another directory") from error
+    make(output_dir)
     from pipelines.default_models import models
 
     record = output_dir / "measurements.json"
@@ -59,6 +59,25 @@ def pretrain(output_dir: Path, seed: int = 0, progress: Callable[[str], None] = 
     shutil.rmtree(output_dir / _PLACES["autoencoder"], ignore_errors=True)
     (output_dir / "README.md").write_text(model_card(measurements), encoding="utf-8")
     progress(f"default models: ready in {output_dir}")
+
+
+def make(output_dir: Path) -> None:
+    """Have the directory. Raises ValueError."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output_dir} cannot be made ({error.strerror}): name another directory") from error
+
+
+def build(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Task: all of it, by several that share the trainings. The first builds in ``output``, which is there; what others
+    build, beginning with the same parts, is thrown away."""
+    output, group = Path(parameters["output"]), sharing().group
+    with TemporaryDirectory() as aside:
+        place = Path(shutil.copytree(output, aside, dirs_exist_ok=True)) if group.rank else output
+        group.any(False)  # nobody changes what others still copy
+        pretrain(place, parameters["seed"])
+    return {}
 
 
 def model_card(measurements: dict[str, Any]) -> str:
