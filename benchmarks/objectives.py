@@ -15,7 +15,7 @@ ARMS = {
     "importance_sampling": [],
     "score_function": ["training.updates_per_step=1", "training.learning_rate=2e-4"],
     "negative_aware": ["training.learning_rate=3e-4"],
-    "reward_weighted": ["training.objective_beta=3.0"],
+    "reward_weighted": ["training.objective={reward_weighted: 3.0}"],
 }
 LABELS = {
     "importance_sampling": "DDPO_IS",

@@ -43,7 +43,7 @@ def test_batch_baseline_normalises_over_all_images() -> None:
     np.testing.assert_allclose(result, (REWARDS - 16.5) / np.sqrt(np.mean((REWARDS - 16.5) ** 2)), atol=1e-5)
 
 
-@pytest.mark.parametrize("baseline", ["group", "history"])
+@pytest.mark.parametrize("baseline", ["group", {"history": 4}])
 @given(size=st.integers(2, 33), value=st.floats(-1e12, 1e12), other=st.floats(-1e12, 1e12), steps=st.integers(1, 3))
 def test_equal_rewards_of_a_prompt_teach_exactly_nothing(
     baseline: str, size: int, value: float, other: float, steps: int
@@ -53,18 +53,23 @@ def test_equal_rewards_of_a_prompt_teach_exactly_nothing(
     history = PromptStatistics(4)  # each step gives at least half as many
     for _ in range(steps):
         rewards = np.array([value] * size + [other] * size)
-        found = compute(rewards, ["cat"] * size + ["dog"] * size, history, baseline=baseline, history_size=4)
+        found = compute(
+            rewards,
+            ["cat"] * size + ["dog"] * size,
+            history,
+            baseline=baseline,
+        )
         assert not found.any()
 
 
-@pytest.mark.parametrize("baseline", ["group", "history"])
-def test_equal_sums_of_several_rewards_teach_exactly_nothing(baseline: str) -> None:
+@pytest.mark.parametrize("baseline", ["group", {"history": 4}])
+def test_equal_sums_of_several_rewards_teach_exactly_nothing(baseline: object) -> None:
     """In whatever order they come to be the same: 0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1 in floating point."""
     scores = {"a": np.array([0.1, 0.3, 1, 1]), "b": np.array([0.2, 0.2, 1, 1]), "c": np.array([0.3, 0.1, 1, 1])}
     rewards = weighted_sum(scores, dict.fromkeys(scores, 1.0))
     assert rewards[0] != rewards[1]
     prompts = ["cat", "cat", "dog", "dog"]
-    assert not compute(rewards, prompts, PromptStatistics(4), baseline=baseline, history_size=4).any()
+    assert not compute(rewards, prompts, PromptStatistics(4), baseline=baseline).any()
 
 
 def test_rewards_too_large_to_be_squared_are_sick() -> None:
@@ -108,7 +113,7 @@ def test_a_reward_that_is_not_finite_is_named_and_forgotten(bad: float) -> None:
 
 def test_history_baseline_falls_back_to_the_step_until_enough_is_known() -> None:
     history = PromptStatistics(size=8)
-    keys = {"baseline": "history", "history_size": 8}
+    keys = {"baseline": {"history": 8}}
     first = compute(REWARDS, PROMPTS, history, **keys)
     np.testing.assert_allclose(first, compute(REWARDS, PROMPTS, baseline="batch"))
     second = compute(np.array([4.0]), ["cat"], history, **keys)

@@ -19,7 +19,7 @@ TIMES = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
 SCHEDULE = FlowSchedule(1000 * TIMES[:-1], TIMES, eta=0.7)
 
 
-def settings(objective: str, **keys: Any) -> TrainingSettings:
+def settings(objective: str | dict[str, float], **keys: Any) -> TrainingSettings:
     defaults = {"images_per_step": IMAGES, "updates_per_step": 1, "max_gradient_norm": 1e9}
     return TrainingSettings(objective=objective, **{**defaults, "clip_range": 0.2, **keys})  # type: ignore[arg-type]
 
@@ -101,7 +101,7 @@ def test_reward_weights_are_exponential_and_have_mean_one() -> None:
     error = ((model(mixed, steps, images) - (noise - clean)) ** 2).flatten()
     weight = torch.softmax(2.0 * rollouts.advantage, dim=0) * IMAGES
     (expected,) = torch.autograd.grad((weight[images] * error).mean(), [model.mean])
-    found = gradient(model, rollouts, settings("reward_weighted", objective_beta=2.0))
+    found = gradient(model, rollouts, settings({"reward_weighted": 2.0}))
     assert found == pytest.approx(expected.item(), rel=1e-9)
     assert abs(found) > 1e-3
 
@@ -147,7 +147,7 @@ def test_negative_aware_pulls_and_pushes_by_its_optimality(advantage: float, sha
     model = NormalModel(0.4)
     rollouts = model.rollouts(lambda x: torch.ones_like(x))
     rollouts = replace(rollouts, latents=rollouts.latents + 0.3)  # data that the model has not learned yet
-    training = settings("negative_aware", objective_beta=0.7)
+    training = settings({"negative_aware": 0.7})
     full = gradient(model, rollouts, training)
     found = gradient(model, replace(rollouts, advantage=torch.full((IMAGES,), advantage)), training)
     assert abs(full) > 1e-2

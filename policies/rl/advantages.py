@@ -64,9 +64,9 @@ def advantages(
     result = np.empty_like(rewards)
     for prompt in dict.fromkeys(prompts):
         members = prompt_array == prompt
-        if settings.baseline == "group":
+        if settings.compares == "group":
             mean, std = _mean_and_std(rewards[members])
-        elif settings.baseline == "history":
+        elif settings.compares == "history":
             mean, std = history.mean_and_std(prompt) or everything
         else:
             mean, std = everything

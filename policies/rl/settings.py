@@ -35,6 +35,12 @@ OF_THE_PROGRAM: dict[str, Any] = {"set by": "the program"}  # as ``json_schema_e
 _BRANCH = re.compile(r"constrained-\w+|(function-\w+|tuple|list|dict)\[.*\]|float|int|str|bool")
 
 
+_NOW = {
+    "advantage.history_size": "advantage.baseline={history: …}",
+    "training.objective_beta": "training.objective={…: β}",
+}
+
+
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
     """The first problem as one line, with the nearest known key if one was not known."""
     first = error.errors()[0]
@@ -42,6 +48,8 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
     if first["type"] == "extra_forbidden":
         known = list(known_keys(schema))
         near = nearest(location, known)
+        if location in _NOW:
+            return f"unknown key {location!r}: it is {_NOW[location]} now"
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known) or 'none'}"
         return f"unknown key {location!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
@@ -87,17 +95,34 @@ class SamplingSettings(Settings):
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance; 1 is none (half the work)")
 
 
+ObjectiveName = Annotated[str, AfterValidator(ALGORITHMS.check)]
+
+
 class AdvantageSettings(Settings):
     """How rewards become advantages."""
 
-    baseline: Literal["group", "history", "batch"] = Field(
+    baseline: Literal["group", "history", "batch"] | dict[Literal["history"], Annotated[int, Field(ge=2)]] = Field(
         "group",
-        description="normalise by the prompt's images of this step, by its history over steps, or by all images",
-    )
-    history_size: int = Field(
-        32, ge=2, description="rewards remembered for each prompt (history); below half, the step's statistics are used"
+        description="normalise by the prompt's images of this step, by its history over steps, or by all images; "
+        "{history: 16}: of so many rewards (32), below half of which the step's statistics are used",
     )
     clip: float = Field(10.0, gt=0, description="advantages are clipped to ± this")
+
+    @property
+    def compares(self) -> str:
+        """The name of the baseline."""
+        return next(iter(self.baseline)) if isinstance(self.baseline, dict) else self.baseline
+
+    @property
+    def history_size(self) -> int:
+        """Rewards that are remembered of each prompt."""
+        return self.baseline["history"] if isinstance(self.baseline, dict) else 32
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "AdvantageSettings":
+        if self.baseline == {}:
+            raise ValueError("baseline: name one")
+        return self
 
 
 class TrainingSettings(Settings):
@@ -117,12 +142,11 @@ class TrainingSettings(Settings):
     timestep_window: tuple[float, float] = Field(
         (0.0, 1.0), description="part of the denoising to learn from: 0 is noise, 1 the image"
     )
-    objective: Annotated[str, AfterValidator(ALGORITHMS.check)] = Field(
+    objective: ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
         "importance_sampling",
-        description="what is minimised: DDPO_IS; or score_function, reward_weighted, negative_aware",
-    )
-    objective_beta: float = Field(
-        1.0, gt=0, description="β of reward_weighted (sharpness of the weights) and negative_aware (length of its step)"
+        description="what is minimised: DDPO_IS; or score_function, reward_weighted, negative_aware; "
+        "{reward_weighted: 3}: with a β other than 1, there the sharpness of the weights, of negative_aware the length "
+        "of its step",
     )
     kl_weight: float = Field(0.0, ge=0, description="weight of the KL to the first model, for DDPO_IS and DDPO_SF")
     ema_decay: float = Field(
@@ -162,7 +186,17 @@ class TrainingSettings(Settings):
     @property
     def algorithm(self) -> type[Algorithm]:
         """The objective's class."""
-        return ALGORITHMS.find(self.objective)
+        return ALGORITHMS.find(self.objective_name)
+
+    @property
+    def objective_name(self) -> str:
+        """That it is known by."""
+        return next(iter(self.objective)) if isinstance(self.objective, dict) else self.objective
+
+    @property
+    def objective_beta(self) -> float:
+        """β of those that have one."""
+        return next(iter(self.objective.values())) if isinstance(self.objective, dict) else 1.0
 
     def learnable_steps(self, steps: int, stochastic: Sequence[int]) -> list[int]:
         """Which of ``steps`` denoising steps may be learned from: those in the window, and with a density if needed."""
@@ -176,6 +210,8 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TrainingSettings":
+        if isinstance(self.objective, dict) and len(self.objective) != 1:
+            raise ValueError("objective: name one")
         images = self.images_per_step
         for name, parts in (("images_per_prompt", self.images_per_prompt), ("updates_per_step", self.updates_per_step)):
             if images % parts:
@@ -183,10 +219,10 @@ class TrainingSettings(Settings):
         if not 0 <= self.timestep_window[0] < self.timestep_window[1] <= 1:
             raise ValueError(f"timestep_window {self.timestep_window} is not a part of 0 to 1, such as [0, 0.5]")
         if self.kl_weight and self.algorithm.on_forward_process:
-            raise ValueError(f"kl_weight: objective {self.objective} has no density to take it of; set it to 0")
+            raise ValueError(f"kl_weight: objective {self.objective_name} has no density to take it of; set it to 0")
         if self.algorithm.on_policy and (self.updates > 1 or self.depth):
             raise ValueError(
-                f"objective {self.objective} is on-policy: set updates_per_step and inner_epochs to 1, depth to 0, "
-                "or use objective importance_sampling"
+                f"objective {self.objective_name} is on-policy: set updates_per_step and inner_epochs to 1, depth to "
+                "0, or use objective importance_sampling"
             )
         return self

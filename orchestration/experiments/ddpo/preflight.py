@@ -138,7 +138,7 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     if training.prompts_per_step > len(prompts):
         wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"
         raise ValueError(f"{wanted}, {config.prompts} holds {len(prompts)}")
-    if config.advantage.baseline == "group" and training.images_per_prompt < 2:
+    if config.advantage.compares == "group" and training.images_per_prompt < 2:
         remedy = "set training.images_per_prompt to 2 or more"
         raise ValueError(f"advantage.baseline group compares images of one prompt: {remedy}")
     if evaluation.interim_images > evaluation.images:
