@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from scipy.stats import norm
 
 from pipelines.denoisers.ddim import denoising_schedule
-from policies.diffusion.ddim import DenoisingSchedule
+from policies.diffusion.ddim import DenoisingSchedule, ddim_deviation
 from policies.rl.settings import SamplingSettings
 
 STEPS = 10
@@ -144,7 +144,9 @@ def test_gradient_with_respect_to_the_network(prediction_type: str) -> None:
 
 def test_density_at_the_mean_is_the_peak_of_a_normal() -> None:
     alpha, alpha_previous = torch.tensor([[0.5], [0.8]], dtype=torch.float64)
-    schedule = DenoisingSchedule(torch.tensor([500]), alpha, alpha_previous, 1.0, "epsilon")
+    schedule = DenoisingSchedule(
+        torch.tensor([500]), alpha, alpha_previous, ddim_deviation(alpha, alpha_previous, 1.0), "epsilon"
+    )
     x_t, output = torch.randn(2, *SHAPE, dtype=torch.float64)
     steps = torch.zeros(len(x_t), dtype=torch.int64)
     peak = schedule.log_prob(x_t, schedule.mean(x_t, output, steps), output, steps)

@@ -24,9 +24,10 @@ from policies.rl.settings import SamplingSettings
 from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
 
 FLOW = "StableDiffusion3Pipeline"
-REFUSED = {"LCMScheduler", "TCDScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler"}
+REFUSED = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler"}
+DISTILLED = {"LCMScheduler", "TCDScheduler"}
 REFUSED |= {"SASolverScheduler", "DPMSolverSDEScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMInverseScheduler"}
-CLASSES = sorted({each.name for each in KarrasDiffusionSchedulers} | REFUSED | {"DDIMParallelScheduler"})
+CLASSES = sorted({each.name for each in KarrasDiffusionSchedulers} | REFUSED | DISTILLED | {"DDIMParallelScheduler"})
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -41,11 +42,11 @@ def test_a_plan_counts_what_is_drawn_for_every_number_of_steps(spacing: str, tot
         for steps in range(1, 201):
             if steps > total or (offset and spacing == "leading" and total // steps * (steps - 1) + 1 >= total):
                 with pytest.raises(ValueError, match=r"sampling\.steps"):
-                    planned.steps(steps)
+                    planned.steps(SamplingSettings(steps=steps))
                 continue
             drawn = denoising_schedule(stock, SamplingSettings(steps=steps))
             stock.set_timesteps(steps)  # by their rounding one too many for some
-            plan = planned.steps(steps)
+            plan = planned.steps(SamplingSettings(steps=steps))
             assert drawn.timesteps.tolist() == stock.timesteps.tolist()[:steps] == plan.timesteps
             assert len(drawn.timesteps) == len(drawn.sigma) == steps
             assert drawn.stochastic_steps.tolist() == plan.stochastic
@@ -101,7 +102,8 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_scheduler_class_draws_the_stock_images_or_is_refused(name: str, xl: Path) -> None:
-    """The stock pipeline with the DDIM that diffusers makes of the scheduler's configuration."""
+    """The stock pipeline with the DDIM that diffusers makes of the scheduler's configuration, or, of what distilled
+    models come with, with the scheduler itself."""
     kind = getattr(diffusers, name)
     given = {"beta_start": 0.001, "beta_end": 0.013, "beta_schedule": "scaled_linear"}
     try:
@@ -118,10 +120,10 @@ def test_every_scheduler_class_draws_the_stock_images_or_is_refused(name: str, x
     policy = DiffusionPolicy(ModelSettings(path=str(path)), sampling)
     ours, trajectory = policy.rollout([*PROMPTS[:2]], [1, 2])
     drawn = np.isfinite(trajectory.log_probs[0])
-    assert np.flatnonzero(drawn).tolist() == denoising_steps(str(path), 4).stochastic
+    assert np.flatnonzero(drawn).tolist() == denoising_steps(str(path), sampling).stochastic
     stock = policy.family.pipeline
     clips = {} if "DDIM" in name or "DDPM" in name else {"clip_sample": False}  # as these classes do not
-    stock.scheduler = diffusers.DDIMScheduler.from_config(content, **clips)
+    stock.scheduler = own if name in DISTILLED else diffusers.DDIMScheduler.from_config(content, **clips)
     noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0, "output_type": "np", "generator": noise}
     difference = np.abs(np.round(stock([*PROMPTS[:2]], **options).images * 255) - ours.astype(float))
@@ -190,7 +192,7 @@ def test_a_plan_reads_the_same_scheduler_as_the_stock_pipeline(path: str, tmp_pa
     stock = diffusers.DiffusionPipeline.from_pretrained(directory, **dict.fromkeys(family.files.absent))
     stock.scheduler.set_timesteps(7)
     assert schedule.timesteps.tolist() == stock.scheduler.timesteps.tolist()
-    assert schedule.stochastic_steps.tolist() == denoising_steps(str(directory), 7).stochastic
+    assert schedule.stochastic_steps.tolist() == denoising_steps(str(directory), SamplingSettings(steps=7)).stochastic
     if path != "sd3":
         assert family.pipeline.scheduler.config.clip_sample == stock.scheduler.config.clip_sample
     if path == "pixels":  # which clips, and so does the policy's mean

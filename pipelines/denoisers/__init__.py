@@ -16,6 +16,7 @@ from pipelines.storage.model_files import ModelFilesError, Shapes, read_json, re
 
 if TYPE_CHECKING:
     from pipelines.denoisers.family import Family
+    from policies.rl.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,16 @@ def inspect(directory: Path) -> ModelFiles:
     return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes)
 
 
-def denoising_steps(path: str, steps: int) -> DenoisingSteps:
-    """What samplers and learners of a model do in so many steps; of one that is still on the hub, by an assumption.
-    Raises ValueError where there are none."""
+def denoising_steps(path: str, sampling: "SamplingSettings") -> DenoisingSteps:
+    """What samplers and learners of a model do; of one that is still on the hub, by an assumption. Raises ValueError
+    where there are no such steps."""
     directory = find(path)
     if directory is None:
-        return (FlowConfig() if "stable-diffusion-3" in path else ASSUMED).steps(steps)
+        return (FlowConfig() if "stable-diffusion-3" in path else ASSUMED).steps(sampling)
     index = read_json(directory / "model_index.json")
     file = directory / "scheduler" / "scheduler_config.json"
     with reading(file):
-        return _scheduler(file, index).steps(steps)
+        return _scheduler(file, index).steps(sampling)
 
 
 def _scheduler(file: Path, index: Mapping[str, Any]) -> DdimConfig | FlowConfig:

@@ -1,8 +1,9 @@
 """What a scheduler's configuration means: its denoising steps, and which have a density. Importable without torch, so
 that a plan counts by the very function that samplers and learners go by.
 
-UNets are sampled by DDIM, whatever scheduler a model comes with, if its class says the same by its fields; flows by
-their SDE. What would draw other images than the stock pipeline with ``DDIMScheduler.from_config`` is refused by name.
+UNets are sampled by DDIM, whatever scheduler a model comes with, if its class says the same by its fields, and those
+that were distilled by what they were distilled for; flows by their SDE. What would draw other images than the stock
+pipeline with ``DDIMScheduler.from_config`` is refused by name.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from policies.rl.settings import Settings, explain
+from policies.rl.settings import Method, SamplingSettings, Settings, explain
 
 # Classes whose β are those of x_t = √ᾱ x_0 + √(1 − ᾱ) ε, at DDIM's timesteps; and whether they clip x̂_0 by themselves.
 _SAME_BETAS = {
@@ -31,14 +32,18 @@ _SAME_BETAS = {
     "DPMSolverSinglestepScheduler": None,
     "DEISMultistepScheduler": None,
     "UniPCMultistepScheduler": None,
+    "LCMScheduler": False,
+    "TCDScheduler": False,
 }
-_OTHER_DEFAULTS = ("Heun", "KDPM2")  # of β: a file of theirs has to say them
+_OTHER_DEFAULTS = ("Heun", "KDPM2", "LCM", "TCD")  # of β: a file of theirs has to say them
 # How other solvers go, which changes nothing for DDIM, whatever the value; and where one value does not.
 _OF_SOLVERS = {
     *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
     *("final_sigmas_type", "flow_shift", "lambda_min_clipped", "time_shift_type", "predict_x0", "disable_corrector"),
-    "solver_p",
+    *("solver_p", "timestep_scaling"),
 }
+CLASSES = {"ddim": "DDIMScheduler", "consistency": "LCMScheduler", "tcd": "TCDScheduler"}  # by the method
+_METHODS = {name: method for method, name in CLASSES.items()}
 _OF_FLOWS = {
     *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "stochastic_sampling")
 }
@@ -77,11 +82,27 @@ class DdimConfig(Settings):
     sample_max_value: float = 1.0
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     rescale_betas_zero_snr: bool = False
+    original_inference_steps: int = Field(50, ge=1)  # from which a distilled model's few times are taken
+    own: Literal["ddim", "consistency", "tcd"] = "ddim"  # the method that the model is made for
 
-    def steps(self, count: int) -> DenoisingSteps:
-        """``count`` of them, by diffusers' arithmetic, but for its rounding that gives some counts one more. Raises
-        ValueError where they leave the timesteps that the network was trained on."""
-        total = self.num_train_timesteps
+    @classmethod
+    def of(cls, scheduler: Any) -> Self:
+        """That of a diffusers scheduler."""
+        known = {name: scheduler.config[name] for name in cls.model_fields if name in scheduler.config}
+        return cls.model_validate(known | {"own": _METHODS.get(type(scheduler).__name__, "ddim")})
+
+    def arguments(self, method: str) -> dict[str, Any]:
+        """Those of the scheduler's class of a ``method``."""
+        return self.model_dump(exclude={"own", *(["original_inference_steps"] if method == "ddim" else [])})
+
+    def steps(self, sampling: SamplingSettings) -> DenoisingSteps:
+        """As many as are asked for, by diffusers' arithmetic, but for its rounding that gives some counts one more.
+        Raises ValueError where they leave the timesteps that the network was trained on, or the method is of flows."""
+        method, count, total = sampling.method or self.own, sampling.steps, self.num_train_timesteps
+        if method not in CLASSES:
+            raise ValueError(f"sampling.method {method} is for flows; this model has {', '.join(CLASSES)}")
+        if method != "ddim":
+            return self._few(method, sampling)
         if count > total:
             raise ValueError(f"sampling.steps ({count}) is more than the model's {total} timesteps (its scheduler)")
         if self.timestep_spacing == "linspace":
@@ -97,7 +118,21 @@ class DdimConfig(Settings):
             )
         previous = times - total // count
         noisy = (previous >= 0) | ((times > 0) & (not self.set_alpha_to_one))
-        return DenoisingSteps(times.tolist(), previous.tolist(), np.flatnonzero(noisy).tolist())
+        stochastic = [step for step in np.flatnonzero(noisy).tolist() if step in sampling.noisy]
+        return DenoisingSteps(times.tolist(), previous.tolist(), stochastic)
+
+    def _few(self, method: Method, sampling: SamplingSettings) -> DenoisingSteps:
+        """Of the times that a model was distilled at, some as far from each other as can be, noisiest first. The last
+        call is deterministic, so there is a transition less than calls."""
+        most, total, count = self.original_inference_steps, self.num_train_timesteps, sampling.steps
+        if count > most or most > total:
+            raise ValueError(f"sampling.steps ({count}) of method {method} are taken of {most} times: {most} at most")
+        times = np.arange(most, 0, -1) * (total // most) - 1
+        chosen = times[np.floor(np.linspace(0, most, count, endpoint=False)).astype(np.int64)].tolist()
+        stochastic = [step for step in range(count - 1) if step in sampling.noisy]
+        if method == "consistency" and len(stochastic) < count - 1:
+            raise ValueError("sampling.eta: a consistency model's steps have their noise, all of them: set it to 1")
+        return DenoisingSteps(chosen, [*chosen[1:], -1 if method == "consistency" else 0], stochastic)
 
     @model_validator(mode="after")
     def _leaves_an_image(self) -> Self:
@@ -115,9 +150,11 @@ class FlowConfig(Settings):
     num_train_timesteps: int = Field(1000, ge=1, le=100_000)
     shift: float = Field(1.0, gt=0, allow_inf_nan=False)
 
-    def steps(self, count: int) -> DenoisingSteps:
-        """The last one follows the flow itself and has no density."""
-        return DenoisingSteps([], [], list(range(count - 1)))
+    def steps(self, sampling: SamplingSettings) -> DenoisingSteps:
+        """The last one follows the flow itself and has no density. Raises ValueError for a method of other models."""
+        if sampling.method not in (None, "sde", "cps"):
+            raise ValueError(f"sampling.method {sampling.method} is for UNets; this model is a flow: sde or cps")
+        return DenoisingSteps([], [], [step for step in range(sampling.steps - 1) if step in sampling.noisy])
 
 
 def read_scheduler(content: Mapping[str, Any], pipeline_class: str) -> DdimConfig | FlowConfig:
@@ -141,6 +178,7 @@ def read_scheduler(content: Mapping[str, Any], pipeline_class: str) -> DdimConfi
     if name.startswith(_OTHER_DEFAULTS) and not {"beta_start", "beta_end"} <= fields.keys():
         raise ValueError(f"scheduler: a {name} has to say its beta_start and beta_end")
     if not flow:
+        fields["own"] = _METHODS.get(name, "ddim")
         fields["clip_sample"] = _SAME_BETAS[name] is not None and fields.get("clip_sample", _SAME_BETAS[name])
         if pipeline_class == "StableDiffusionPipeline":  # which corrects these two by itself
             fields["clip_sample"] = False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.denoisers.family import Conditions, Family, checked
-from policies.diffusion.flow import FlowSchedule
+from policies.diffusion.flow import FlowSchedule, PreservingSchedule
 from policies.rl.settings import SamplingSettings
 
 
@@ -25,12 +25,14 @@ class StableDiffusion3(Family):
         return FlowMatchEulerDiscreteScheduler(**config.model_dump())
 
     def schedule(self, sampling: SamplingSettings) -> FlowSchedule:
-        """``sampling.eta`` is the SDE's noise level."""
+        """``sampling.eta`` is the noise level of the SDE, or of coefficient-preserving sampling."""
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(sampling.steps)
         times = scheduler.sigmas.to("cpu", torch.float64)
-        schedule = FlowSchedule(scheduler.timesteps.cpu(), times, sampling.eta)
-        return checked(schedule, self.files.scheduler.steps(sampling.steps))
+        noisy = torch.tensor([step in sampling.noisy for step in range(sampling.steps)])
+        tables = scheduler.timesteps.cpu(), times, sampling.noise * noisy.double()
+        schedule = PreservingSchedule(*tables) if sampling.method == "cps" else FlowSchedule(*tables)
+        return checked(schedule, self.files.scheduler.steps(sampling))
 
     def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Hidden states (tokens, width) of all encoders, and those of both CLIPs as a whole (width,)."""

@@ -123,7 +123,7 @@ class DiffusionPolicy:
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
     ) -> tuple[Tensor, Trajectory]:
         """The latents (batch, channels, height, width) of :meth:`rollout`, and the trajectory."""
-        family, schedule, eta = self.family, self.schedule, self.sampling.eta
+        family, schedule, eta = self.family, self.schedule, self.sampling.noise
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise() -> Tensor:
@@ -137,7 +137,8 @@ class DiffusionPolicy:
         path, log_probs = [latents], []
         for step, timestep in enumerate(schedule.timesteps):
             output = self.predict(latents, timestep.repeat(len(prompts)), conditions)
-            following = family.step(schedule, step, latents, output, noise(), eta)
+            # A step without noise reads its own from the generator, too, as a stock pipeline does.
+            following = family.step(schedule, step, latents, output, noise(), eta if step in stochastic else 0.0)
             if step in stochastic:
                 index = torch.full((len(prompts),), step, device=self.device)
                 log_probs.append(schedule.log_prob(latents, following, output, index))

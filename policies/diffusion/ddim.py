@@ -1,5 +1,5 @@
-"""One step of a DDIM sampler as a Gaussian policy, with noise scale η (Song et al., "Denoising Diffusion Implicit
-Models", 2010.02502, equations 12 and 16)."""
+"""One step of a sampler that goes by DDIM's equation 12 as a Gaussian policy (Song et al., "Denoising Diffusion
+Implicit Models", 2010.02502). DDIM, LCM's sampler and TCD's differ in the deviation, and in the times they visit."""
 
 import math
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 @dataclass(frozen=True)
 class DenoisingSchedule(Schedule):
-    """``alpha`` and ``alpha_previous`` (T,) float64: ᾱ before and after the step. ``eta``: DDIM's η. ``clip``: the mean
-    is that of an x̂_0 within ± this.
+    """``alpha`` and ``alpha_previous`` (T,) float64: ᾱ before and after the step; ``deviation`` (T,): σ. ``clip``: the
+    mean is that of an x̂_0 within ± this. ``stock``: whether it is DDIM, whose steps diffusers' scheduler makes.
 
     ``timesteps`` are int64. A last step that lands on ᾱ = 1 has σ = 0 and no density.
     """
 
     alpha: Tensor
     alpha_previous: Tensor
-    eta: float
+    deviation: Tensor
     prediction_type: PredictionType
     clip: float = math.inf
+    stock: bool = True
 
     @property
     def sigma(self) -> Tensor:
-        """DDIM equation 16."""
-        variance = (1 - self.alpha_previous) / (1 - self.alpha) * (1 - self.alpha / self.alpha_previous)
-        return self.eta * variance.clamp(min=0).sqrt()
+        """As it is given."""
+        return self.deviation
 
     def mean(self, latents: Tensor, network_output: Tensor, steps: Tensor) -> Tensor:
         """DDIM equation 12."""
@@ -64,3 +64,21 @@ class DenoisingSchedule(Schedule):
         if self.prediction_type == "v_prediction":
             return alpha.sqrt() * x_t - beta.sqrt() * output, alpha.sqrt() * output + beta.sqrt() * x_t
         return output, (x_t - alpha.sqrt() * output) / beta.sqrt()
+
+
+def ddim_deviation(alpha: Tensor, alpha_previous: Tensor, eta: float) -> Tensor:
+    """σ of DDIM, equation 16, with noise scale η."""
+    variance = (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
+    return eta * variance.clamp(min=0).sqrt()
+
+
+def consistency_deviation(alpha_previous: Tensor) -> Tensor:
+    """σ of a consistency model's sampler (2303.01469, algorithm 1; LCM, 2310.04378, algorithm 3): x̂_0 is noised anew,
+    √(1 − ᾱ′), and nothing is left of ε̂. A step to ᾱ′ = 1 gives x̂_0 itself."""
+    return (1 - alpha_previous).sqrt()
+
+
+def tcd_deviation(alpha_previous: Tensor, alpha_between: Tensor) -> Tensor:
+    """σ of strategic stochastic sampling (TCD, 2402.19159, algorithm 4): down to s = (1 − γ) t′ by DDIM without noise,
+    whose ᾱ is ``alpha_between``, and up to t′ again by the forward process: √(1 − ᾱ′/ᾱ_s)."""
+    return (1 - alpha_previous / alpha_between).clamp(min=0).sqrt()

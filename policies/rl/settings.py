@@ -87,12 +87,46 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+Method = Literal["ddim", "consistency", "tcd", "sde", "cps"]
+Noise = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def part_of(window: Sequence[float], steps: int) -> range:
+    """Of so many denoising steps those in a part of them, 0 being noise and 1 the image."""
+    first, last = (round(end * steps) for end in window)
+    return range(first, last)
+
+
 class SamplingSettings(Settings):
     """The denoising process, the same in sampling and in training (guidance included)."""
 
-    steps: int = Field(10, ge=1, le=1000, description="denoising steps T")
-    eta: float = Field(1.0, gt=0, le=1, description="DDIM's η: 1 is ancestral sampling; 0 has no log-probability")
+    method: Method | None = Field(
+        None, description="the sampler; null: the model's own, by its scheduler: DDIM, LCM's, TCD's, a flow's SDE"
+    )
+    steps: int = Field(10, ge=1, le=1000, description="denoising steps T, a call of the network each")
+    eta: Noise | tuple[Noise, Share, Share] = Field(
+        1.0,
+        description="its noise: DDIM's η, TCD's γ, a flow's a or CPS's η; consistency models have none. [0.7, 0, 0.5]: "
+        "only in this part of the denoising, 0 being noise and 1 the image, as MixGRPO has it",
+    )
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance; 1 is none (half the work)")
+
+    @property
+    def noise(self) -> float:
+        """How much of it there is, where there is any."""
+        return self.eta[0] if isinstance(self.eta, tuple) else self.eta
+
+    @property
+    def noisy(self) -> range:
+        """The steps that may have noise."""
+        return part_of(self.eta[1:] if isinstance(self.eta, tuple) else (0.0, 1.0), self.steps)
+
+    @model_validator(mode="after")
+    def _has_noise(self) -> "SamplingSettings":
+        if isinstance(self.eta, tuple) and not self.noisy:
+            raise ValueError(f"eta {list(self.eta)}: of {self.steps} steps none is in this part")
+        return self
 
 
 ObjectiveName = Annotated[str, AfterValidator(ALGORITHMS.check)]
@@ -200,9 +234,8 @@ class TrainingSettings(Settings):
 
     def learnable_steps(self, steps: int, stochastic: Sequence[int]) -> list[int]:
         """Which of ``steps`` denoising steps may be learned from: those in the window, and with a density if needed."""
-        first, last = (round(end * steps) for end in self.timestep_window)
         candidates = range(steps) if self.algorithm.on_forward_process else stochastic
-        return [step for step in candidates if first <= step < last]
+        return [step for step in candidates if step in part_of(self.timestep_window, steps)]
 
     def timesteps_per_image(self, learnable: int) -> int:
         """How many of an image's ``learnable`` steps an update learns from."""

@@ -82,8 +82,8 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
 
 def learnable_steps(config: DdpoConfig) -> int:
     """Denoising steps to learn from. Raises ValueError where the model's scheduler has none of so many."""
-    steps = config.sampling.steps
-    return len(config.training.learnable_steps(steps, denoising_steps(config.model.path, steps).stochastic))
+    stochastic = denoising_steps(config.model.path, config.sampling).stochastic
+    return len(config.training.learnable_steps(config.sampling.steps, stochastic))
 
 
 def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int]) -> None:

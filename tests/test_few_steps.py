@@ -1,0 +1,166 @@
+"""Samplers of few steps, and of noise in some: their steps in closed form, beside diffusers, replayed and learned."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from pipelines.denoisers import denoising_steps, inspect
+from pipelines.denoisers.ddim import denoising_schedule
+from pipelines.rl.learning import DiffusionLearner
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.settings import ModelSettings
+from policies.diffusion.flow import FlowSchedule, PreservingSchedule
+from policies.rl.settings import SamplingSettings, TrainingSettings
+from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_sd3, build_tiny_xl
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+WAYS: dict[str, dict[str, Any]] = {
+    "consistency": {"method": "consistency", "steps": 4},
+    "tcd": {"method": "tcd", "steps": 4, "eta": 0.3},
+    "noise at first": {"steps": 6, "eta": (0.8, 0.0, 0.5)},
+    "noise in the middle": {"steps": 6, "eta": (1.0, 0.34, 0.67)},
+    "tcd, noise at first": {"method": "tcd", "steps": 6, "eta": (0.4, 0.0, 0.4)},
+}
+OF_FLOWS: dict[str, dict[str, Any]] = {
+    "cps": {"method": "cps", "steps": 4, "eta": 0.7},
+    "cps, noise at first": {"method": "cps", "steps": 6, "eta": (0.5, 0.0, 0.5)},
+    "sde, noise at first": {"method": "sde", "steps": 6, "eta": (0.7, 0.0, 0.5)},
+}
+TRAINING = TrainingSettings(
+    images_per_step=6, images_per_prompt=2, updates_per_step=2, learning_rate=1e-3, ratio_tolerance=1e-5
+)
+BATCH = [prompt for prompt in PROMPTS for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+@pytest.mark.parametrize(("method", "gamma"), [("consistency", 1.0), ("tcd", 0.3), ("tcd", 1.0)])
+def test_a_step_is_that_of_diffusers(kind: str, steps: int, method: Any, gamma: float) -> None:
+    """Its mean and deviation, found by steps with two noises that differ by one."""
+    name = "LCMScheduler" if method == "consistency" else "TCDScheduler"
+    stock = getattr(diffusers, name)(**BETAS, prediction_type=kind)
+    schedule = denoising_schedule(stock, SamplingSettings(method=method, steps=steps, eta=gamma))
+    stock.set_timesteps(steps)
+    assert schedule.timesteps.tolist() == stock.timesteps.tolist()
+    assert schedule.stochastic_steps.tolist() == list(range(steps - 1))
+    x_t, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step, time in enumerate(stock.timesteps):
+        random = torch.Generator().manual_seed(5)
+        noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(5)).double()
+        eta = {} if method == "consistency" else {"eta": gamma}
+        expected = stock.step(output, time, x_t, generator=random, return_dict=False, **eta)[0]
+        mean = schedule.mean(x_t, output, torch.tensor([step]))
+        torch.testing.assert_close(mean + schedule.sigma[step] * noise, expected.double(), rtol=1e-4, atol=2e-4)
+
+
+def test_the_density_of_a_consistency_step_in_closed_form() -> None:
+    schedule = denoising_schedule(
+        diffusers.LCMScheduler(**BETAS, prediction_type="sample"), SamplingSettings(method="consistency", steps=3)
+    )
+    alphas = diffusers.LCMScheduler(**BETAS).alphas_cumprod.double()
+    assert schedule.timesteps.tolist() == [999, 679, 339]
+    x_0, following = torch.randn(2, 2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([0, 1])
+    found = schedule.log_prob(torch.zeros(2, 1, 2, 2), following, x_0, steps, "sum")
+    for row, reached in enumerate((679, 339)):
+        deviation = math.sqrt(1 - alphas[reached])
+        expected = norm.logpdf(following[row], alphas[reached].sqrt() * x_0[row], deviation).sum()
+        assert found[row].item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_coefficients_of_a_flow_are_preserved() -> None:
+    """Of a network that knows x_0 and ε, what is left at t′ is (1 − t′) x_0 and noise of deviation t′, whatever η."""
+    times = torch.tensor([1.0, 0.7, 0.4, 0.0], dtype=torch.float64)
+    x_0, epsilon = torch.randn(2, 3, 1, 50, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(3)
+    for eta in (0.0, 0.3, 1.0):
+        schedule = PreservingSchedule(times[:-1], times, torch.full((3,), eta, dtype=torch.float64))
+        start = times[:-1].view(3, 1, 1, 1)
+        mean = schedule.mean((1 - start) * x_0 + start * epsilon, epsilon - x_0, steps)
+        noise = mean - (1 - times[1:].view(3, 1, 1, 1)) * x_0
+        spread = torch.sqrt((noise**2).mean(dim=(1, 2, 3)) + schedule.sigma**2)
+        torch.testing.assert_close(spread, times[1:], rtol=0.05, atol=1e-12)
+        assert (schedule.sigma[:-1] > 0).all() == (eta > 0)
+        assert schedule.sigma[-1] == 0
+    euler = FlowSchedule(times[:-1], times, torch.zeros(3, dtype=torch.float64))
+    still = PreservingSchedule(times[:-1], times, torch.zeros(3, dtype=torch.float64))
+    x_t = torch.randn(3, 1, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(euler.mean(x_t, 2 * x_t, steps), still.mean(x_t, 2 * x_t, steps))  # both follow the flow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    place = tmp_path_factory.mktemp("few")
+    builders = {"sd": build_tiny_pipeline, "xl": build_tiny_xl, "sd3": build_tiny_sd3}
+    return {name: str(build(place / name)) for name, build in builders.items()}
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [*(("sd", way) for way in WAYS), ("xl", "consistency"), ("xl", "tcd"), *(("sd3", way) for way in OF_FLOWS)],
+)
+def test_what_is_drawn_is_replayed_and_learned(
+    model: str, way: str, guidance_scale: float, models: dict[str, str]
+) -> None:
+    sampling = SamplingSettings(**(WAYS | OF_FLOWS)[way], guidance_scale=guidance_scale)
+    settings = ModelSettings(path=models[model])
+    policy, learner = DiffusionPolicy(settings, sampling), DiffusionLearner(settings, sampling, TRAINING, seed=0)
+    _, trajectory = policy.rollout(BATCH, list(range(6)))
+    stochastic = denoising_steps(models[model], sampling).stochastic
+    assert np.flatnonzero(np.isfinite(trajectory.log_probs[0])).tolist() == stochastic
+    assert 0 < len(stochastic) < sampling.steps
+    for number in range(2):
+        advantage = np.array([1.0, -1.0] * 3)
+        statistics, changed = learner.learn(policy.rollout(BATCH, [*range(6)], number)[1], advantage, seed=number)
+        assert max(statistics.first_update_error.values()) < 1e-5
+        assert changed > 10
+        policy.load(learner.weights())
+    some, whole = (policy.rollout(BATCH[part], [*range(6)][part])[1] for part in (slice(1, 3), slice(6)))
+    np.testing.assert_allclose(some.latents, whole.latents[1:3], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_distilled_model_goes_by_its_scheduler_and_stays_what_it_is(name: str, tmp_path: Path) -> None:
+    directory = build_tiny_pipeline(tmp_path / "model")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(directory, safety_checker=None)
+    pipeline.scheduler = getattr(diffusers, name)(**BETAS)
+    pipeline.save_pretrained(tmp_path / "distilled")
+    path, sampling = str(tmp_path / "distilled"), SamplingSettings(steps=4, eta=0.3)
+    policy = DiffusionPolicy(ModelSettings(path=path), sampling)
+    images, trajectory = policy.rollout(BATCH, list(range(6)))
+    assert np.isfinite(trajectory.log_probs).sum(axis=1).tolist() == [3] * 6
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "eta": 0.3, "output_type": "np"}
+    drawn = np.round(stock(BATCH, generator=generators, **options).images * 255)
+    assert np.abs(drawn - images.astype(float)).max() <= 1
+    by_ddim = DiffusionPolicy(ModelSettings(path=path), SamplingSettings(method="ddim", steps=4))
+    assert by_ddim.schedule.timesteps.tolist() == [751, 501, 251, 1] != policy.schedule.timesteps.tolist()
+    assert by_ddim.rollout(BATCH, list(range(6)))[0].std() > 5
+    learner = DiffusionLearner(ModelSettings(path=path), sampling, TRAINING, seed=0)
+    learner.save(tmp_path / "learned")
+    saved = json.loads((tmp_path / "learned/scheduler/scheduler_config.json").read_text())
+    assert saved["_class_name"] == name
+    assert inspect(tmp_path / "learned").scheduler == inspect(Path(path)).scheduler
+
+
+def test_what_cannot_be_sampled_so_is_refused(models: dict[str, str]) -> None:
+    wrong = [
+        ("sd", {"method": "sde"}, "sde is for flows"),
+        ("sd3", {"method": "tcd"}, "tcd is for UNets"),
+        ("sd", {"method": "consistency", "steps": 51}, "50 at most"),
+        ("sd", {"method": "consistency", "steps": 4, "eta": (1.0, 0.0, 0.5)}, "all of them"),
+    ]
+    for model, given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            denoising_steps(models[model], SamplingSettings(**given))
+    with pytest.raises(ValueError, match="of 4 steps none is in this part"):
+        SamplingSettings(steps=4, eta=(1.0, 0.5, 0.5))
