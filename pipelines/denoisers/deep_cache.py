@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 # Of a configuration, what would add an input, or a layer that is not looked for here.
-_PLAIN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim")
-_PLAIN += ("center_input_sample", "dual_cross_attention", "attention_type")
+_PLAIN = (
+    *("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim"),
+    *("center_input_sample", "dual_cross_attention", "attention_type"),
+)
 
 
 def check(unet_config: Mapping[str, Any], branch: int) -> None:
