@@ -27,6 +27,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "noise at first": {"steps": 6, "eta": (0.8, 0.0, 0.5)},
     "noise in the middle": {"steps": 6, "eta": (1.0, 0.34, 0.67)},
     "tcd, noise at first": {"method": "tcd", "steps": 6, "eta": (0.4, 0.0, 0.4)},
+    "cached": {"steps": 5, "cache": (2, 0)},
+    "cached above the first two": {"steps": 6, "cache": (3, 1)},
 }
 OF_FLOWS: dict[str, dict[str, Any]] = {
     "cps": {"method": "cps", "steps": 4, "eta": 0.7},
@@ -105,7 +107,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("model", "way"),
-    [*(("sd", way) for way in WAYS), ("xl", "consistency"), ("xl", "tcd"), *(("sd3", way) for way in OF_FLOWS)],
+    [
+        *(("sd", way) for way in WAYS),
+        *(("xl", way) for way in ("consistency", "tcd", "cached")),
+        *(("sd3", way) for way in OF_FLOWS),
+    ],
 )
 def test_what_is_drawn_is_replayed_and_learned(
     model: str, way: str, guidance_scale: float, models: dict[str, str]
@@ -116,7 +122,7 @@ def test_what_is_drawn_is_replayed_and_learned(
     _, trajectory = policy.rollout(BATCH, list(range(6)))
     stochastic = denoising_steps(models[model], sampling).stochastic
     assert np.flatnonzero(np.isfinite(trajectory.log_probs[0])).tolist() == stochastic
-    assert 0 < len(stochastic) < sampling.steps
+    assert 0 < len(stochastic) < sampling.steps + bool(sampling.cache)
     for number in range(2):
         advantage = np.array([1.0, -1.0] * 3)
         statistics, changed = learner.learn(policy.rollout(BATCH, [*range(6)], number)[1], advantage, seed=number)
@@ -125,6 +131,37 @@ def test_what_is_drawn_is_replayed_and_learned(
         policy.load(learner.weights())
     some, whole = (policy.rollout(BATCH[part], [*range(6)][part])[1] for part in (slice(1, 3), slice(6)))
     np.testing.assert_allclose(some.latents, whole.latents[1:3], atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_features_of_every_step_change_nothing_and_those_of_others_little(
+    guidance_scale: float, models: dict[str, str]
+) -> None:
+    drawn, apart = {}, {}
+    for cache in (None, (1, 0), (2, 0), (3, 0)):
+        sampling = SamplingSettings(steps=6, guidance_scale=guidance_scale, cache=cache)
+        policy = DiffusionPolicy(ModelSettings(path=models["sd"]), sampling)
+        drawn[cache] = policy.rollout(BATCH, list(range(6)))[1]
+        # KL of the weights to themselves: what is replayed is what was drawn with, from the same features.
+        policy.load({name: each.detach() * 1.0 for name, each in policy.network.named_parameters()})
+        apart[cache] = policy.divergence(drawn[cache])
+    np.testing.assert_array_equal(drawn[1, 0].latents, drawn[None].latents)
+    errors = [np.abs(drawn[cache].latents - drawn[None].latents).max() for cache in ((2, 0), (3, 0))]
+    assert 1e-4 < min(errors)
+    assert all(each.max() == 0 for each in apart.values())
+
+
+def test_a_cached_sampler_may_draw_what_is_learned_from_without_a_density(models: dict[str, str]) -> None:
+    """By the network alone, which needs no features."""
+    settings, sampling = ModelSettings(path=models["sd"]), SamplingSettings(steps=5, cache=(2, 0), guidance_scale=2.0)
+    training = TRAINING.model_copy(update={"objective": "negative_aware"})
+    trajectory = DiffusionPolicy(settings, sampling).rollout(BATCH, list(range(6)))[1]
+    ends = []
+    for how in (sampling, sampling.model_copy(update={"cache": None})):
+        learner = DiffusionLearner(settings, how, training, seed=0)
+        learner.learn(trajectory, np.array([1.0, -1.0] * 3), seed=0)
+        ends.append(learner.weights())
+    assert all(np.array_equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])

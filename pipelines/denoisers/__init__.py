@@ -51,7 +51,7 @@ _LARGEST = 4096  # channels, or numbers on a side, of what is denoised
 class ModelFiles:
     """A model's directory, read but not loaded: nothing here asks it again, so it may be gone. ``parts``: library and
     class of each; ``absent``: those it does without; ``image_size``: height and width of what it draws, in pixels;
-    ``shapes``: of the tensors of those parts that hold any."""
+    ``shapes``: of the tensors of those parts that hold any; ``network``: the configuration of what is trained."""
 
     directory: Path
     kind: _Kind
@@ -61,6 +61,7 @@ class ModelFiles:
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]
     shapes: Mapping[str, Shapes]
+    network: Mapping[str, Any]
 
     @property
     def knows_prompts(self) -> bool:
@@ -100,7 +101,8 @@ def inspect(directory: Path) -> ModelFiles:
         doublings = len(configs["vae"]["block_out_channels"]) - 1 if "vae" in configs else 0
     size = shape[1] << doublings, shape[2] << doublings
     shapes = {part: model_files.weight_shapes(directory / part) for part in models}
-    return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes)
+    network = {**configs[kind.network], "_class_name": parts[kind.network][1]}
+    return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes, network)
 
 
 def denoising_steps(path: str, sampling: "SamplingSettings") -> DenoisingSteps:
@@ -173,6 +175,17 @@ def check_guidance(files: ModelFiles, guidance_scale: float) -> None:
         raise ValueError(
             f"model.path {str(files.directory)!r} knows no prompts that could guide it: set sampling.guidance_scale=1"
         )
+
+
+def check_cache(files: ModelFiles, sampling: "SamplingSettings") -> None:
+    """Raise ValueError unless features of the model's network can be kept as ``sampling`` says."""
+    from pipelines.denoisers import deep_cache
+
+    if sampling.cache:
+        try:
+            deep_cache.check(files.network, sampling.cache[1])
+        except ValueError as error:
+            raise ValueError(f"sampling.cache: {error}") from error
 
 
 def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":

@@ -46,6 +46,15 @@ def check(unet_config: Mapping[str, Any], branch: int) -> None:
         raise ValueError(f"branch {branch} of cached features: this network has up-resnets 0 to {resnets - 1}")
 
 
+def can_be_run(unet_config: Mapping[str, Any]) -> bool:
+    """Whether :func:`check` has nothing against it."""
+    try:
+        check(unet_config, 0)
+    except ValueError:
+        return False
+    return True
+
+
 def forward(
     unet: Any,
     latents: "Tensor",

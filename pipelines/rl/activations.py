@@ -172,7 +172,10 @@ def _line(values: list[int], count: int) -> int:
 
 def _predicted(policy: DiffusionPolicy, count: int) -> Tensor:
     times, empty = policy.schedule.timesteps[:1].expand(count), policy.embed([""] * count)
-    return policy.predict(torch.zeros(count, *policy.family.latent_shape, device=policy.device), times, empty)
+    latents = torch.zeros(count, *policy.family.latent_shape, device=policy.device)
+    if policy.sampling.cache and len(policy.schedule.timesteps) > 1:  # a step that begins with another's features
+        return policy.replay(latents, torch.ones(count, dtype=torch.long), empty, lambda _: latents)
+    return policy.predict(latents, times, empty)
 
 
 def taught(policy: DiffusionPolicy, count: int) -> None:

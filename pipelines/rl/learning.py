@@ -60,6 +60,9 @@ class DiffusionLearner:
         group.sharded = group.size > 1 and group.any(self._is_too_large() if sharding is None else sharding)[0]
         if group.sharded:
             shard(self.policy.network, group.size)
+            self.policy.shares_halves = False  # its weights are whole in its own forward alone
+            if sampling.cache and not training.algorithm.on_forward_process:
+                raise ValueError("sampling.cache: a model that learners share out is not replayed so: set it to null")
             self.parameters = {n: p for n, p in self.policy.network.named_parameters() if p.requires_grad}
         self.policy.use_kernels()
         self.masters = trainable.masters(self.parameters)
@@ -179,11 +182,13 @@ class DiffusionLearner:
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         conditions = self.policy.embed(list(unique))
         owner = torch.tensor([unique[prompt] for prompt in prompts], device=device)
-        guidance = 1.0 if self.training.algorithm.on_forward_process else self.sampling.guidance_scale
+        stored = StoredLatents([part.latents for part in parts], device)
 
         def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
             given = {name: table[owner[images]] for name, table in conditions.items()}
-            return self.policy.predict(latents, schedule.timesteps[steps], given, guidance)
+            if self.training.algorithm.on_forward_process:  # which knows no sampler, and no guidance
+                return self.policy.predict(latents, schedule.timesteps[steps], given, 1.0)
+            return self.policy.replay(latents, steps, given, lambda full: stored[images, full])
 
         def under(values: dict[str, Tensor]) -> Network:
             def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
@@ -192,7 +197,6 @@ class DiffusionLearner:
 
             return other
 
-        latents = StoredLatents([part.latents for part in parts], device)
         densities = np.concatenate([part.log_probs for part in parts])
         log_probs, weights = (torch.from_numpy(np.array(each)).to(device) for each in (densities, advantage))
         if self.training.log_density == "sum":
@@ -204,7 +208,7 @@ class DiffusionLearner:
         def proximal(*of: Tensor) -> Tensor | None:
             return start(*of) if self.learner.moved else None
 
-        tables = schedule, latents, log_probs, weights
+        tables = schedule, stored, log_probs, weights
         networks, how = (network, under(self.first), behaviour), (seed, self.training.log_density)
         anew = self.ratio_bound.recomputes and not stale  # of stale ones they are, always
         return Rollouts(*tables, *networks, *how, proximal if stale or anew else None, anew, lambda: self.learner.epoch)

@@ -4,14 +4,15 @@ An image is a function of (weights, prompt, seed): each has its own CPU generato
 pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline draws the very same images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.denoisers import check_guidance, load_family
+from pipelines.denoisers import check_cache, check_guidance, deep_cache, load_family
+from pipelines.denoisers.deep_cache import can_be_run
 from pipelines.denoisers.family import Conditions, placed
 from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import changed_by, copied, from_numpy, load_weights, swapped, to_numpy
@@ -37,6 +38,8 @@ class DiffusionPolicy:
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.family = load_family(model.path, self.dtype, "meta" if device == "meta" else None)
         check_guidance(self.family.files, sampling.guidance_scale)
+        check_cache(self.family.files, sampling)
+        self.shares_halves = can_be_run(self.family.files.network)
         self.network.to(self.device)  # the other parts come when they are needed
         self.sampling = sampling
         with reading(self.family.files.directory / "scheduler"):
@@ -60,6 +63,7 @@ class DiffusionPolicy:
         """Have the network compute as ``model.kernels`` says: the same numbers, but for rounding."""
         self.lay_out()
         if "compiled" in self.kernels or "graphs" in self.kernels:
+            self.shares_halves = False  # what is compiled is the network's own forward
             mode = "reduce-overhead" if "graphs" in self.kernels else "default"
             self.network.compile(dynamic=False, mode=mode)
 
@@ -101,15 +105,50 @@ class DiffusionPolicy:
 
         The unconditional half rides in the same call, in sampling and in training alike.
         """
-        inputs = latents.to(self.dtype)
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         if scale == 1:
-            return self.family.forward(inputs, timesteps, conditions)
+            return self.family.forward(latents.to(self.dtype), timesteps, conditions)
+        if self.shares_halves:
+            return self._cached(latents, timesteps, conditions, scale=scale)[0]
         empty = self.embed([None])
         both = {name: torch.cat([empty[name].expand_as(given), given]) for name, given in conditions.items()}
-        output = self.family.forward(inputs.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
-        unconditional, conditional = output.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        output = self.family.forward(latents.to(self.dtype).repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        return _guided(output, scale)
+
+    def _cached(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        features: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`predict`, and the features (rows, …) that later steps can begin with, or began with."""
+        scale = self.sampling.guidance_scale if scale is None else scale
+        branch = self.sampling.cache[1] if self.sampling.cache else 0
+        given = self.network, latents.to(self.dtype), timesteps
+        if scale == 1:
+            return deep_cache.forward(*given, conditions, branch, features)
+        output, features = deep_cache.guided_halves(*given, self.embed([None]), conditions, branch, features)
+        return _guided(output, scale), features
+
+    def replay(
+        self, latents: Tensor, steps: Tensor, conditions: Conditions, begun: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The output of the network at ``steps`` (batch,), as :meth:`denoise` had it: of steps that began with features
+        of an earlier one these are computed anew, from the latents that it had, ``begun`` (of its number, (batch,))."""
+        timesteps, cache = self.schedule.timesteps, self.sampling.cache
+        if cache is None:
+            return self.predict(latents, timesteps[steps], conditions)
+        after = steps % cache[0]
+        output, features = self._cached(begun(steps - after), timesteps[steps - after], conditions)
+        later = after.nonzero().flatten()
+        if len(later):
+            kept = features.unflatten(0, (-1, len(latents)))[:, later].flatten(0, 1)
+            some = {name: each[later] for name, each in conditions.items()}
+            outcome, _ = self._cached(latents[later], timesteps[steps[later]], some, kept)
+            output = output.index_copy(0, later.to(output.device), outcome)
+        return output
 
     def rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0
@@ -134,9 +173,14 @@ class DiffusionPolicy:
         conditions = self.embed(prompts)
         latents = noise() * getattr(family.pipeline.scheduler, "init_noise_sigma", 1.0)
         stochastic = set(schedule.stochastic_steps.tolist())
-        path, log_probs = [latents], []
+        path, log_probs, features = [latents], [], None
         for step, timestep in enumerate(schedule.timesteps):
-            output = self.predict(latents, timestep.repeat(len(prompts)), conditions)
+            times = timestep.repeat(len(prompts))
+            if self.sampling.cache is None:
+                output = self.predict(latents, times, conditions)
+            else:
+                fresh = step % self.sampling.cache[0] == 0
+                output, features = self._cached(latents, times, conditions, None if fresh else features)
             # A step without noise reads its own from the generator, too, as a stock pipeline does.
             following = family.step(schedule, step, latents, output, noise(), eta if step in stochastic else 0.0)
             if step in stochastic:
@@ -163,7 +207,7 @@ class DiffusionPolicy:
         steps = [step.repeat(len(latents)) for step in schedule.stochastic_steps]
 
         def outputs() -> list[Tensor]:
-            return [self.predict(latents[:, i[0]], schedule.timesteps[i], conditions) for i in steps]
+            return [self.replay(latents[:, i[0]], i, conditions, lambda full: latents[:, full[0]]) for i in steps]
 
         here, parameters = outputs(), dict(self.network.named_parameters())
         with swapped({name: parameters[name] for name in self.base}, self.base):
@@ -190,3 +234,9 @@ class DiffusionPolicy:
         return f"look for such numbers among the weights of {self.family.files.directory}" + (
             "" if self.dtype == torch.float32 else f", or for ones beyond {self.dtype} (model.dtype=float32)"
         )
+
+
+def _guided(output: Tensor, scale: float) -> Tensor:
+    """Away from what is said without a prompt, the first half of ``output``."""
+    unconditional, conditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)

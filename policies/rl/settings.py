@@ -111,6 +111,9 @@ class SamplingSettings(Settings):
         "only in this part of the denoising, 0 being noise and 1 the image, as MixGRPO has it",
     )
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance; 1 is none (half the work)")
+    cache: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="[interval, branch] of DeepCache: only every so many steps compute a UNet whole (SD 1, 2, XL)"
+    )
 
     @property
     def noise(self) -> float:

@@ -13,7 +13,7 @@ from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
-from pipelines.denoisers import check_guidance, check_lora, denoising_steps, inspect
+from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect
 from pipelines.pages import fill
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import check_model, find
@@ -43,6 +43,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             files = inspect(directory)
             size = files.image_size
             check_guidance(files, config.sampling.guidance_scale)
+            check_cache(files, config.sampling)
             notes = unseen_words([*prompts, *unseen], files)
             if config.model.lora_rank:
                 check_lora(files, config.model.lora_targets)
