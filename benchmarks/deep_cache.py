@@ -4,10 +4,10 @@
 
 Deterministic DDIM (η = 0) with guidance 2 from the same noise, one thread. Cached: 20 steps, all computed where the
 step's number is a multiple of N, else from branch 0 or 1 up (pipelines/denoisers/deep_cache.py). Beside each, as few
-plain steps as cost at least as many multiply-adds. All share the beginning of guidance's halves; the stock forward of
-the doubled batch is the line above. Printed are the squared error of the final latents against the 20 plain steps
-(mean and its standard error over images, and median), multiply-adds and CPU seconds (median over rounds, in which ways
-alternate) over theirs, the share of images in which the evaluator sees all that the prompt says, and the Fréchet
+plain steps as cost at least as many multiply-adds. All share the beginning of guidance's halves, but for the first
+line, which is the stock forward of the doubled batch. Printed are, against 20 plain steps, the squared error of the
+final latents (mean, its standard error and median over images), multiply-adds and CPU seconds (median over rounds, in
+which ways alternate); and the share of images in which the evaluator sees all that the prompt says, and the Fréchet
 distance of the evaluator's features to those of as many real images of the same prompts.
 """
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers_per_block": (1, 2, 3),
         "attention_head_dim": 2,
         "time_embedding_act_fn": "silu",
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     },
     "no attention": {
         "block_out_channels": (16, 16),
@@ -154,6 +156,9 @@ def test_conditions_are_those_of_the_families(model: str, tiny_pipeline: Path, t
 def test_features_are_what_enters_the_up_resnet_before_its_skip(name: str, unet: Any) -> None:
     resnets = [each for block in unet.up_blocks for each in block.resnets][::-1]
     assert len(resnets) == BRANCHES[name]
+    widths, layers = unet.config.block_out_channels, unet.config.layers_per_block
+    blocks = zip(widths, [layers] * len(widths) if isinstance(layers, int) else layers, strict=True)
+    skips = [widths[0], *(width for width, count in blocks for _ in range(count + 1))]  # a downsampler's is the last
     inputs, entered = inputs_of(unet), dict[int, Tensor]()
     hooks = [
         each.register_forward_pre_hook(lambda _, given, number=number: entered.update({number: given[0]}))
@@ -165,8 +170,7 @@ def test_features_are_what_enters_the_up_resnet_before_its_skip(name: str, unet:
     for branch in range(BRANCHES[name]):
         _, features = forward(unet, *inputs, branch)
         assert torch.equal(features, entered[branch][:, : features.shape[1]])
-        skip = entered[branch].shape[1] - features.shape[1]
-        assert skip == unet.config.block_out_channels[0] or branch > 0
+        assert entered[branch].shape[1] - features.shape[1] == skips[branch]
 
 
 @torch.no_grad()
@@ -190,7 +194,7 @@ def test_a_cached_step_calls_nothing_below_its_branch(name: str, unet: Any) -> N
     before: set[str] = set()
     for branch in range(BRANCHES[name]):
         _, features = forward(unet, *inputs, branch)
-        called = calls(unet, lambda b=branch, f=features: forward(unet, *inputs, b, f))
+        called = calls(unet, partial(forward, unet, *inputs, branch, features))
         assert all(whole[each] == rows for each, rows in called.items())
         assert not any(each.startswith("mid_block") for each in called)
         ups = {".".join(each.split(".")[:4]) for each in called if each.startswith("up_blocks") and ".resnets." in each}

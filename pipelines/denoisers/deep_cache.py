@@ -66,8 +66,9 @@ def forward(
     """What ``unet`` says of ``latents`` (batch, channels, height, width), and the features to cache.
 
     Without ``features`` the output is the stock forward's, bit by bit, and the features (rows, channels, height, width)
-    are what enters up-resnet ``branch``, before its skip is concatenated. With those that an earlier call returned for
-    the same branch and rows, only what lies above is computed, and they are returned as they came.
+    are what enters up-resnet ``branch``, one that :func:`check` lets pass, before its skip is concatenated. With those
+    that an earlier call returned for the same branch and rows, only the layers down to that skip and those from that
+    up-resnet on are computed, and the features are returned as they came.
 
     ``timesteps`` is (batch,); ``conditions`` hold ``encoder_hidden_states`` (rows, tokens, width), of XL also
     ``text_embeds`` and ``time_ids``. Rows are batch, or a multiple of it: then the latents stand for all of them as if
