@@ -11,6 +11,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from orchestration.experiments.ddpo.config import DdpoConfig
+from orchestration.runs.config import load_config
 from pipelines.denoisers import denoising_steps, inspect
 from pipelines.denoisers.ddim import denoising_schedule
 from pipelines.rl.learning import DiffusionLearner
@@ -201,3 +203,44 @@ def test_what_cannot_be_sampled_so_is_refused(models: dict[str, str]) -> None:
             denoising_steps(models[model], SamplingSettings(**given))
     with pytest.raises(ValueError, match="of 4 steps none is in this part"):
         SamplingSettings(steps=4, eta=(1.0, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("sampling.method=consistency", "sampling.steps=3"),
+        ("sampling.method=tcd", "sampling.eta=0.3", "sampling.steps=3", "training.depth=1"),
+        ("sampling.eta=[1.0,0,0.5]", "sampling.cache=[2,0]", "sampling.guidance_scale=2"),
+    ],
+)
+def test_neither_the_number_of_samplers_nor_a_resume_changes_a_bit(
+    how: tuple[str, ...], models: dict[str, str], ray_session: None, tmp_path: Path
+) -> None:
+    from orchestration.experiments.ddpo.loop import resume_ddpo, run_ddpo
+
+    (tmp_path / "prompts.txt").write_text("\n".join(dict.fromkeys(BATCH)))
+    given = [
+        *(f"prompts={tmp_path / 'prompts.txt'}", f"model.path={models['sd']}", "captioner.path=null"),
+        *("reward.function=tests.rewards:redness", "evaluation.evaluator=null", "evaluation.images=4"),
+        *("evaluation.interim_images=4", "evaluation.every=0", "sampling.steps=4", "training.steps=3"),
+        *("training.images_per_step=12", "training.images_per_prompt=6", "training.learning_rate=1e-3"),
+        *("checkpoint.every=1", "actors.images_per_call=5", "actors.threads.learner=1"),
+        *(f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", "tracking.system_metrics=false", *how),
+    ]
+
+    def stop(run: Any) -> None:
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    ends = []
+    for samplers in (1, 3):
+        where = [f"output_dir={tmp_path / str(samplers)}", f"actors.samplers={samplers}"]
+        config = load_config(DdpoConfig, None, [*given, *where])
+        if samplers == 3:
+            with pytest.raises(KeyboardInterrupt):
+                run_ddpo(config, stop)
+            summary = resume_ddpo(tmp_path / "3")
+        else:
+            summary = run_ddpo(config)
+        ends.append(json.loads(summary.read_text())["weights_sha256"])
+    assert ends[0] == ends[1]
