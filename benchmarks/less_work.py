@@ -2,9 +2,10 @@
 
     python -m benchmarks.less_work [--out runs/less-work] [--seeds 2]
 
-Shares and windows of the timesteps, images per prompt, and prompts drawn by how much their rewards vary (a prompt's
-chance is its rewards' deviation over the last steps; unseen ones go first), each against the demonstration's own
-settings but all timesteps. One thread; judging is not counted. What is on record is not run again.
+Shares and windows of the timesteps, noise in some of them alone, fewer steps, images per prompt, and prompts drawn by
+how much their rewards vary (a prompt's chance is its rewards' deviation over the last steps; unseen ones go first), each
+against the demonstration's own settings but all timesteps. One thread; judging is not counted. What is on record is not
+run again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics
 
 CONFIG, STEPS = Path("configs/ddpo/digits.yaml"), 40
+FAST = ["training.learning_rate=3e-4", "training.clip_range=6e-4"]
 ARMS: dict[str, list[str]] = {
     "all timesteps": ["training.timestep_fraction=1.0"],
     "half of them": [],
@@ -35,6 +37,18 @@ ARMS: dict[str, list[str]] = {
     "half, 4 images a prompt": ["training.images_per_prompt=4"],
     "half, 16 images a prompt": ["training.images_per_prompt=16"],
     "half, prompts by variance": [],
+    "noise in the noisier half alone": ["training.timestep_fraction=1.0", "sampling.eta=[1.0,0,0.5]"],
+    "noise in the noisiest three": ["training.timestep_fraction=1.0", "sampling.eta=[1.0,0,0.3]"],
+    "the same, three times the rate": ["training.timestep_fraction=1.0", "sampling.eta=[1.0,0,0.3]", *FAST],
+    "the noisiest three, three times the rate": [
+        *("training.timestep_fraction=1.0", "training.timestep_window=[0,0.3]"),
+        *FAST,
+    ],
+    "half of them, three times the rate": FAST,
+    "5 steps, noise in two, three times the rate": [
+        *("training.timestep_fraction=1.0", "sampling.steps=5", "sampling.eta=[1.0,0,0.4]"),
+        *FAST,
+    ],
 }
 
 
@@ -65,7 +79,8 @@ def main() -> None:
         for name, overrides in ARMS.items():
             how = {"schedule": ByVariance} if "variance" in name else {}
             label = f"{name} seed {seed}"
-            lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], 4, STEPS, **how)
+            every = 1 if "rate" in name else 4
+            lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], every, STEPS, **how)
             curves[label] = record.curve(label, lines)
     print(f"commit {git_commit()}: CPU seconds until accuracy has risen by {RISE}, {arguments.seeds} seeds")
     base = median(seconds_to_rise(curves[f"all timesteps seed {seed}"]) for seed in range(arguments.seeds))
@@ -73,7 +88,7 @@ def main() -> None:
         found = [curves[f"{name} seed {seed}"] for seed in range(arguments.seeds)]
         seconds, steps = [seconds_to_rise(curve) for curve in found], [curve[-1]["steps"] for curve in found]
         shown = ", ".join(f"{each:.1f}" for each in seconds)
-        print(f"{name:<38}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
+        print(f"{name:<44}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
 
 
 if __name__ == "__main__":

@@ -32,11 +32,14 @@ from pipelines.rewards import score
 from pipelines.rl.weights import load_weights
 
 FACTOR, BATCH = 2.0, 256
-CONFIG, NFT = Path("configs/ddpo/digits.yaml"), Path("configs/recipes/diffusion-nft.yaml")
+CONFIG, RECIPES = Path("configs/ddpo/digits.yaml"), Path("configs/recipes")
+NFT = RECIPES / "diffusion-nft.yaml"
 
 OURS: dict[str, tuple[Sequence[Path], int]] = {  # configs, steps between evaluations
     "DDPO_IS": ([CONFIG], 4),
+    "DDPO_IS, noise at first": ([CONFIG, RECIPES / "noise-at-first.yaml"], 1),
     "DiffusionNFT": ([CONFIG, NFT], 1),
+    "DiffusionNFT, five steps": ([CONFIG, RECIPES / "diffusion-nft-5-steps.yaml"], 1),
 }
 LEADING = {"timestep_spacing": "leading"}
 TRIES: dict[str, dict[str, Any]] = {
