@@ -3,9 +3,9 @@
     python -m benchmarks.less_work [--out runs/less-work] [--seeds 2]
 
 Shares and windows of the timesteps, noise in some of them alone, fewer steps, images per prompt, and prompts drawn by
-how much their rewards vary (a prompt's chance is its rewards' deviation over the last steps; unseen ones go first), each
-against the demonstration's own settings but all timesteps. One thread; judging is not counted. What is on record is not
-run again.
+how much their rewards vary (a prompt's chance is its rewards' deviation over the last steps; unseen ones go first),
+each against the demonstration's own settings but all timesteps. One thread; judging is not counted. What is on record
+is not run again.
 """
 
 import argparse

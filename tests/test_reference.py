@@ -87,7 +87,10 @@ def test_a_row_says_what_the_type_says() -> None:
     ("words", "keys"),
     [
         (["ddpo", "training.steps"], {"training.steps"}),
-        (["ddpo", "sampling"], {"sampling", "sampling.steps", "sampling.eta", "sampling.guidance_scale"}),
+        (
+            ["ddpo", "sampling"],
+            {"sampling", *(f"sampling.{name}" for name in ("method", "steps", "eta", "guidance_scale", "cache"))},
+        ),
         (["sentence_cosine"], {f"reward.options.sentence_cosine.{key}" for key in ("model", "template")}),
         (["sentence_cosine", "model"], {"reward.options.sentence_cosine.model"}),
         (["mad", "fresh_fraction"], {f"fresh_fraction{end}" for end in ("", ".first", ".last")}),
