@@ -5,6 +5,7 @@ A shortcut that may fail: whoever is lost takes it away from all, and none of th
 
 import contextlib
 import datetime
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class Broadcast:
             own = _digests(given)
             sent = own.clone()
             self._wait(self._group.broadcast([sent]))
-        except RuntimeError as error:  # torch's own, of a peer that is gone
+        except Exception as error:  # torch's, of a peer that is gone or of a network that does not carry
             leave(*self.meeting)
             raise BroadcastLostError(f"a member of the broadcast is gone: {error}") from error
         return torch.equal(own, sent)
@@ -65,11 +66,15 @@ class Broadcast:
         work.wait()
 
 
-def joined(*how: Any) -> Broadcast | None:
-    """A member; None, for all, where they did not come together."""
+def joined(host: str, port: int, rank: int, size: int, device: str, timeout: float) -> Broadcast | None:
+    """A member, to which the others have been shown to be connected; None where they are not. Whatever the reason, the
+    object store carries as well."""
     try:
-        return Broadcast(*how)
-    except (RuntimeError, OSError):
+        member = Broadcast(host, port, rank, size, device, timeout)
+        return member if member.transfer([torch.full((1,), float(rank == 0), device=device)]) else None
+    except Exception as error:
+        print(f"no broadcast of weights: {error}", file=sys.stderr, flush=True)
+        leave(host, port)
         return None
 
 

@@ -216,7 +216,7 @@ class WorkerGroup(ExitStack):
         (references, expect_change), sent = self._receipts, self.samplers.policy
         receipts = self.wait(references, "sending weights")
         if None in receipts:
-            self._display.say("a sampler was lost: from now on weights go to all by the object store")
+            self._display.say("a broadcast of weights failed: from now on they go to all by the object store")
             self._linked = False
             references = self.samplers.update_weights(sent, to=[n for n, each in enumerate(receipts) if each is None])
             receipts = [each for each in receipts if each] + self.wait(references, "sending weights again")
