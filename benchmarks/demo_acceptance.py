@@ -16,6 +16,9 @@ from typing import Any
 from orchestration.runs.manifest import git_commit
 from pipelines.storage.locations import CHECKOUT
 
+# As ``make demo`` has it.
+DEMO = ["--config", str(CHECKOUT / "configs/ddpo/digits.yaml")]
+DEMO += ["--config", str(CHECKOUT / "configs/recipes/noise-at-first.yaml"), "training.steps=25"]
 MINUTES, MEDIAN_GAIN, LEAST_GAIN, AGREEMENT_LOSS, BASE_RANGE = 8, 0.15, 0.10, 0.02, (0.45, 0.70)
 
 
@@ -26,8 +29,7 @@ def run(directory: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
         if (directory / "manifest.json").exists():
             arguments = ["resume", str(directory)]
         else:
-            config = str(CHECKOUT / "configs/ddpo/digits.yaml")
-            arguments = ["ddpo", "--config", config, f"seed={seed}", f"output_dir={directory}", *overrides]
+            arguments = ["ddpo", *DEMO, f"seed={seed}", f"output_dir={directory}", *overrides]
         subprocess.run([sys.executable, "-m", "orchestration.cli", *arguments], check=True, cwd=CHECKOUT)
     return json.loads(path.read_text())
 

@@ -106,13 +106,17 @@ class Sampler(Worker):
         self.version = version
         return WeightReceipt(checksum(weights), changed)
 
-    def rollout(self, source: PolicyVersion, prompts: list[str], seeds: list[int]) -> tuple[np.ndarray, Trajectory]:
-        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``.
+    def rollout(
+        self, source: PolicyVersion, prompts: list[str], seeds: list[int], steps: int | None = None
+    ) -> tuple[np.ndarray, Trajectory]:
+        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``, in as many
+        ``steps`` as the settings say, or in others.
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
         self._take(source)
-        return self.policy.rollout(prompts, seeds, source.version)
+        policy = self.policy if steps is None else self.policy.in_steps(steps)
+        return policy.rollout(prompts, seeds, source.version)
 
     def divergence(self, source: PolicyVersion, trajectory: Trajectory) -> np.ndarray:
         """How far ``source``, which drew the trajectory, is from the base model: KL of the first images (≤ 16,) in
@@ -150,13 +154,13 @@ class Samplers(Pool):
         self.images_per_call = images_per_call
         self.policy = PolicyVersion()
 
-    def rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Chunk]:
-        """One image for each (prompt, seed), in order, as chunks still being drawn."""
+    def rollout(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> list[Chunk]:
+        """One image for each (prompt, seed), in order, as chunks still being drawn; see :meth:`Sampler.rollout`."""
         chunks = []
         for start in range(0, len(prompts), self.images_per_call):
             part = slice(start, start + self.images_per_call)
             work = list(prompts[part]), list(seeds[part])
-            images, trajectory = self.submit("rollout", self.policy, *work, returns=2)
+            images, trajectory = self.submit("rollout", self.policy, *work, steps, returns=2)
             chunks.append(Chunk(*work, images, trajectory, self.policy))
         return chunks
 

@@ -105,6 +105,15 @@ def inspect(directory: Path) -> ModelFiles:
     return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes, network)
 
 
+def is_distilled(path: str, sampling: "SamplingSettings") -> bool:
+    """Whether a model is sampled as one that was made for few steps, of which it may be asked for fewer."""
+    directory = find(path)
+    if sampling.method or directory is None:
+        return sampling.method in ("consistency", "tcd")
+    file = directory / "scheduler" / "scheduler_config.json"
+    return getattr(_scheduler(file, read_json(directory / "model_index.json")), "own", "sde") in ("consistency", "tcd")
+
+
 def denoising_steps(path: str, sampling: "SamplingSettings") -> DenoisingSteps:
     """What samplers and learners of a model do; of one that is still on the hub, by an assumption. Raises ValueError
     where there are no such steps."""

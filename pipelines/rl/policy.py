@@ -5,6 +5,7 @@ pipeline (``generator=[…]``, ``eta=…``) reads it, so a stock DDIM pipeline d
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,13 @@ class DiffusionPolicy:
             outcome, _ = self._cached(latents[later], timesteps[steps[later]], some, kept)
             output = output.index_copy(0, later.to(output.device), outcome)
         return output
+
+    def in_steps(self, steps: int) -> "DiffusionPolicy":
+        """The same network, drawn with in so many steps. Raises ValueError where the model has none such."""
+        other = copy(self)
+        other.sampling = self.sampling.model_copy(update={"steps": steps})
+        other.schedule = self.family.schedule(other.sampling).to(self.device)
+        return other
 
     def rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], weights_version: int = 0

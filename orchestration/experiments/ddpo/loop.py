@@ -12,12 +12,13 @@ from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.evaluation import Evaluation
 from orchestration.experiments.ddpo.metrics import step_metrics
 from orchestration.experiments.ddpo.preflight import Plan, preflight_ddpo, replan
-from orchestration.experiments.ddpo.report import Report
+from orchestration.experiments.ddpo.report import SERVED_STEPS, Report
 from orchestration.experiments.ddpo.reward_check import calibrate, fitting_images
 from orchestration.experiments.ddpo.rollout_queue import RolloutQueue
 from orchestration.experiments.ddpo.run import DdpoRun, StepCallback, ignore
 from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.run import going_on
+from pipelines.denoisers import is_distilled
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics, advantages
 from policies.rl.health import DegenerateBatch
@@ -108,4 +109,6 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
         held_out = None
     whole = config.evaluation.images
     after = held_out if held_out and len(held_out.images) == whole else evaluate(whole)
-    return report.finish(after, *workers.export(), workers.accounts())
+    distilled = config.sampling.steps > SERVED_STEPS and is_distilled(config.model.path, config.sampling)
+    served = workers.evaluate(whole, SERVED_STEPS) if distilled else None
+    return report.finish(after, served, *workers.export(), workers.accounts())

@@ -32,6 +32,7 @@ _RESULTS = {  # of the summary, each before and after
     "agreement": "evaluator/agreement",
     "diversity": "evaluation/diversity",
 }
+SERVED_STEPS = 2  # that a distilled model is drawn with after it was trained with more
 _GRID_IMAGES = 12  # the first of the held-out ones
 _MOST_BYTES = 2**30  # of the images of an evaluation
 _MOST_STEPS = 8  # in the picture of a run's progress
@@ -93,9 +94,15 @@ class Report:
         return self.stopped is not None
 
     def finish(
-        self, after: Evaluation, weights_sha256: str, pipeline: Mapping[str, Content], accounts: Mapping[str, Account]
+        self,
+        after: Evaluation,
+        served: Evaluation | None,
+        weights_sha256: str,
+        pipeline: Mapping[str, Content],
+        accounts: Mapping[str, Account],
     ) -> Path:
-        """Figures, the pipeline with its card, artifacts and the summary. Returns the path of summary.json."""
+        """Figures, the pipeline with its card, artifacts and the summary. ``served``: what a distilled model makes of
+        its reward in :data:`SERVED_STEPS`. Returns the path of summary.json."""
         run, values = self.run, after.metrics()
         best = self.best_step(point_to_keep) or run.step
         self.keep(best, after, {**values, "kept": True})
@@ -116,6 +123,11 @@ class Report:
             "weights_sha256": weights_sha256,
             "pipeline": str(run.directory / "pipeline"),
         }
+        if served:
+            found = {name: served.metrics().get(key) for name, key in _RESULTS.items()}
+            facts["served"] = {"steps": SERVED_STEPS, **found}
+            known = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items() if value is not None]
+            say(f"served in {SERVED_STEPS} steps, of {run.config.sampling.steps}: {', '.join(known)}")
         lora, shown = any(name.startswith("lora/") for name in pipeline), after.prompts[:_GRID_IMAGES]
         files = {**pipeline, **self._card(facts, figures, lora, list(dict.fromkeys(shown)))}
         atomic.commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})
@@ -123,9 +135,9 @@ class Report:
         if best != run.step:
             say(f"kept: the weights after step {best} of {run.step}, better by the held-out measure")
         path = run.summarise(facts | run.totals(accounts))
-        known = glance(told(RunInfo(run.directory)))
-        found = ", ".join(f"{name} {known[name]}" for name in ("reward", "held-out accuracy") if known[name])
-        return conclude(run, path, found, run.directory / "pipeline", before=before, after=values)
+        ended = glance(told(RunInfo(run.directory)))
+        gained_in_words = ", ".join(f"{name} {ended[name]}" for name in ("reward", "held-out accuracy") if ended[name])
+        return conclude(run, path, gained_in_words, run.directory / "pipeline", before=before, after=values)
 
     def _card(self, facts: dict[str, Any], figures: Path, lora: bool, prompts: list[str]) -> Files:
         """What model hubs show of a pipeline: README.md and its pictures."""

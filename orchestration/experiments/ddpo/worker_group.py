@@ -237,13 +237,15 @@ class WorkerGroup(ExitStack):
         yield
         self._send(usual)
 
-    def evaluate(self, images: int) -> Evaluation:
+    def evaluate(self, images: int, steps: int | None = None) -> Evaluation:
         """Draw, caption, score and judge the first so many of fixed (prompt, seed) pairs, with averaged weights if they
-        are."""
+        are; in so many denoising ``steps``, if other than the settings'."""
         prompts, seeds = fixed_work([*self.plan.prompts, *self.plan.unseen], images)
         others = self.config.training.ema_decay and self.samplers.policy.version
         with self.drawing_with("averaged") if others else nullcontext():
-            chunks = self.samplers.rollout(prompts, seeds)
+            chunks = self.samplers.rollout(prompts, seeds, steps)
+            if steps is not None:
+                return self.measure(chunks, prompts)
             divergence = self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)
             return self.measure(chunks, prompts, [divergence])
 
