@@ -1,0 +1,73 @@
+"""Images per CPU second of samplers of few steps, beside how many show what was asked for.
+
+    python -m benchmarks.few_steps [--distilled DIRECTORY] [--images 540] [--rounds 5]
+
+On the default models, one thread, calls of 90 images. ``DIRECTORY`` is a product of the study ``distil``, of the same
+model. Ways alternate; CPU seconds are medians, of drawing and decoding; the judge takes no part.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from actors.worker import keep_memory
+from benchmarks.shared_pipelines import DIGITS
+from orchestration.experiments.ddpo.evaluation import fixed_work
+from orchestration.runs.manifest import git_commit
+from pipelines.data.digits import all_prompts
+from pipelines.measures.evaluator import load_evaluator
+from pipelines.rl.policy import DiffusionPolicy
+from pipelines.settings import ModelSettings
+from policies.rl.settings import SamplingSettings
+
+CALL = 90
+WAYS: dict[str, dict[str, object]] = {
+    "DDIM, 20 steps, guidance 2": {"steps": 20, "guidance_scale": 2.0},
+    "DDIM, 10 steps, the demonstration's": {"steps": 10},
+    "DDIM, 10 steps, noise in the first three": {"steps": 10, "eta": (1.0, 0.0, 0.3)},
+    "DDIM, 5 steps, noise in the first": {"steps": 5, "eta": (1.0, 0.0, 0.2)},
+    "DDIM, 10 steps, cache [2, 0]": {"steps": 10, "cache": (2, 0)},
+    "DDIM, 2 steps": {"steps": 2},
+    "consistency, 2 calls": {"method": "consistency", "steps": 2},
+}
+DISTILLED = {f"distilled, {calls} calls": {"steps": calls} for calls in (1, 2, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--distilled", type=Path)
+    parser.add_argument("--images", type=int, default=540)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_memory()
+    judge = load_evaluator(DIGITS.parent / "evaluator")
+    prompts, seeds = fixed_work(all_prompts(), given.images)
+    policies = {name: _policy(DIGITS, how) for name, how in WAYS.items()}
+    if given.distilled:
+        policies |= {name: _policy(given.distilled, dict(how)) for name, how in DISTILLED.items()}
+    spent: dict[str, list[float]] = {name: [] for name in policies}
+    drawn: dict[str, np.ndarray] = {}
+    for _ in range(given.rounds):
+        for name, policy in policies.items():
+            started = time.process_time()
+            parts = [slice(first, first + CALL) for first in range(0, len(prompts), CALL)]
+            drawn[name] = np.concatenate([policy.rollout(prompts[part], seeds[part])[0] for part in parts])
+            spent[name].append(time.process_time() - started)
+    base = given.images / median(spent["DDIM, 10 steps, the demonstration's"])
+    print(f"commit {git_commit()}: {given.images} images, medians of {given.rounds}")
+    for name, images in drawn.items():
+        rate, accuracy = given.images / median(spent[name]), judge.judge(images, prompts)["full"].mean()
+        print(f"{name:<44}{rate:8.0f} images a CPU second  {rate / base:5.2f}×   accuracy {accuracy:.3f}")
+
+
+def _policy(path: Path, how: dict[str, object]) -> DiffusionPolicy:
+    return DiffusionPolicy(ModelSettings(path=str(path)), SamplingSettings(**how))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
