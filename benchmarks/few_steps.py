@@ -1,4 +1,4 @@
-"""Images per CPU second of samplers of few steps, beside how many show what was asked for.
+"""Images per CPU second of samplers of few steps, beside how many show what was asked for, and how much they differ.
 
     python -m benchmarks.few_steps [--distilled DIRECTORY] [--images 540] [--rounds 5]
 
@@ -16,7 +16,7 @@ import torch
 
 from actors.worker import keep_memory
 from benchmarks.shared_pipelines import DIGITS
-from orchestration.experiments.ddpo.evaluation import fixed_work
+from orchestration.experiments.ddpo.evaluation import diversity, fixed_work
 from orchestration.runs.manifest import git_commit
 from pipelines.data.digits import all_prompts
 from pipelines.measures.evaluator import load_evaluator
@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, object]] = {
     "DDIM, 10 steps, noise in the first three": {"steps": 10, "eta": (1.0, 0.0, 0.3)},
     "DDIM, 5 steps, noise in the first": {"steps": 5, "eta": (1.0, 0.0, 0.2)},
     "DDIM, 10 steps, cache [2, 0]": {"steps": 10, "cache": (2, 0)},
+    "DDIM, 3 steps, noise in the first": {"steps": 3, "eta": (1.0, 0.0, 0.34)},
     "DDIM, 2 steps": {"steps": 2},
     "consistency, 2 calls": {"method": "consistency", "steps": 2},
 }
@@ -62,7 +63,8 @@ def main() -> None:
     print(f"commit {git_commit()}: {given.images} images, medians of {given.rounds}")
     for name, images in drawn.items():
         rate, accuracy = given.images / median(spent[name]), judge.judge(images, prompts)["full"].mean()
-        print(f"{name:<44}{rate:8.0f} images a CPU second  {rate / base:5.2f}×   accuracy {accuracy:.3f}")
+        spread = f"accuracy {accuracy:.3f}, diversity {diversity(images, prompts) or 0:.3f}"
+        print(f"{name:<44}{rate:8.0f} images a CPU second  {rate / base:5.2f}×   {spread}")
 
 
 def _policy(path: Path, how: dict[str, object]) -> DiffusionPolicy:

@@ -45,6 +45,10 @@ ARMS: dict[str, list[str]] = {
         *FAST,
     ],
     "half of them, three times the rate": FAST,
+    "3 steps, noise in one, three times the rate": [
+        *("training.timestep_fraction=1.0", "sampling.steps=3", "sampling.eta=[1.0,0,0.34]"),
+        *FAST,
+    ],
     "5 steps, noise in two, three times the rate": [
         *("training.timestep_fraction=1.0", "sampling.steps=5", "sampling.eta=[1.0,0,0.4]"),
         *FAST,
