@@ -44,7 +44,8 @@ def two_steps(
 ) -> dict[str, Any]:
     """From a ``first`` state: draw, learn, publish; commit, restore and do it once more."""
     nft = objective == "negative_aware"
-    sampling = SamplingSettings(steps=4, guidance_scale=1.0 if nft else 2.0)
+    cache = (2, 0) if model.lora_rank and not nft else None
+    sampling = SamplingSettings(steps=4, guidance_scale=1.0 if nft else 2.0, cache=cache)
     training = TrainingSettings(
         images_per_step=IMAGES,
         images_per_prompt=2,
