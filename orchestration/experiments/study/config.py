@@ -16,7 +16,10 @@ from policies.common.intervals import Scale
 from policies.common.user_code import import_function
 from policies.rl.settings import Name, explain
 
-STUDIES: dict[str, str] = {"erase": "orchestration.experiments.erase:Erase"}  # name → import path
+STUDIES: dict[str, str] = {  # name → import path
+    "distil": "orchestration.experiments.distil:Distil",
+    "erase": "orchestration.experiments.erase:Erase",
+}
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
 
 
