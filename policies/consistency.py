@@ -54,8 +54,9 @@ def grid(alphas: Tensor, prediction_type: PredictionType, skip: int = 1) -> Grid
     times = torch.arange(ORIGIN_STEPS, 0, -1) * apart - 1
     before = (times - skip * apart).clamp(min=0)
     alphas = alphas.double()
-    here = DenoisingSchedule(times, alphas[times], alphas[before], 0.0, prediction_type)
-    return Grid(here, DenoisingSchedule(before, alphas[before], alphas[before], 0.0, prediction_type))
+    still = torch.zeros_like(alphas[times])
+    here = DenoisingSchedule(times, alphas[times], alphas[before], still, prediction_type)
+    return Grid(here, DenoisingSchedule(before, alphas[before], alphas[before], still, prediction_type))
 
 
 def consistency(schedule: DenoisingSchedule, latents: Tensor, output: Tensor, steps: Tensor) -> Tensor:
