@@ -22,7 +22,7 @@ from pipelines.denoisers import load_family
 from pipelines.figures.plots import image_grid
 from pipelines.measures.distances import frechet_distance, precision_recall_density_coverage
 from pipelines.measures.evaluator import load_evaluator
-from pipelines.measures.features import load_extractor, train_extractor
+from pipelines.measures.features import given_extractor, load_extractor, train_extractor
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import check_pipeline
@@ -163,10 +163,14 @@ def distil(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> F
 
 
 def learn_features(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
-    """Task: the network between whose features images are compared, trained on the images that are not measured by."""
-    data, pool, _ = _data(parameters)
-    labels = None if data.labels is None else data.labels[pool]
-    return packed(train_extractor(data.images[pool], labels, len(data.classes), parameters["seed"], device).save)
+    """Task: the network between whose features images are compared: the one that the data name, or one that is trained
+    on the images that are not measured by, on labels if they have any."""
+    (data, pool, _), kind = _data(parameters), parameters["data"]["extractor"]
+    if kind not in (None, "classifier", "self_supervised"):
+        return given_extractor(kind, data.images[:1])
+    labels = None if kind == "self_supervised" or data.labels is None else data.labels[pool]
+    classes = 0 if labels is None else len(data.classes)
+    return packed(train_extractor(data.images[pool], labels, classes, parameters["seed"], device).save)
 
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:

@@ -187,6 +187,7 @@ def test_study_plans_arms_with_their_controls() -> None:
         ({"calls": (2, 2)}, "give each number once"),
         ({"data": {"source": "digits"}}, "has no captions"),
         ({"data": {"source": "captioned_digits", "reference": 4000}}, "leave none to learn from"),
+        ({"data": {"source": "captioned_digits", "extractor": "nowhere"}}, "data.extractor: 'nowhere'"),
         ({"evaluator": "models/digits/captioner"}, "no directory of an evaluator"),
     ],
 )

@@ -61,6 +61,12 @@ class Distil(Study):
             given = "×".join(map(str, found.images.shape[1:]))
             raise ValueError(f"data: images are {given}, and the pipeline draws {size[0]}×{size[1]}×3: set image_size")
         split_reference(found, self.data.reference)
+        if self.data.extractor == "classifier" and found.labels is None:
+            raise ValueError("data.extractor: a classifier needs labels; name data.label_column, or self_supervised")
+        if "data.extractor" in self.reads():
+            from pipelines.measures.features import given_extractor
+
+            given_extractor(self.reads()["data.extractor"], found.images[:1])
         if self.evaluator:
             check_model(self.evaluator, "config.json", "evaluator")
             if "classes" not in read_json(Path(resolve_model(self.evaluator)) / "config.json"):
@@ -68,18 +74,20 @@ class Distil(Study):
 
     def reads(self) -> Mapping[str, str]:
         """Pipeline, images and judge."""
-        read = {"path": self.path, "evaluator": self.evaluator, "data.source": self.data.source}
-        made = self.data.source in ("digits", "captioned_digits")
-        return {key: at for key, at in read.items() if at and not (made and key == "data.source")}
+        made = ("digits", "captioned_digits", "classifier", "self_supervised", None)
+        read = {"path": self.path, "evaluator": self.evaluator}
+        read |= {f"data.{name}": getattr(self.data, name) for name in ("source", "extractor")}
+        return {key: at for key, at in read.items() if at not in made}
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The distilled pipeline, if the arm has one, and what is drawn in few calls."""
         from pipelines.distilling import distil, draw_latents, learn_features, measure
 
-        data = self.data.model_dump() | {"source": portable(self.data.source)}
+        named = {name: getattr(self.data, name) for name in ("source", "extractor")}
+        data = self.data.model_dump() | {name: at and portable(at) for name, at in named.items()}
         common = {"data": data, "path": portable(self.path), "read": self._digests, "seed": seed}
         guided = {**common, "guidance_scale": self.guidance_scale}
-        eye = task(learn_features, {**common, "seed": 0, "path": None}, label="features", divisible=True)
+        eye = task(learn_features, {**common, "seed": 0, "path": None}, label="features")
         made = []
         if arm in LEARNED:
             drawn = {**guided, "latents": self.latents, "steps": self.teacher_steps}
