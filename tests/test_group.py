@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from actors.failures import MARKS_OF_A_PEER
 from pipelines.default_models import pretrain
+from pipelines.distilling import Distiller
 from pipelines.erasing import Eraser, Prompts
 from pipelines.generators.text_to_image import TextToImageGenerator, TextToImageSettings
 from pipelines.rl.learning import DiffusionLearner, LearnerState
@@ -26,6 +27,7 @@ from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from pipelines.sharing import Sharing, shared
 from pipelines.training import train
+from policies.consistency import ConsistencySettings
 from policies.erasing import ErasingSettings
 from policies.loops.samples import Samples
 from policies.rl.group import DivergedError, Group, gathered, meeting_place
@@ -387,6 +389,23 @@ def test_workers_erase_a_concept_as_one_does(tiny_pipeline: Path, pool: list[Poo
     for each in together(pool, 2, erase_together, str(tiny_pipeline)):
         assert len(each["losses"]) == 6
         assert max(np.abs(each[name] - alone[name]).max() for name in alone) < 1e-5
+
+
+def distil_together(group: Group, path: str, spread: bool) -> dict[str, np.ndarray]:
+    """In a process: a pipeline is distilled by all."""
+    distiller, settings = Distiller(path), ConsistencySettings(updates=3, batch=5, skip=10)
+    clean = torch.randn((4, *distiller.family.latent_shape), generator=torch.Generator().manual_seed(0))
+    with shared(Sharing(group, spread=spread)):
+        losses = distiller.distil(clean, [PROMPTS[0]] * 4, settings, 0, 2.0)
+    held = {name: each.numpy() for name, each in distiller.network.named_parameters()}
+    return held | {"losses": np.array(losses)}
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_workers_distil_as_one_does(spread: bool, tiny_v_pipeline: Path, pool: list[Pool]) -> None:
+    (alone,) = together(pool, 1, distil_together, str(tiny_v_pipeline), spread)
+    for each in together(pool, 2, distil_together, str(tiny_v_pipeline), spread):
+        assert max(np.abs(each[name] - alone[name]).max() for name in alone) < 1e-4
 
 
 def build_together(group: Group, directory: str) -> None:
