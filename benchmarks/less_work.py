@@ -1,6 +1,6 @@
 """Whether less work gives the same reward: CPU seconds until the accuracy has risen by .15, of DDPO_IS on the digits.
 
-    python -m benchmarks.less_work [--out runs/less-work] [--seeds 2]
+    python -m benchmarks.less_work [--out runs/less-work] [--seeds 2] [--only WORDS ...]
 
 Shares and windows of the timesteps, noise in some of them alone, fewer steps, images per prompt, and prompts drawn by
 how much their rewards vary (a prompt's chance is its rewards' deviation over the last steps; unseen ones go first),
@@ -75,20 +75,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/less-work"))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="arms whose names hold one of these words, and the first")
     arguments = parser.parse_args()
+    first, words = next(iter(ARMS)), arguments.only or [""]
+    arms = {name: how for name, how in ARMS.items() if name == first or any(word in name for word in words)}
     torch.set_num_threads(1)
     keep_memory()
     record, curves = Record(arguments.out / "curves.json"), dict[str, Curve]()
     for seed in range(arguments.seeds):
-        for name, overrides in ARMS.items():
+        for name, overrides in arms.items():
             how = {"schedule": ByVariance} if "variance" in name else {}
             label = f"{name} seed {seed}"
             every = 1 if "rate" in name else 4
             lines = evaluations([CONFIG], [*overrides, f"seed={seed}"], every, STEPS, **how)
             curves[label] = record.curve(label, lines)
     print(f"commit {git_commit()}: CPU seconds until accuracy has risen by {RISE}, {arguments.seeds} seeds")
-    base = median(seconds_to_rise(curves[f"all timesteps seed {seed}"]) for seed in range(arguments.seeds))
-    for name in ARMS:
+    base = median(seconds_to_rise(curves[f"{first} seed {seed}"]) for seed in range(arguments.seeds))
+    for name in arms:
         found = [curves[f"{name} seed {seed}"] for seed in range(arguments.seeds)]
         seconds, steps = [seconds_to_rise(curve) for curve in found], [curve[-1]["steps"] for curve in found]
         shown = ", ".join(f"{each:.1f}" for each in seconds)
