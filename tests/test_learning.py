@@ -484,7 +484,8 @@ def test_dropout_is_no_rounding(tiny_v_pipeline: Path) -> None:
     assert found.noise < 1e-5
     assert learner.ratio_bound == found
     assert learner.learner.tolerance == found.tolerance == LEAST
-    learner.policy.network.conv_out.register_forward_hook(lambda _, __, output: torch.nn.functional.dropout(output, 0.1))
+    dropout = torch.nn.functional.dropout
+    learner.policy.network.conv_out.register_forward_hook(lambda _, __, output: dropout(output, 0.1))
     with pytest.raises(RatioError, match=r"differ by 0\.\d+ nats .* Look for dropout"):
         learner.find_ratio_bound(BATCH)
 
