@@ -209,6 +209,7 @@ def _start_private(gpus: int) -> None:
             patch.object(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
             patch.object(parameter, "RayParams", helpers),
             patch.object(node.Node, "start_api_server", _start_no_dashboard),
+            _interrupted_afterwards(),
         ):
             _init("local", num_cpus=cpu_limit(), num_gpus=gpus, include_dashboard=False)
     if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
@@ -222,6 +223,32 @@ def _start_no_dashboard(node: Any, **_: Any) -> None:
     node._webui_url = None
     place = names.DASHBOARD_ADDRESS.encode(), _NOWHERE.encode(), True
     node.get_gcs_client().internal_kv_put(*place, namespace=names.KV_NAMESPACE_DASHBOARD)
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """In this block, of seconds, a first SIGINT waits for its end: Ray's libraries, left in the middle of their start,
+    would abort the process, and nothing would be closed."""
+    meaning, asked = signal.getsignal(signal.SIGINT), list[Any]()
+
+    def wait(*signalled: Any) -> None:
+        signal.signal(signal.SIGINT, meaning)
+        asked.append(signalled)
+
+    hears = threading.current_thread() is threading.main_thread() and callable(meaning)
+    if hears:
+        signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    except Exception as error:  # what the signal ended may be a part of Ray
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if hears:
+            signal.signal(signal.SIGINT, meaning)
+    if asked and callable(meaning):
+        meaning(*asked[0])
 
 
 def _init(*address: str, **options: Any) -> None:
