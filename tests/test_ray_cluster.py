@@ -1,6 +1,7 @@
 """The Ray that a run lives on: what is checked before it is started or joined, and what is ended with it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,13 @@ import psutil
 import pytest
 
 from orchestration.cluster import ray_cluster as cluster
-from orchestration.cluster.ray_cluster import _is_rays, check_answers, environment, find_machine
+from orchestration.cluster.ray_cluster import (
+    _interrupted_afterwards,
+    _is_rays,
+    check_answers,
+    environment,
+    find_machine,
+)
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
@@ -86,3 +93,30 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
         assert (os.environ["OF_THE_USER"], os.environ["OF_OURS"]) == ("ours", "ours")
     assert os.environ["OF_THE_USER"] == "theirs"
     assert "OF_OURS" not in os.environ
+
+
+def start_interrupted(times: int, done: list[str], ends: Exception | None = None) -> None:
+    with _interrupted_afterwards():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        if ends:
+            raise ends
+        done.append("the rest of the start")
+
+
+def test_a_first_interrupt_waits_for_rays_start_and_a_second_does_not() -> None:
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        start_interrupted(1, done)
+    assert done == ["the rest of the start"]
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        start_interrupted(1, done, ConnectionError("a part of Ray ended with it"))
+    assert isinstance(stopped.value.__cause__, ConnectionError)
+    with pytest.raises(KeyboardInterrupt):
+        start_interrupted(2, done)
+    with pytest.raises(ConnectionError):
+        start_interrupted(0, done, ConnectionError("Ray's own"))
+    assert len(done) == 1
+    start_interrupted(0, done)
+    assert len(done) == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
