@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import psutil
@@ -76,3 +77,24 @@ def test_workers_for_a_training_are_asked_for_where_there_are_some(tmp_path: Pat
     preflight_mad(configured(tmp_path / "run", "workers.train_workers=[1,999]"))
     with pytest.raises(ConfigError, match="nothing here is trained"):
         preflight_mad(load_config(MadConfig, None, ["n_ini=10", "n_synthetic=10", "workers.train_workers=2"]))
+
+
+def fails(kind: str, parameters: dict[str, Any], inputs: list[Any], device: str) -> dict[str, bytes]:
+    """A task that its own input makes impossible; each try leaves a file."""
+    Path(parameters["at"], str(uuid4())).touch()
+    raise ValueError("no such input")
+
+
+def test_an_error_of_the_work_is_raised_at_once_and_not_tried_again(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    from actors.failures import ActorFailure, result
+    from actors.train_group import TrainGroup, divided
+
+    tries = tmp_path / "tries"
+    tries.mkdir()
+    group = TrainGroup((2, 2), {"CPU": 1.0}, False, 60.0, str(tmp_path / "at"), 60.0, losses=3)
+    work = divided(group, max_retries=0).remote(ray.put(fails), "key", "kind", {"at": str(tries)}, "cpu", [])
+    with pytest.raises(ActorFailure, match="the task: ValueError: no such input"):
+        result(work, "the task") if ray.wait([work], timeout=120)[0] else None
+    assert len(list(tries.iterdir())) == 2  # one of each worker

@@ -85,7 +85,8 @@ class Sampler(Worker):
             leave(*meeting)
             return None
         self.version, changed = None, 0
-        empty = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (kind, shape) in self._outline.items()}
+        outline = self._outline.items()
+        empty = {name: torch.empty(shape, dtype=getattr(torch, kind), device="meta") for name, (kind, shape) in outline}
         try:
             for names in portions({name: each.nbytes for name, each in empty.items()}):
                 tensors = {name: torch.empty_like(empty[name], device=self.policy.device) for name in names}
