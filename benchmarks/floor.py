@@ -38,7 +38,7 @@ class Floor:
         self._drawing, self._learning = DiffusionPolicy(model, sampling), DiffusionPolicy(model, sampling)
         prepare(self._learning.network, model)
         self._twice = 2 if sampling.guidance_scale > 1 else 1
-        self._work = images * sampling.steps
+        self._work = images * sampling.calls
         # No call can be larger than what there is to do at once.
         self.sampling_call = self._best([images // 4, images // 2, images], self._sample)
         self.learning_call = self._best([transitions // 4, transitions // 2, transitions], self._learn)

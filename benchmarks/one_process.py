@@ -46,11 +46,14 @@ class OneProcess:
         self.prompts, self.unseen = read_prompts(config.prompts)
         self.spent: dict[str, float] = {"sample": 0.0, "reward": 0.0, "learn": 0.0}
 
-    def draw(self, prompts: list[str], seeds: list[int], version: int) -> tuple[np.ndarray, list[Trajectory]]:
+    def draw(
+        self, prompts: list[str], seeds: list[int], version: int, to_learn: bool = False
+    ) -> tuple[np.ndarray, list[Trajectory]]:
         """Images and trajectories, in a sampler's calls."""
-        size = self.config.actors.images_per_call
+        size, sampling = self.config.actors.images_per_call, self.config.sampling
+        policy = self.sampler.by(sampling.at(version if to_learn else 0))
         parts = [
-            self.sampler.rollout(prompts[at : at + size], seeds[at : at + size], version)
+            policy.rollout(prompts[at : at + size], seeds[at : at + size], version)
             for at in range(0, len(prompts), size)
         ]
         return np.concatenate([images for images, _ in parts]), [trajectory for _, trajectory in parts]
@@ -70,7 +73,7 @@ class OneProcess:
         asked = [prompt for prompt in prompts.batch(step) for _ in range(training.images_per_prompt)]
         seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(asked))]
         clock = [time.process_time()]
-        images, trajectories = self.draw(asked, seeds, self.learner.weights_version)
+        images, trajectories = self.draw(asked, seeds, self.learner.weights_version, True)
         clock.append(time.process_time())
         captions, weights = self.captioner.caption(images), config.reward.weights
         scores = weighted_sum({n: score(self.rewards[n], images, asked, captions) for n in weights}, weights)

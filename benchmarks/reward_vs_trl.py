@@ -80,7 +80,7 @@ def trls(own: dict[str, Any], seed: int, out: Path) -> Iterator[dict[str, float]
 
     ddpo = {
         "seed": seed,
-        "sample_num_steps": config.sampling.steps,
+        "sample_num_steps": config.sampling.calls,
         "sample_eta": config.sampling.eta,
         "sample_guidance_scale": config.sampling.guidance_scale,
         "train_cfg": False,

@@ -108,16 +108,14 @@ class Sampler(Worker):
         return WeightReceipt(checksum(weights), changed)
 
     def rollout(
-        self, source: PolicyVersion, prompts: list[str], seeds: list[int], steps: int | None = None
+        self, source: PolicyVersion, prompts: list[str], seeds: list[int], sampling: SamplingSettings
     ) -> tuple[np.ndarray, Trajectory]:
-        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``, in as many
-        ``steps`` as the settings say, or in others.
+        """Images (batch, height, width, 3) uint8 and their trajectory, drawn by exactly ``source.version``.
 
         A sampler that was started again fetches these weights first. Raises DamagedWeightsError if they are others.
         """
         self._take(source)
-        policy = self.policy if steps is None else self.policy.in_steps(steps)
-        return policy.rollout(prompts, seeds, source.version)
+        return self.policy.by(sampling).rollout(prompts, seeds, source.version)
 
     def divergence(self, source: PolicyVersion, trajectory: Trajectory) -> np.ndarray:
         """How far ``source``, which drew the trajectory, is from the base model: KL of the first images (≤ 16,) in
@@ -152,16 +150,19 @@ class Samplers(Pool):
 
     def __init__(self, placed: Placed, model: ModelSettings, sampling: SamplingSettings, images_per_call: int) -> None:
         super().__init__(placed, Sampler, model, sampling)
-        self.images_per_call = images_per_call
+        self.sampling, self.images_per_call = sampling, images_per_call
         self.policy = PolicyVersion()
 
-    def rollout(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> list[Chunk]:
-        """One image for each (prompt, seed), in order, as chunks still being drawn; see :meth:`Sampler.rollout`."""
-        chunks = []
+    def rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingSettings | None = None
+    ) -> list[Chunk]:
+        """One image for each (prompt, seed), in order, as chunks still being drawn: to learn from, or by other settings
+        of ``sampling``."""
+        chunks, sampling = [], sampling or self.sampling.at(self.policy.version)
         for start in range(0, len(prompts), self.images_per_call):
             part = slice(start, start + self.images_per_call)
             work = list(prompts[part]), list(seeds[part])
-            images, trajectory = self.submit("rollout", self.policy, *work, steps, returns=2)
+            images, trajectory = self.submit("rollout", self.policy, *work, sampling, returns=2)
             chunks.append(Chunk(*work, images, trajectory, self.policy))
         return chunks
 

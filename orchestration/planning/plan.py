@@ -45,7 +45,7 @@ def work_of(config: DdpoConfig, micro_batch: int, depth: int) -> Work:
     training, evaluation = config.training, config.evaluation
     transitions = training.images_per_update * training.timesteps_per_image(learnable_steps(config))
     size, found = min(config.actors.images_per_call, training.images_per_step), training.micro_batch or micro_batch
-    step = training.images_per_step, size, config.sampling.steps, transitions, training.updates, found
+    step = training.images_per_step, size, config.sampling.calls, transitions, training.updates, found
     often = config.checkpoint.every, evaluation.every, evaluation.interim_images
     return Work(*step, tuple(config.reward.weights), depth, *often)
 
@@ -85,7 +85,7 @@ def splits(config: DdpoConfig, gpus: int, cpus: int, known: StageCosts) -> Itera
     on_gpu = [costs.rewards[name] for name, options in config.reward.functions.items() if options.on_gpu]
     scoring = [*([costs.caption] if config.captioner.path else []), *on_gpu]  # one GPU each
     slowest = max((cost(actors.images_per_call) for cost in scoring), default=0.0)
-    drawing = config.sampling.steps * costs.sample(actors.images_per_call)
+    drawing = config.sampling.calls * costs.sample(actors.images_per_call)
     some = {2**power for power in range(gpus.bit_length())} | {gpus * eighth // 8 for eighth in range(1, 8)}
     for learners, places in [(gpus, gpus), *((n, gpus - n) for n in sorted(some) if 0 < n < gpus)]:
         scorers = max(1, math.ceil(places * slowest / (drawing + len(scoring) * slowest)))

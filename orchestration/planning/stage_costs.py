@@ -81,7 +81,7 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
     from pipelines.rl.weights import checksum
 
     roles = {role.name: role for role in plan.roles}
-    steps, size = config.sampling.steps, min(config.actors.images_per_call, config.training.images_per_step)
+    steps, size = config.sampling.calls, min(config.actors.images_per_call, config.training.images_per_step)
     prompts, seeds = [plan.prompts[n % len(plan.prompts)] for n in range(size)], list(range(size))
     policy, drawing = DiffusionPolicy(config.model, config.sampling, roles["sampler"].device), _Clock(roles["sampler"])
     images, trajectory = policy.rollout(prompts, seeds)
@@ -163,7 +163,7 @@ def _learning(config: DdpoConfig, role: Role, trajectory: Any) -> tuple[dict[str
     learner = DiffusionLearner(config.model, config.sampling, training, config.seed, role.device)
     clock = _Clock(dataclasses.replace(role, threads=1))
     images, whole = len(trajectory.prompts), learner.micro_batch
-    learnable = len(training.learnable_steps(config.sampling.steps, learner.policy.schedule.stochastic_steps.tolist()))
+    learnable = len(training.learnable_steps(config.sampling.calls, learner.policy.schedule.stochastic_steps.tolist()))
     share = min(training.timesteps_per_image(learnable), max(1, 2 * whole // images))
 
     def learn(count: int, updates: int, micro_batch: int) -> None:
@@ -203,7 +203,7 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
     passes = (2 if rank else 3) + bool(config.training.kl_weight)
     captioner = config.captioner.path
     known = Costs(
-        sample=Cost(call=0.02, each=forward + 1e9 * model["decode"] / rate / config.sampling.steps),
+        sample=Cost(call=0.02, each=forward + 1e9 * model["decode"] / rate / config.sampling.calls),
         caption=Cost(call=0.3, each=2 * 600 * counted(captioner).total() / rate) if captioner else Cost(),
         rewards={name: Cost(each=5e-3) for name in config.reward.functions},
         gradient=Cost(call=0.02 * passes, each=passes * forward),

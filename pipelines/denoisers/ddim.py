@@ -20,7 +20,7 @@ from policies.rl.settings import SamplingSettings
 
 
 def denoising_schedule(scheduler: Any, sampling: SamplingSettings, stepper: Any = None) -> DenoisingSchedule:
-    """The tables of a diffusers scheduler for a method's ``sampling.steps`` steps, by the scheduler's own arithmetic.
+    """The tables of a diffusers scheduler for a method's ``sampling.steps``, by the scheduler's own arithmetic.
     Those of DDIM are set in the ``stepper``, by default the same. Raises ValueError where there are none."""
     config = DdimConfig.of(scheduler)
     method = sampling.method or config.own
@@ -28,7 +28,7 @@ def denoising_schedule(scheduler: Any, sampling: SamplingSettings, stepper: Any 
     timesteps, previous = torch.tensor(steps.timesteps), torch.tensor(steps.previous)
     if method == "ddim":
         scheduler = stepper or scheduler
-        scheduler.set_timesteps(sampling.steps)
+        scheduler.set_timesteps(sampling.grid)
         scheduler.timesteps = timesteps
     alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
     least = 0 if config.rescale_betas_zero_snr else 1e-30
@@ -49,10 +49,11 @@ def denoising_schedule(scheduler: Any, sampling: SamplingSettings, stepper: Any 
         deviation = consistency_deviation(alpha_previous)
     else:
         deviation = tcd_deviation(alpha_previous, alphas[torch.floor((1 - sampling.noise) * previous).long()])
-    within = torch.tensor([step in sampling.noisy for step in range(sampling.steps)])
+    within = torch.tensor([step in sampling.noisy for step in range(len(timesteps))])
     deviation = deviation.where(within, 0.0)
     clip = config.clip_sample_range if config.clip_sample and method != "tcd" else math.inf
-    tables, stock = (timesteps, alpha, alpha_previous, deviation), method == "ddim"
+    tables = timesteps, alpha, alpha_previous, deviation
+    stock = method == "ddim" and isinstance(sampling.steps, int)  # all as long as the scheduler thinks
     schedule = DenoisingSchedule(*tables, config.prediction_type, clip, stock)
     return checked(schedule, steps)
 

@@ -98,7 +98,7 @@ class DdimConfig(Settings):
     def steps(self, sampling: SamplingSettings) -> DenoisingSteps:
         """As many as are asked for, by diffusers' arithmetic, but for its rounding that gives some counts one more.
         Raises ValueError where they leave the timesteps that the network was trained on, or the method is of flows."""
-        method, count, total = sampling.method or self.own, sampling.steps, self.num_train_timesteps
+        method, count, total = sampling.method or self.own, sampling.grid, self.num_train_timesteps
         if method not in CLASSES:
             raise ValueError(f"sampling.method {method} is for flows; this model has {', '.join(CLASSES)}")
         if method != "ddim":
@@ -119,12 +119,16 @@ class DdimConfig(Settings):
         previous = times - total // count
         noisy = (previous >= 0) | ((times > 0) & (not self.set_alpha_to_one))
         stochastic = [step for step in np.flatnonzero(noisy).tolist() if step in sampling.noisy]
-        return DenoisingSteps(times.tolist(), previous.tolist(), stochastic)
+        kept = sampling.kept
+        ends = [after - 1 for after in (*kept[1:], count)]  # a step is as long as those that it takes the place of
+        return DenoisingSteps(times[kept].tolist(), previous[ends].tolist(), stochastic)
 
     def _few(self, method: Method, sampling: SamplingSettings) -> DenoisingSteps:
         """Of the times that a model was distilled at, some as far from each other as can be, noisiest first. The last
         call is deterministic, so there is a transition less than calls."""
-        most, total, count = self.original_inference_steps, self.num_train_timesteps, sampling.steps
+        most, total, count = self.original_inference_steps, self.num_train_timesteps, sampling.grid
+        if isinstance(sampling.steps, tuple):
+            raise ValueError(f"sampling.steps {list(sampling.steps)}: of method {method} they are one number")
         if count > most or most > total:
             raise ValueError(f"sampling.steps ({count}) of method {method} are taken of {most} times: {most} at most")
         times = np.arange(most, 0, -1) * (total // most) - 1
@@ -154,7 +158,7 @@ class FlowConfig(Settings):
         """The last one follows the flow itself and has no density. Raises ValueError for a method of other models."""
         if sampling.method not in (None, "sde", "cps"):
             raise ValueError(f"sampling.method {sampling.method} is for UNets; this model is a flow: sde or cps")
-        return DenoisingSteps([], [], [step for step in range(sampling.steps - 1) if step in sampling.noisy])
+        return DenoisingSteps([], [], [step for step in range(sampling.grid - 1) if step in sampling.noisy])
 
 
 def read_scheduler(content: Mapping[str, Any], pipeline_class: str) -> DdimConfig | FlowConfig:

@@ -27,10 +27,11 @@ class StableDiffusion3(Family):
     def schedule(self, sampling: SamplingSettings) -> FlowSchedule:
         """``sampling.eta`` is the noise level of the SDE, or of coefficient-preserving sampling."""
         scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(sampling.steps)
-        times = scheduler.sigmas.to("cpu", torch.float64)
-        noisy = torch.tensor([step in sampling.noisy for step in range(sampling.steps)])
-        tables = scheduler.timesteps.cpu(), times, sampling.noise * noisy.double()
+        scheduler.set_timesteps(sampling.grid)
+        kept = sampling.kept
+        times = scheduler.sigmas.to("cpu", torch.float64)[[*kept, -1]]
+        noisy = torch.tensor([step in sampling.noisy for step in range(len(kept))])
+        tables = scheduler.timesteps.cpu()[kept], times, sampling.noise * noisy.double()
         schedule = PreservingSchedule(*tables) if sampling.method == "cps" else FlowSchedule(*tables)
         return checked(schedule, self.files.scheduler.steps(sampling))
 

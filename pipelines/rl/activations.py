@@ -37,8 +37,9 @@ def room(device: torch.device) -> int:
 
 def transitions_of(policy: DiffusionPolicy, training: TrainingSettings, learners: int) -> int:
     """Of an update, those that one of ``learners`` computes."""
-    stochastic = policy.family.schedule(policy.sampling).stochastic_steps.tolist()
-    share = training.timesteps_per_image(len(training.learnable_steps(policy.sampling.steps, stochastic)))
+    schedule = policy.family.schedule(policy.sampling)
+    learnable = training.learnable_steps(len(schedule.timesteps), schedule.stochastic_steps.tolist())
+    share = training.timesteps_per_image(len(learnable))
     return -(-training.images_per_update * share // learners)
 
 
@@ -135,7 +136,7 @@ def foreseen(
     sampler, learner = (DiffusionPolicy(model, sampling, "meta", trained=True) for _ in range(2))
     prepare(learner.network, model)
     transitions = transitions_of(learner, training, learners)
-    schedule = learner.family.schedule(sampling)
+    schedule = learner.family.schedule(learner.sampling)
     # Tensors that are on a CPU as far as they know: on the meta device attention would keep what no other keeps.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for policy in (sampler, learner):

@@ -94,11 +94,12 @@ class DiffusionLearner:
                 f"the images were drawn by weights version {drawn_by}, the learner holds "
                 f"{self.weights_version}: at depth {self.training.depth} that cannot be"
             )
-        schedule, training = self.policy.schedule, self.training
+        policy, training = self.policy.by(self.sampling.at(drawn_by)), self.training
         before = trainable.copied(self.masters)
-        rollouts = self._rollouts(parts, advantage, before, seed)
+        rollouts = self._rollouts(policy, parts, advantage, before, seed)
         objective = training.algorithm.objective(rollouts, training)
-        steps = torch.tensor(training.learnable_steps(self.sampling.steps, schedule.stochastic_steps.tolist()))
+        schedule = policy.schedule
+        steps = torch.tensor(training.learnable_steps(len(schedule.timesteps), schedule.stochastic_steps.tolist()))
         generator, found = torch.Generator().manual_seed(seed), {}
         if rollouts.proximal and not training.algorithm.on_forward_process:
             found = self._replay(rollouts, steps, generator)
@@ -165,7 +166,7 @@ class DiffusionLearner:
                     raise
             if self.group.any(drawn is None)[0]:
                 drawn, count = None, -(-count // 2)
-        rollouts = self._rollouts([drawn], np.zeros(count), {}, seed=0)
+        rollouts = self._rollouts(self.policy, [drawn], np.zeros(count), {}, seed=0)
         steps, generator = self.policy.schedule.stochastic_steps.cpu(), torch.Generator().manual_seed(0)
 
         def apart(images: Tensor, steps: Tensor) -> Tensor:
@@ -174,21 +175,26 @@ class DiffusionLearner:
         return self.learner.on_some(apart, count, steps, generator)[0].abs()
 
     def _rollouts(
-        self, parts: Sequence[Trajectory], advantage: np.ndarray, before: dict[str, Tensor], seed: int
+        self,
+        policy: DiffusionPolicy,
+        parts: Sequence[Trajectory],
+        advantage: np.ndarray,
+        before: dict[str, Tensor],
+        seed: int,
     ) -> Rollouts:
-        """What was drawn, and the network with all the sets of weights."""
-        device, schedule = self.policy.device, self.policy.schedule
+        """What was drawn, by the settings of ``policy``, and the network with all the sets of weights."""
+        device, schedule = policy.device, policy.schedule
         prompts = [prompt for part in parts for prompt in part.prompts]
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        conditions = self.policy.embed(list(unique))
+        conditions = policy.embed(list(unique))
         owner = torch.tensor([unique[prompt] for prompt in prompts], device=device)
         stored = StoredLatents([part.latents for part in parts], device)
 
         def network(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:
             given = {name: table[owner[images]] for name, table in conditions.items()}
             if self.training.algorithm.on_forward_process:  # which knows no sampler, and no guidance
-                return self.policy.predict(latents, schedule.timesteps[steps], given, 1.0)
-            return self.policy.replay(latents, steps, given, lambda full: stored[images, full])
+                return policy.predict(latents, schedule.timesteps[steps], given, 1.0)
+            return policy.replay(latents, steps, given, lambda full: stored[images, full])
 
         def under(values: dict[str, Tensor]) -> Network:
             def other(latents: Tensor, steps: Tensor, images: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ class DiffusionPolicy:
         check_cache(self.family.files, sampling)
         self.shares_halves = can_be_run(self.family.files.network)
         self.network.to(self.device)  # the other parts come when they are needed
-        self.sampling = sampling
+        self.sampling = sampling.at(0)
         with reading(self.family.files.directory / "scheduler"):
-            self.schedule = self.family.schedule(sampling).to(self.device)
+            self.schedule = self.family.schedule(sampling.at(0)).to(self.device)
         self._conditions: dict[str | None, Conditions] = {}
         self.base: dict[str, Tensor] = {}  # what the first weights from elsewhere replaced, in the machine's memory
         if not trained:
@@ -151,11 +151,13 @@ class DiffusionPolicy:
             output = output.index_copy(0, later.to(output.device), outcome)
         return output
 
-    def in_steps(self, steps: int) -> "DiffusionPolicy":
-        """The same network, drawn with in so many steps. Raises ValueError where the model has none such."""
+    def by(self, sampling: SamplingSettings) -> "DiffusionPolicy":
+        """The same network, drawn with by other settings. Raises ValueError where the model cannot be."""
+        if sampling == self.sampling:
+            return self
         other = copy(self)
-        other.sampling = self.sampling.model_copy(update={"steps": steps})
-        other.schedule = self.family.schedule(other.sampling).to(self.device)
+        other.sampling = sampling
+        other.schedule = self.family.schedule(sampling).to(self.device)
         return other
 
     def rollout(
@@ -181,7 +183,8 @@ class DiffusionPolicy:
         conditions = self.embed(prompts)
         latents = noise() * getattr(family.pipeline.scheduler, "init_noise_sigma", 1.0)
         stochastic = set(schedule.stochastic_steps.tolist())
-        path, log_probs, features = [latents], [], None
+        path, log_probs, features, clean = [latents], [], None, None
+        coarse = self.sampling.noisy.stop if isinstance(self.sampling.steps, tuple) else len(schedule.timesteps)
         for step, timestep in enumerate(schedule.timesteps):
             times = timestep.repeat(len(prompts))
             if self.sampling.cache is None:
@@ -189,6 +192,11 @@ class DiffusionPolicy:
             else:
                 fresh = step % self.sampling.cache[0] == 0
                 output, features = self._cached(latents, times, conditions, None if fresh else features)
+            if step >= coarse:
+                index = torch.full((len(prompts),), step, device=self.device)
+                denoised = schedule.denoised(latents, output, index)
+                output = output if clean is None else schedule.second_order(latents, output, step, clean)
+                clean = denoised
             # A step without noise reads its own from the generator, too, as a stock pipeline does.
             following = family.step(schedule, step, latents, output, noise(), eta if step in stochastic else 0.0)
             if step in stochastic:

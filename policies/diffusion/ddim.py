@@ -43,6 +43,19 @@ class DenoisingSchedule(Schedule):
         """x̂_0."""
         return self._parts(latents, network_output, steps)[0]
 
+    def predicting(self, latents: Tensor, denoised: Tensor, steps: Tensor) -> Tensor:
+        """ε, v or x_0 itself."""
+        alpha = over(self.alpha, steps, latents)
+        epsilon = (latents.double() - alpha.sqrt() * denoised) / (1 - alpha).sqrt()
+        if self.prediction_type == "v_prediction":
+            return alpha.sqrt() * epsilon - (1 - alpha).sqrt() * denoised
+        return epsilon if self.prediction_type == "epsilon" else denoised
+
+    @property
+    def level(self) -> Tensor:
+        """½ log(ᾱ / (1 − ᾱ))."""
+        return (self.alpha / (1 - self.alpha)).log() / 2
+
     def diffuse(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """√ᾱ x_0 + √(1 − ᾱ) ε."""
         alpha = over(self.alpha, steps, clean)

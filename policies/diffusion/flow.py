@@ -40,6 +40,15 @@ class FlowSchedule(Schedule):
         """x̂_0 = x_t − t v."""
         return latents.double() - over(self.times, steps, latents) * network_output.double()
 
+    def predicting(self, latents: Tensor, denoised: Tensor, steps: Tensor) -> Tensor:
+        """v = (x_t − x_0) / t."""
+        return (latents.double() - denoised) / over(self.times, steps, latents)
+
+    @property
+    def level(self) -> Tensor:
+        """log((1 − t) / t)."""
+        return (1 - self.times[:-1]).log() - self.times[:-1].log()
+
     def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """v = ε − x_0."""
         return noise - clean

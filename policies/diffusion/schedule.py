@@ -44,12 +44,32 @@ class Schedule(ABC):
         """The x_0 that the network's output stands for, float64."""
 
     @abstractmethod
+    def predicting(self, latents: Tensor, denoised: Tensor, steps: Tensor) -> Tensor:
+        """The network's output that stands for x_0 ``denoised``: the inverse of :meth:`denoised`."""
+
+    @property
+    @abstractmethod
+    def level(self) -> Tensor:
+        """λ (T,) float64 at the start of each step: the logarithm of the ratio of x_0's coefficient to the noise's."""
+
+    @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """What the network was trained to answer to :meth:`diffuse` of the same."""
 
     @abstractmethod
     def diffuse(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """x_t of the forward process: ``clean`` x_0 and ``noise`` mixed as they are at the start of the step."""
+
+    def second_order(self, latents: Tensor, output: Tensor, step: int, before: Tensor) -> Tensor:
+        """The output whose x̂_0 is extrapolated from that of the step before, ``before``: what :meth:`mean` makes of it
+        is DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2), where the step has no noise. The last step is of first
+        order, as it is there."""
+        if step + 1 == len(self.timesteps):
+            return output
+        index, (last, here, ahead) = torch.full((len(latents),), step), self.level[step - 1 : step + 2].tolist()
+        index, share = index.to(latents.device), (ahead - here) / (here - last) / 2
+        found = self.denoised(latents, output, index)
+        return self.predicting(latents, found + share * (found - before), index)
 
     @property
     def stochastic_steps(self) -> Tensor:

@@ -90,6 +90,8 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 Method = Literal["ddim", "consistency", "tcd", "sde", "cps"]
 Noise = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Moving = dict[Literal["sliding", "random"], tuple[Noise, Share, Annotated[int, Field(ge=1)]]]
 
 
 def part_of(window: Sequence[float], steps: int) -> range:
@@ -104,11 +106,17 @@ class SamplingSettings(Settings):
     method: Method | None = Field(
         None, description="the sampler; null: the model's own, by its scheduler: DDIM, LCM's, TCD's, a flow's SDE"
     )
-    steps: int = Field(10, ge=1, le=1000, description="denoising steps T, a call of the network each")
-    eta: Noise | tuple[Noise, Share, Share] = Field(
+    steps: Steps | tuple[Steps, Steps] = Field(
+        10,
+        description="denoising steps T, a call of the network each; [10, 3]: those of ten that come after the noise of "
+        "eta are made in three, by DPM-Solver++",
+    )
+    eta: Noise | tuple[Noise, Share, Share] | Moving = Field(
         1.0,
         description="its noise: DDIM's η, TCD's γ, a flow's a or CPS's η; consistency models have none. [0.7, 0, 0.5]: "
-        "only in this part of the denoising, 0 being noise and 1 the image, as MixGRPO has it",
+        "only in this part of the denoising, 0 being noise and 1 the image, as MixGRPO has it. {sliding: [0.7, 0.3, "
+        "5]}: in so large a part, which begins at the noise and is moved on by one step after every fifth of training, "
+        "or {random: …} to anywhere",
     )
     guidance_scale: float = Field(1.0, ge=1, description="classifier-free guidance; 1 is none (half the work)")
     cache: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] | None = Field(
@@ -116,19 +124,67 @@ class SamplingSettings(Settings):
     )
 
     @property
+    def grid(self) -> int:
+        """T, of which some may be taken together."""
+        return self.steps[0] if isinstance(self.steps, tuple) else self.steps
+
+    @property
     def noise(self) -> float:
         """How much of it there is, where there is any."""
-        return self.eta[0] if isinstance(self.eta, tuple) else self.eta
+        given = next(iter(self.eta.values())) if isinstance(self.eta, dict) else self.eta
+        return given[0] if isinstance(given, tuple) else given
 
     @property
     def noisy(self) -> range:
-        """The steps that may have noise."""
-        return part_of(self.eta[1:] if isinstance(self.eta, tuple) else (0.0, 1.0), self.steps)
+        """The steps that may have noise; where these move, the first of them."""
+        given = self.at(0).eta
+        return part_of(given[1:] if isinstance(given, tuple) else (0.0, 1.0), self.grid)
+
+    @property
+    def kept(self) -> list[int]:
+        """Of T steps those that are made, each as long as it is to the next of them."""
+        if not isinstance(self.steps, tuple):
+            return list(range(self.steps))
+        last, (grid, most) = self.noisy.stop, self.steps
+        few = min(most, grid - last)
+        return [*range(last), *(last + number * (grid - last) // few for number in range(few))]
+
+    @property
+    def calls(self) -> int:
+        """Of the network, for an image: the most, where the noise moves."""
+        return max(len(each.kept) for each in self.everywhere)
+
+    @property
+    def everywhere(self) -> list["SamplingSettings"]:
+        """With noise in each of the parts that it can be in."""
+        if not isinstance(self.eta, dict):
+            return [self]
+        ((noise, share, _),) = self.eta.values()
+        size = max(1, round(share * self.grid))
+        parts = [(first / self.grid, (first + size) / self.grid) for first in range(self.grid - size + 1)]
+        return [self.model_copy(update={"eta": (noise, *part)}) for part in parts]
+
+    def at(self, version: int) -> "SamplingSettings":
+        """As the weights of this version draw to be learned from: those before the first step of training are 0. Where
+        random noise is follows from the version alone, and is the same in all runs."""
+        if not isinstance(self.eta, dict):
+            return self
+        from policies.common.seeding import derive_seed
+
+        ((movement, (_, _, every)),) = self.eta.items()
+        turn, places = version // every, self.everywhere
+        return places[(turn if movement == "sliding" else derive_seed(0, "noisy part", turn)) % len(places)]
 
     @model_validator(mode="after")
     def _has_noise(self) -> "SamplingSettings":
+        if isinstance(self.eta, dict) and len(self.eta) != 1:
+            raise ValueError("eta: name one way in which its part moves, sliding or random")
         if isinstance(self.eta, tuple) and not self.noisy:
-            raise ValueError(f"eta {list(self.eta)}: of {self.steps} steps none is in this part")
+            raise ValueError(f"eta {list(self.eta)}: of {self.grid} steps none is in this part")
+        if isinstance(self.steps, tuple) and not isinstance(self.eta, tuple | dict):
+            raise ValueError(
+                f"steps {list(self.steps)} are for noise in a part of them: give eta one, as in [{self.eta:g}, 0, 0.3]"
+            )
         return self
 
 

@@ -109,6 +109,6 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
         held_out = None
     whole = config.evaluation.images
     after = held_out if held_out and len(held_out.images) == whole else evaluate(whole)
-    distilled = config.sampling.steps > SERVED_STEPS and is_distilled(config.model.path, config.sampling)
+    distilled = config.sampling.calls > SERVED_STEPS and is_distilled(config.model.path, config.sampling)
     served = workers.evaluate(whole, SERVED_STEPS) if distilled else None
     return report.finish(after, served, *workers.export(), workers.accounts())

@@ -55,7 +55,7 @@ def memory_of(
     network, vae, text = (size * count for count in (model["unet"] + model["transformer"], model["vae"], encoders))
     adapter = BYTES["float32"] * model["lora"] * config.model.lora_rank  # float32 whatever the network is
     trained = adapter or network * BYTES["float32"] // size
-    latents = training.images_per_step * (config.sampling.steps + 1) * model["latent"] * size
+    latents = training.images_per_step * (config.sampling.calls + 1) * model["latent"] * size
     drawing = {"network": network, "autoencoder": vae, "text encoders": text}
     learning = drawing | {"LoRA": adapter, "gradient": trained, "optimiser": 2 * trained, "start of the step": trained}
     learning |= {"first model": trained * bool(training.kl_weight), "average": trained * bool(training.ema_decay)}

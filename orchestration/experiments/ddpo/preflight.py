@@ -82,9 +82,13 @@ def replan(config: DdpoConfig, plan: Plan) -> Plan:
 
 
 def learnable_steps(config: DdpoConfig) -> int:
-    """Denoising steps to learn from. Raises ValueError where the model's scheduler has none of so many."""
-    stochastic = denoising_steps(config.model.path, config.sampling).stochastic
-    return len(config.training.learnable_steps(config.sampling.steps, stochastic))
+    """Denoising steps to learn from, the fewest where they move. Raises ValueError where the model's scheduler has none
+    of so many."""
+    path, sampling, training = config.model.path, config.sampling, config.training
+    learnable = (
+        training.learnable_steps(len(each.kept), denoising_steps(path, each).stochastic) for each in sampling.everywhere
+    )
+    return min(len(each) for each in learnable)
 
 
 def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int]) -> None:
@@ -134,7 +138,8 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
     if not learnable_steps(config):
         raise ValueError(
             f"sampling.steps ({config.sampling.steps}) leaves no step with a density to learn from, as the scheduler "
-            f"of {config.model.path} makes the last one deterministic: ask for more, or widen training.timestep_window"
+            f"of {config.model.path} makes the last one deterministic: ask for more, or widen training.timestep_window "
+            "or the part of sampling.eta"
         )
     if training.prompts_per_step > len(prompts):
         wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"

@@ -127,7 +127,7 @@ class Report:
             found = {name: served.metrics().get(key) for name, key in _RESULTS.items()}
             facts["served"] = {"steps": SERVED_STEPS, **found}
             known = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items() if value is not None]
-            say(f"served in {SERVED_STEPS} steps, of {run.config.sampling.steps}: {', '.join(known)}")
+            say(f"served in {SERVED_STEPS} steps, of {run.config.sampling.calls}: {', '.join(known)}")
         lora, shown = any(name.startswith("lora/") for name in pipeline), after.prompts[:_GRID_IMAGES]
         files = {**pipeline, **self._card(facts, figures, lora, list(dict.fromkeys(shown)))}
         atomic.commit_directory(run.directory / "pipeline", files, {"weights_sha256": weights_sha256})

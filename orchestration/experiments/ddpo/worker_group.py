@@ -241,9 +241,12 @@ class WorkerGroup(ExitStack):
         """Draw, caption, score and judge the first so many of fixed (prompt, seed) pairs, with averaged weights if they
         are; in so many denoising ``steps``, if other than the settings'."""
         prompts, seeds = fixed_work([*self.plan.prompts, *self.plan.unseen], images)
+        sampling = self.config.sampling.at(0)  # the same at every step
+        if steps is not None:
+            sampling = sampling.model_copy(update={"steps": steps})
         others = self.config.training.ema_decay and self.samplers.policy.version
         with self.drawing_with("averaged") if others else nullcontext():
-            chunks = self.samplers.rollout(prompts, seeds, steps)
+            chunks = self.samplers.rollout(prompts, seeds, sampling)
             if steps is not None:
                 return self.measure(chunks, prompts)
             divergence = self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)
