@@ -19,6 +19,7 @@ from pipelines.rl.learning import DiffusionLearner
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from policies.diffusion.flow import FlowSchedule, PreservingSchedule
+from policies.diffusion.schedule import Schedule
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import PROMPTS, build_tiny_pipeline, build_tiny_sd3, build_tiny_xl
 
@@ -29,12 +30,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "noise at first": {"steps": 6, "eta": (0.8, 0.0, 0.5)},
     "noise in the middle": {"steps": 6, "eta": (1.0, 0.34, 0.67)},
     "tcd, noise at first": {"method": "tcd", "steps": 6, "eta": (0.4, 0.0, 0.4)},
+    "coarser behind the noise": {"steps": (9, 3), "eta": (1.0, 0.0, 0.34)},
+    "sliding": {"steps": (6, 2), "eta": {"sliding": (1.0, 0.34, 1)}},
+    "random": {"steps": 6, "eta": {"random": (0.8, 0.5, 1)}},
     "cached": {"steps": 5, "cache": (2, 0)},
     "cached above the first two": {"steps": 6, "cache": (3, 1)},
 }
 OF_FLOWS: dict[str, dict[str, Any]] = {
     "cps": {"method": "cps", "steps": 4, "eta": 0.7},
     "cps, noise at first": {"method": "cps", "steps": 6, "eta": (0.5, 0.0, 0.5)},
+    "cps, coarser behind the noise": {"method": "cps", "steps": (9, 3), "eta": (0.5, 0.0, 0.34)},
+    "sde, sliding": {"method": "sde", "steps": (6, 2), "eta": {"sliding": (0.7, 0.34, 1)}},
     "sde, noise at first": {"method": "sde", "steps": 6, "eta": (0.7, 0.0, 0.5)},
 }
 TRAINING = TrainingSettings(
@@ -99,6 +105,83 @@ def test_coefficients_of_a_flow_are_preserved() -> None:
     torch.testing.assert_close(euler.mean(x_t, 2 * x_t, steps), still.mean(x_t, 2 * x_t, steps))  # both follow the flow
 
 
+def multistep(schedule: Schedule, latents: torch.Tensor, network: Any, first: int) -> torch.Tensor:
+    """Where the steps from ``first`` on lead, of second order from the next one on."""
+    before = None
+    for step in range(first, len(schedule.timesteps)):
+        index = torch.full((len(latents),), step)
+        output = network(latents, schedule.timesteps[step])
+        denoised = schedule.denoised(latents, output, index)
+        output = output if before is None else schedule.second_order(latents, output, step, before)
+        latents, before = schedule.mean(latents, output, index), denoised
+    return latents
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_coarser_steps_behind_the_noise_are_dpm_solvers(kind: str) -> None:
+    betas = {**BETAS, "prediction_type": kind}
+    ddim = diffusers.DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing")
+    schedule = denoising_schedule(ddim, SamplingSettings(steps=(9, 4), eta=(1.0, 0.0, 0.34)))
+    whole = denoising_schedule(ddim, SamplingSettings(steps=9, eta=(1.0, 0.0, 0.34)))
+    assert schedule.timesteps.tolist() == whole.timesteps[[0, 1, 2, 3, 4, 6, 7]].tolist()
+    assert schedule.alpha_previous.tolist() == whole.alpha_previous[[0, 1, 2, 3, 5, 6, 8]].tolist()
+    assert schedule.stochastic_steps.tolist() == [0, 1, 2]
+    assert torch.equal(schedule.sigma[:3], whole.sigma[:3])
+    stock = diffusers.DPMSolverMultistepScheduler(**betas, solver_order=2)
+    stock.set_timesteps(timesteps=schedule.timesteps[3:].tolist())
+    start = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return latents.double().tanh() * (0.5 + time / 2000)
+
+    expected = start
+    for time in stock.timesteps:
+        expected = stock.step(network(expected, time), time, expected, return_dict=False)[0].double()
+    found = multistep(schedule, start, network, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    first_order = [schedule.mean(start, network(start, schedule.timesteps[3]), torch.full((2,), 3))]
+    for step in (4, 5, 6):
+        last = first_order[-1]
+        first_order.append(schedule.mean(last, network(last, schedule.timesteps[step]), torch.full((2,), step)))
+    assert (first_order[-1] - expected).abs().max() > 2e-3  # which tells it from DDIM
+
+
+def test_second_order_is_nearer_to_the_flow_of_known_data() -> None:
+    """Data of deviation s: x̂_0 = (1 − t) s² x_t / ((1 − t)² s² + t²), and the flow only rescales x_t."""
+    spread, start = 0.4, torch.randn(4, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.linspace(0.9, 0.0, 11, dtype=torch.float64)
+    schedule = FlowSchedule(times[:-1], times, torch.zeros(10, dtype=torch.float64))
+
+    def velocity(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        clean = (1 - time) * spread**2 / ((1 - time) ** 2 * spread**2 + time**2) * latents
+        return (latents - clean) / time
+
+    exact = start * spread / math.sqrt(0.1**2 * spread**2 + 0.9**2)
+    euler = start
+    for step, time in enumerate(times[:-1]):
+        euler = schedule.mean(euler, velocity(euler, time), torch.full((4,), step))
+    second, first = ((each - exact).abs().max() for each in (multistep(schedule, start, velocity, 0), euler))
+    assert second < first / 3
+
+
+def test_where_the_noise_is_follows_from_the_version_of_the_weights() -> None:
+    sliding = SamplingSettings(steps=5, eta={"sliding": (0.7, 0.4, 3)})
+    parts = [list(sliding.at(version).noisy) for version in range(16)]
+    assert parts[::3] == [[0, 1], [1, 2], [2, 3], [3, 4], [0, 1], [1, 2]]
+    assert parts[0] == parts[1] == parts[2]
+    assert list(sliding.noisy) == [0, 1]
+    assert {sliding.at(version).noise for version in range(16)} == {0.7}
+    random = SamplingSettings(steps=(5, 1), eta={"random": (0.7, 0.4, 1)})
+    drawn = [random.at(version) for version in range(200)]
+    counts = [sum(list(each.noisy) == part for each in drawn) for part in ([0, 1], [1, 2], [2, 3], [3, 4])]
+    assert sum(counts) == 200
+    assert min(counts) > 30
+    assert {len(each.kept) for each in drawn} == {3, 4, 5}
+    assert random.calls == 5
+    assert SamplingSettings(steps=(10, 3), eta=(1.0, 0.0, 0.3)).kept == [0, 1, 2, 3, 5, 7]
+    assert SamplingSettings(steps=(4, 3), eta=(1.0, 0.0, 0.5)).kept == [0, 1, 2, 3]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("few")
@@ -124,13 +207,18 @@ def test_what_is_drawn_is_replayed_and_learned(
     _, trajectory = policy.rollout(BATCH, list(range(6)))
     stochastic = denoising_steps(models[model], sampling).stochastic
     assert np.flatnonzero(np.isfinite(trajectory.log_probs[0])).tolist() == stochastic
-    assert 0 < len(stochastic) < sampling.steps + bool(sampling.cache)
+    assert 0 < len(stochastic) < trajectory.log_probs.shape[1] + bool(sampling.cache)
+    assert trajectory.log_probs.shape[1] == len(sampling.at(0).kept) <= sampling.calls
+    learned_from = []
     for number in range(2):
         advantage = np.array([1.0, -1.0] * 3)
-        statistics, changed = learner.learn(policy.rollout(BATCH, [*range(6)], number)[1], advantage, seed=number)
+        trajectory = policy.by(sampling.at(number)).rollout(BATCH, [*range(6)], number)[1]
+        statistics, changed = learner.learn(trajectory, advantage, seed=number)
+        learned_from.append(sorted(statistics.first_update_error))
         assert max(statistics.first_update_error.values()) < 1e-5
         assert changed > 10
         policy.load(learner.weights())
+    assert (learned_from[0] == learned_from[1]) == (list(sampling.at(0).noisy) == list(sampling.at(1).noisy))
     some, whole = (policy.rollout(BATCH[part], [*range(6)][part])[1] for part in (slice(1, 3), slice(6)))
     np.testing.assert_allclose(some.latents, whole.latents[1:3], atol=1e-4)
 
@@ -197,10 +285,17 @@ def test_what_cannot_be_sampled_so_is_refused(models: dict[str, str]) -> None:
         ("sd3", {"method": "tcd"}, "tcd is for UNets"),
         ("sd", {"method": "consistency", "steps": 51}, "50 at most"),
         ("sd", {"method": "consistency", "steps": 4, "eta": (1.0, 0.0, 0.5)}, "all of them"),
+        ("sd", {"method": "tcd", "steps": (4, 1), "eta": (1.0, 0.0, 0.5)}, "they are one number"),
     ]
     for model, given, message in wrong:
         with pytest.raises(ValueError, match=message):
             denoising_steps(models[model], SamplingSettings(**given))
+    for given, message in (
+        ({"steps": (4, 2)}, r"for noise in a part of them: give eta one, as in \[1, 0, 0.3\]"),
+        ({"eta": {"sliding": (1.0, 0.5, 1), "random": (1.0, 0.5, 1)}}, "name one way"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SamplingSettings(**given)
     with pytest.raises(ValueError, match="of 4 steps none is in this part"):
         SamplingSettings(steps=4, eta=(1.0, 0.5, 0.5))
 
@@ -210,6 +305,7 @@ def test_what_cannot_be_sampled_so_is_refused(models: dict[str, str]) -> None:
     [
         ("sampling.method=consistency", "sampling.steps=3"),
         ("sampling.method=tcd", "sampling.eta=0.3", "sampling.steps=3", "training.depth=1"),
+        ("sampling.eta={sliding: [1.0, 0.5, 1]}", "sampling.steps=[4, 1]", "training.depth=1"),
         ("sampling.eta=[1.0,0,0.5]", "sampling.cache=[2,0]", "sampling.guidance_scale=2"),
     ],
 )

@@ -407,7 +407,7 @@ def test_the_reference_is_the_first_network(model: ModelSettings, sampler: Diffu
     trajectory = draw(sampler)
     first = {name: value.detach().clone() for name, value in learner.parameters.items()}
     learner.learn(trajectory, ADVANTAGE, seed=0)
-    rollouts = learner._rollouts([replace(trajectory, weights_version=1)], ADVANTAGE, first, seed=0)
+    rollouts = learner._rollouts(learner.policy, [replace(trajectory, weights_version=1)], ADVANTAGE, first, seed=0)
     images, steps = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     latents = rollouts.latents[images, steps]
     with torch.no_grad():

@@ -195,12 +195,12 @@ def test_the_divergence_from_the_base_is_that_of_its_normal_steps(
     model = ModelSettings(path=str(tiny_v_pipeline))
     base, sampler = DiffusionPolicy(model, sampling), Sampler(model, sampling, "cpu", 1)
     prompts, seeds = BATCH * 3, list(range(24))
-    _, untouched = sampler.rollout(PolicyVersion(), prompts, seeds)
+    _, untouched = sampler.rollout(PolicyVersion(), prompts, seeds, sampling)
     np.testing.assert_array_equal(sampler.divergence(PolicyVersion(), untouched), np.zeros(16))
 
     weights = {name: 1.2 * to_numpy(each) for name, each in base.network.named_parameters()}
     assert sampler.set_weights(1, weights).changed_tensors > 10
-    _, trajectory = sampler.rollout(PolicyVersion(1), prompts, seeds)
+    _, trajectory = sampler.rollout(PolicyVersion(1), prompts, seeds, sampling)
     divergences, schedule = sampler.divergence(PolicyVersion(1), trajectory), base.schedule
     latents, conditions = torch.from_numpy(trajectory.latents), base.embed(prompts)
     taken, there = trajectory.log_probs, np.full((24, 5), np.nan)
