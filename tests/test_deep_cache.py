@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.denoisers.deep_cache import check, forward, guided_halves, multiply_adds
+from pipelines.denoisers.deep_cache import caching, check, forward, guided_halves, multiply_adds
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings
@@ -130,6 +130,26 @@ def test_without_features_it_is_the_stock_forward(unet: Any, sides: tuple[int, i
     inputs = inputs_of(unet, sides)
     output, _ = forward(unet, *inputs)
     assert torch.equal(output, stock(unet, *inputs))
+
+
+@torch.no_grad()
+def test_calls_of_a_stock_pipeline_are_cached_anew_for_every_image(unet: Any) -> None:
+    states = conditions_of(unet, 2)
+    given = {"encoder_hidden_states": states["encoder_hidden_states"], "added_cond_kwargs": states}
+    latents = torch.randn(5, 2, 4, 16, 16)
+    whole = [
+        forward(unet, each, torch.tensor([time, time]), states)
+        for each, time in zip(latents, (9, 6, 3, 9, 6), strict=True)
+    ]
+    later = forward(unet, latents[1], torch.tensor([6, 6]), states, 0, whole[0][1])[0]
+    with caching(unet, 2, 0):
+        outputs = [unet(each, time, **given).sample for each, time in zip(latents, (9, 6, 3, 9, 6), strict=True)]
+        assert torch.equal(unet(latents[3], torch.tensor(9), **given, return_dict=False)[0], whole[3][0])
+    for number in (0, 2, 3):
+        assert torch.equal(outputs[number], whole[number][0])
+    assert torch.equal(outputs[1], later)
+    assert not torch.equal(outputs[1], whole[1][0])
+    assert torch.equal(unet(latents[1], 6, **given).sample, whole[1][0])
 
 
 @pytest.mark.parametrize("model", ["digits", "sd", "xl"])

@@ -199,6 +199,19 @@ def done(tasks: Any, given: dict[str, Files]) -> dict[str, Files]:
     return results
 
 
+def test_features_may_be_cached_where_it_draws(settings: TextToImageSettings) -> None:
+    """Of every step they change no bit; of every third little. The stock forward is there again afterwards."""
+    drawn = {}
+    for cache in (None, (1, 1), (3, 0)):
+        how = settings.model_copy(update={"cache": cache, "sampling_steps": 7})
+        generator = TextToImageGenerator(how, {"a red one": 0.5, "a blue two": 0.5})
+        drawn[cache] = generator.draw(["a red one", "a blue two"] * 3, 0, 2.0).astype(float)
+        assert "forward" not in vars(generator.family.network)
+    np.testing.assert_array_equal(drawn[1, 1], drawn[None])
+    apart = np.abs(drawn[3, 0] - drawn[None]).mean()
+    assert 0 < apart < np.abs(drawn[None] - drawn[None][::-1]).mean() / 2
+
+
 def test_an_arm_passes_its_words_on(settings: TextToImageSettings, tmp_path: Path) -> None:
     """What the second generation reads is what the first one's images were captioned with, refitted captioner and
     all; and measures say what the loop is led by."""
@@ -283,6 +296,10 @@ TEXT = ["family=text_to_image", "data.source=captioned_digits", "data.reference=
         (["text_to_image.path=models/digits/captioner"], "model_index.json"),
         (["text_to_image.evaluator=models/digits/captoiner"], "text_to_image.evaluator: there is no directory"),
         (["text_to_image.lora_rank=4"], "set from_scratch=false"),
+        (
+            ["text_to_image.cache=[2,9]"],
+            "text_to_image.cache: branch 9 of cached features: this network has up-resnets",
+        ),
         (["text_to_image.caption_dropout=0", "sampling_bias=0.5"], "needs text_to_image.caption_dropout above 0"),
         (["captions.share=0.5", "text_to_image.captioner=null"], "need text_to_image.captioner, whose words"),
         (["rule=curated", "n_real=0", "n_synthetic=9", "reward={strict: {ignord: a}}"], "ignored"),

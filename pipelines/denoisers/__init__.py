@@ -186,15 +186,15 @@ def check_guidance(files: ModelFiles, guidance_scale: float) -> None:
         )
 
 
-def check_cache(files: ModelFiles, sampling: "SamplingSettings") -> None:
-    """Raise ValueError unless features of the model's network can be kept as ``sampling`` says."""
+def check_cache(files: ModelFiles, cache: tuple[int, int] | None, key: str = "sampling.cache") -> None:
+    """Raise ValueError unless features of the model's network can be kept as the setting ``key`` says."""
     from pipelines.denoisers import deep_cache
 
-    if sampling.cache:
+    if cache:
         try:
-            deep_cache.check(files.network, sampling.cache[1])
+            deep_cache.check(files.network, cache[1])
         except ValueError as error:
-            raise ValueError(f"sampling.cache: {error}") from error
+            raise ValueError(f"{key}: {error}") from error
 
 
 def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":

@@ -11,7 +11,9 @@ have to be taken with the features computed anew from those earlier latents.
 What others attach to a network's own forward is passed by: FreeU, ControlNets, a compiled network.
 """
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +132,34 @@ def guided_halves(
 
     both = {name: torch.cat([empty_conditions[name].expand_as(each), each]) for name, each in given_conditions.items()}
     return forward(unet, latents, timesteps, both, branch, features)
+
+
+@contextmanager
+def caching(unet: Any, interval: int, branch: int) -> Iterator[None]:
+    """In this block a stock pipeline's calls of ``unet`` are cached ones, but for the first of an image and every
+    ``interval``-th after it. An image begins where the time is no earlier than in the call before."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    last, done, features = -math.inf, 0, None
+
+    def cached(
+        sample: "Tensor", timestep: Any, encoder_hidden_states: "Tensor", return_dict: bool = True, **others: Any
+    ) -> Any:
+        nonlocal last, done, features
+        import torch
+
+        done, last = done + 1 if float(timestep) < last else 0, float(timestep)
+        conditions = {"encoder_hidden_states": encoder_hidden_states, **(others.get("added_cond_kwargs") or {})}
+        times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        kept = features if done % interval else None
+        output, features = forward(unet, sample, times, conditions, branch, kept)
+        return UNet2DConditionOutput(output) if return_dict else (output,)
+
+    unet.forward = cached
+    try:
+        yield
+    finally:
+        del unet.forward  # its class's own is there again
 
 
 def multiply_adds(unet: Any, latents: "Tensor", conditions: Mapping[str, "Tensor"], branch: int = 0) -> tuple[int, int]:

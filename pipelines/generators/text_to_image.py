@@ -7,8 +7,9 @@ of 1/λ. It is asked for what its training set showed: prompts are that set's ca
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field
@@ -41,6 +42,9 @@ class TextToImageSettings(Settings):
     learning_rate: float = Field(3e-3, gt=0, description="peak of the one-cycle schedule")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions hidden in training, for guidance")
     sampling_steps: int = Field(20, ge=1, le=1000, description="steps of the sampler, DPM-Solver++(2M)")
+    cache: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="[interval, branch] of DeepCache: only every so many of these steps compute the UNet whole"
+    )
     captioner: str | None = Field(
         "models/digits/captioner", description="of BLIP or BLIP-2: for captions, and rewards that read them; null: none"
     )
@@ -202,6 +206,8 @@ class TextToImageGenerator(Generator):
         import torch
         from diffusers import DPMSolverMultistepScheduler
 
+        from pipelines.denoisers.deep_cache import caching
+
         pipeline, random = self.family.pipeline, torch.Generator().manual_seed(seed)
         kept = pipeline.scheduler
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
@@ -209,8 +215,9 @@ class TextToImageGenerator(Generator):
         how["guidance_scale"] = guidance_scale
         size = _together(self.family.files.image_size)
         parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        cached = caching(pipeline.unet, *self.settings.cache) if self.settings.cache else nullcontext()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), cached:
                 drawn = [pipeline(part, generator=random, **how).images.cpu() for part in parts]
         finally:
             pipeline.scheduler = kept
@@ -253,11 +260,12 @@ class TextToImageGenerator(Generator):
             raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {MOST_GUIDANCE}")
         if settings.lora_rank and settings.from_scratch:
             raise ValueError("text_to_image: LoRA adds to weights that are there: set from_scratch=false")
-        from pipelines.denoisers import inspect
+        from pipelines.denoisers import check_cache, inspect
 
         files = inspect(Path(resolve_model(settings.path)))
         if files.kind.place != "stable_diffusion:StableDiffusion":
             raise ValueError(f"text_to_image.path: {settings.path!r} is no StableDiffusionPipeline")
+        check_cache(files, settings.cache, "text_to_image.cache")
 
 
 def _together(sides: Sequence[int]) -> int:

@@ -39,7 +39,7 @@ class DiffusionPolicy:
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.family = load_family(model.path, self.dtype, "meta" if device == "meta" else None)
         check_guidance(self.family.files, sampling.guidance_scale)
-        check_cache(self.family.files, sampling)
+        check_cache(self.family.files, sampling.cache)
         self.shares_halves = can_be_run(self.family.files.network)
         self.network.to(self.device)  # the other parts come when they are needed
         self.sampling = sampling.at(0)

@@ -43,7 +43,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             files = inspect(directory)
             size = files.image_size
             check_guidance(files, config.sampling.guidance_scale)
-            check_cache(files, config.sampling)
+            check_cache(files, config.sampling.cache)
             notes = unseen_words([*prompts, *unseen], files)
             if config.model.lora_rank:
                 check_lora(files, config.model.lora_targets)
