@@ -49,6 +49,21 @@ ARMS: dict[str, list[str]] = {
         *("training.timestep_fraction=1.0", "sampling.steps=3", "sampling.eta=[1.0,0,0.34]"),
         *FAST,
     ],
+    **{
+        f"noise in the first {noisy} of 10, the others in {few}, three times the rate": [
+            *("training.timestep_fraction=1.0", f"sampling.steps=[10,{few}]", f"sampling.eta=[1.0,0,0.{noisy}]"),
+            *FAST,
+        ]
+        for noisy, few in ((1, 1), (2, 1), (3, 2), (3, 3))
+    },
+    "noise in three that slide, three times the rate": [
+        *("training.timestep_fraction=1.0", "sampling.eta={sliding: [1.0, 0.3, 2]}"),
+        *FAST,
+    ],
+    "noise in three anywhere, three times the rate": [
+        *("training.timestep_fraction=1.0", "sampling.eta={random: [1.0, 0.3, 1]}"),
+        *FAST,
+    ],
     "5 steps, noise in two, three times the rate": [
         *("training.timestep_fraction=1.0", "sampling.steps=5", "sampling.eta=[1.0,0,0.4]"),
         *FAST,
@@ -95,7 +110,7 @@ def main() -> None:
         found = [curves[f"{name} seed {seed}"] for seed in range(arguments.seeds)]
         seconds, steps = [seconds_to_rise(curve) for curve in found], [curve[-1]["steps"] for curve in found]
         shown = ", ".join(f"{each:.1f}" for each in seconds)
-        print(f"{name:<44}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
+        print(f"{name:<70}{median(seconds):8.1f} [{shown}]  {base / median(seconds):5.2f}×  by step {max(steps):.0f}")
 
 
 if __name__ == "__main__":
