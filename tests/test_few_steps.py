@@ -317,7 +317,11 @@ def test_neither_the_number_of_samplers_nor_a_resume_changes_a_bit(
 
     (tmp_path / "prompts.txt").write_text("\n".join(dict.fromkeys(BATCH)))
     given = [
-        *(f"prompts={tmp_path / 'prompts.txt'}", f"model.path={models['sd3' if 'cps' in how[0] else 'sd']}", "captioner.path=null"),
+        *(
+            f"prompts={tmp_path / 'prompts.txt'}",
+            f"model.path={models['sd3' if 'cps' in how[0] else 'sd']}",
+            "captioner.path=null",
+        ),
         *("reward.function=tests.rewards:redness", "evaluation.evaluator=null", "evaluation.images=4"),
         *("evaluation.interim_images=4", "evaluation.every=0", "sampling.steps=4", "training.steps=3"),
         *("training.images_per_step=12", "training.images_per_prompt=6", "training.learning_rate=1e-3"),
