@@ -203,7 +203,7 @@ def test_features_may_be_cached_where_it_draws(settings: TextToImageSettings) ->
     """Of every step they change no bit; of every third little. The stock forward is there again afterwards."""
     drawn = {}
     for cache in (None, (1, 1), (3, 0)):
-        how = settings.model_copy(update={"cache": cache, "sampling_steps": 7})
+        how = settings.model_copy(update={"sampling_steps": (7, *cache) if cache else 7})
         generator = TextToImageGenerator(how, {"a red one": 0.5, "a blue two": 0.5})
         drawn[cache] = generator.draw(["a red one", "a blue two"] * 3, 0, 2.0).astype(float)
         assert "forward" not in vars(generator.family.network)
@@ -297,8 +297,8 @@ TEXT = ["family=text_to_image", "data.source=captioned_digits", "data.reference=
         (["text_to_image.evaluator=models/digits/captoiner"], "text_to_image.evaluator: there is no directory"),
         (["text_to_image.lora_rank=4"], "set from_scratch=false"),
         (
-            ["text_to_image.cache=[2,9]"],
-            "text_to_image.cache: branch 9 of cached features: this network has up-resnets",
+            ["text_to_image.sampling_steps=[20,2,9]"],
+            "text_to_image.sampling_steps: branch 9 of cached features",
         ),
         (["text_to_image.caption_dropout=0", "sampling_bias=0.5"], "needs text_to_image.caption_dropout above 0"),
         (["captions.share=0.5", "text_to_image.captioner=null"], "need text_to_image.captioner, whose words"),

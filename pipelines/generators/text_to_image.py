@@ -21,7 +21,7 @@ from policies.common.seeding import derive_seed
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 from policies.rl.health import check_drawn
-from policies.rl.settings import Settings
+from policies.rl.settings import Settings, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,10 @@ class TextToImageSettings(Settings):
     batch_size: int = Field(64, ge=1, description="images of an update")
     learning_rate: float = Field(3e-3, gt=0, description="peak of the one-cycle schedule")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions hidden in training, for guidance")
-    sampling_steps: int = Field(20, ge=1, le=1000, description="steps of the sampler, DPM-Solver++(2M)")
-    cache: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="[interval, branch] of DeepCache: only every so many of these steps compute the UNet whole"
+    sampling_steps: Steps | tuple[Steps, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] = Field(
+        20,
+        description="steps of the sampler, DPM-Solver++(2M); [20, 2, 0]: with DeepCache, of which only every second "
+        "computes the UNet whole, the others from its up-resnet 0 from the end",
     )
     captioner: str | None = Field(
         "models/digits/captioner", description="of BLIP or BLIP-2: for captions, and rewards that read them; null: none"
@@ -51,6 +52,16 @@ class TextToImageSettings(Settings):
     evaluator: str | None = Field(
         "models/digits/evaluator", description="the judge of prompt_accuracy, which nothing is trained on; null: none"
     )
+
+    @property
+    def steps(self) -> int:
+        """Of the sampler."""
+        return self.sampling_steps[0] if isinstance(self.sampling_steps, tuple) else self.sampling_steps
+
+    @property
+    def cache(self) -> tuple[int, int] | None:
+        """DeepCache's interval and branch."""
+        return self.sampling_steps[1:] if isinstance(self.sampling_steps, tuple) else None
 
 
 class TextToImageGenerator(Generator):
@@ -211,7 +222,7 @@ class TextToImageGenerator(Generator):
         pipeline, random = self.family.pipeline, torch.Generator().manual_seed(seed)
         kept = pipeline.scheduler
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
-        how: dict[str, Any] = {"num_inference_steps": self.settings.sampling_steps, "output_type": "pt"}
+        how: dict[str, Any] = {"num_inference_steps": self.settings.steps, "output_type": "pt"}
         how["guidance_scale"] = guidance_scale
         size = _together(self.family.files.image_size)
         parts = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
@@ -265,7 +276,7 @@ class TextToImageGenerator(Generator):
         files = inspect(Path(resolve_model(settings.path)))
         if files.kind.place != "stable_diffusion:StableDiffusion":
             raise ValueError(f"text_to_image.path: {settings.path!r} is no StableDiffusionPipeline")
-        check_cache(files, settings.cache, "text_to_image.cache")
+        check_cache(files, settings.cache, "text_to_image.sampling_steps")
 
 
 def _together(sides: Sequence[int]) -> int:

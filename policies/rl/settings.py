@@ -32,7 +32,7 @@ Name = Annotated[
 OF_THE_PROGRAM: dict[str, Any] = {"set by": "the program"}  # as ``json_schema_extra`` of a key that no person sets
 
 # What pydantic calls the ways in which a value of several types can be given.
-_BRANCH = re.compile(r"constrained-\w+|(function-\w+|tuple|list|dict)\[.*\]|float|int|str|bool")
+_BRANCH = re.compile(r"constrained-\w+|(function-\w+|tuple|list|dict|literal)\[.*\]|float|int|str|bool")
 
 
 _NOW = {
@@ -43,8 +43,12 @@ _NOW = {
 
 def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool = True) -> str:
     """The first problem as one line, with the nearest known key if one was not known."""
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"] if not _BRANCH.fullmatch(str(part)))
+    errors = error.errors()
+    where = _plain(errors[0]["loc"])
+    # Of a value that may be of several types each type has its errors: the one that it came nearest to is meant.
+    same = [each for each in errors if _plain(each["loc"])[: len(where)] == where]
+    first = max(same, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    location = ".".join(_plain(first["loc"]))
     if first["type"] == "extra_forbidden":
         known = list(known_keys(schema))
         near = nearest(location, known)
@@ -65,6 +69,11 @@ def explain(schema: type[BaseModel], error: ValidationError, shows_input: bool =
         else ""
     )
     return f"{location}: {message}{shown}" if location else message
+
+
+def _plain(location: Sequence[int | str]) -> list[str]:
+    """Where a value stands, without the types that it was tried as."""
+    return [str(part) for part in location if not _BRANCH.fullmatch(str(part)) and part != "[key]"]
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
