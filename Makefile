@@ -8,7 +8,7 @@ QUIETLY := --quiet --disable-pip-version-check
 .PHONY: demo test check suite lock clean
 
 demo: $(READY)  ## the main job: reinforcement learning on the default models
-	$(BIN)/ouroboros ddpo --config configs/ddpo/digits.yaml --config configs/recipes/noise-at-first.yaml training.steps=25
+	$(BIN)/ouroboros ddpo --config configs/ddpo/digits.yaml --config configs/recipes/five-calls.yaml training.steps=25
 
 test: $(READY)  ## every check that CI runs
 	@began=$$(date +%s) && $(MAKE) --no-print-directory --jobs=2 check suite && echo "tests: $$(($$(date +%s) - began)) s"

@@ -18,7 +18,7 @@ from pipelines.storage.locations import CHECKOUT
 
 # As ``make demo`` has it.
 DEMO = ["--config", str(CHECKOUT / "configs/ddpo/digits.yaml")]
-DEMO += ["--config", str(CHECKOUT / "configs/recipes/noise-at-first.yaml"), "training.steps=25"]
+DEMO += ["--config", str(CHECKOUT / "configs/recipes/five-calls.yaml"), "training.steps=25"]
 MINUTES, MEDIAN_GAIN, LEAST_GAIN, AGREEMENT_LOSS, BASE_RANGE = 8, 0.15, 0.10, 0.02, (0.45, 0.70)
 
 

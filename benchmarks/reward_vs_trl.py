@@ -38,6 +38,8 @@ NFT = RECIPES / "diffusion-nft.yaml"
 OURS: dict[str, tuple[Sequence[Path], int]] = {  # configs, steps between evaluations
     "DDPO_IS": ([CONFIG], 4),
     "DDPO_IS, noise at first": ([CONFIG, RECIPES / "noise-at-first.yaml"], 1),
+    "DDPO_IS, five calls": ([CONFIG, RECIPES / "five-calls.yaml"], 1),
+    "DDPO_IS, three calls": ([CONFIG, RECIPES / "three-calls.yaml"], 1),
     "DiffusionNFT": ([CONFIG, NFT], 1),
     "DiffusionNFT, five steps": ([CONFIG, RECIPES / "diffusion-nft-5-steps.yaml"], 1),
 }
@@ -129,6 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/reward-vs-trl"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--known", choices=TRIES, help="TRL's best, where it is known: no others are tried")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
@@ -140,7 +143,8 @@ def main() -> int:
             lines = evaluations(configs, [f"seed={seed}"], every, TRL_STEPS)
             seconds.setdefault(name, []).append(at_least(record.curve(f"{name} seed {seed}", lines)))
         if seed == 0:
-            tried = {name: record.curve(f"TRL {name} seed 0", trls(own, 0, out)) for name, own in TRIES.items()}
+            tries = {name: own for name, own in TRIES.items() if arguments.known in (None, name)}
+            tried = {name: record.curve(f"TRL {name} seed 0", trls(own, 0, out)) for name, own in tries.items()}
             best = min(tried, key=lambda name: order(tried[name]))
         curve = record.curve(f"TRL {best} seed {seed}", trls(TRIES[best], seed, out))
         seconds.setdefault("TRL", []).append(at_least(curve))
