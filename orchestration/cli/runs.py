@@ -67,9 +67,27 @@ def show(run: RunName, root: Root = Path("runs"), as_json: Json = False) -> None
 
 
 @runs_app.command()
-def compare(names: RunNames, root: Root = Path("runs"), as_json: Json = False) -> None:
-    """Runs side by side: what differs in their configuration, and what came out."""
+def compare(
+    names: RunNames,
+    weights: Annotated[bool, typer.Option("--weights", help="what moved from the first's to the second's")] = False,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="with --weights: neurons.safetensors of a concept; may be repeated")
+    ] = None,
+    root: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Runs side by side: what differs in their configuration, and what came out; or the weights of two, of which each
+    may be the directory of a pipeline."""
     if len(names) < 2:
         raise ConfigError("one run cannot be compared: name two or more, or see it with 'ouroboros runs show'")
+    if mask and not weights:
+        raise ConfigError("--mask says of which concepts the weights that moved are: give --weights, too")
+    if weights:
+        from orchestration.runs.moved import find_pipeline, moved, render_moved
+
+        if len(names) > 2:
+            raise ConfigError(f"--weights compares two: the base and what was trained from it, not {len(names)}")
+        base, trained = (find_pipeline(name, root) for name in names)
+        return Terminal().show(moved(base, trained, mask or ()), render_moved, as_json)
     found = browse.compared([find_run(name, root) for name in names])
     Terminal().show(found, browse.render_compare, as_json)
