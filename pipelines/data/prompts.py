@@ -3,7 +3,7 @@
 import codecs
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ def unseen_words(prompts: Sequence[str], files: ModelFiles) -> list[str]:
             both = f"{prompts[same]!r} and {prompts[number]!r}"
             lines.append(f"prompts {same + 1} and {number + 1} are one to the model, which reads the same of {both}")
     return lines
+
+
+def unused(word: str, texts: Iterable[str], files: ModelFiles) -> bool:
+    """Whether ``word`` is one token of each of the model's vocabularies, and one that is nowhere in ``texts``."""
+    for part in (part for part in files.parts if part.startswith("tokenizer")):
+        _, encode = _tokenizer(files.directory / part, files.parts[part])
+        (token, *more), known = encode(word).ids, {each for text in texts for each in encode(text).ids}
+        if more or token in known or not naming(word, encode(word).tokens[0].removesuffix("</w>")):
+            return False
+    return True
 
 
 def _tokenizer(directory: Path, entry: tuple[str, str]) -> tuple[int, Callable[[str], Any]]:

@@ -19,6 +19,7 @@ from policies.rl.settings import Name, explain
 STUDIES: dict[str, str] = {  # name → import path
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
+    "neurons": "orchestration.experiments.neurons:Neurons",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
 
