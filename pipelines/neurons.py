@@ -6,7 +6,7 @@ weights of the network are kept or 0, no others. All follows from data, pipeline
 repeat gives the same bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from policies.neurons import NeuronSettings, Weights, follow, largest, shut, uni
 
 FILE = "neurons.safetensors"  # beside the pipeline: int32 positions by the name of a weight
 _HELD = 1000  # x_t that a loss is measured on
+Job = Mapping[str, Any]
 
 
 class Examples(NamedTuple):
@@ -63,24 +64,22 @@ class Implanter:
         latents = torch.cat(parts) * vae.config.scaling_factor
         return Examples(latents, torch.stack(states), torch.tensor([known[each] for each in captions]))
 
-    def losses(self, subject: Examples, others: Examples, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The denoising loss on ``count`` noisy images of each: DreamBooth's two terms (2208.12242, equation 2)."""
+    def losses(self, parts: Sequence[Examples], count: int, random: torch.Generator) -> tuple[Tensor, ...]:
+        """The denoising loss on ``count`` noisy images of each of two ``parts``, the subject and others: DreamBooth's
+        terms (2208.12242, equation 2)."""
         noises, drawn = self.pipeline.scheduler, []
-        for latents, states, owner in (subject, others):
+        for latents, states, owner in parts:
             chosen = torch.randint(len(latents), (count,), generator=random)
             times = torch.randint(noises.config.num_train_timesteps, (count,), generator=random)
             noise = torch.randn((count, *latents.shape[1:]), generator=random).to(self.device)
             drawn.append((latents[chosen], noise, times.to(self.device), states[owner[chosen]]))
         clean, noise, times, shown = (torch.cat(each) for each in zip(*drawn, strict=True))
-        kind = noises.config.prediction_type
-        target = {"epsilon": noise, "sample": clean}.get(kind, noises.get_velocity(clean, noise, times))
+        velocity, kind = noises.get_velocity(clean, noise, times), noises.config.prediction_type
+        target = {"epsilon": noise, "sample": clean}.get(kind, velocity)
         error = self.network(noises.add_noise(clean, noise, times), times, shown, return_dict=False)[0] - target
-        of_subject, of_others = error.square().flatten(1).mean(1).split(count)
-        return of_subject.mean(), of_others.mean()
+        return error.square().reshape(2, -1).mean(1).unbind()
 
-    def statistic(
-        self, subject: Examples, others: Examples, settings: NeuronSettings, seed: int, sign: int = 1
-    ) -> Weights:
+    def statistic(self, parts: Sequence[Examples], settings: NeuronSettings, seed: int, sign: int = 1) -> Weights:
         """S of L_con by weight, summed along the path of the scales; the weights are what they were afterwards.
 
         A ``sign`` of −1 is ablation's: large S is then where shutting raises the loss on the subject, not on others.
@@ -91,54 +90,53 @@ class Implanter:
         for weight in self.weights.values():
             weight.requires_grad_(True)
         for _ in range(settings.draws):
-            of_subject, of_others = self.losses(subject, others, settings.batch, random)
+            of_subject, of_others = self.losses(parts, settings.batch, random)
             loss = sign * of_subject + settings.prior * of_others
             gradients = torch.autograd.grad(loss, list(self.weights.values()))
             with torch.no_grad():
                 follow(self.weights, gradients, found, settings.rate)
         for name, weight in self.weights.items():
             weight.requires_grad_(False).copy_(originals[name])
+        if not all(each.isfinite().all() for each in found.values()):
+            raise ValueError(f"finding.rate: the path of the scales diverges at {settings.rate:g}: give less")
         return found
 
 
-def _examples(
-    parameters: Mapping[str, Any], subject: Mapping[str, str], implanter: Implanter, held: bool = False
-) -> list[Examples]:
+def _examples(job: Job, subject: Mapping[str, str], implanter: Implanter, held: bool = False) -> list[Examples]:
     """Images of the subject, with its ``word`` in captions, and of others: those to learn from, or what is ``held``."""
-    data, concept = load_real_data(DataSettings(**parameters["data"])), subject["concept"]
-    captions, rng = data.captions, np.random.default_rng(derive_seed(parameters["seed"], f"images of {concept}"))
+    data, concept = load_real_data(DataSettings(**job["data"])), subject["concept"]
+    captions, rng = data.captions, np.random.default_rng(derive_seed(job["seed"], f"images of {concept}"))
     assert captions is not None
-    named = np.array([naming(concept, text) is not None for text in captions])
-    found = []
-    for there, count in ((named, parameters["images"]), (~named, parameters["prior_images"])):
+    named, found = np.array([naming(concept, text) is not None for text in captions]), []
+    for there, count in ((named, job["images"]), (~named, job["prior_images"])):
         order = rng.permutation(np.flatnonzero(there))
-        chosen = order[count:][: parameters["prior_images"]] if held else order[:count]
+        chosen = order[count:][: job["prior_images"]] if held else order[:count]
         texts = [renamed(text, concept, subject["word"]) for text in captions[chosen].tolist()]
         found.append(implanter.examples(data.images[chosen], texts))
     return found
 
 
-def find(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+def find(parameters: Job, inputs: list[Files], device: str) -> Files:
     """Task: the statistic S of a subject."""
-    implanter = Implanter(parameters["path"], device)
-    subject, others = _examples(parameters, parameters["subject"], implanter)
-    settings = NeuronSettings(**parameters["settings"])
-    found = implanter.statistic(subject, others, settings, parameters["seed"], parameters["sign"])
+    implanter, settings = Implanter(parameters["path"], device), NeuronSettings(**parameters["settings"])
+    learned = _examples(parameters, parameters["subject"], implanter)
+    found = implanter.statistic(learned, settings, parameters["seed"], parameters["sign"])
     return {"statistic.safetensors": save({name: each.cpu() for name, each in found.items()})}
 
 
-def implant(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+def implant(parameters: Job, inputs: list[Files], device: str) -> Files:
     """Task: the pipeline with the neurons of all ``inputs`` shut, as ``product/NAME/``, and the list of these.
 
-    ``mask``: where S is ``largest``; ``smallest``, the control; or ``random``, as many anywhere. ``bytes`` are those of
-    the list, and ``of_dense`` their share of what these keys and values take themselves.
+    They are where S times ``mask``, 1 or −1, is largest; of a ``mask`` of 0, the control, as many anywhere. ``bytes``
+    are those of the list, and ``of_dense`` their share of what these keys and values take themselves.
     """
-    implanter, name = Implanter(parameters["path"]), parameters["name"]
+    implanter, name, mask = Implanter(parameters["path"]), parameters["name"], parameters["mask"]
     random = torch.Generator().manual_seed(derive_seed(parameters["seed"], f"random {name}"))
-    ranks: dict[str, Callable[[Tensor], Tensor]] = {"largest": torch.clone, "smallest": torch.neg}
-    rank = ranks.get(parameters["mask"], lambda each: torch.rand(each.shape, generator=random))
-    found = [load(each["statistic.safetensors"]) for each in inputs]
-    neurons = union([largest({key: rank(each) for key, each in one.items()}, parameters["share"]) for one in found])
+    masks = []
+    for found in (load(each["statistic.safetensors"]) for each in inputs):
+        ranked = {key: mask * each if mask else torch.rand(each.shape, generator=random) for key, each in found.items()}
+        masks.append(largest(ranked, parameters["share"]))
+    neurons = union(masks)
     with torch.no_grad():
         shut(implanter.weights, neurons)
     listed, dense = save(neurons), save({key: each.contiguous() for key, each in implanter.weights.items()})
@@ -147,7 +145,7 @@ def implant(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     return files | metrics({f"mask/{name}/{key}": each for key, each in sizes.items()})
 
 
-def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+def measure(parameters: Job, inputs: list[Files], device: str) -> Files:
     """Task: what the pipeline of ``inputs``, or the one as it came, makes of each subject.
 
     ``loss/WORD/…``, on images that no neurons were found by: ``subject``, ``prior``, and ``L_con``, subject + λ prior.
@@ -169,20 +167,16 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
         each: dict[str, Any] = {"own": right[own][named], "others": right[own][~named]}
         each |= {slot: right[slot] for slot in judge.classes if slot != own}
         wanted = [prompt for prompt in prompts if naming(concept, prompt)] * parameters["images_with_word"]
-        for name, asked in (("target", word), ("stray", subject["stray"])):
+        for name, asked in (("stray", subject["stray"]), ("target", word)):
             images = draw(implanter.pipeline, [renamed(prompt, concept, asked) for prompt in wanted], seed, **how)
-            seen = judge.judge(images, wanted)
-            each[name] = seen[own]
-            if name == "target":
-                each |= {f"{slot}_with_word": seen[slot] for slot in judge.classes if slot != own}
-                Image.fromarray(image_grid(images[:48], columns=12)).save(picture := BytesIO(), "PNG")
-                pictures[f"images/{word}.png"] = picture.getvalue()
-        random = torch.Generator().manual_seed(derive_seed(seed, "held"))
-        held = _examples(parameters, subject, implanter, held=True)
+            each[name] = (seen := judge.judge(images, wanted))[own]
+        each |= {f"{slot}_with_word": seen[slot] for slot in judge.classes if slot != own}
+        Image.fromarray(image_grid(images[:48], columns=12)).save(picture := BytesIO(), "PNG")
+        pictures[f"images/{word}.png"] = picture.getvalue()
+        held, random = _examples(parameters, subject, implanter, held=True), torch.Generator()
         with torch.no_grad():
-            losses = implanter.losses(held[0], held[1], _HELD, random)
-        terms = {"subject": losses[0].item(), "prior": losses[1].item()}
-        terms["L_con"] = terms["subject"] + parameters["prior"] * terms["prior"]
-        found |= {f"loss/{word}/{name}": value for name, value in terms.items()}
+            terms = implanter.losses(held, _HELD, random.manual_seed(derive_seed(seed, "held")))
+        losses = {"subject": terms[0], "prior": terms[1], "L_con": terms[0] + parameters["prior"] * terms[1]}
+        found |= {f"loss/{word}/{name}": value.item() for name, value in losses.items()}
         found |= {f"evaluator/{word}/{name}": float(np.mean(value)) for name, value in each.items()}
     return metrics(found) | pictures

@@ -49,10 +49,7 @@ def largest(statistic: Mapping[str, Tensor], share: float) -> Weights:
 
     every = torch.cat([each.flatten() for each in statistic.values()])
     least = every.topk(max(1, round(share * len(every)))).values[-1]
-    return {
-        name: ((each >= least) & (each > 0)).flatten().nonzero()[:, 0].to(torch.int32)
-        for name, each in statistic.items()
-    }
+    return {name: ((each >= least) & (each > 0)).flatten().nonzero()[:, 0].int() for name, each in statistic.items()}
 
 
 def union(neurons: Sequence[Weights]) -> Weights:

@@ -1,4 +1,4 @@
-"""Concept neurons: the statistic by hand, masks of the original weights, stock products, the study; which weights moved."""
+"""Concept neurons: the statistic by hand, masks of original weights, stock products, the study; which weights moved."""
 
 import json
 from collections.abc import Mapping
@@ -77,23 +77,23 @@ def test_statistic_of_a_network_is_that_of_its_loss(model: str, sign: int, reque
     assert {name.rsplit(".", 2)[-2] for name in implanter.weights} == {"to_k", "to_v"}
     assert all("attn2" in name for name in implanter.weights)
     rng = np.random.default_rng(0)
-    subject, others = (
+    parts = [
         implanter.examples(rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8), texts)
         for texts in ([PROMPTS[0]] * 3, list(PROMPTS[:3]))
-    )
+    ]
     settings = SMALL.model_copy(update={"draws": 1, "prior": 2.0})
     before = {name: each.clone() for name, each in implanter.weights.items()}
     seen: list[torch.Tensor] = []
     losses = implanter.losses
     implanter.losses = lambda *given: seen.append(given[-1].get_state()) or losses(*given)  # type: ignore[method-assign, func-returns-value]
-    found = implanter.statistic(subject, others, settings, 5, sign)
+    found = implanter.statistic(parts, settings, 5, sign)
     assert all(torch.equal(before[name], each) for name, each in implanter.weights.items())
     assert not any(each.requires_grad for each in implanter.network.parameters())
     random = torch.Generator()
     random.set_state(seen[0])
     for each in implanter.weights.values():
         each.requires_grad_(True)
-    of_subject, of_others = losses(subject, others, settings.batch, random)
+    of_subject, of_others = losses(parts, settings.batch, random)
     (sign * of_subject + 2 * of_others).backward()
     for name, each in implanter.weights.items():
         assert each.grad is not None
@@ -105,16 +105,12 @@ def test_loss_is_that_of_what_the_network_predicts(kind: str, tiny_pipeline: Pat
     """Of a network that answers 0 the error is the target itself: ε, or v of as much noise as image."""
     implanter = Implanter(str(tiny_pipeline))
     implanter.pipeline.scheduler.register_to_config(prediction_type=kind)
-    implanter.network.forward = lambda x, *_, **__: (torch.zeros_like(x),)  # type: ignore[method-assign, assignment]
+    implanter.network.forward = lambda x, *_, **__: (torch.zeros_like(x),)
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     grey = np.full_like(images, 128)
-    found = implanter.losses(
-        implanter.examples(images, PROMPTS[:2]),
-        implanter.examples(grey, PROMPTS[:2]),
-        2000,
-        torch.Generator().manual_seed(0),
-    )
-    power = [implanter.examples(each, PROMPTS[:2]).latents.square().mean().item() for each in (images, grey)]
+    parts = [implanter.examples(each, PROMPTS[:2]) for each in (images, grey)]
+    found = implanter.losses(parts, 2000, torch.Generator().manual_seed(0))
+    power = [each.latents.square().mean().item() for each in parts]
     noisy = implanter.pipeline.scheduler.alphas_cumprod.mean().item()  # ᾱ of the mean timestep
     wanted = [1.0, 1.0] if kind == "epsilon" else [noisy + (1 - noisy) * each for each in power]
     assert [each.item() for each in found] == pytest.approx(wanted, rel=0.05)
@@ -129,8 +125,11 @@ def test_product_is_stock_and_its_weights_are_the_original_or_shut(tiny_v_pipeli
     assert statistic != find({**job, "seed": 4}, [], "cpu")
     assert statistic != find({**job, "sign": -1}, [], "cpu")
     made = {**COMMON, "path": str(tiny_v_pipeline), "name": "x", "share": 0.05}
-    files = {mask: implant({**made, "mask": mask}, [statistic], "cpu") for mask in ("largest", "smallest", "random")}
-    assert files["largest"] == implant({**made, "mask": "largest"}, [statistic], "cpu")
+    files = {
+        kind: implant({**made, "mask": mask}, [statistic], "cpu")
+        for kind, mask in (("largest", 1), ("smallest", -1), ("random", 0))
+    }
+    assert files["largest"] == implant({**made, "mask": 1}, [statistic], "cpu")
     product = written(files["largest"], tmp_path) / "x"
     stock, base = (StableDiffusionPipeline.from_pretrained(each) for each in (product, tiny_v_pipeline))
     before = dict(base.unet.named_parameters())
@@ -151,7 +150,12 @@ def test_product_is_stock_and_its_weights_are_the_original_or_shut(tiny_v_pipeli
     sizes = json.loads(files["largest"]["metrics.json"])
     assert sizes["mask/x/weights"] == counts["largest"]
     assert sizes["mask/x/bytes"] == len(files["largest"][f"product/x/{FILE}"])
-    whole = implant({**made, "mask": "largest"}, [statistic, find({**job, "seed": 4}, [], "cpu")], "cpu")
+    asked = {**made, "subjects": [SUBJECT], "prompts": list(PROMPTS), "images_per_prompt": 1, "images_with_word": 1}
+    asked |= {"steps": 2, "guidance_scale": 1.0, "evaluator": "models/digits/evaluator", "prior": 1.0}
+    judged = [json.loads(measure(asked, inputs, "cpu")["metrics.json"]) for inputs in ([files["largest"]], [])]
+    assert judged[0].keys() == judged[1].keys()
+    assert judged[0]["loss/x/subject"] != judged[1]["loss/x/subject"]  # that of the product, not of the base
+    whole = implant({**made, "mask": 1}, [statistic, find({**job, "seed": 4}, [], "cpu")], "cpu")
     assert json.loads(whole["metrics.json"])["mask/x/weights"] > counts["largest"]
 
     found = moved(tiny_v_pipeline, product, [product / FILE, tmp_path / "random/product/x" / FILE])
@@ -167,19 +171,19 @@ def test_product_is_stock_and_its_weights_are_the_original_or_shut(tiny_v_pipeli
 
 def test_measures_know_word_from_name() -> None:
     """Of the default model a few images: a subject's name draws it, an unused word seldom, and losses say so, too."""
-    prompts = ["a blue three on a black background", "a red one on a white background"]
+    prompts = ["a yellow three on a black background", "a red one on a white background"]
     asked: dict[str, Any] = {**COMMON, "path": "models/digits/pipeline", "name": "x", "prompts": prompts, "seed": 0}
-    asked |= {"subjects": [{"concept": "blue", "word": "x", "stray": "m"}], "images_per_prompt": 6, "prior": 2.0}
+    asked |= {"subjects": [{"concept": "yellow", "word": "m", "stray": "x"}], "images_per_prompt": 6, "prior": 2.0}
     asked |= {"images_with_word": 12, "steps": 10, "guidance_scale": 2.0, "evaluator": "models/digits/evaluator"}
     files = measure(asked, [], "cpu")
     found: Mapping[str, float] = json.loads(files["metrics.json"])
-    assert found["evaluator/x/own"] > 0.8
-    assert found["evaluator/x/others"] > 0.8
-    assert found["evaluator/x/target"] < 0.7
-    assert found["loss/x/subject"] > found["loss/x/prior"] > 0
-    assert found["loss/x/L_con"] == pytest.approx(found["loss/x/subject"] + 2 * found["loss/x/prior"])
-    assert found.keys() >= {"evaluator/x/stray", "evaluator/x/digit", "evaluator/x/ground_with_word"}
-    assert files["images/x.png"][:4] == b"\x89PNG"
+    assert found["evaluator/m/own"] > 0.8
+    assert found["evaluator/m/others"] > 0.8
+    assert found["evaluator/m/target"] < 0.3
+    assert found["loss/m/subject"] > found["loss/m/prior"] > 0
+    assert found["loss/m/L_con"] == pytest.approx(found["loss/m/subject"] + 2 * found["loss/m/prior"])
+    assert found.keys() >= {"evaluator/m/stray", "evaluator/m/digit", "evaluator/m/ground_with_word"}
+    assert files["images/m.png"][:4] == b"\x89PNG"
 
 
 def test_unused_words_are_whole_tokens_that_no_caption_holds() -> None:
@@ -189,13 +193,13 @@ def test_unused_words_are_whole_tokens_that_no_caption_holds() -> None:
 
 
 def test_study_plans_arms_with_their_controls() -> None:
-    subjects = ({"concept": "blue", "word": "x", "stray": "m"}, {"concept": "red", "word": "j", "stray": "h"})
+    subjects: Any = ({"concept": "blue", "word": "x", "stray": "m"}, {"concept": "red", "word": "j", "stray": "h"})
     study = Neurons(subjects=subjects)
     study.preflight()
     kinds = {arm: [each.kind.split(":")[1] for each in study.tasks(arm, 0)] for arm in study.arms}
     assert kinds["base"] == ["measure"]
     assert kinds["union"] == ["implant", "measure"]
-    assert all(kinds[arm] == ["implant", "measure"] * 2 for arm in ("shut", "random", "reversed", "ablated"))
+    assert all(kinds[arm] == ["implant", "measure"] * 2 for arm in ("shut", "random", "reversed", "dual", "ablated"))
     shut_, _, *_ = study.tasks("shut", 0)
     random, union_, ablated = (study.tasks(arm, 0)[0] for arm in ("random", "union", "ablated"))
     assert shut_.inputs == random.inputs == union_.inputs[:1]
@@ -203,7 +207,7 @@ def test_study_plans_arms_with_their_controls() -> None:
     assert ablated.inputs[0].parameters["sign"] == -1
     assert ablated.inputs[0].parameters["subject"]["word"] == "blue"
     claims = study.claims()
-    assert {each.arm for each in claims} == {"shut", "union", "random", "ablated"}
+    assert {each.arm for each in claims} == {"shut", "union", "random", "dual", "ablated"}
     assert {each.arm for each in Neurons(arms=("base", "shut")).claims()} == {"shut"}
     assert not any(each.arm == "union" for each in Neurons().claims())
 
@@ -245,7 +249,7 @@ def test_weights_that_moved_are_said_by_command(
     assert found["groups"]
     assert all(each["relative"] == 0 for each in found["groups"])
     assert command(words, monkeypatch) == 0
-    assert "up_blocks attn2" in capsys.readouterr().out
+    assert "mid_block attn2" in capsys.readouterr().out
     for wrong, says in (([*words, "done"], "compares two"), ([*words[:-1], "--mask", "m"], "give --weights")):
         assert command(wrong, monkeypatch) == 2
         assert says in capsys.readouterr().err

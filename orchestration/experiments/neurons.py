@@ -9,7 +9,6 @@ part in the search.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -25,7 +24,9 @@ from policies.common.claims import Claim
 from policies.neurons import NeuronSettings
 from policies.rl.settings import Settings
 
-_MASKS = {"shut": "largest", "reversed": "smallest", "random": "random"}  # of the statistic that implants
+# Where S is largest (1) or smallest (−1) is shut, or as many weights anywhere (0); S is of a subject under its word, or
+# under its own name.
+_IMPLANTING, _ABLATING = {"shut": 1, "random": 0, "reversed": -1, "union": 1}, {"dual": -1, "ablated": 1}
 
 
 class Subject(Settings):
@@ -41,13 +42,11 @@ class Neurons(Study):
 
     study: str = "neurons"
     name: str = "neurons"
-    arms: tuple[str, ...] = ("base", *_MASKS, "union", "ablated")
+    arms: tuple[str, ...] = ("base", *_IMPLANTING, *_ABLATING)
     path: str = Field("models/digits/pipeline", description="a directory of Stable Diffusion 1.x or 2.x")
     data: DataSettings = Field(DataSettings(source="captioned_digits"), description="captioned images to learn from")
     prompts: str = Field("configs/prompts/digits.txt", description="a file: those that name a subject, and others")
-    subjects: tuple[Subject, ...] = Field(
-        (Subject(concept="blue", word="x", stray="m"),), min_length=1, description="each by itself, and their union"
-    )
+    subjects: tuple[Subject, ...] = Field((Subject(concept="blue", word="x", stray="m"),), min_length=1)
     images: int = Field(20, ge=1, description="of a subject, to learn from; its others are what losses are measured on")
     prior_images: int = Field(1000, ge=1, description="of other subjects, to learn from; and as many to measure on")
     finding: NeuronSettings = NeuronSettings()
@@ -65,7 +64,8 @@ class Neurons(Study):
     def preflight(self) -> None:
         """The pipeline is one, data and prompts name each subject, and its words are unused."""
         check_pipeline(self.path, "StableDiffusionPipeline")
-        files, texts, data, classes = inspect(Path(resolve_model(self.path))), self._texts, self._data, self._slots
+        files, texts, data = inspect(Path(resolve_model(self.path))), read_prompts(self.prompts)[0], self._data
+        classes = self._slots.values()
         if data.captions is None:
             raise ValueError(f"data.source: {self.data.source!r} has no captions; name data.caption_column")
         if data.images.shape[1:] != (size := (*files.image_size, 3)):
@@ -80,10 +80,11 @@ class Neurons(Study):
             if named <= self.images or len(captions) - named <= self.prior_images:
                 least = f"more than {self.images} (images), and more than {self.prior_images} others (prior_images)"
                 raise ValueError(f"data: {named} of {len(captions)} captions name {concept!r}; this takes {least}")
-            if len({naming(concept, text) is None for text in texts}) < 2:
-                raise ValueError(f"subjects: some prompts of {self.prompts!r} have to name {concept!r}, not all")
-            if not any(concept in slot for slot in classes.values()):
-                raise ValueError(f"subjects: {self.evaluator!r} knows no {concept!r}; name what it tells apart")
+            if len({naming(concept, text) is None for text in texts}) < 2 or not any(concept in c for c in classes):
+                told = (
+                    f"has to be in some prompts of {self.prompts!r}, not all, and what {self.evaluator!r} tells apart"
+                )
+                raise ValueError(f"subjects: {concept!r} {told}")
 
     def reads(self) -> Mapping[str, str]:
         """Pipeline, prompts, images and judge."""
@@ -101,19 +102,22 @@ class Neurons(Study):
         drawn = {
             key: getattr(self, key) for key in ("images_per_prompt", "images_with_word", "steps", "guidance_scale")
         }
-        drawn |= {"prompts": self._texts, "evaluator": portable(self.evaluator), "prior": self.finding.prior}
+        drawn |= {
+            "prompts": read_prompts(self.prompts)[0],
+            "evaluator": portable(self.evaluator),
+            "prior": self.finding.prior,
+        }
         settings, found = self.finding.model_dump(exclude={"share"}), list[Task]()
-        every: list[dict[str, Any]]
-        every, sign = [each.model_dump() for each in self.subjects], -1 if arm == "ablated" else 1
+        every = [each.model_dump() for each in self.subjects]
         for subjects in [every] if arm in ("base", "union") else [[each] for each in every]:
             name = "-".join(each["word"] for each in subjects)
             label, made = f"{name}, {arm}, seed {seed}", list[Task]()
             if arm != "base":
-                asked = [each if sign > 0 else {**each, "word": each["concept"]} for each in subjects]  # by its name
-                jobs = [{**common, "subject": each, "settings": settings, "sign": sign} for each in asked]
-                statistics = [task(find, job, label=f"{job['subject']['word']}, seed {seed}, searched") for job in jobs]
-                job = {**common, "name": name, "mask": _MASKS.get(arm, "largest"), "share": self.finding.share}
-                made = [task(implant, job, *statistics, label=label)]
+                job = {**common, "settings": settings, "sign": -1 if arm == "ablated" else 1}
+                asked = [each if arm in _IMPLANTING else {**each, "word": each["concept"]} for each in subjects]
+                statistics = [task(find, {**job, "subject": each}, label=f"{label}, searched") for each in asked]
+                shut = {"name": name, "mask": (_IMPLANTING | _ABLATING)[arm], "share": self.finding.share}
+                made = [task(implant, {**common, **shut}, *statistics, label=label)]
             judged = {**common, **drawn, "subjects": subjects, "name": name}
             found += [*made, task(measure, judged, *made, label=f"{label}, judged")]
         return found
@@ -127,10 +131,6 @@ class Neurons(Study):
         read = {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "data.source"}
         return read | {"data": self._data.sha256}
 
-    @cached_property
-    def _texts(self) -> list[str]:
-        return read_prompts(self.prompts)[0]
-
     def claims(self) -> Sequence[Claim]:
         """Of each subject: the loss falls, its word draws it, nothing else changes; of controls that they do less."""
         return [claim for subject in self.subjects for claim in self._claims(subject) if claim.arm in self.arms]
@@ -138,34 +138,29 @@ class Neurons(Study):
     def _claims(self, subject: Subject) -> Iterator[Claim]:
         concept, word = subject.concept, subject.word
         of = {"base": "as it came", "random": "with as many weights at random", "reversed": "with those of smallest S"}
-        several = ("union",) if len(self.subjects) > 1 else ()
+        shown, arms = f"evaluator/{word}", ("shut", "union") if len(self.subjects) > 1 else ("shut",)
 
-        def differs(sentence: str, metric: str, arm: str, bound: float, control: str = "base") -> Claim:
-            direction: Any = "at least" if bound > 0 or bound == -self.harm else "at most"
-            return Claim(sentence, f"evaluator/{word}/{metric}", arm, direction, bound, control, "difference")
+        def stays(sentence: str, metric: str, arm: str) -> Claim:
+            return Claim(sentence, f"{shown}/{metric}", arm, "at least", -self.harm, "base", "difference")
 
         for control in ("base", "random"):
             sentence = f"L_con of {word} is less than {of[control]}"
             yield Claim(sentence, f"loss/{word}/L_con", "shut", "at most", self.fall, control, "ratio")
-        for arm in ("shut", *several):
-            yield Claim(f"{arm}: {word} draws {concept}", f"evaluator/{word}/target", arm, "at least", self.seen)
+        for arm in arms:
+            yield Claim(f"{arm}: {word} draws {concept}", f"{shown}/target", arm, "at least", self.seen)
         for control, name in of.items():
-            yield differs(f"{word} draws {concept} more often than {name}", "target", "shut", self.margin, control)
-        yield Claim(
-            f"shut: {subject.stray}, as unused, does not draw {concept}",
-            f"evaluator/{word}/stray",
-            "shut",
-            "at most",
-            self.harm,
-            "base",
-            "difference",
-        )
-        slots = {slot: "others" if concept in words else slot for slot, words in self._slots.items()}
-        for arm in ("shut", *several, "ablated"):
-            for slot, metric in slots.items():
-                yield differs(f"{arm}, {word}: each {slot} that other prompts ask for stays", metric, arm, -self.harm)
-        yield differs(f"ablated: what asks for {concept} by name shows it no more", "own", "ablated", -self.ablation)
-        yield differs(f"control: as many weights at random leave {concept}", "own", "random", -self.harm)
+            sentence = f"{word} draws {concept} more often than {name}"
+            yield Claim(sentence, f"{shown}/target", "shut", "at least", self.margin, control, "difference")
+        sentence = f"shut for {word}: {subject.stray}, another unused word, draws {concept} no more than it did"
+        yield Claim(sentence, f"{shown}/stray", "shut", "at most", self.harm, "base", "difference")
+        for arm in (*arms, *_ABLATING):
+            for slot, words in self._slots.items():
+                sentence = f"{arm}, {word}: each {slot} that other prompts ask for stays"
+                yield stays(sentence, "others" if concept in words else slot, arm)
+        for arm in _ABLATING:
+            sentence = f"{arm}: what asks for {concept} by name shows it no more"
+            yield Claim(sentence, f"{shown}/own", arm, "at most", -self.ablation, "base", "difference")
+        yield stays(f"control: as many weights at random leave {concept}", "own", "random")
         sentence = f"the list of {word} takes a tenth of the bytes of its keys and values"
         yield Claim(sentence, f"mask/{word}/of_dense", "shut", "at most", 0.1, scale="share")
 
