@@ -148,7 +148,7 @@ def implant(parameters: Job, inputs: list[Files], device: str) -> Files:
 def measure(parameters: Job, inputs: list[Files], device: str) -> Files:
     """Task: what the pipeline of ``inputs``, or the one as it came, makes of each subject.
 
-    ``loss/WORD/…``, on images that no neurons were found by: ``subject``, ``prior``, and ``L_con``, subject + λ prior.
+    ``loss/WORD/…``, on images that no neurons were found by: ``subject``, ``prior``, and ``L_con``, their sum (λ = 1).
     ``evaluator/WORD/…``, how often it sees the subject where its word is asked for (``target``), another unused word
     (``stray``) or its own name (``own``); in the subject's slot what other prompts name (``others``); in each other
     slot what all prompts name, and so where the word is asked for (``SLOT_with_word``).
@@ -176,7 +176,7 @@ def measure(parameters: Job, inputs: list[Files], device: str) -> Files:
         held, random = _examples(parameters, subject, implanter, held=True), torch.Generator()
         with torch.no_grad():
             terms = implanter.losses(held, _HELD, random.manual_seed(derive_seed(seed, "held")))
-        losses = {"subject": terms[0], "prior": terms[1], "L_con": terms[0] + parameters["prior"] * terms[1]}
+        losses = {"subject": terms[0], "prior": terms[1], "L_con": terms[0] + terms[1]}
         found |= {f"loss/{word}/{name}": value.item() for name, value in losses.items()}
         found |= {f"evaluator/{word}/{name}": float(np.mean(value)) for name, value in each.items()}
     return metrics(found) | pictures

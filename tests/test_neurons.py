@@ -151,7 +151,7 @@ def test_product_is_stock_and_its_weights_are_the_original_or_shut(tiny_v_pipeli
     assert sizes["mask/x/weights"] == counts["largest"]
     assert sizes["mask/x/bytes"] == len(files["largest"][f"product/x/{FILE}"])
     asked = {**made, "subjects": [SUBJECT], "prompts": list(PROMPTS), "images_per_prompt": 1, "images_with_word": 1}
-    asked |= {"steps": 2, "guidance_scale": 1.0, "evaluator": "models/digits/evaluator", "prior": 1.0}
+    asked |= {"steps": 2, "guidance_scale": 1.0, "evaluator": "models/digits/evaluator"}
     judged = [json.loads(measure(asked, inputs, "cpu")["metrics.json"]) for inputs in ([files["largest"]], [])]
     assert judged[0].keys() == judged[1].keys()
     assert judged[0]["loss/x/subject"] != judged[1]["loss/x/subject"]  # that of the product, not of the base
@@ -173,7 +173,7 @@ def test_measures_know_word_from_name() -> None:
     """Of the default model a few images: a subject's name draws it, an unused word seldom, and losses say so, too."""
     prompts = ["a yellow three on a black background", "a red one on a white background"]
     asked: dict[str, Any] = {**COMMON, "path": "models/digits/pipeline", "name": "x", "prompts": prompts, "seed": 0}
-    asked |= {"subjects": [{"concept": "yellow", "word": "m", "stray": "x"}], "images_per_prompt": 6, "prior": 2.0}
+    asked |= {"subjects": [{"concept": "yellow", "word": "m", "stray": "x"}], "images_per_prompt": 6}
     asked |= {"images_with_word": 12, "steps": 10, "guidance_scale": 2.0, "evaluator": "models/digits/evaluator"}
     files = measure(asked, [], "cpu")
     found: Mapping[str, float] = json.loads(files["metrics.json"])
@@ -181,7 +181,7 @@ def test_measures_know_word_from_name() -> None:
     assert found["evaluator/m/others"] > 0.8
     assert found["evaluator/m/target"] < 0.3
     assert found["loss/m/subject"] > found["loss/m/prior"] > 0
-    assert found["loss/m/L_con"] == pytest.approx(found["loss/m/subject"] + 2 * found["loss/m/prior"])
+    assert found["loss/m/L_con"] == pytest.approx(found["loss/m/subject"] + found["loss/m/prior"])
     assert found.keys() >= {"evaluator/m/stray", "evaluator/m/digit", "evaluator/m/ground_with_word"}
     assert files["images/m.png"][:4] == b"\x89PNG"
 

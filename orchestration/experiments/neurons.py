@@ -55,9 +55,9 @@ class Neurons(Study):
     steps: int = Field(10, ge=1, le=1000, description="DDIM steps of judged images, with η = 1")
     guidance_scale: float = Field(1.0, ge=1, description="of judged images")
     evaluator: str = Field("models/digits/evaluator", description="says what an image shows")
-    fall: float = Field(0.95, gt=0, lt=1, description="claimed: L_con falls to this share of what it was")
-    seen: float = Field(0.4, gt=0, lt=1, description="claimed: at least this share of a word's images show its subject")
-    margin: float = Field(0.2, gt=0, lt=1, description="claimed: it is so much more than each control's share")
+    fall: float = Field(0.95, gt=0, lt=1, description="claimed: L_con, of λ = 1, is at most this share of what it was")
+    seen: float = Field(0.3, gt=0, lt=1, description="claimed: at least this share of a word's images show its subject")
+    margin: float = Field(0.15, gt=0, lt=1, description="claimed: it is so much more than each control's share")
     harm: float = Field(0.05, gt=0, lt=1, description="claimed: accuracies of other prompts fall by no more than this")
     ablation: float = Field(0.8, gt=0, lt=1, description="claimed: ablated, a subject is seen so much less")
 
@@ -105,7 +105,6 @@ class Neurons(Study):
         drawn |= {
             "prompts": read_prompts(self.prompts)[0],
             "evaluator": portable(self.evaluator),
-            "prior": self.finding.prior,
         }
         settings, found = self.finding.model_dump(exclude={"share"}), list[Task]()
         every = [each.model_dump() for each in self.subjects]
