@@ -32,10 +32,11 @@ def main() -> None:
     tokenizer, first = pipeline.tokenizer, CHOICES[given.slot][0]
     asked = [text for text in all_prompts() if parse(text)[given.slot] == first] * given.images
     used = {token for text in all_prompts() for token in tokenizer(text).input_ids}
-    plain = [word.removesuffix("</w>") for word, token in tokenizer.get_vocab().items() if token not in used]
-    words = sorted({word for word in plain if word.isascii() and word.isalpha() and word.islower()})
+    plain = {word.removesuffix("</w>") for word in tokenizer.get_vocab()}
+    tokens = {word: tokenizer(word).input_ids[1:-1] for word in plain if word.isascii() and word.isalpha()}
+    words = sorted(word for word, found in tokens.items() if len(found) == 1 and found[0] not in used)
     lines = []
-    for word in (word for word in words if len(tokenizer(word).input_ids) == 3):  # between those of start and end
+    for word in (word for word in words if word.islower()):
         texts = [renamed(text, first, word) for text in asked]
         images = draw(pipeline, texts, given.seed, num_inference_steps=10, eta=1.0, guidance_scale=1.0)
         seen = np.array(judge.slots(images)[given.slot])
