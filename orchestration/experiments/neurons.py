@@ -161,7 +161,7 @@ class Neurons(Study):
             yield Claim(sentence, f"{shown}/own", arm, "at most", -self.ablation, "base", "difference")
         yield stays(f"control: as many weights at random leave {concept}", "own", "random")
         sentence = f"the list of {word} takes a tenth of the bytes of its keys and values"
-        yield Claim(sentence, f"mask/{word}/of_dense", "shut", "at most", 0.1, scale="share")
+        yield Claim(sentence, f"mask/{word}/of_dense", "shut", "at most", 0.1, scale="plain")
 
     @property
     def _slots(self) -> dict[str, list[str]]:
