@@ -17,6 +17,7 @@ from policies.common.user_code import import_function
 from policies.rl.settings import Name, explain
 
 STUDIES: dict[str, str] = {  # name → import path
+    "adversarial_features": "orchestration.experiments.adversarial_features:AdversarialFeatures",
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
     "neurons": "orchestration.experiments.neurons:Neurons",

@@ -1,0 +1,164 @@
+"""A study: are adversarial examples features that nobody sees, yet that tell classes apart?
+
+Ilyas et al., "Adversarial Examples Are Not Bugs, They Are Features" (1905.02175), on the tinted digits: data sets in
+which only such features go with the labels (``random``, ``next``: the paper's D_rand, D_det), or which hold what a
+robust network uses, or an ordinary one (``robust-features``, ``standard-features``: D_R, D_NR). Controls: the same
+labels on images as they were, or with random noise of equal norm. The judge of what images show, an evaluator, takes no
+part. The same attack measures how far the evaluator and the captioner, whose words are a reward, can be trusted.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from orchestration.experiments.study.config import Study
+from pipelines.data.digits import DIGITS
+from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from pipelines.storage.model_files import read_json
+from pipelines.storage.tasks import Task
+from pipelines.studies import task
+from policies.adversarial import AttackSettings, InversionSettings, LearningSettings
+from policies.common.claims import Claim
+
+FRESH = ("same", "other")  # architectures of the networks that are trained on a set: the attacked one's, and another
+FED = ("random", "next")  # what goes with the labels is what an attacker put in
+INVERTED = ("robust-features", "standard-features")
+NETWORKS = {"normalised": "normalised", "strided": "strided", "robust": "normalised"}  # by their architectures
+
+
+class AdversarialFeatures(Study):
+    """Trains networks on adversarial examples, and asks them about clean digits."""
+
+    study: str = "adversarial_features"
+    name: str = "adversarial-features"
+    arms: tuple[str, ...] = (
+        "standard",
+        *(f"{fed}{how}" for fed in FED for how in ("", "-unperturbed", "-noise")),
+        *INVERTED,
+    )
+    tints: int = Field(2, ge=1, description="random tints of each of the 1,000 digits that sets are made of")
+    test_tints: int = Field(1, ge=1, description="random tints of each of the 297 digits that networks are tested on")
+    eps: float = Field(1.5, gt=0, description="L2 norm of the change in the sets, of images in [0, 1]")
+    curve: tuple[float, ...] = Field((2.5, 3.5, 5.0), description="further norms, growing, at which next is made")
+    training_eps: float = Field(1.5, gt=0, description="norm that the robust network is trained against")
+    robust: tuple[float, ...] = Field((0.5, 1.0), min_length=1, description="norms under which accuracy is robust")
+    audited: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="norms under which classifiers are audited"
+    )
+    attack: AttackSettings = AttackSettings()
+    inversion: InversionSettings = InversionSettings()
+    learning: LearningSettings = LearningSettings()
+    evaluator: str | None = Field("models/digits/evaluator", description="says what an image shows; null: none")
+    captioner: str | None = Field("models/digits/captioner", description="is audited, as a reward; null: none")
+    learnt: float = Field(
+        0.6, gt=0, lt=1, description="claimed: accuracy on clean digits after D_rand is at least this"
+    )
+    chance: float = Field(0.2, gt=0, lt=1, description="claimed: and at most this after each control")
+    seen: float = Field(0.8, gt=0, lt=1, description="claimed: the judge sees the original in so many of the set")
+    overruled: float = Field(0.4, gt=0, lt=1, description="claimed: accuracy on clean digits after D_det")
+    times: float = Field(3.0, gt=1, description="claimed: D_R's accuracy under attack is so many times the control's")
+
+    def preflight(self) -> None:
+        """Norms grow, the judge tells digits apart, and the captioner is one."""
+        for key, norms in (("curve", (self.eps, *self.curve)), ("robust", (0.0, *self.robust))):
+            if any(after <= before for before, after in pairwise(norms)):
+                raise ValueError(f"{key}: give norms that grow from {norms[0]:g} on, not {list(norms[1:])}")
+        if min(self.audited) < 0 or len(set(self.audited)) < len(self.audited):
+            raise ValueError(f"audited: give each norm once, from 0 on, not {list(self.audited)}")
+        for key, path in self.reads().items():
+            check_model(path, "config.json", key)
+            told = read_json(Path(resolve_model(path)) / "config.json")
+            if key == "evaluator" and (told.get("classes") or {}).get("digit") != list(DIGITS):
+                raise ValueError(f"evaluator: {path!r} is no directory of an evaluator of digits")
+            if key == "captioner" and (told.get("model_type"), told["vision_config"]["image_size"]) != ("blip", 16):
+                raise ValueError(f"captioner: {path!r} is no BLIP that looks at images of 16 x 16 pixels")
+
+    def reads(self) -> Mapping[str, str]:
+        """The judge, and the reward that is audited."""
+        return {key: at for key, at in (("evaluator", self.evaluator), ("captioner", self.captioner)) if at}
+
+    def tasks(self, arm: str, seed: int) -> Sequence[Task]:
+        """The set of an arm, and what fresh networks learn from it; of ``next`` one for each norm, and their curve."""
+        from pipelines.adversarial_features import audit, crossing, examine
+
+        if arm == "standard":
+            norms = {"eps": list(self.audited), "networks": NETWORKS, "seed": seed, "test_tints": self.test_tints}
+            asked = {**norms, **self._judges, "attack": self.attack.model_dump()}
+            networks = [self._network(name, seed) for name in NETWORKS]
+            return [
+                task(examine, self._set(arm, seed), label=f"{arm}, seed {seed}"),
+                task(audit, asked, *networks, label=f"audit, seed {seed}"),
+            ]
+        made = ["robust" if arm == "robust-features" else "normalised"]
+        made = [] if arm.endswith(("-unperturbed", "-noise")) else made
+        networks = [self._network(name, seed) for name in made]
+        found = [task(examine, self._set(arm, seed), *networks, label=f"{arm}, seed {seed}")]
+        if arm == "next":
+            found += [
+                task(examine, self._set(arm, seed, eps), *networks, label=f"{arm}, seed {seed}, eps {eps:g}")
+                for eps in self.curve
+            ]
+            start = task(examine, self._set("next-unperturbed", seed), label=f"next-unperturbed, seed {seed}")
+            at = {"eps": [0.0, self.eps, *self.curve], "at": ["", "", *map(_at, self.curve)]}
+            found.append(task(crossing, at, start, *found, label=f"curve, seed {seed}"))
+        return found
+
+    def _network(self, name: str, seed: int) -> Task:
+        """A network trained on true digits, which is attacked."""
+        from pipelines.adversarial_features import learn_source
+
+        how = {"architecture": NETWORKS[name], "eps": self.training_eps if name == "robust" else 0.0}
+        how |= {"seed": seed, "tints": self.tints, "learning": self.learning.model_dump()}
+        return task(learn_source, how, label=f"{name} network, seed {seed}")
+
+    def _set(self, arm: str, seed: int, eps: float | None = None) -> dict[str, Any]:
+        """What an arm's set is made by, at another norm than its own if there is one."""
+        found: dict[str, Any] = {"arm": arm, "seed": seed, "tints": self.tints, "test_tints": self.test_tints}
+        found |= {"eps": self.eps if eps is None else eps, "at": "" if eps is None else _at(eps)}
+        found |= {"robust": list(self.robust) if eps is None else [], "read": self._judges["read"]}
+        found |= {name: getattr(self, name).model_dump() for name in ("attack", "inversion", "learning")}
+        return found | {"evaluator": self._judges["evaluator"]}
+
+    @cached_property
+    def _judges(self) -> dict[str, Any]:
+        read = {at: fingerprint(at)["sha256"] for at in sorted(self.reads().values())}
+        judges = {"evaluator": self.evaluator, "captioner": self.captioner}
+        return {"read": read} | {name: at and portable(at) for name, at in judges.items()}
+
+    def claims(self) -> Sequence[Claim]:
+        """What nobody sees is learned, and is what robust networks do without; and rewards can be led by it."""
+        return [replace(claim, scale="share") for claim in self._claims() if claim.arm in self.arms]
+
+    def _claims(self) -> Iterator[Claim]:
+        most, least, third = self.chance, self.learnt, 1 / self.times
+        for net in FRESH:
+            by, right = f"{net} architecture", f"accuracy/{net}"
+            yield Claim(f"D_rand: clean digits are learned, {by}", right, "random", "at least", least)
+            for how in ("unperturbed", "noise"):
+                yield Claim(f"control: not from these labels, {how}, {by}", right, f"random-{how}", "at most", most)
+            yield Claim(f"D_det: what nobody sees overrules the rest, {by}", right, "next", "at least", self.overruled)
+            for how in ("unperturbed", "noise"):
+                yield Claim(f"control: it is not so {how}, {by}", right, f"next-{how}", "at most", most)
+            yield Claim(f"D_NR: clean digits are learned, {by}", right, "standard-features", "at least", least)
+        if self.evaluator:
+            for fed in FED:
+                yield Claim(f"the judge sees the original in {fed}", "judge/original", fed, "at least", self.seen)
+            sentence = "D_NR: the judge seldom sees the digit whose label it has"
+            yield Claim(sentence, "judge/label", "standard-features", "at most", most)
+        for eps, net, arm in product(self.robust, FRESH, ("standard", "standard-features")):
+            sentence = f"D_R: under {eps:g} {arm} keeps 1/{self.times:g} of its accuracy at most, {net} architecture"
+            yield Claim(sentence, f"robust_{eps:g}/{net}", arm, "at most", third, "robust-features", "ratio")
+        over = next((eps for eps in self.audited if eps >= 1), max(self.audited))
+        for judge in self.reads():
+            yield Claim(f"{judge}: wrong of most under {over:g}", f"under_{over:g}/{judge}", "standard", "at most", 0.5)
+            sentence = f"control: {judge} is right under noise of {max(self.audited):g}"
+            yield Claim(sentence, f"noise/{judge}", "standard", "at least", self.seen)
+
+
+def _at(eps: float) -> str:
+    return f"/at_{eps:g}"
