@@ -19,7 +19,7 @@ from policies.rl.settings import Settings
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    Classify = Callable[[Tensor], Tensor]  # images → logits (n, classes), differentiable
+Classify = Callable[["Tensor"], "Tensor"]  # images → logits (n, classes), differentiable
 
 
 class AttackSettings(Settings):
@@ -73,17 +73,14 @@ def pgd(loss_of: Classify, images: Tensor, eps: float, steps: int, step: float, 
     return best
 
 
-def targeted(classify: Classify, images: Tensor, targets: Tensor, eps: float, settings: AttackSettings) -> Tensor:
-    """Images that look to the classifier like ``targets`` (n,): these lead by as much as can be. Other than the
-    paper's cross-entropy, of which nothing is left once the classifier is sure, that makes use of all of the ball."""
-    step = settings.reach * eps / settings.steps
-    return pgd(lambda x: -margin(classify(x), targets), images, eps, settings.steps, step)
-
-
-def untargeted(classify: Classify, images: Tensor, labels: Tensor, eps: float, settings: AttackSettings) -> Tensor:
-    """Images that look to the classifier like anything but ``labels`` (n,): the least margin of these."""
-    step = settings.reach * eps / settings.steps
-    return pgd(lambda x: margin(classify(x), labels), images, eps, settings.steps, step)
+def attack(
+    classify: Classify, images: Tensor, labels: Tensor, eps: float, settings: AttackSettings, towards: bool = False
+) -> Tensor:
+    """Images that look to the classifier like anything but ``labels`` (n,): their least margin; or, ``towards`` them,
+    their greatest. The cross-entropy of the papers has no gradient left once the classifier is sure: this makes use of
+    all of the ball."""
+    step, sign = settings.reach * eps / settings.steps, -1 if towards else 1
+    return pgd(lambda x: sign * margin(classify(x), labels), images, eps, settings.steps, step)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,7 +99,7 @@ def accuracy_under(
 
     found = []
     for each in eps:
-        seen = untargeted(classify, images, labels, each, settings) if each else images
+        seen = attack(classify, images, labels, each, settings) if each else images
         with torch.no_grad():
             found.append((margin(classify(seen), labels) > 0).float().mean().item())
     return found

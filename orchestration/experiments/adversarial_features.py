@@ -10,9 +10,8 @@ part. The same attack measures how far the evaluator and the captioner, whose wo
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -25,10 +24,10 @@ from pipelines.studies import task
 from policies.adversarial import AttackSettings, InversionSettings, LearningSettings
 from policies.common.claims import Claim
 
-FRESH = ("same", "other")  # architectures of the networks that are trained on a set: the attacked one's, and another
 FED = ("random", "next")  # what goes with the labels is what an attacker put in
 INVERTED = ("robust-features", "standard-features")
-NETWORKS = {"normalised": "normalised", "strided": "strided", "robust": "normalised"}  # by their architectures
+FRESH = ("normalised", "strided")  # the networks that learn from a set: of the attacked one's architecture, and another
+NETWORKS = {each: each for each in FRESH} | {"robust": "normalised"}  # that learn from true digits, by architecture
 
 
 class AdversarialFeatures(Study):
@@ -44,32 +43,27 @@ class AdversarialFeatures(Study):
     tints: int = Field(2, ge=1, description="random tints of each of the 1,000 digits that sets are made of")
     test_tints: int = Field(1, ge=1, description="random tints of each of the 297 digits that networks are tested on")
     eps: float = Field(1.5, gt=0, description="L2 norm of the change in the sets, of images in [0, 1]")
-    curve: tuple[float, ...] = Field((2.5, 3.5, 5.0), description="further norms, growing, at which next is made")
+    curve: tuple[float, ...] = Field((0.0, 2.5, 3.5, 5.0), description="further norms at which next is made")
     training_eps: float = Field(1.5, gt=0, description="norm that the robust network is trained against")
     robust: tuple[float, ...] = Field((0.5, 1.0), min_length=1, description="norms under which accuracy is robust")
-    audited: tuple[float, ...] = Field(
-        (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="norms under which classifiers are audited"
-    )
+    audited: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0, 1.5), min_length=1, description="norms of the audit")
     attack: AttackSettings = AttackSettings()
     inversion: InversionSettings = InversionSettings()
     learning: LearningSettings = LearningSettings()
     evaluator: str | None = Field("models/digits/evaluator", description="says what an image shows; null: none")
     captioner: str | None = Field("models/digits/captioner", description="is audited, as a reward; null: none")
-    learnt: float = Field(
-        0.6, gt=0, lt=1, description="claimed: accuracy on clean digits after D_rand is at least this"
-    )
+    learnt: float = Field(0.6, gt=0, lt=1, description="claimed: accuracy on clean digits after D_rand, and after D_NR")
     chance: float = Field(0.2, gt=0, lt=1, description="claimed: and at most this after each control")
     seen: float = Field(0.8, gt=0, lt=1, description="claimed: the judge sees the original in so many of the set")
     overruled: float = Field(0.4, gt=0, lt=1, description="claimed: accuracy on clean digits after D_det")
     times: float = Field(3.0, gt=1, description="claimed: D_R's accuracy under attack is so many times the control's")
 
     def preflight(self) -> None:
-        """Norms grow, the judge tells digits apart, and the captioner is one."""
-        for key, norms in (("curve", (self.eps, *self.curve)), ("robust", (0.0, *self.robust))):
-            if any(after <= before for before, after in pairwise(norms)):
-                raise ValueError(f"{key}: give norms that grow from {norms[0]:g} on, not {list(norms[1:])}")
-        if min(self.audited) < 0 or len(set(self.audited)) < len(self.audited):
-            raise ValueError(f"audited: give each norm once, from 0 on, not {list(self.audited)}")
+        """Norms are given once, the judge tells digits apart, and the captioner is one."""
+        given = {"curve": (self.eps, *self.curve), "robust": (0.0, *self.robust), "audited": self.audited}
+        for key, norms in given.items():
+            if min(norms) < 0 or len(set(norms)) < len(norms):
+                raise ValueError(f"{key}: give each norm once, and none below 0, not {list(getattr(self, key))}")
         for key, path in self.reads().items():
             check_model(path, "config.json", key)
             told = read_json(Path(resolve_model(path)) / "config.json")
@@ -83,52 +77,30 @@ class AdversarialFeatures(Study):
         return {key: at for key, at in (("evaluator", self.evaluator), ("captioner", self.captioner)) if at}
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
-        """The set of an arm, and what fresh networks learn from it; of ``next`` one for each norm, and their curve."""
-        from pipelines.adversarial_features import audit, crossing, examine
+        """The set of an arm, and what fresh networks learn from it; beside true digits, the audit."""
+        from pipelines.adversarial_features import audit, examine, learn_source
 
+        kept = {"tints", "test_tints", "robust", "attack", "inversion", "learning"}
+        given = self.model_dump(mode="json", include=kept)
+        given |= {"seed": seed, "evaluator": self.evaluator and portable(self.evaluator), "read": self._read}
+
+        def network(name: str) -> Task:
+            how = {"architecture": NETWORKS[name], "eps": self.training_eps if name == "robust" else 0.0}
+            how |= {key: given[key] for key in ("tints", "learning", "seed")}
+            return task(learn_source, how, label=f"{name} network, seed {seed}")
+
+        asked = given | {"arm": arm, "eps": [self.eps, *(self.curve if arm == "next" else ())]}
+        names = ["robust" if arm == "robust-features" else "normalised"] if arm in (*FED, *INVERTED) else []
+        found = [task(examine, asked, *map(network, names), label=f"{arm}, seed {seed}")]
         if arm == "standard":
-            norms = {"eps": list(self.audited), "networks": NETWORKS, "seed": seed, "test_tints": self.test_tints}
-            asked = {**norms, **self._judges, "attack": self.attack.model_dump()}
-            networks = [self._network(name, seed) for name in NETWORKS]
-            return [
-                task(examine, self._set(arm, seed), label=f"{arm}, seed {seed}"),
-                task(audit, asked, *networks, label=f"audit, seed {seed}"),
-            ]
-        made = ["robust" if arm == "robust-features" else "normalised"]
-        made = [] if arm.endswith(("-unperturbed", "-noise")) else made
-        networks = [self._network(name, seed) for name in made]
-        found = [task(examine, self._set(arm, seed), *networks, label=f"{arm}, seed {seed}")]
-        if arm == "next":
-            found += [
-                task(examine, self._set(arm, seed, eps), *networks, label=f"{arm}, seed {seed}, eps {eps:g}")
-                for eps in self.curve
-            ]
-            start = task(examine, self._set("next-unperturbed", seed), label=f"next-unperturbed, seed {seed}")
-            at = {"eps": [0.0, self.eps, *self.curve], "at": ["", "", *map(_at, self.curve)]}
-            found.append(task(crossing, at, start, *found, label=f"curve, seed {seed}"))
+            asked = given | {"networks": NETWORKS, "eps": list(self.audited)}
+            asked |= {"captioner": self.captioner and portable(self.captioner)}
+            found.append(task(audit, asked, *map(network, NETWORKS), label=f"audit, seed {seed}"))
         return found
 
-    def _network(self, name: str, seed: int) -> Task:
-        """A network trained on true digits, which is attacked."""
-        from pipelines.adversarial_features import learn_source
-
-        how = {"architecture": NETWORKS[name], "eps": self.training_eps if name == "robust" else 0.0}
-        how |= {"seed": seed, "tints": self.tints, "learning": self.learning.model_dump()}
-        return task(learn_source, how, label=f"{name} network, seed {seed}")
-
-    def _set(self, arm: str, seed: int, eps: float | None = None) -> dict[str, Any]:
-        """What an arm's set is made by, at another norm than its own if there is one."""
-        found: dict[str, Any] = {"arm": arm, "seed": seed, "tints": self.tints, "test_tints": self.test_tints}
-        found |= {"eps": self.eps if eps is None else eps, "at": "" if eps is None else _at(eps)}
-        found |= {"robust": list(self.robust) if eps is None else [], "read": self._judges["read"]}
-        found |= {name: getattr(self, name).model_dump() for name in ("attack", "inversion", "learning")}
-        return found | {"evaluator": self._judges["evaluator"]}
-
     @cached_property
-    def _judges(self) -> dict[str, Any]:
-        read = {at: fingerprint(at)["sha256"] for at in sorted(self.reads().values())}
-        judges = {"evaluator": self.evaluator, "captioner": self.captioner}
-        return {"read": read} | {name: at and portable(at) for name, at in judges.items()}
+    def _read(self) -> dict[str, str | None]:
+        return {at: fingerprint(at)["sha256"] for at in sorted(self.reads().values())}
 
     def claims(self) -> Sequence[Claim]:
         """What nobody sees is learned, and is what robust networks do without; and rewards can be led by it."""
@@ -158,7 +130,3 @@ class AdversarialFeatures(Study):
             yield Claim(f"{judge}: wrong of most under {over:g}", f"under_{over:g}/{judge}", "standard", "at most", 0.5)
             sentence = f"control: {judge} is right under noise of {max(self.audited):g}"
             yield Claim(sentence, f"noise/{judge}", "standard", "at least", self.seen)
-
-
-def _at(eps: float) -> str:
-    return f"/at_{eps:g}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.figures.style import arm_looks, dress, finish, sheet
+from pipelines.storage.atomic import packed
 from policies.common.intervals import Scale, interval, scale_of
 
 
@@ -31,3 +32,13 @@ def arm_values(
         axes.set_xlim(-0.5, len(arms) - 0.5)
         axes.title.set_parse_math(False)
     finish(figure, path)
+
+
+def courses(curves: Mapping[str, Mapping[float, float]], title: str, below: str) -> bytes:
+    """A PNG of shares by a number that ``below`` names: name → number → share."""
+    figure, (axes,) = sheet(1)
+    dress(axes, title, below, integer=False)
+    for name, look in arm_looks(curves).items():
+        axes.plot(*zip(*sorted(curves[name].items()), strict=True), ms=4, label=name, **look)
+    axes.set_ylim(-0.03, 1.03)
+    return packed(lambda directory: finish(figure, directory / "courses.png"))["courses.png"]
