@@ -40,6 +40,7 @@ RULES: dict[str, tuple[dict[str, Any], list[tuple[str, int, int, int]]]] = {
     "curated": ({"n_real": 10, "n_synthetic": 40}, [("real-fixed", 0, 0, 10), ("synthetic", 3, 0, 40)]),
     "corrected": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
     "verified": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
+    "relabelled": ({"n_real": 0, "n_synthetic": 40}, [("synthetic", 3, 0, 40)]),
     "memory": (
         {"n_real": 5, "n_synthetic": 21, "memory": 2},
         [("real-fixed", 0, 0, 5), ("synthetic", 2, 11, 21), ("synthetic", 3, 0, 11)],

@@ -1,12 +1,17 @@
-"""How samples for the next generations are drawn: plainly, curated by a reward, verified by a classifier."""
+"""How samples for the next generations are drawn: plainly, curated by a reward, verified or relabelled by a classifier."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipelines.data.real_data import DataSettings, load_real_data
+from pipelines.generators.diffusion import DiffusionGenerator, DiffusionSettings
 from pipelines.generators.gaussian import GaussianGenerator
 from pipelines.mad.drawing import draw
+from pipelines.mad.tasks import perform, read_rows, read_samples
+from pipelines.measures.features import train_extractor
+from pipelines.storage.atomic import packed
 from policies.loops.rules.curated import curate
 from policies.loops.rules.verified import verify
 from policies.loops.samples import Samples
@@ -76,3 +81,44 @@ def test_verification_keeps_what_the_classifier_accepts() -> None:
     assert kept.labels.shape == (1, 500)
     with pytest.raises(ValueError, match=r"accepted \d+ of 500 samples and 500 are needed: raise candidates"):
         draw(labelled, 500, [0], 2, 1.0, {**selection, "candidates": 1}, classifier)
+
+
+def test_relabelling_changes_labels_alone_and_loses_no_sample() -> None:
+    class Labelled:
+        def sample(self, count: int, seeds: list[int], bias: float) -> Samples:
+            return Samples(MODEL.sample(count, [seeds[0], 0], bias).values[:1], np.arange(count)[None] % 2)
+
+    labelled: Any = Labelled()
+    classifier: Any = Classifier()
+    plain = draw(labelled, 501, [0], 2, 1.0)
+    given = draw(labelled, 501, [0], 2, 1.0, {"rule": "relabelled"}, classifier)
+    np.testing.assert_array_equal(given.values, plain.values)
+    assert given.labels is not None
+    assert given.labels.dtype == np.int64
+    np.testing.assert_array_equal(given.labels, plain.values[..., 0] > 0)
+    assert plain.labels is not None
+    np.testing.assert_array_equal(given.notes["asked"], plain.labels)
+    assert 0.4 < (given.labels != plain.labels).mean() < 0.6
+    np.testing.assert_array_equal(given.take(np.array([[3, 1]])).notes["asked"], [[1, 1]])
+
+
+def test_what_is_stored_of_relabelled_samples_are_the_new_labels() -> None:
+    """The task that the loop runs, with a real diffusion model and the real classifier."""
+    data = load_real_data(DataSettings(limit=60))
+    assert data.labels is not None
+    settings = DiffusionSettings(channels=8, training_steps=2, sampling_steps=2)
+    model = DiffusionGenerator.fit(settings, Samples(data.images[None], data.labels[None]), [0])
+    eye = train_extractor(data.images, data.labels, 10, 0)
+    parameters = {"family": "diffusion", "role": "training", "generation": 1, "seeds": [4], "count": 25, "start": 0}
+    parameters |= {"sampling_bias": 1.0, "checkpoint": "a"}
+    held = {}
+    for name, selection in {"plain": None, "relabelled": {"rule": "relabelled"}}.items():
+        task = {**parameters, "selection": selection}
+        held[name] = perform("sample", task, [packed(model.save), packed(eye.save)], "cpu")
+    plain, given = (read_samples(files) for files in held.values())
+    np.testing.assert_array_equal(given.values, plain.values)
+    assert given.labels is not None
+    assert plain.labels is not None
+    np.testing.assert_array_equal(given.labels[0], eye.probabilities(given.values[0]).argmax(axis=1))
+    np.testing.assert_array_equal(read_rows(held["relabelled"])["asked"], plain.labels[0])
+    assert not np.array_equal(given.labels, plain.labels)  # of a model of two updates

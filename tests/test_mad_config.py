@@ -27,6 +27,7 @@ from policies.rl.settings import known_keys
 from tests.test_mad_laws import measured
 
 MACHINE = Machine(cpus=2, gpus=0)
+RELABELLED = ["rule=relabelled", "n_ini=50", "n_real=0", "n_synthetic=50"]
 DIFFUSION = ["family=diffusion", "rule=fully_synthetic", "n_ini=50"]
 SMALL_BIAS = ["n_ini=20", "n_synthetic=20", "memory=2", "sampling_bias=1e-12"]
 LARGEST = ["derive=[largest_admissible]"]
@@ -105,6 +106,10 @@ def refused(*overrides: str) -> str:
         (["family=mixture", "n_ini=50", "modes=24"], "a square grid"),
         (["family=mixture", "n_ini=20"], "generation 1 has 20 samples for 25 modes"),
         (["rule=verified", "n_ini=50", "n_real=0", "n_synthetic=50"], "rule verified needs images"),
+        (["rule=relabelled", "n_ini=50", "n_real=0", "n_synthetic=50"], "rule relabelled needs images"),
+        ([*RELABELLED, "family=gan"], "rule relabelled gives samples labels, which family gan would not learn here"),
+        ([*RELABELLED, "family=diffusion", "diffusion.classes=0"], "which family diffusion would not learn here"),
+        ([*RELABELLED, "family=text_to_image", "data.source=captioned_digits"], "family text_to_image would not learn"),
         (["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50"], "reward confidence needs images"),
         (
             ["rule=curated", "n_ini=50", "n_real=0", "n_synthetic=50", "reward=nowhere:f"],
@@ -159,6 +164,7 @@ UNLABELLED = "the metrics' extractor: trained on the former, without labels; cla
         (["data.extractor=classifier"], "data.extractor: a classifier needs labels of two classes or more: put"),
         (["data.extractor=my_model"], "data.extractor: 'my_model' is not classifier, self_supervised or a directory"),
         (["rule=verified", "n_real=5", "n_synthetic=5"], "rule verified needs images with labels, and data.extractor="),
+        (["rule=relabelled", "n_real=5", "n_synthetic=5"], "rule relabelled gives samples labels, which family diffu"),
         (["rule=curated", "n_real=5", "n_synthetic=5"], "reward confidence needs images with labels"),
         (["data.reference=25"], "data.reference: 25 of 40 images leave 15 to learn from, too few to measure as many"),
         (

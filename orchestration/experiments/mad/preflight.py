@@ -218,7 +218,13 @@ def _image_source(
                 "data.source=captioned_digits"
             )
         arm.generator.check_classes(arm.generator_settings, classes)
-        arm.generator.check(arm.generator.settled(arm.generator_settings, classes), arm.loop)
+        settled = arm.generator.settled(arm.generator_settings, classes)
+        arm.generator.check(settled, arm.loop)
+        if arm.loop.relabels and not (arm.generator.conditional and getattr(settled, "classes", 1)):
+            raise ValueError(
+                f"rule {arm.rule} gives samples labels, which family {arm.family} would not learn here: use "
+                "family=diffusion, without diffusion.classes, and images with labels"
+            )
     given, look = Files(), kind
     if kind not in TRAINED:
         from pipelines.measures.features import given_extractor

@@ -65,6 +65,7 @@ class Rule(Named, Settings):
     sized_by: ClassVar[int] = 2  # so many of n_real and n_synthetic are the size of all later sets; 3: there is none
     mixed: ClassVar[bool] = False  # whether the law of mixtures is its own
     effective: ClassVar[bool] = False  # whether its limit is worth a number of new real samples, n_e
+    relabels: ClassVar[bool] = False  # whether samples get other labels, which a model has to be asked by
     simulated: ClassVar[bool] = False  # whether the largest admissible n_s can be searched by simulating it
 
     n_ini: int | None = Field(None, ge=2, description="real samples of generation 1; null: the size of later sets")
