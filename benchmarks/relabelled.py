@@ -47,9 +47,8 @@ def main(directory: Path, *changes: str) -> None:
     pool, apart = split_reference(real, config.data.reference)
     images, labels = unit(real.images), torch.from_numpy(real.labels)
     ask = classifier(learn(images[apart], labels[apart], "strided", LEARNING, derive_seed(0, "judge")))
-    print(
-        f"\ncommit {git_commit()}, {len(config.seed_list)} seeds; the judge is right of {_right(ask, images[pool], labels[pool]):.3f} of the pool"
-    )
+    right = _right(ask, images[pool], labels[pool])
+    print(f"\ncommit {git_commit()}, {len(config.seed_list)} seeds; the judge is right of {right:.3f} of the pool")
     found, store = dict[str, dict[str, np.ndarray]](), TaskStore(directory / "tasks")
     for each in unroll(config, preflight_mad(config)):
         assert each.evaluation is not None
