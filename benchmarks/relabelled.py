@@ -55,11 +55,10 @@ def main(directory: Path, *changes: str) -> None:
         told = {"asked": _right(ask, *_samples(store.load(each.evaluation.key)))}
         for batch in each.drawn:
             told |= _fed(store.load(batch.task.key), ask, images[apart], labels[apart], each.seeds[0])
+        place = config.seed_list.index(each.seeds[0]), each.number - 1
         for metric, value in told.items():
             course = np.full((len(config.seed_list), config.generations), np.nan)
-            found.setdefault(each.arm, {}).setdefault(metric, course)[
-                config.seed_list.index(each.seeds[0]), each.number - 1
-            ] = value
+            found.setdefault(each.arm, {}).setdefault(metric, course)[place] = value
     for metric, arm in product(found[next(iter(found))], found):
         print(f"{metric:<26}{arm:<12}" + "".join(f"{value:8.3f}" for value in found[arm][metric].mean(axis=0)))
     ends: Any = {

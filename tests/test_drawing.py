@@ -1,4 +1,4 @@
-"""How samples for the next generations are drawn: plainly, curated by a reward, verified or labelled by a classifier."""
+"""How samples for the next generations are drawn: plainly, curated by a reward, verified or labelled by a network."""
 
 from typing import Any
 
