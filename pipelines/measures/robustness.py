@@ -2,6 +2,7 @@
 :func:`policies.adversarial.accuracy_under` asks, of images (n, channels, height, width) in [0, 1]."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -44,21 +45,22 @@ def learn(
     classes: int = 10,
 ) -> nn.Sequential:
     """A fresh network trained on images and their ``labels`` (n,); with ``eps`` on what an attacker makes of each batch
-    within it (Madry et al., 1706.06083)."""
+    within it (Madry et al., 1706.06083), or, in the first half, within less: at once it learns little of either."""
     random = torch.Generator().manual_seed(derive_seed(seed, "batches"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "initialisation"))
         network = network_of(architecture, images.shape[1:], classes).to(images.device)
-    how = AttackSettings(steps=settings.attack_steps)
+    how, updates = AttackSettings(steps=settings.attack_steps), count()
 
     def draw() -> tuple[Tensor, ...]:
         chosen = torch.randint(len(images), (settings.batch,), generator=random)
-        return images[chosen], labels[chosen]
+        share = torch.full(chosen.shape, min(1.0, 2 * next(updates) / settings.updates))
+        return images[chosen], labels[chosen], share
 
-    def loss(network: nn.Module, shown: Tensor, known: Tensor) -> Tensor:
+    def loss(network: nn.Module, shown: Tensor, known: Tensor, share: Tensor) -> Tensor:
         if eps:
             network.eval()  # else batch statistics of attacks half done would be kept
-            shown = attack(classifier(network), shown, known, eps, how)
+            shown = attack(classifier(network), shown, known, eps * share[0].item(), how)
             network.train()
         return functional.cross_entropy(network(2 * shown - 1), known)
 
