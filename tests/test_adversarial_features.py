@@ -112,8 +112,8 @@ def test_networks_learn_and_a_repeat_is_the_same(kind: Any) -> None:
 
 
 def test_training_against_an_attacker_withstands_him() -> None:
-    images, labels, _ = digits("train", 1, 0, "cpu")
-    how = LearningSettings(updates=80, attack_steps=3)
+    images, labels = (each[:300] for each in digits("train", 1, 0, "cpu")[:2])
+    how = LearningSettings(updates=60, attack_steps=3)
     plain, robust = (learn(images, labels, "normalised", how, 0, eps) for eps in (0.0, 1.0))
     under = [
         accuracy_under(classifier(each), images, labels, [1.0], AttackSettings(steps=8))[0] for each in (plain, robust)
@@ -128,12 +128,11 @@ def network() -> nn.Sequential:
 
 
 def test_sets_hold_what_they_say(network: nn.Sequential) -> None:
-    shown = digits("train", 1, 0, "cpu")
-    images, labels, captions = shown
+    images, labels, captions = shown = [each[:150] for each in digits("train", 1, 0, "cpu")]
     assert [DIGITS.index(str(parse(text)["digit"])) for text in captions] == labels.tolist()
-    given = SMALL.tasks("random", 0)[0].parameters
+    given = SMALL.tasks("random", 0)[0].parameters | {"inversion": {"steps": 30, "step": 0.2}}
     made = {
-        arm: make({**given, "arm": arm}, network if SMALL.tasks(arm, 0)[0].inputs else None, shown, 1.0)
+        arm: make({**given, "arm": arm}, network if SMALL.tasks(arm, 0)[0].inputs else None, tuple(shown), 1.0)
         for arm in SMALL.arms
     }
     for arm, (before, changed, label) in made.items():
@@ -152,7 +151,7 @@ def test_sets_hold_what_they_say(network: nn.Sequential) -> None:
             assert torch.equal(changed, images), arm
     random = made["random"][2]
     assert all(torch.equal(made[f"random-{how}"][2], random) for how in ("unperturbed", "noise"))
-    assert 0.05 < (random == labels).float().mean() < 0.15  # of all classes, the true one among them
+    assert 0.03 < (random == labels).float().mean() < 0.18  # of all classes, the true one among them
     before, changed, _ = made["standard-features"]
     wanted, found, began = (network[:-1](2 * each - 1) for each in (images, changed, before))
     assert (found - wanted).norm() < 0.5 * (began - wanted).norm()
