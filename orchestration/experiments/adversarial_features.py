@@ -69,7 +69,8 @@ class AdversarialFeatures(Study):
             told = read_json(Path(resolve_model(path)) / "config.json")
             if key == "evaluator" and (told.get("classes") or {}).get("digit") != list(DIGITS):
                 raise ValueError(f"evaluator: {path!r} is no directory of an evaluator of digits")
-            if key == "captioner" and told.get("vision_config", {}).get("image_size") != 16:
+            looks = told.get("model_type"), told.get("vision_config", {}).get("image_size")
+            if key == "captioner" and looks != ("blip", 16):
                 raise ValueError(f"captioner: {path!r} is no BLIP that looks at images of 16 x 16 pixels")
 
     def reads(self) -> Mapping[str, str]:
