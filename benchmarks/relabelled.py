@@ -9,7 +9,7 @@ for. Then each claim, with its 95 % interval over paired seeds.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,24 @@ from policies.common.seeding import derive_seed
 EPS = 0.5  # of 8x8 images in [0, 1]
 LEARNING, ATTACK = LearningSettings(updates=400), AttackSettings()
 Ask = Callable[[Tensor], Tensor]
+Metrics = dict[str, dict[str, np.ndarray]]  # arm → metric → (seeds, generations)
 
 
 def main(directory: Path, *changes: str) -> None:
     """Run and print."""
     config = load_config(MadConfig, Path("configs/mad/relabelled.yaml"), [f"output_dir={directory}", *changes])
     run_mad(config)
+    found = measured(directory, config)
+    for metric, arm in product(found[next(iter(found))], found):
+        print(f"{metric:<26}{arm:<12}" + "".join(f"{value:8.3f}" for value in found[arm][metric].mean(axis=0)))
+    ends: Any = {arm: dict(_ends(of)) for arm, of in found.items()}
+    for claim in CLAIMS:
+        held = judge(claim, ends)
+        print(f"{held.outcome:<10} {claim.sentence}: {held.value:+.3f} [{held.low:+.3f}, {held.high:+.3f}]")
+
+
+def measured(directory: Path, config: MadConfig) -> Metrics:
+    """What is told of each arm, by the samples that are stored."""
     real = load_real_data(config.data)
     assert real.labels is not None
     pool, apart = split_reference(real, config.data.reference)
@@ -49,7 +61,7 @@ def main(directory: Path, *changes: str) -> None:
     ask = classifier(learn(images[apart], labels[apart], "strided", LEARNING, derive_seed(0, "judge")))
     right = _right(ask, images[pool], labels[pool])
     print(f"\ncommit {git_commit()}, {len(config.seed_list)} seeds; the judge is right of {right:.3f} of the pool")
-    found, store = dict[str, dict[str, np.ndarray]](), TaskStore(directory / "tasks")
+    found, store = Metrics(), TaskStore(directory / "tasks")
     for each in unroll(config, preflight_mad(config)):
         assert each.evaluation is not None
         told = {"asked": _right(ask, *_samples(store.load(each.evaluation.key)))}
@@ -59,16 +71,15 @@ def main(directory: Path, *changes: str) -> None:
         for metric, value in told.items():
             course = np.full((len(config.seed_list), config.generations), np.nan)
             found.setdefault(each.arm, {}).setdefault(metric, course)[place] = value
-    for metric, arm in product(found[next(iter(found))], found):
-        print(f"{metric:<26}{arm:<12}" + "".join(f"{value:8.3f}" for value in found[arm][metric].mean(axis=0)))
-    ends: Any = {
-        arm: {name: known[:, -1 if name == "asked" else -2] for name, known in of.items()}
-        | {f"change of {name}": known[:, -1 if name == "asked" else -2] - known[:, 0] for name, known in of.items()}
-        for arm, of in found.items()
-    }
-    for claim in CLAIMS:
-        held = judge(claim, ends)
-        print(f"{held.outcome:<10} {claim.sentence}: {held.value:+.3f} [{held.low:+.3f}, {held.high:+.3f}]")
+    return found
+
+
+def _ends(found: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """What claims speak of, a value a seed: the last that there is, and how it changed since the first."""
+    for metric, values in found.items():
+        last = values[:, -1 if metric == "asked" else -2]  # nothing is trained on what the last generation draws
+        yield metric, last
+        yield f"change of {metric}", last - values[:, 0]
 
 
 def _fed(files: Files, ask: Ask, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
