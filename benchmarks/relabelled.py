@@ -34,6 +34,7 @@ from policies.common.claims import Claim, judge
 from policies.common.seeding import derive_seed
 
 EPS = 0.5  # of 8x8 images in [0, 1]
+_WITHSTOOD = f"change of learned from, under {EPS:g}"
 LEARNING, ATTACK = LearningSettings(updates=400), AttackSettings()
 Ask = Callable[[Tensor], Tensor]
 Metrics = dict[str, dict[str, np.ndarray]]  # arm → metric → (seeds, generations)
@@ -107,7 +108,17 @@ def unit(images: np.ndarray) -> Tensor:
     return (to_network_input(images) + 1) / 2
 
 
-CLAIMS: list[Claim] = []
+CLAIMS = [
+    *(
+        Claim(f"{metric}: more of them than in {other}", metric, "relabelled", "at least", 0.0, other, "difference")
+        for metric in ("labels right", "asked")
+        for other in ("plain", "verified")
+    ),
+    *(
+        Claim(f"{arm}: what is learned from it withstands less", _WITHSTOOD, arm, "at most", 0.0)
+        for arm in ("plain", "verified", "relabelled")
+    ),
+]
 
 
 if __name__ == "__main__":
