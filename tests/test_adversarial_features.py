@@ -218,7 +218,7 @@ def test_study_plans_arms_with_their_controls() -> None:
     fed = {arm: [0.0] for arm in ("random", "next", "standard-features")}
     assert {arm: eps for arm, eps in sources.items() if eps} == fed | {"robust-features": [1.5]}
     assert jobs["random"].inputs[0].key == jobs["next"].inputs[0].key  # done once
-    assert jobs["next"].parameters["eps"] == [1.5, 0.0, 3.0, 5.0]
+    assert jobs["next"].parameters["eps"] == [1.5, 3.0, 5.0]
     assert [each.kind.split(":")[1] for each in study.tasks("standard", 0)] == ["examine", "audit"]
     claims = study.claims()
     assert {each.arm for each in claims} == set(study.arms) - {"robust-features"}

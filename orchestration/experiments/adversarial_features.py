@@ -43,7 +43,7 @@ class AdversarialFeatures(Study):
     tints: int = Field(2, ge=1, description="random tints of each of the 1,000 digits that sets are made of")
     test_tints: int = Field(1, ge=1, description="random tints of each of the 297 digits that networks are tested on")
     eps: float = Field(1.5, gt=0, description="L2 norm of the change in the sets, of images in [0, 1]")
-    curve: tuple[float, ...] = Field((0.0, 3.0, 5.0), description="further norms at which next is made")
+    curve: tuple[float, ...] = Field((3.0, 5.0), description="further norms at which next is made")
     training_eps: float = Field(1.5, gt=0, description="norm that the robust network is trained against")
     robust: tuple[float, ...] = Field((0.5, 1.0), min_length=1, description="norms under which accuracy is robust")
     audited: tuple[float, ...] = Field((0.0, 0.25, 0.5, 1.0, 1.5), min_length=1, description="norms of the audit")
@@ -91,6 +91,7 @@ class AdversarialFeatures(Study):
             return task(learn_source, how, label=f"{name} network, seed {seed}")
 
         asked = given | {"arm": arm, "eps": [self.eps, *(self.curve if arm == "next" else ())]}
+        asked |= {} if arm in ("standard", *INVERTED) else {"robust": []}  # elsewhere none would be left
         names = ["robust" if arm == "robust-features" else "normalised"] if arm in (*FED, *INVERTED) else []
         found = [task(examine, asked, *map(network, names), label=f"{arm}, seed {seed}")]
         if arm == "standard":
