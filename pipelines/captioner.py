@@ -1,5 +1,6 @@
 """Images into captions with a BLIP or BLIP-2 model, greedily, so that a caption is a function of the image."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -50,3 +51,19 @@ class Captioner:
         if not all(captions):
             raise DegenerateBatch(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
         return captions
+
+    @torch.inference_mode()
+    def chances(self, images: np.ndarray, words: Sequence[str]) -> np.ndarray:
+        """For ``images`` (batch, height, width, 3) uint8 the largest probability (batch,) that one of ``words``, by its
+        first token, has at any place of the caption."""
+        tokenizer, limit = self.tokenizer, self.max_new_tokens
+        wanted = sorted({tokenizer(word, add_special_tokens=False).input_ids[0] for word in words})
+        marks = tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        ends = [each for each in marks if each is not None]
+        how = {"do_sample": False, "num_beams": 1, "output_scores": True, "return_dict_in_generate": True}
+        with self.precision():
+            found = self.model.generate(pixel_values=self.pixels(images), max_new_tokens=limit, **how)
+        chance = torch.stack([step.float().softmax(dim=-1)[:, wanted].sum(dim=-1) for step in found.scores], dim=1)
+        ended = torch.isin(found.sequences[:, -len(found.scores) :], torch.tensor(ends, device=chance.device))
+        chance[:, 1:][ended.cumsum(dim=1)[:, :-1] > 0] = 0  # what is said after the end is not said
+        return chance.amax(dim=1).cpu().numpy()

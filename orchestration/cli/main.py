@@ -181,6 +181,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="seed of the first image of each prompt")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images of each prompt")] = 1,
     output: Annotated[Path, typer.Option(help="directory for the PNG files")] = Path("generated"),
+    guard: Annotated[str | None, typer.Option(help="YAML file: what may be asked for and come out")] = None,
     root: common.Root = Path("runs"),
     trust: common.Trust = False,
 ) -> None:
@@ -191,7 +192,7 @@ def generate(
     place = Path(source).expanduser()
     if not place.exists() and place.parent == Path():
         place = find_run(source, root).directory
-    for path in draw(place, [p for p, _ in pairs], [s for _, s in pairs], output, trusted=trust):
+    for path in draw(place, [p for p, _ in pairs], [s for _, s in pairs], output, trust, guard):
         print(path)
 
 

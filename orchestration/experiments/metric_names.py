@@ -15,7 +15,16 @@ STEPS = {
     "seconds": ("sample", "reward", "learn", "publish"),
 }
 RATIO = ("approximate_kl", "ratio_mean", "ratio_max", "clip_fraction")
-_LOWER = {"w2_squared", "mean_square", "total_variation", "frechet", "fid", "memorisation", "discarded_images"}
+_LOWER = {
+    "w2_squared",
+    "mean_square",
+    "total_variation",
+    "frechet",
+    "fid",
+    "memorisation",
+    "discarded_images",
+    "guard/unasked",
+}
 _HIGHER = {*NEIGHBOURS, "heterozygosity", "entropy", "categories_left", "modes_covered", "mode_entropy", "in_mode"}
 _HIGHER |= {"class_entropy", "label_accuracy", "images_per_second", "images/diversity", "evaluation/diversity"}
 _HIGHER |= {"prompt_accuracy", "caption_agreement", "reward"}

@@ -1,6 +1,6 @@
 """The configuration of a DDPO run. Light to import."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -55,7 +55,11 @@ class DdpoConfig(Settings):
     name: Name = "ddpo"
     seed: int = Field(0, ge=0, lt=2**63, description="of all that is drawn: equal seeds give equal runs")
     output_dir: str | None = Field(None, description="the run's directory; null: runs/<name>-<date>-<time>-seed<seed>")
-    prompts: str = Field("configs/prompts/digits.txt", description="a text file, one prompt a line")
+    prompts: str | dict[Literal["path", "guard"], str] = Field(
+        "configs/prompts/digits.txt",
+        description="a text file, one prompt a line; {path: …, guard: …}: with a guard (docs/audits.md), which drops "
+        "prompts that it refuses and rewrites what others leave open",
+    )
     model: ModelSettings = ModelSettings()
     captioner: CaptionerSettings = CaptionerSettings()
     reward: RewardSettings = RewardSettings()
@@ -66,3 +70,15 @@ class DdpoConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     actors: ActorSettings = ActorSettings()
+
+    @property
+    def prompt_files(self) -> dict[str, str]:
+        """The file of prompts, ``path``, and that of a ``guard``, if any."""
+        return self.prompts if isinstance(self.prompts, dict) else {"path": self.prompts}
+
+    @field_validator("prompts")
+    @classmethod
+    def _has_prompts(cls, prompts: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(prompts, dict) and "path" not in prompts:
+            raise ValueError("name the file of prompts as path, beside guard")
+        return prompts

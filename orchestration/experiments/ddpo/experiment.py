@@ -54,7 +54,8 @@ class Ddpo(SweptExperiment):
         from orchestration.experiments.ddpo.preflight import preflight_ddpo
 
         plan = preflight_ddpo(config, machine)
-        return ddpo_metrics(config, plan.prompts, plan.unseen)
+        watched = plan.guard.settings.output and config.captioner.path
+        return [*ddpo_metrics(config, plan.prompts, plan.unseen), *(["guard/unasked"] if watched else [])]
 
     def reads(self, config: DdpoConfig) -> tuple[dict[str, str], set[str]]:
         """See :class:`SweptExperiment`."""
@@ -65,7 +66,7 @@ class Ddpo(SweptExperiment):
     def models(self, config: DdpoConfig) -> frozenset[tuple[str, str]]:
         """See :class:`SweptExperiment`."""
         paths, _ = self.reads(config)
-        return frozenset(paths.items()) - {("prompts", config.prompts)}
+        return frozenset((key, path) for key, path in paths.items() if key.partition(".")[0] != "prompts")
 
     def steps(self, config: DdpoConfig) -> int:
         """See :class:`SweptExperiment`."""

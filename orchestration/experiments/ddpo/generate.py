@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orchestration.cluster.forks import ACTORS
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.config import ConfigError, about
@@ -17,6 +19,7 @@ from orchestration.runs.inputs import changed_inputs, fingerprints
 from orchestration.runs.manifest import ids
 from orchestration.runs.run import going_on
 from pipelines.data.prompts import unseen_words
+from pipelines.guard import NO_GUARD, Guard, write_log
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
 from policies.rl.settings import SamplingSettings
@@ -25,32 +28,50 @@ _TOGETHER = 2**15  # numbers of latents that are drawn at once: many small image
 
 
 def generate(
-    source: Path, prompts: Sequence[str], seeds: Sequence[int], output: Path, trusted: bool = False
+    source: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    trusted: bool = False,
+    guard: str | None = None,
 ) -> list[Path]:
     """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
 
     ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
     diffusers directory. Settings are the run's own, so a seed of the run gives the image the run showed. Raises
-    ConfigError if it is another person's run and not ``trusted``.
+    ConfigError if it is another person's run and not ``trusted``. A ``guard``, a YAML file, may refuse prompts, rewrite
+    them, and withhold images, which are then not there: what it did is in ``output/guard.jsonl``.
     """
     os.environ.update(ACTORS | os.environ)  # before torch is imported
     from PIL import Image
 
     names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
     with about():
+        watch = Guard.read(guard, "--guard") if guard else NO_GUARD
+        front = {each: watch.front(*each) for each in names}
+        asked = {each: text for each, (text, _) in front.items() if text is not None}
         policy = _open(source, trusted)
-        for line in unseen_words(list(dict.fromkeys(prompts)), policy.family.files):
+        for line in unseen_words(list(dict.fromkeys(asked.values())), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
+    log, written = [entry for _, entries in front.values() for entry in entries], set()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        size, left = max(1, _TOGETHER // math.prod(policy.family.latent_shape)), iter(names)
+        size, left = max(1, _TOGETHER // math.prod(policy.family.latent_shape)), iter(asked)
         while drawn := list(islice(left, size)):
-            images, _ = policy.rollout([prompt for prompt, _ in drawn], [seed for _, seed in drawn])
-            for pair, image in zip(drawn, images, strict=True):
-                Image.fromarray(image).save(output / names[pair])
+            texts, own = zip(*drawn, strict=True)
+            images, withheld, tries = watch.drawn(
+                lambda *what: policy.rollout(*what)[0], [asked[each] for each in drawn], texts, own
+            )
+            log += tries
+            for number in np.flatnonzero(~withheld):
+                Image.fromarray(images[number]).save(output / names[drawn[number]])
+                written.add(drawn[number])
+        write_log(output / "guard.jsonl", log if guard else ())
+        for line in dict.fromkeys(entry.line for entry in log if entry.decision != "allowed"):
+            print(line, file=sys.stderr)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from error
-    return [output / names[each] for each in zip(prompts, seeds, strict=True)]
+    return [output / names[each] for each in zip(prompts, seeds, strict=True) if each in written]
 
 
 def image_name(prompt: str, seed: int) -> str:

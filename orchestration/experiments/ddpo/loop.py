@@ -19,6 +19,7 @@ from orchestration.experiments.ddpo.run import DdpoRun, StepCallback, ignore
 from orchestration.experiments.ddpo.worker_group import WorkerGroup
 from orchestration.runs.run import going_on
 from pipelines.denoisers import is_distilled
+from pipelines.guard import write_log
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics, advantages
 from policies.rl.health import DegenerateBatch
@@ -61,6 +62,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
 
     if run.checkpoint is None:
         run.describe(plan.prompts, plan.roles, workers.ask_learner("micro_batch"), workers.ratio_bound(None))
+        write_log(run.directory / "guard.jsonl", plan.refused)
         before = evaluate(config.evaluation.images)
         queue.request(run.step)  # drawn while the reward is calibrated
         report.before(before, calibrate(workers, *fitting_images(config, before)))
@@ -89,6 +91,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
             with run.stage("publish"):
                 workers.update_weights(update, weights)
             metrics = step_metrics(rewards, advantage, update, rollout.images, rollout.prompts)
+            metrics |= workers.unasked(rollout)
 
         measured = config.evaluation.size_after(step + 1, training.steps)
         held_out = evaluate(measured) if measured else None

@@ -14,6 +14,7 @@ from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
 from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect
+from pipelines.guard import NO_GUARD, Entry, Guard, read_guard
 from pipelines.pages import fill
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import check_model, find
@@ -23,28 +24,39 @@ from policies.common.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, and
-    what is worth a warning."""
+    """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, what
+    is worth a warning, the guard, and the prompts that it has refused."""
 
     prompts: list[str]
     unseen: list[str]
     roles: list[Role]
     offers: Sequence[Offer]
     notes: Sequence[str] = ()
+    guard: Guard = NO_GUARD
+    refused: Sequence[Entry] = ()
 
 
 def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     with about():
-        notes, size = [], (512, 512)
-        prompts, unseen = read_prompts(config.prompts)
+        notes, refused, size = list[str](), list[Entry](), (512, 512)
+        prompts, unseen = read_prompts(config.prompt_files["path"])
+        guard = NO_GUARD
+        if path := config.prompt_files.get("guard"):
+            guard = Guard(read_guard(path, "prompts.guard"))
+            refused = [entry for prompt in (*prompts, *unseen) if (entry := guard.refusal(prompt))]
+            dropped = {entry.prompt for entry in refused}
+            prompts, unseen = ([each for each in some if each not in dropped] for some in (prompts, unseen))
+            if not prompts:
+                raise ValueError(f"prompts.guard {path} leaves no prompt to train on: one is {refused[0].line}")
+        drawn, _ = guard.grounded([*prompts, *unseen], range(len(prompts) + len(unseen)))
         check_model(config.model.path, "model_index.json", "model.path")
         if directory := find(config.model.path):  # the hub is asked by the actors that load
             files = inspect(directory)
             size = files.image_size
             check_guidance(files, config.sampling.guidance_scale)
             check_cache(files, config.sampling.cache)
-            notes = unseen_words([*prompts, *unseen], files)
+            notes = unseen_words(drawn, files)
             if config.model.lora_rank:
                 check_lora(files, config.model.lora_targets)
         if config.captioner.path:
@@ -52,13 +64,22 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
             raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
-        _check_rewards(config, [*prompts, *unseen], size)
+        _check_rewards(config, drawn, size)
         if config.evaluation.evaluator:
-            _check_evaluator(config.evaluation.evaluator, [*prompts, *unseen])
+            _check_evaluator(config.evaluation.evaluator, drawn)
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         roles, offers = place_roles(config, machine or find_machine(config.actors.device))
-    return Plan(prompts, unseen, roles, offers, notes)
+        notes += _guarded(guard, refused, config)
+    return Plan(prompts, unseen, roles, offers, notes, guard, refused)
+
+
+def _guarded(guard: Guard, refused: Sequence[Entry], config: DdpoConfig) -> list[str]:
+    """What a person should know of what a guard does to a run."""
+    lines = [f"the guard drops {len(refused)} prompts, such as one {refused[0].line}"] if refused else []
+    if guard.settings.output and config.captioner.path is None:
+        lines.append("the guard's output stage reads captions, but captioner.path is null: no guard/unasked")
+    return lines
 
 
 def place_roles(config: DdpoConfig, machine: Machine) -> tuple[list[Role], Sequence[Offer]]:
@@ -142,8 +163,9 @@ def _check_sizes(config: DdpoConfig, prompts: list[str]) -> None:
             "or the part of sampling.eta"
         )
     if training.prompts_per_step > len(prompts):
+        held = f"{len(prompts)}{' that the guard does not refuse' if 'guard' in config.prompt_files else ''}"
         wanted = f"training.images_per_step / images_per_prompt asks for {training.prompts_per_step} prompts a step"
-        raise ValueError(f"{wanted}, {config.prompts} holds {len(prompts)}")
+        raise ValueError(f"{wanted}, {config.prompt_files['path']} holds {held}")
     if config.advantage.compares == "group" and training.images_per_prompt < 2:
         remedy = "set training.images_per_prompt to 2 or more"
         raise ValueError(f"advantage.baseline group compares images of one prompt: {remedy}")

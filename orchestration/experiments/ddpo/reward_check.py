@@ -94,6 +94,9 @@ def check(config: DdpoConfig) -> dict[str, Finding]:
     prompts = plan.prompts[:: max(1, len(plan.prompts) // _PROMPTS)][:_PROMPTS]
     asked = [prompt for prompt in prompts for _ in range(_IMAGES)]
     seeds = [derive_seed(config.seed, "reward check", number) for number in range(len(asked))]
+    asked, _ = plan.guard.grounded(
+        asked, [derive_seed(config.seed, "guard", each // _IMAGES) for each in range(len(asked))]
+    )
     # One's own functions, which take no model of this program's, are tried before its actors would have started.
     light = all(isinstance(each, OwnReward) and each.is_light(name) for name, each in functions.items())
     with ExitStack() as stack:

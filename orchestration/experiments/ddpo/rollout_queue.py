@@ -5,6 +5,7 @@ import numpy as np
 from actors.roles.sampler import Chunk
 from orchestration.experiments.ddpo.run import DdpoRun
 from orchestration.experiments.ddpo.worker_group import Rollout, WorkerGroup
+from pipelines.guard import write_log
 from policies.common.seeding import PromptSchedule, derive_seed
 
 
@@ -48,7 +49,11 @@ class RolloutQueue:
 
     def _ask(self, step: int) -> None:
         config = self._run.config
-        prompts = [prompt for prompt in self._prompts.batch(step) for _ in range(config.training.images_per_prompt)]
+        asked = self._prompts.batch(step)  # a guard rewrites once for a group, whose images are compared
+        own = [derive_seed(config.seed, "guard", step, number) for number in range(len(asked))]
+        grounded, entries = self._workers.plan.guard.grounded(asked, own)
+        write_log(self._run.directory / "guard.jsonl", entries, step=step + 1)
+        prompts = [prompt for prompt in grounded for _ in range(config.training.images_per_prompt)]
         seeds = [derive_seed(config.seed, "sampling", step, image) for image in range(len(prompts))]
         self._asked[step] = chunks = self._workers.samplers.rollout(prompts, seeds)
         self._workers.begin_scoring(chunks)

@@ -204,7 +204,7 @@ class DdpoRun(Run):
         self._status("RUNNING")
         self._log_params()
         digest = sha256("\n".join(prompts).encode()).hexdigest()
-        self.tracker.dataset("prompts", digest, self.config.prompts, {"prompts": len(prompts)})
+        self.tracker.dataset("prompts", digest, self.config.prompt_files["path"], {"prompts": len(prompts)})
 
     def _log_params(self) -> None:
         config = self.config

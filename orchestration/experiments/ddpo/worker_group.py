@@ -1,6 +1,6 @@
 """All actors of a DDPO run, owned by one driver, and what it asks of them together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -156,6 +156,14 @@ class WorkerGroup(ExitStack):
         scores = self.scores(rollout.chunks, f"step {rollout.step + 1}: rewards")
         return weighted_sum(scores, self.config.reward.weights)
 
+    def unasked(self, rollout: Rollout) -> dict[str, float]:
+        """guard/unasked: share of a step's images whose captions name what the guard lets nobody ask for; nothing if
+        it, or the run, does not look."""
+        if self.captioners is None or not self.plan.guard.settings.output:
+            return {}
+        said = self.wait([chunk.captions for chunk in rollout.chunks], f"step {rollout.step + 1}: captions")
+        return {"guard/unasked": self.plan.guard.unasked([caption for part in said for caption in part])}
+
     def train(self, rollout: Rollout, advantage: np.ndarray, seed: int) -> tuple[Update, ObjectRef]:
         """A step's updates of the learner from what was drawn and its ``advantage`` (n,), and the new weights."""
         trajectories = [chunk.trajectory for chunk in rollout.chunks]
@@ -240,7 +248,9 @@ class WorkerGroup(ExitStack):
     def evaluate(self, images: int, steps: int | None = None) -> Evaluation:
         """Draw, caption, score and judge the first so many of fixed (prompt, seed) pairs, with averaged weights if they
         are; in so many denoising ``steps``, if other than the settings'."""
-        prompts, seeds = fixed_work([*self.plan.prompts, *self.plan.unseen], images)
+        asked, seeds = fixed_work([*self.plan.prompts, *self.plan.unseen], images)
+        prompts, _ = self.plan.guard.grounded(asked, seeds)
+        unseen = {drawn for prompt, drawn in zip(asked, prompts, strict=True) if prompt in self.plan.unseen}
         sampling = self.config.sampling.at(0)  # the same at every step
         if steps is not None:
             sampling = sampling.model_copy(update={"steps": steps})
@@ -248,14 +258,18 @@ class WorkerGroup(ExitStack):
         with self.drawing_with("averaged") if others else nullcontext():
             chunks = self.samplers.rollout(prompts, seeds, sampling)
             if steps is not None:
-                return self.measure(chunks, prompts)
+                return self.measure(chunks, prompts, unseen=unseen)
             divergence = self.samplers.submit("divergence", chunks[0].drawn_with, chunks[0].trajectory)
-            return self.measure(chunks, prompts, [divergence])
+            return self.measure(chunks, prompts, [divergence], unseen)
 
     def measure(
-        self, chunks: Sequence[Chunk], prompts: Sequence[str], divergences: Sequence[ObjectRef] = ()
+        self,
+        chunks: Sequence[Chunk],
+        prompts: Sequence[str],
+        divergences: Sequence[ObjectRef] = (),
+        unseen: Collection[str] = (),
     ) -> Evaluation:
-        """Caption, score and judge chunks, drawn or being drawn."""
+        """Caption, score and judge chunks, drawn or being drawn; ``unseen`` prompts are those never trained on."""
         self.begin_scoring(chunks, self.rewards)
         if self.evaluators is not None:
             for chunk in chunks:
@@ -268,7 +282,7 @@ class WorkerGroup(ExitStack):
 
         found = values("images"), values("captions"), scores, values("verdicts")
         apart = self.wait(divergences, "evaluation: divergence")
-        return Evaluation(prompts, *found, self.config.reward, self.plan.unseen, apart)
+        return Evaluation(prompts, *found, self.config.reward, unseen, apart)
 
     def restore(self, commit: Checkpoint) -> None:
         """Go on from a commit: its learner's state is the samplers' too."""

@@ -20,6 +20,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "adversarial_features": "orchestration.experiments.adversarial_features:AdversarialFeatures",
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
+    "guard": "orchestration.experiments.guard:Guarding",
     "neurons": "orchestration.experiments.neurons:Neurons",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
