@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from unicodedata import category, normalize
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from pipelines.data.prompts import spelled, words_in
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import check_model, find
+from pipelines.storage.model_files import read_json
 from pipelines.storage.yaml_text import read_yaml
 from policies.common.seeding import derive_seed
 from policies.rl.settings import Settings, Share, explain
@@ -26,12 +27,11 @@ from policies.rl.settings import Settings, Share, explain
 if TYPE_CHECKING:
     from pipelines.captioner import Captioner
 
-STAGES = ("blocklist", "classifier", "rewriting", "output")
+FRONT = ("blocklist", "classifier")
+STAGES = (*FRONT, "rewriting", "output")
 Words = tuple[str, ...]
 Decision = Literal["allowed", "refused", "rewritten", "withheld"]
 Rollout = Callable[[list[str], list[int]], np.ndarray]  # of prompts and seeds an image each
-_BATCH = 90  # images that are looked at at once
-_ENDINGS = "s|es|d|ed|ing|er|ers|ish|ly|fold"
 
 
 class ClassifierSettings(Settings):
@@ -42,13 +42,6 @@ class ClassifierSettings(Settings):
     contexts: Words = Field(("{}",), min_length=1, description="prompts with {} in place of an example")
     threshold: Share = Field(0.5, description="a prompt is refused from this probability on")
 
-    @field_validator("contexts")
-    @classmethod
-    def _have_a_place(cls, contexts: Words) -> Words:
-        if wrong := [each for each in contexts if each.count("{}") != 1]:
-            raise ValueError(f"{wrong[0]!r} needs one {{}}, where an example is put")
-        return contexts
-
 
 class Rule(Settings):
     """What a prompt leaves open, and the words that are put there."""
@@ -58,15 +51,6 @@ class Rule(Settings):
     where: Words = Field(min_length=1, description="the first of these words in the prompt is rewritten")
     becomes: str = Field("{drawn}", description="what it becomes, with {drawn} and, to keep it, {word}")
     drawn: dict[str, Share] = Field(min_length=1, description="words and their probabilities, which are 1 in all")
-
-    @model_validator(mode="after")
-    def _is_a_distribution(self) -> "Rule":
-        if abs(sum(self.drawn.values()) - 1) > 1e-6:
-            raise ValueError(f"drawn: the probabilities are {sum(self.drawn.values()):g} in all, not 1")
-        left = self.becomes.replace("{drawn}", "").replace("{word}", "")
-        if "{drawn}" not in self.becomes or set("{}") & set(left):
-            raise ValueError(f"becomes: {self.becomes!r} must hold {{drawn}}, may hold {{word}}, and no other braces")
-        return self
 
 
 class OutputSettings(Settings):
@@ -93,11 +77,20 @@ class GuardSettings(Settings):
 
     @model_validator(mode="after")
     def _is_of_one_mind(self) -> "GuardSettings":
-        for entry in (*self.blocklist, *(self.output.words if self.output else ())):
-            if not spelled(entry):
-                raise ValueError(f"{entry!r} holds no letter and no digit")
+        if wrong := [
+            each for each in (*self.blocklist, *(self.output.words if self.output else ())) if not spelled(each)
+        ]:
+            raise ValueError(f"{wrong[0]!r} holds no letter and no digit")
+        if self.classifier and (wrong := [each for each in self.classifier.contexts if each.count("{}") != 1]):
+            raise ValueError(f"classifier.contexts: {wrong[0]!r} needs one {{}}, where an example is put")
         for rule in self.rewriting:
-            if wrong := [each for each in rule.drawn if named(self.blocklist, each)]:
+            if abs(sum(rule.drawn.values()) - 1) > 1e-6:
+                raise ValueError(f"rewriting {rule.name}: probabilities are {sum(rule.drawn.values()):g} in all, not 1")
+            if "{drawn}" not in rule.becomes or {"{", "}"} & {*re.sub("{drawn}|{word}", "", rule.becomes)}:
+                raise ValueError(
+                    f"rewriting {rule.name}: becomes has {{drawn}}, may have {{word}}, and no other braces"
+                )
+            if wrong := [each for each in rule.drawn if words_in(self.blocklist, each)]:
                 raise ValueError(f"rewriting {rule.name}: draws {wrong[0]!r}, which the blocklist refuses")
         return self
 
@@ -125,45 +118,17 @@ def read_guard(path: str, what: str = "guard") -> GuardSettings:
     if found is None or not found.is_file():
         raise ValueError(f"{what}: there is no file {path!r}")
     try:
-        content = read_yaml(found)
-        if not isinstance(content, dict):
+        if not isinstance(content := read_yaml(found), dict) or not content:
             raise ValueError(f"it holds no stage: give one or more of {', '.join(STAGES)}")
-        return GuardSettings.model_validate(_tuples(content))
-    except ValidationError as error:
-        raise ValueError(f"{what} {path}: {explain(GuardSettings, error)}") from error
+        settings = GuardSettings.model_validate_json(json.dumps(content, default=str))
+        if settings.output:
+            check_model(place := settings.output.captioner, "config.json", "output.captioner")
+            if (at := find(place)) and read_json(at / "config.json").get("model_type") not in ("blip", "blip-2"):
+                raise ValueError(f"output.captioner: {place} is no captioner; name a model of BLIP or BLIP-2")
     except ValueError as error:
-        raise ValueError(f"{what} {path}: {error}") from error
-
-
-def _tuples(content: object) -> object:
-    if isinstance(content, dict):
-        return {key: _tuples(value) for key, value in content.items()}
-    return tuple(map(_tuples, content)) if isinstance(content, list) else content
-
-
-def spelled(text: str) -> list[str]:
-    """The words of a text, runs of letters or of digits, without case, accents, fonts and invisible characters."""
-    plain = "".join(c for c in normalize("NFKD", text.casefold()) if category(c) not in ("Cf", "Mn"))
-    return re.findall(r"[^\W\d_]+|\d+", plain)
-
-
-@lru_cache
-def _pattern(entry: str) -> re.Pattern[str]:
-    """Finds a word in any inflection, or several of them in a row, in words that are joined by blanks."""
-
-    def forms(word: str) -> str:
-        if not word.isalpha():
-            return word
-        short = f"|{word[:-1]}(?:ing|ed|er|ers|y|ies|ity|ish)" if word[-1] in "ey" else ""
-        return f"(?:{word}(?:{_ENDINGS})?|{word}{word[-1]}(?:ing|ed|er|ers){short})"
-
-    return re.compile(rf"(?<!\S){' '.join(map(forms, spelled(entry)))}(?!\S)")
-
-
-def named(entries: Iterable[str], text: str) -> str | None:
-    """The first of ``entries`` that a text holds, by its words."""
-    words = " ".join(spelled(text))
-    return next((each for each in entries if _pattern(each).search(words)), None)
+        says = explain(GuardSettings, error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{what} {path}: {says}") from error
+    return settings
 
 
 @lru_cache(maxsize=4)
@@ -178,12 +143,10 @@ def _trained(settings: ClassifierSettings) -> Callable[[str], float]:
     def embedded(text: str) -> np.ndarray:
         return np.asarray(encoder.encode(text, normalize_embeddings=True, show_progress_bar=False), np.float64)
 
-    texts = [
-        context.replace("{}", each) for each in settings.refused + settings.allowed for context in settings.contexts
-    ]
-    labels = np.arange(len(texts)) < len(settings.refused) * len(settings.contexts)
+    examples, contexts = settings.refused + settings.allowed, settings.contexts
+    texts = np.stack([embedded(context.replace("{}", each)) for each in examples for context in contexts])
     fitted = LogisticRegression(C=1000, class_weight="balanced", max_iter=10_000)
-    fitted.fit(np.stack([embedded(text) for text in texts]), labels)
+    fitted.fit(texts, np.arange(len(texts)) < len(settings.refused) * len(contexts))
     return lru_cache(4096)(lambda text: float(fitted.predict_proba(embedded(text)[None])[0, 1]))
 
 
@@ -193,40 +156,33 @@ class Guard:
     def __init__(self, settings: GuardSettings, device: str = "cpu") -> None:
         self.settings, self.device = settings, device
 
-    @classmethod
-    def read(cls, path: str, what: str = "guard") -> "Guard":
-        """Of a file. Raises ValueError, also where its captioner is not there."""
-        settings = read_guard(path, what)
-        if settings.output:
-            check_model(settings.output.captioner, "config.json", f"{what} {path}: output.captioner")
-        return cls(settings)
-
     def refusal(self, prompt: str, seed: int = 0) -> Entry | None:
         """Why a prompt is refused, by the first stage that does; None: it is not."""
-        if word := named(self.settings.blocklist, prompt):
+        if word := words_in(self.settings.blocklist, prompt):
             return Entry(prompt, seed, "blocklist", "refused", f"it names {word!r}")
-        if classifier := self.settings.classifier:
-            chance = _trained(classifier)(prompt)
-            if chance >= classifier.threshold:
-                return Entry(prompt, seed, "classifier", "refused", f"probability {chance:.3f}")
+        classifier = self.settings.classifier
+        if classifier and (chance := _trained(classifier)(prompt)) >= classifier.threshold:
+            return Entry(prompt, seed, "classifier", "refused", f"probability {chance:.3f}")
         return None
 
     def ground(self, prompt: str, seed: int) -> tuple[str, list[Entry]]:
         """The prompt with what it leaves open put in, drawn by ``seed``, and what each rule did."""
         entries = []
         for rule in self.settings.rewriting:
-            place = None if named((*rule.drawn, *rule.unless), prompt) else _first(rule.where, prompt)
-            if place:
-                random = np.random.default_rng(derive_seed(seed, f"guard {rule.name}"))
-                shares = np.array([*rule.drawn.values()])
-                drawn = str(random.choice([*rule.drawn], p=shares / shares.sum()))
-                text = rule.becomes.replace("{word}", place[0]).replace("{drawn}", drawn)
-                whole = f"{prompt[: place.start()]}{text}{prompt[place.end() :]}"
-                article = "an" if drawn[0].lower() in "aeiou" else "a"
-                whole = re.sub(rf"\ban?(?= {re.escape(drawn)}\b)", article, whole)
-                why = f"it leaves the {rule.name} open: drew {drawn!r} of {len(rule.drawn)}"
-                entries.append(Entry(prompt, seed, "rewriting", "rewritten", why, whole))
-                prompt = whole
+            anywhere = rf"(?<!\w)(?:{'|'.join(map(re.escape, rule.where))})(?!\w)"
+            if words_in((*rule.drawn, *rule.unless), prompt) or not (
+                place := re.search(anywhere, prompt, re.IGNORECASE)
+            ):
+                continue
+            random = np.random.default_rng(derive_seed(seed, f"guard {rule.name} {prompt}"))
+            drawn = [*rule.drawn][np.searchsorted(np.cumsum([*rule.drawn.values()])[:-1], random.random(), "right")]
+            text = rule.becomes.replace("{word}", place[0]).replace("{drawn}", drawn)
+            whole = f"{prompt[: place.start()]}{text}{prompt[place.end() :]}"
+            article = "an" if drawn[0].lower() in "aeiou" else "a"
+            whole = re.sub(rf"\ban?(?= {re.escape(drawn)}\b)", article, whole)
+            why = f"it leaves the {rule.name} open: drew {drawn!r} of {len(rule.drawn)}"
+            entries.append(Entry(prompt, seed, "rewriting", "rewritten", why, whole))
+            prompt = whole
         return prompt, entries
 
     def front(self, prompt: str, seed: int) -> tuple[str | None, list[Entry]]:
@@ -247,36 +203,34 @@ class Guard:
         """Images (n, height, width, 3) uint8 that ``rollout`` draws of what is ``asked`` for ``prompts``, which of them
         are withheld (n,), and the log. One that is withheld is drawn again by another seed, up to so many tries."""
         images, withheld, log = rollout(list(asked), list(seeds)), np.zeros(len(asked), bool), list[Entry]()
-        output, waiting = self.settings.output, np.arange(len(asked))
-        for attempt in range(output.tries) if output else ():
-            if attempt and len(waiting):
+        if not (output := self.settings.output):
+            return images, withheld, log
+        waiting = list(range(len(asked)))
+        for attempt in range(output.tries if waiting else 0):
+            if attempt:
                 fresh = [derive_seed(seeds[each], "guard", attempt) for each in waiting]
                 images[waiting] = rollout([asked[each] for each in waiting], fresh)
-            chances = self.chances(images[waiting])
+            chances = _captioner(output.captioner, self.device).chances(images[waiting], output.words)
             withheld[waiting] = chances >= output.threshold
             for each, chance in zip(waiting, chances, strict=True):
                 why = f"try {attempt + 1}: a caption would name it with probability {chance:.3f}"
                 decision: Decision = "withheld" if withheld[each] else "allowed"
                 log.append(Entry(prompts[each], seeds[each], "output", decision, why))
-            waiting = np.flatnonzero(withheld)
+            if not (waiting := np.flatnonzero(withheld).tolist()):
+                break
         return images, withheld, log
 
     def unasked(self, captions: Sequence[str]) -> float:
         """Share of captions that name what the output stage forbids."""
         words = self.settings.output.words if self.settings.output else ()
-        return float(np.mean([named(words, each) is not None for each in captions]))
+        return float(np.mean([words_in(words, each) is not None for each in captions]))
 
 
 NO_GUARD = Guard(GuardSettings())
 
 
-def _first(words: Sequence[str], prompt: str) -> re.Match[str] | None:
-    """The first place of a prompt where one of ``words`` stands as it is, in any case."""
-    return re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", prompt, re.IGNORECASE)
-
-
 @lru_cache(maxsize=1)
-def _looker(path: str, device: str) -> "Captioner":
+def _captioner(path: str, device: str) -> "Captioner":
     from pipelines.captioner import Captioner
 
     return Captioner(CaptionerSettings(path=path), device)
@@ -284,7 +238,6 @@ def _looker(path: str, device: str) -> "Captioner":
 
 def write_log(path: Path, entries: Iterable[Entry], **more: int) -> None:
     """Add ``entries``, a JSON object a line, to the file at ``path``, if there are any."""
-    if not (entries := list(entries)):
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**more, **asdict(each)}, ensure_ascii=False) + "\n" for each in entries)
+    if lines := [json.dumps({**more, **asdict(each)}, ensure_ascii=False) + "\n" for each in entries]:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)

@@ -4,6 +4,7 @@ import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,33 @@ def renamed(text: str, concept: str, word: str) -> str:
     """``text`` with another word for the concept, where it is first named."""
     found = naming(concept, text)
     return f"{text[: found.start()]}{word}{text[found.end() :]}" if found else text
+
+
+def spelled(text: str) -> list[str]:
+    """The words of a text, runs of letters or of digits, without case, accents, fonts and invisible characters."""
+    plain = "".join(
+        c for c in unicodedata.normalize("NFKD", text.casefold()) if unicodedata.category(c) not in ("Cf", "Mn")
+    )
+    return re.findall(r"[^\W\d_]+|\d+", plain)
+
+
+@lru_cache
+def _inflected(entry: str) -> re.Pattern[str]:
+    """Finds a word in any inflection, or several of them in a row, in words that are joined by blanks."""
+
+    def forms(word: str) -> str:
+        if not word.isalpha():
+            return word
+        short = f"|{word[:-1]}(?:ing|ed|er|ers|y|ies|ity|ish)" if len(word) > 3 and word[-1] in "ey" else ""
+        return f"(?:{word}(?:s|es|d|ed|ing|er|ers|ish|ly|fold)?|{word}{word[-1]}(?:ing|ed|er|ers){short})"
+
+    return re.compile(rf"(?<!\S){' '.join(map(forms, spelled(entry)))}(?!\S)")
+
+
+def words_in(entries: Iterable[str], text: str) -> str | None:
+    """The first of ``entries`` that a text holds, by its words."""
+    words = " ".join(spelled(text))
+    return next((each for each in entries if _inflected(each).search(words)), None)
 
 
 def unseen_words(prompts: Sequence[str], files: ModelFiles) -> list[str]:

@@ -74,11 +74,15 @@ class DdpoConfig(Settings):
     @property
     def prompt_files(self) -> dict[str, str]:
         """The file of prompts, ``path``, and that of a ``guard``, if any."""
-        return self.prompts if isinstance(self.prompts, dict) else {"path": self.prompts}
+        return (
+            {"path": self.prompts}
+            if isinstance(self.prompts, str)
+            else {str(key): path for key, path in self.prompts.items()}
+        )
 
     @field_validator("prompts")
     @classmethod
-    def _has_prompts(cls, prompts: str | dict[str, str]) -> str | dict[str, str]:
-        if isinstance(prompts, dict) and "path" not in prompts:
+    def _has_prompts(cls, prompts: Any) -> Any:
+        if not isinstance(prompts, str) and "path" not in prompts:
             raise ValueError("name the file of prompts as path, beside guard")
         return prompts

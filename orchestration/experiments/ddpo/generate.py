@@ -19,7 +19,7 @@ from orchestration.runs.inputs import changed_inputs, fingerprints
 from orchestration.runs.manifest import ids
 from orchestration.runs.run import going_on
 from pipelines.data.prompts import unseen_words
-from pipelines.guard import NO_GUARD, Guard, write_log
+from pipelines.guard import NO_GUARD, Guard, read_guard, write_log
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
 from policies.rl.settings import SamplingSettings
@@ -47,7 +47,7 @@ def generate(
 
     names = {each: image_name(*each) for each in zip(prompts, seeds, strict=True)}
     with about():
-        watch = Guard.read(guard, "--guard") if guard else NO_GUARD
+        watch = Guard(read_guard(guard, "--guard")) if guard else NO_GUARD
         front = {each: watch.front(*each) for each in names}
         asked = {each: text for each, (text, _) in front.items() if text is not None}
         policy = _open(source, trusted)

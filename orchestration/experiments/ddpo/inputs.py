@@ -13,7 +13,9 @@ from pipelines.storage.locations import find
 def paths_of(config: DdpoConfig) -> dict[str, str]:
     """Every path, or hub name, that a DDPO run reads, by its dotted key."""
     single = isinstance(config.prompts, str)
-    found = {"prompts" if single else f"prompts.{name}": path for name, path in config.prompt_files.items()}
+    found: dict[str, str | None] = {
+        "prompts" if single else f"prompts.{name}": path for name, path in config.prompt_files.items()
+    }
     found |= {"model.path": config.model.path, "captioner.path": config.captioner.path}
     found["evaluation.evaluator"] = config.evaluation.evaluator
 

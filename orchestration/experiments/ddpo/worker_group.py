@@ -161,7 +161,10 @@ class WorkerGroup(ExitStack):
         it, or the run, does not look."""
         if self.captioners is None or not self.plan.guard.settings.output:
             return {}
-        said = self.wait([chunk.captions for chunk in rollout.chunks], f"step {rollout.step + 1}: captions")
+        said = self.wait(
+            [chunk.captions for chunk in rollout.chunks if chunk.captions is not None],
+            f"step {rollout.step + 1}: captions",
+        )
         return {"guard/unasked": self.plan.guard.unasked([caption for part in said for caption in part])}
 
     def train(self, rollout: Rollout, advantage: np.ndarray, seed: int) -> tuple[Update, ObjectRef]:
