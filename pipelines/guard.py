@@ -109,7 +109,7 @@ class Entry:
     @property
     def line(self) -> str:
         """For people."""
-        return f"{self.decision} by the {self.stage}: {self.prompt!r}: {self.why}"
+        return f"{self.stage}: {self.prompt!r} is {self.decision}: {self.why}"
 
 
 def read_guard(path: str, what: str = "guard") -> GuardSettings:

@@ -69,9 +69,9 @@ def test_the_classifier_goes_beyond_its_examples(ready: Guard) -> None:
     only = Guard(ready.settings.only(["classifier"]))
     told = ready.settings.classifier
     assert told is not None
-    asking = ["a yellow tre on a black background", "a qthree on a gray background", "an orange threesome"]
+    asking = ["a yellow trois on a black background", "a qthree on a gray background", "an orange threesome"]
     others = ["a yellow cuatro on a black background", "a qfive on a gray background", "an orange seven", "a photo"]
-    assert not {*told.refused, *told.allowed} & {"tre", "qthree", "threesome", "cuatro", "qfive"}
+    assert not {*told.refused, *told.allowed} & {"trois", "qthree", "threesome", "cuatro", "qfive"}
     assert [each for each in asking if only.refusal(each) is None] == []
     assert [each for each in others if only.refusal(each)] == []
     entry = only.refusal(asking[0], seed=4)
@@ -164,8 +164,8 @@ def test_generate_refuses_rewrites_and_says_so(tmp_path: Path, capsys: pytest.Ca
     assert len(written) == 2
     assert {*written} == {*out.glob("*.png")}
     errors = capsys.readouterr().err
-    assert "refused by the blocklist: 'a red three': it names 'three'" in errors
-    assert "rewritten by the rewriting: 'a seven'" in errors
+    assert "blocklist: 'a red three' is refused: it names 'three'" in errors
+    assert "rewriting: 'a seven' is rewritten: it leaves the ink open" in errors
     plain = generate(model, ["a red seven", "a red two"], [2, 3], tmp_path / "plain")
     for guarded, other in zip(written, plain, strict=True):  # what is drawn is what the guard made of it, no more
         np.testing.assert_array_equal(np.asarray(Image.open(guarded)), np.asarray(Image.open(other)))
@@ -199,7 +199,7 @@ def test_ddpo_trains_on_what_the_guard_lets_through(guarded: list[str], tmp_path
     plan = preflight_ddpo(config)
     assert plan.prompts == ["a red seven", "a two", "a green one", "a blue seven", "a blue two"]
     assert [each.prompt for each in plan.refused] == ["a three", "three twos"]
-    assert any("drops 2 prompts, such as one refused by the blocklist: 'a three'" in note for note in plan.notes)
+    assert any("drops 2 prompts; the first by its blocklist: 'a three' is refused" in note for note in plan.notes)
     assert any("reads captions, but captioner.path is null" in note for note in plan.notes)
     assert {"prompts.path", "prompts.guard"} <= paths_of(config).keys()
     with pytest.raises(ConfigError, match="name the file of prompts as path"):

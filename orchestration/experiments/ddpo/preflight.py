@@ -48,7 +48,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             dropped = {entry.prompt for entry in refused}
             prompts, unseen = ([each for each in some if each not in dropped] for some in (prompts, unseen))
             if not prompts:
-                raise ValueError(f"prompts.guard {path} leaves no prompt to train on: one is {refused[0].line}")
+                raise ValueError(f"prompts.guard {path} leaves no prompt to train on: {refused[0].line}")
         drawn, _ = guard.grounded([*prompts, *unseen], range(len(prompts) + len(unseen)))
         check_model(config.model.path, "model_index.json", "model.path")
         if directory := find(config.model.path):  # the hub is asked by the actors that load
@@ -76,7 +76,8 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
 
 def _guarded(guard: Guard, refused: Sequence[Entry], config: DdpoConfig) -> list[str]:
     """What a person should know of what a guard does to a run."""
-    lines = [f"the guard drops {len(refused)} prompts, such as one {refused[0].line}"] if refused else []
+    many = f"{len(refused)} prompt{'s' * (len(refused) > 1)}"
+    lines = [f"the guard drops {many}; the first by its {refused[0].line}"] if refused else []
     if guard.settings.output and config.captioner.path is None:
         lines.append("the guard's output stage reads captions, but captioner.path is null: no guard/unasked")
     return lines
