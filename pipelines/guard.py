@@ -177,8 +177,8 @@ class Guard:
             random = np.random.default_rng(derive_seed(seed, f"guard {rule.name} {prompt}"))
             drawn = [*rule.drawn][np.searchsorted(np.cumsum([*rule.drawn.values()])[:-1], random.random(), "right")]
             text = rule.becomes.replace("{word}", place[0]).replace("{drawn}", drawn)
-            whole = f"{prompt[: place.start()]}{text}{prompt[place.end() :]}"
             article = "an" if drawn[0].lower() in "aeiou" else "a"
+            whole = f"{prompt[: place.start()]}{text}{prompt[place.end() :]}"
             whole = re.sub(rf"\ban?(?= {re.escape(drawn)}\b)", article, whole)
             why = f"it leaves the {rule.name} open: drew {drawn!r} of {len(rule.drawn)}"
             entries.append(Entry(prompt, seed, "rewriting", "rewritten", why, whole))
@@ -194,7 +194,7 @@ class Guard:
 
     def grounded(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[Entry]]:
         """:meth:`ground` of several."""
-        found = [self.ground(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        found = [*map(self.ground, prompts, seeds)]
         return [text for text, _ in found], [entry for _, entries in found for entry in entries]
 
     def drawn(

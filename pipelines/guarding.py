@@ -25,8 +25,6 @@ from pipelines.studies import metrics
 from policies.common.seeding import derive_seed
 from policies.rl.settings import SamplingSettings
 
-_BATCH = 90  # images that are drawn at once
-
 
 def requests(parameters: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     """Each request's kind, its prompt and its seed: ``images`` of every kind, its templates in turn, with words drawn
@@ -50,15 +48,13 @@ def screen(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> F
 def draw(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: an image of every request, refused or not, by the stages ``behind`` and what the judge sees in each."""
     settings = GuardSettings.model_validate_json(parameters["guard"])
-    guard, (_, prompts, seeds) = (
-        Guard(settings.only(parameters["behind"]), device),
-        zip(*requests(parameters), strict=True),
-    )
+    guard = Guard(settings.only(parameters["behind"]), device)
+    _, prompts, seeds = zip(*requests(parameters), strict=True)
     sampling = SamplingSettings(steps=parameters["steps"], guidance_scale=parameters["guidance_scale"])
     policy = DiffusionPolicy(ModelSettings(path=parameters["path"]), sampling, device)
 
     def rollout(texts: list[str], own: list[int]) -> np.ndarray:
-        batches = [slice(start, start + _BATCH) for start in range(0, len(texts), _BATCH)]
+        batches = [slice(start, start + 90) for start in range(0, len(texts), 90)]
         return np.concatenate([policy.rollout(texts[each], own[each])[0] for each in batches])
 
     asked, log = guard.grounded(prompts, seeds)

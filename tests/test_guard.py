@@ -216,7 +216,8 @@ def test_a_run_counts_what_comes_out_unasked(guarded: list[str], ray_session: No
     given = {"steps": 2, "images_per_prompt": 2, "updates_per_step": 1}
     more = [f"training.{name}={value}" for name, value in given.items()]
     more += [f"model.path={build_tiny_pipeline(tmp_path / 'model')}", f"captioner.path={CAPTIONER}"]
-    more += ["reward.function=tests.rewards:redness", "sampling.steps=3", "evaluation.images=6", "evaluation.every=0"]
+    more += ["reward.function=tests.rewards:redness", "sampling.steps=3", "evaluation.every=0"]
+    more += ["evaluation.images=6", "evaluation.interim_images=6"]
     more += [f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", f"output_dir={tmp_path / 'run'}", "actors.samplers=1"]
     run_ddpo(load_config(DdpoConfig, None, [*guarded, *more]))
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -226,7 +227,7 @@ def test_a_run_counts_what_comes_out_unasked(guarded: list[str], ray_session: No
     rewritten = [each for each in log if each["decision"] == "rewritten"]
     assert {each["rewritten_to"] for each in rewritten} <= {"a red two", "a yellow two"}
     assert {each["step"] for each in rewritten} <= {1, 2}
-    assert len(rewritten) == 1 + (len(rewritten) == 2)  # one of five prompts, of which two steps take eight
+    assert len(rewritten) in (1, 2)  # one of five prompts, of which two steps take eight
 
 
 ASKING = {"plain": ("a {ink} three on a {ground} background",), "glued": ("a bthree on a {ground} background",)}
