@@ -43,7 +43,7 @@ class OneProcess:
         self.captioner = Captioner(config.captioner)
         self.rewards = {name: load_reward(name, options) for name, options in config.reward.functions.items()}
         self.evaluator = load_evaluator(resolve_model(str(config.evaluation.evaluator)))
-        self.prompts, self.unseen = read_prompts(config.prompts)
+        self.prompts, self.unseen = read_prompts(config.prompt_files["path"])
         self.spent: dict[str, float] = {"sample": 0.0, "reward": 0.0, "learn": 0.0}
 
     def draw(
