@@ -188,7 +188,7 @@ def guarded(tmp_path: Path) -> list[str]:
     """Settings of a DDPO run with a guard."""
     prompts, guard = tmp_path / "prompts.txt", tmp_path / "guard.yaml"
     prompts.write_text("\n".join(PROMPTS))
-    rule = "{name: ink, where: [two], becomes: '{drawn} {word}', drawn: {red: 0.5, yellow: 0.5}}"
+    rule = "{name: ink, unless: [blue], where: [two], becomes: '{drawn} {word}', drawn: {red: 0.5, yellow: 0.5}}"
     guard.write_text(f"{{blocklist: [three], rewriting: [{rule}], output: {{words: [three], captioner: {CAPTIONER}}}}}")
     return [f"prompts={{path: {prompts}, guard: {guard}}}", "evaluation.evaluator=null", "training.images_per_step=8"]
 
