@@ -6,6 +6,7 @@ evaluator, another network than the captioner by which the guard looks. Everythi
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from io import BytesIO
@@ -33,7 +34,7 @@ def requests(parameters: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     for kind, templates in parameters["kinds"].items():
         for number in range(parameters["images"]):
             words = {slot: str(random.choice(known)) for slot, known in parameters["words"].items()}
-            found.append((kind, templates[number % len(templates)].format(**words)))
+            found.append((kind, re.sub(r"\ba(?= [aeiou])", "an", templates[number % len(templates)].format(**words))))
     return [(*each, derive_seed(parameters["seed"], "asked", number)) for number, each in enumerate(found)]
 
 
