@@ -16,6 +16,7 @@ from orchestration.experiments.metric_names import ddpo_metrics
 from orchestration.experiments.registry import EXPERIMENTS
 from orchestration.runs.config import load_config
 from pipelines.generators import GENERATORS
+from pipelines.guard import read_guard
 from pipelines.storage.locations import CHECKOUT
 from policies.common.claims import OUTCOMES
 
@@ -113,6 +114,8 @@ def test_every_configuration_file_is_of_an_experiment() -> None:
         schema = EXPERIMENTS.get({"sweeps": "sweep", "studies": "study"}.get(path.parent.name, path.parent.name))
         if schema is not None:
             load_config(schema.schema, path)
+        elif path.parent.name == "guards":
+            read_guard(str(path))
         else:
             assert path.parent.name in ("scale", "recipes"), path  # parts of a DDPO configuration
             base = CHECKOUT / "configs/ddpo/digits.yaml"
