@@ -42,7 +42,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         notes, refused, size = list[str](), list[Entry](), (512, 512)
         prompts, unseen = read_prompts(config.prompt_files["path"])
         guard = NO_GUARD
-        if path := config.prompt_files.get("guard"):
+        if (path := config.prompt_files.get("guard")) is not None:
             guard = Guard(read_guard(path, "prompts.guard"))
             refused = [entry for prompt in (*prompts, *unseen) if (entry := guard.refusal(prompt))]
             dropped = {entry.prompt for entry in refused}
