@@ -1,6 +1,6 @@
 """Images into captions with a BLIP or BLIP-2 model, greedily, so that a caption is a function of the image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.precision import in_half
+from pipelines.processing import preprocessed
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_tokenizer, load_whole, quieten, reading
@@ -31,7 +32,7 @@ class Captioner:
             self.model = load_whole(transformers.AutoModelForImageTextToText, path, device)
             self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
             self.tokenizer = load_tokenizer(path)
-        self.max_new_tokens = settings.max_new_tokens
+        self.kind, self.max_new_tokens = kind, settings.max_new_tokens
         # The T5 of some BLIP-2 has numbers beyond float16's.
         self.precision = partial(in_half, device, half, "float16" if kind == "blip" else "bfloat16")
 
@@ -67,3 +68,23 @@ class Captioner:
         ended = torch.isin(found.sequences[:, -len(found.scores) :], torch.tensor(ends, device=chance.device))
         chance[:, 1:][ended.cumsum(dim=1)[:, :-1] > 0] = 0  # what is said after the end is not said
         return chance.amax(dim=1).cpu().numpy()
+
+    def log_probability(self) -> "Callable[[Tensor, Sequence[str]], Tensor] | None":
+        """That it says a text of an image, as a function of images (batch, 3, height, width) in [0, 1] and texts →
+        (batch,), of which gradients with respect to the images are known; None of a BLIP-2."""
+        return self._log_probability if self.kind == "blip" else None
+
+    def _log_probability(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Σ log p over the tokens of each text and the end token, each given those before it, as ``generate`` draws."""
+        config = self.model.config.text_config
+        said = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        said = [[config.bos_token_id, *ids, config.sep_token_id] for ids in said]
+        most = max(map(len, said))
+        tokens = torch.tensor([ids + [config.pad_token_id] * (most - len(ids)) for ids in said], device=images.device)
+        counts = torch.tensor([[place < len(ids) for place in range(1, most)] for ids in said], device=images.device)
+        pixels = preprocessed(self.image_processor, images).to(self.model.vision_model.dtype)
+        seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        # What stands behind a text's end is seen by no token before it, as the decoder is causal.
+        logits = self.model.text_decoder(input_ids=tokens[:, :-1], encoder_hidden_states=seen).logits.float()
+        each = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
+        return (each * counts).sum(dim=1)

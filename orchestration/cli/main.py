@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -305,6 +305,40 @@ def check(overrides: common.Overrides = None, config: common.File = None) -> Non
     findings = look(_read("ddpo", config, overrides))
     Terminal().print(render(findings))
     raise typer.Exit(FAILED if any(each.objection for each in findings.values()) else 0)
+
+
+@reward_app.command()
+def audit(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="REWARD|KEY=VALUE", help="which functions, none: all; and settings")
+    ] = None,
+    config: common.File = None,
+    images: Annotated[int, typer.Option(min=2, help="images, each of another prompt")] = 36,
+    steps: Annotated[int, typer.Option(min=1, help="of a search by gradients")] = 200,
+    views: Annotated[int, typer.Option(min=0, help="moved and scaled views a step; 0: the image as it is")] = 0,
+    queries: Annotated[int, typer.Option(min=40, max=2000, help="an image, of a search without gradients")] = 2000,
+    where: Annotated[
+        Literal["pixels", "latents"] | None,
+        typer.Option(help="pixels or latents; none: by gradients pixels, else latents"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="directory for the pictures")] = Path("audit"),
+) -> None:
+    """Look for images that please a run's rewards and show nothing: what can they be fooled with?"""
+    from orchestration.experiments.ddpo.reward_audit import Finding, chosen, render
+    from orchestration.experiments.ddpo.reward_audit import audit as look
+    from policies.inverting import InvertingSettings
+
+    given = words or []
+    settings = _read("ddpo", config, [each for each in given if "=" in each])
+    names, found = chosen(settings, [each for each in given if "=" not in each]), dict[str, Finding]()
+    how = InvertingSettings(steps=steps, views=views, queries=queries)
+    for name, said in look(settings, names, images, how, where, output):
+        if isinstance(said, Finding):
+            found[name] = said
+        else:
+            Terminal().print(f"{name}: {said}")
+    Terminal().print(render(found))
+    raise typer.Exit(FAILED if any(each.fooled for each in found.values()) else 0)
 
 
 @reward_app.command("serve")

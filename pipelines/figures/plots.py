@@ -61,8 +61,11 @@ def before_after(
     prompts: Sequence[str],
     captions_before: Sequence[str] | None,
     captions_after: Sequence[str] | None,
+    names: tuple[str, str] = ("before", "after"),
+    title: str = "before and after: same prompts and seeds",
 ) -> None:
-    """Write a PNG of pairs: what a prompt and seed gave before the run, and what they give after it.
+    """Write a PNG of pairs: what a prompt and seed gave before the run, and what they give after it; or other pairs,
+    with their ``names`` and ``title``.
 
     Images of one size, in rows of one length where that can be. Under each image stand the captioner's words, if there
     are any, green where they are the prompt and red where they are not.
@@ -71,11 +74,11 @@ def before_after(
     rows = -(-len(prompts) // columns)
     width, height = 3.0 * columns, 2.36 * rows + 0.4  # inches
     figure = style.figure_of(width, height)
-    figure.suptitle("before and after: same prompts and seeds", fontsize=9, color=FAINT)
+    figure.suptitle(title, fontsize=9, color=FAINT)
     page = figure.add_axes((0, 0, 1, 1))  # one for all pairs: axes are dear
     page.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     page.axis("off")
-    looks = {"before": (before, captions_before), "after": (after, captions_after)}
+    looks = dict(zip(names, ((before, captions_before), (after, captions_after)), strict=True))
     for index, prompt in enumerate(prompts):
         left, top = 3.0 * (index % columns) + 0.15, 2.36 * (index // columns) + 0.95
         style.write(page, (left + 1.35, top - 0.24), prompt, 38, size=8.5, color=INK, va="bottom", weight="bold")

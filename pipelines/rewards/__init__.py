@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, ValidationError
@@ -22,7 +22,11 @@ from policies.common.user_code import IN_PROCESS, Named, Registry, described, fi
 from policies.rl.health import DegenerateBatch, RewardError, check_finite
 from policies.rl.settings import Settings, explain
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RewardFunction = Callable[[np.ndarray, Sequence[str], Sequence[str] | None], Sequence[float] | np.ndarray]
+Differentiable = Callable[["Tensor", Sequence[str]], "Tensor"]
 _SETTING, _ASKED = "reward.function", ("images", "prompts", "captions")
 
 
@@ -61,6 +65,15 @@ class Reward(Named, Settings):
 
         Called where images are scored. Raises ValueError or RewardError."""
         raise NotImplementedError
+
+    def differentiable(self, function: RewardFunction, captioner: Any) -> "Differentiable | None":
+        """What gradients can raise the score by, where there is such a thing, for ``reward audit``.
+
+        A function of images (batch, 3, height, width), float in [0, 1], and their prompts → (batch,), which torch can
+        differentiate and which rises with the score, though it need not be the score: the loaded ``function``'s own
+        method ``differentiable``, if it has one. ``captioner``: a loaded one, or None."""
+        own: Differentiable | None = getattr(function, "differentiable", None)
+        return own
 
     def resolved(self, name: str) -> "Reward":
         """The reward with its options typed, for which one's own is imported. Raises ValueError."""

@@ -88,15 +88,26 @@ class Vqa:
     def __call__(self, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
         import torch
 
-        rows, scores = defaultdict(list), np.zeros(len(prompts))
-        for row, prompt in enumerate(prompts):
-            rows[prompt].append(row)
         with torch.inference_mode():
             pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
-            seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
-            for prompt, same in rows.items():  # questions of one prompt need no padding
-                answers = [self._probabilities(seen[same], *pair) for pair in self.options.asked(prompt)]
-                scores[same] = torch.stack(answers).mean(dim=0).cpu().numpy()
+            return self._score(pixels, prompts).double().cpu().numpy()
+
+    def differentiable(self, images: "Tensor", prompts: Sequence[str]) -> "Tensor":
+        """The logarithm of the score (batch,) of images (batch, 3, height, width) in [0, 1]."""
+        from pipelines.processing import preprocessed
+
+        return self._score(preprocessed(self.processor, images), prompts).clamp(min=1e-30).log()
+
+    def _score(self, pixels: "Tensor", prompts: Sequence[str]) -> "Tensor":
+        import torch
+
+        seen, rows = self.model.vision_model(pixel_values=pixels).last_hidden_state, defaultdict(list)
+        for row, prompt in enumerate(prompts):
+            rows[prompt].append(row)
+        scores = seen.new_zeros(len(prompts))
+        for prompt, same in rows.items():  # questions of one prompt need no padding
+            answers = [self._probabilities(seen[same], *pair) for pair in self.options.asked(prompt)]
+            scores = scores.index_put((torch.tensor(same, device=seen.device),), torch.stack(answers).mean(dim=0))
         return scores
 
     def _probabilities(self, seen: "Tensor", question: str, answer: str) -> "Tensor":
@@ -159,11 +170,17 @@ class _Clip:
         self.model = load_whole(transformers.CLIPModel, self.path, device, dtype=torch.float32)
         self.processor: Any = transformers.CLIPImageProcessorPil.from_pretrained(self.path)
 
-    def embed(self, images: np.ndarray) -> "Tensor":
-        """Unit embeddings (batch, width) of images."""
+    def embed(self, images: "np.ndarray | Tensor") -> "Tensor":
+        """Unit embeddings (batch, width) of images: uint8 (batch, height, width, 3), or (batch, 3, height, width) in
+        [0, 1], of which gradients are known."""
         from torch.nn import functional
 
-        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+        from pipelines.processing import preprocessed
+
+        if isinstance(images, np.ndarray):
+            pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+        else:
+            pixels = preprocessed(self.processor, images)
         return functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
 
@@ -179,15 +196,23 @@ class ClipScore(_Clip):
         import torch
 
         with torch.inference_mode():
-            texts = torch.stack([self._text(self.template.format(prompt=prompt)) for prompt in prompts])
-            return (self.embed(images) * texts).sum(dim=-1).cpu().numpy()
+            return self.differentiable(images, prompts).cpu().numpy()
+
+    def differentiable(self, images: "np.ndarray | Tensor", prompts: Sequence[str]) -> "Tensor":
+        """The score itself (batch,) of images as :meth:`embed` takes them."""
+        import torch
+
+        texts = torch.stack([self._text(self.template.format(prompt=prompt)) for prompt in prompts])
+        return (self.embed(images) * texts).sum(dim=-1)
 
     def _embed_text(self, text: str) -> "Tensor":
         """The unit embedding (width,) of a text; what is longer than CLIP reads is cut off."""
+        import torch
         from torch.nn import functional
 
         tokens = self.tokenizer(text, truncation=True, return_tensors="pt").to(self.model.device)
-        return functional.normalize(self.model.get_text_features(**tokens).pooler_output[0], dim=-1)
+        with torch.inference_mode(False), torch.no_grad():  # it is kept, and gradients pass by it later
+            return functional.normalize(self.model.get_text_features(**tokens).pooler_output[0], dim=-1)
 
 
 class Aesthetic(_Clip):
@@ -215,7 +240,13 @@ class Aesthetic(_Clip):
         import torch
 
         with torch.inference_mode():
-            values = self.embed(images)
-            for weight, bias in self.layers:
-                values = torch.nn.functional.linear(values, weight, bias)
-            return values[:, 0].cpu().numpy()
+            return self.differentiable(images, prompts).cpu().numpy()
+
+    def differentiable(self, images: "np.ndarray | Tensor", prompts: Sequence[str]) -> "Tensor":
+        """The score itself (batch,) of images as :meth:`embed` takes them."""
+        from torch.nn import functional
+
+        values = self.embed(images)
+        for weight, bias in self.layers:
+            values = functional.linear(values, weight, bias)
+        return values[:, 0]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from pipelines.rewards import Reward, RewardFunction
+from pipelines.rewards import Differentiable, Reward, RewardFunction
 from pipelines.storage.locations import find, resolve_model
 from pipelines.storage.model_files import encoder_parts, load_tokenizer, load_whole, read_json
 
@@ -21,6 +21,20 @@ def _check_template(text: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_check_template)]
+
+
+class _Compared(Reward):
+    """One that a caption pleases most if it says just what the template makes of the prompt."""
+
+    needs_captions = True
+    template: Template
+
+    def differentiable(self, function: RewardFunction, captioner: Any) -> Differentiable | None:
+        """The log-probability that the captioner says it, if it is one that tells."""
+        said = captioner and captioner.log_probability()
+        if said is None:
+            return None
+        return lambda images, prompts: said(images, [self.template.format(prompt=prompt) for prompt in prompts])
 
 
 def default_encoder() -> Path:
@@ -48,11 +62,10 @@ def load_encoder(path: str | None, device: str = "cpu") -> Any:
     return encoder
 
 
-class CosineOptions(Reward):
+class CosineOptions(_Compared):
     """Cosine of the sentence embeddings of prompt and caption."""
 
     names = ("sentence_cosine",)
-    needs_captions = True
     in_half = True
     models: ClassVar = {"model": "modules.json"}
     model: str | None = Field(None, description="sentence encoder: directory or hub name; null is all-MiniLM-L6-v2")
@@ -82,11 +95,10 @@ class SentenceCosine:
         return np.asarray(self.encoder.encode(text, normalize_embeddings=True, show_progress_bar=False), np.float64)
 
 
-class BertScoreOptions(Reward):
+class BertScoreOptions(_Compared):
     """BERTScore of the caption against the prompt."""
 
     names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-    needs_captions = True
     in_half = True
     models: ClassVar = {"model": "config.json"}
     model: str | None = Field(None, description="any encoder: directory or hub name; null is all-MiniLM-L6-v2")

@@ -22,6 +22,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "erase": "orchestration.experiments.erase:Erase",
     "guard": "orchestration.experiments.guard:Guarding",
     "neurons": "orchestration.experiments.neurons:Neurons",
+    "invert": "orchestration.experiments.invert:Invert",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
 

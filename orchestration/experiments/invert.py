@@ -1,0 +1,128 @@
+"""A study: what are rewards pleased with? Images that gradients find from noise, beside real ones and a judge.
+
+Inversion (2403.02580) of two rewards: ``captioner``, the sentence cosine of prompt and caption, by way of the
+captioner's log-probability of the prompt, and ``clip``, the cosine of a CLIPModel's embeddings. Arms: ``plain``;
+``views``, for the mean over moved views; ``latents``, through the decoder of a pipeline; and the control ``others``,
+in which every image is asked about as if it had been found for another prompt. The judge, an evaluator, takes no part.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from orchestration.experiments.study.config import Study
+from pipelines.data.digits import SLOTS, parse
+from pipelines.data.prompts import read_prompts
+from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from pipelines.storage.model_files import check_pipeline, read_json
+from pipelines.storage.tasks import Task
+from pipelines.studies import task
+from policies.common.claims import Claim
+from policies.inverting import InvertingSettings
+
+_VIEWS = 4
+
+
+class Invert(Study):
+    """Inverts rewards, and judges what was found."""
+
+    scale: ClassVar = "share"  # of the images that were found
+    study: str = "invert"
+    name: str = "invert"
+    arms: tuple[str, ...] = ("plain", "views", "latents", "others")
+    prompts: str = Field("configs/prompts/digits.txt", description="a file: what is asked for")
+    images: int = Field(60, ge=4, description="images, each of another prompt, spread over the file")
+    captioner: str | None = Field("models/digits/captioner", description="a BLIP; null: it is not inverted")
+    clip: str | None = Field(
+        "trained", description="a CLIPModel: directory or hub name; trained: a small one, on the digits; null: none"
+    )
+    clip_steps: int = Field(2500, ge=1, description="steps of the small one's training")
+    path: str = Field("models/digits/pipeline", description="the pipeline whose latents are searched in an arm")
+    evaluator: str = Field("models/digits/evaluator", description="the judge")
+    inverting: InvertingSettings = InvertingSettings()
+    views: InvertingSettings = InvertingSettings(views=_VIEWS)
+    latents: InvertingSettings = InvertingSettings()
+    blind: float = Field(0.2, gt=0, lt=1, description="claimed: without views the judge sees at most this share")
+    seen: float = Field(0.8, gt=0, lt=1, description="claimed: with views it sees at least this share")
+
+    def preflight(self) -> None:
+        """There is a reward to invert, and a judge that knows what is asked for."""
+        if not self._rewards():
+            raise ValueError("captioner and clip are null: name one at least to invert")
+        check_pipeline(self.path, "StableDiffusionPipeline")
+        check_model(self.evaluator, "config.json", "evaluator")
+        if "classes" not in read_json(Path(resolve_model(self.evaluator)) / "config.json"):
+            raise ValueError(f"evaluator: {self.evaluator!r} is no directory of an evaluator")
+        for key in ("captioner", "clip"):
+            if (at := self.reads().get(key)) is not None:
+                check_model(at, "config.json", key)
+        texts = read_prompts(self.prompts)[0]
+        if len(texts) < self.images:
+            raise ValueError(f"images: {self.prompts!r} holds {len(texts)} prompts, fewer than {self.images}")
+        if wrong := [text for text in texts if not all(parse(text)[slot] for slot in SLOTS)]:
+            raise ValueError(f"prompts: {wrong[0]!r} names no {' or no '.join(SLOTS)}, which the evaluator judges by")
+
+    def reads(self) -> Mapping[str, str]:
+        """Models and prompts."""
+        read = {key: getattr(self, key) for key in ("prompts", "captioner", "clip", "path", "evaluator")}
+        return {key: at for key, at in read.items() if at not in (None, "trained")}
+
+    def tasks(self, arm: str, seed: int) -> Sequence[Task]:
+        """A search of each reward."""
+        from pipelines.default_models.clip import learn_clip
+        from pipelines.inverting import audit_reward
+
+        texts = read_prompts(self.prompts)[0]
+        settings = {"views": self.views, "latents": self.latents}.get(arm, self.inverting)
+        common = {
+            "seed": seed,
+            "prompts": [texts[number * len(texts) // self.images] for number in range(self.images)],
+            "evaluator": portable(self.evaluator),
+            "path": portable(self.path) if arm == "latents" else None,
+            "settings": settings.model_dump(),
+            "asked_as": "others" if arm == "others" else "own",
+            "read": self._digests,
+        }
+        found = []
+        for key, reward in self._rewards().items():
+            label, made = f"{key}, {arm}, seed {seed}", list[Task]()
+            if key == "clip" and self.clip == "trained":  # one for each seed: what is found is not one network's quirk
+                made = [task(learn_clip, {"seed": seed, "steps": self.clip_steps}, label=f"CLIP, seed {seed}")]
+            found += [*made, task(audit_reward, {**common, "key": key, **reward}, *made, label=label)]
+        return found
+
+    @cached_property
+    def _digests(self) -> dict[str, str | None]:
+        return {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "prompts"}
+
+    def _rewards(self) -> dict[str, dict[str, Any]]:
+        """By key: function, options and captioner."""
+        captioner, clip = (at and portable(at) for at in (self.captioner, self.clip))
+        found: dict[str, dict[str, Any]] = {}
+        if captioner:
+            found["captioner"] = {"reward": "sentence_cosine", "options": {}, "captioner": captioner}
+        if clip:
+            options = {} if clip == "trained" else {"model": clip}
+            found["clip"] = {"reward": "clip_score", "options": options, "captioner": None}
+        return found
+
+    def claims(self) -> Sequence[Claim]:
+        """Of each reward and arm."""
+        return [claim for key in self._rewards() for claim in self._claims(key) if claim.arm in self.arms]
+
+    def _claims(self, key: str) -> Iterator[Claim]:
+        sees, passes = f"{key}/seen_full", f"{key}/passes"
+        for arm, how in (("plain", "without views"), ("views", "with views"), ("latents", "through the decoder")):
+            sentence = f"{key}, {how}: no real image of its prompt scores better than one that was found"
+            yield Claim(sentence, passes, arm, "at least", 0.9)
+        sentence = f"{key}, without views: the judge does not see what was asked for"
+        yield Claim(sentence, sees, "plain", "at most", self.blind)
+        for arm, how in (("views", "with views"), ("latents", "through the decoder")):
+            yield Claim(f"{key}, {how}: the judge sees what was asked for", sees, arm, "at least", self.seen)
+        sentence = f"control: {key}, asked about another prompt, scores better than no real image of that"
+        yield Claim(sentence, passes, "others", "at most", 0.1)
+        sentence = f"control: {key}, asked about another prompt: the judge does not see that"
+        yield Claim(sentence, sees, "others", "at most", self.blind)
