@@ -1,13 +1,12 @@
 """What a reward can be fooled with: images that please it, beside real ones and an independent judge.
 
 Everything is a function of models, settings and seed; on one machine a repeat gives the same bytes. Images are uint8
-(n, height, width, 3).
+(n, height, width, 3), one a prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pipelines.captioner import Captioner
 from pipelines.data.digits import real_images
+from pipelines.denoisers import load_family
 from pipelines.figures.plots import image_grid
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rewards import Differentiable, Reward, load_reward, parse_options, score
@@ -25,143 +25,55 @@ from pipelines.storage.atomic import Files, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import metrics, products
 from policies.common.seeding import derive_seed
-from policies.inverting import InvertingSettings, bounded, evolve, moved, total_variation
+from policies.inverting import InvertingSettings, bounded, evolve, seen_anew, total_variation
 
-_REAL, _BATCH = 16, 128  # real images of each prompt; images scored at once
+_REAL, _BATCH = 16, 128  # real images of each prompt; images drawn and scored at once
 _SAME = 1e-6  # scores that differ by less are equal
 
-Decode = Callable[[Tensor], Tensor]  # (batch, channels, height, width), what is searched, to images in [0, 1]
 
-
-@dataclass(frozen=True)
-class Space:
-    """What is searched: ``shape`` (channels, height, width) of it, and how it becomes images; pixels by default."""
+class Space(NamedTuple):
+    """What is searched: arrays of a ``shape`` (channels, height, width), and how they become images, by default as they
+    are: pixels. Latents have a ``decode`` to [−1, 1]."""
 
     shape: tuple[int, int, int]
-    decode: Decode | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def images(self, searched: Tensor) -> Tensor:
         """In [0, 1], (batch, 3, height, width)."""
-        return self.decode(searched).clamp(0, 1) if self.decode else searched.clamp(0, 1)
+        return (searched if self.decode is None else self.decode(searched) / 2 + 0.5).clamp(0, 1)
 
-    def starts(self, seed: int, prompts: Sequence[str]) -> Tensor:
-        """Noise as a search begins with, (prompts, …), each from its own generator: uniform pixels, normal latents."""
-        draw = torch.randn if self.decode else torch.rand
-        random = [torch.Generator().manual_seed(derive_seed(seed, "start", number)) for number in range(len(prompts))]
-        return torch.stack([draw(self.shape, generator=each) for each in random])
+    def start(self, seed: int) -> Tensor:
+        """What a search begins with: uniform pixels, normal latents."""
+        draw = torch.rand if self.decode is None else torch.randn
+        return draw(self.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def latents_of(path: str, device: str) -> Space:
-    """The latents of the pipeline at ``path``, and its decoder."""
-    from pipelines.denoisers import load_family
-
+    """The latents of the pipeline at ``path``, through its decoder."""
     family = load_family(path, torch.float32)
     family.pipeline.to(device)
-    return Space(family.latent_shape, lambda latents: (family.decode(latents) + 1) / 2)
+    return Space(family.latent_shape, family.decode)
 
 
-def invert(
-    pleased: Differentiable,
-    prompts: Sequence[str],
-    space: Space,
-    settings: InvertingSettings,
-    seed: int,
-    device: str = "cpu",
-) -> np.ndarray:
-    """An image a prompt that pleases ``pleased``, by gradients from noise (:mod:`policies.inverting`)."""
-    random = torch.Generator().manual_seed(derive_seed(seed, "views"))
-    searched = space.starts(seed, prompts).to(device).requires_grad_(True)
-    optimizer = torch.optim.Adam([searched], lr=settings.learning_rate)
-    for _ in range(settings.steps):
-        images = space.images(searched)
-        seen, asked = images, list(prompts)
-        if settings.views:
-            seen = moved(images, settings, lambda count: torch.rand(count, generator=random))
-            asked = asked * settings.views
-        gain = pleased(seen, asked).view(-1, len(prompts)).mean(dim=0)
-        loss = settings.variation * total_variation(images) - gain
-        searched.grad = bounded(torch.autograd.grad(loss.sum(), searched)[0], settings.clip)
-        optimizer.step()
-        if space.decode is None:
-            with torch.no_grad():
-                searched.clamp_(0, 1)
-    with torch.no_grad():
-        return _bytes(space.images(searched))
+class Audit(NamedTuple):
+    """What was found of a reward. By name, (n,): ``score``; ``real``, the mean score of real images of the prompt, and
+    ``rank``, the share of these that score no better; ``seen_SLOT`` and ``seen_full``, whether the judge sees what was
+    asked for; ``gap``, the rank less 1 where it does; ``passes``, whether the rank is 1; ``fooled``, whether it is and
+    the judge does not see it. ``example``: a real image of each prompt."""
 
-
-def search(
-    scores: Callable[[np.ndarray, Sequence[str]], np.ndarray],
-    prompts: Sequence[str],
-    space: Space,
-    settings: InvertingSettings,
-    seed: int,
-    device: str = "cpu",
-) -> np.ndarray:
-    """An image a prompt that scores well, found with ``settings.queries`` scores of it at most and nothing else."""
-
-    def drawn(searched: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            flat = torch.from_numpy(searched.reshape(-1, *space.shape)).float().to(device)
-            return np.concatenate([_bytes(space.images(part)) for part in flat.split(_BATCH)])
-
-    def score_all(searched: np.ndarray) -> np.ndarray:
-        asked = [prompt for prompt in prompts for _ in range(searched.shape[1])]
-        return scores(drawn(searched), asked).reshape(searched.shape[:2])
-
-    start = space.starts(seed, prompts).flatten(1).double().numpy()
-    rng = np.random.default_rng(derive_seed(seed, "search"))
-    return drawn(evolve(score_all, start, settings.queries, rng, 1.0 if space.decode else 0.2))
-
-
-def _bytes(images: Tensor) -> np.ndarray:
-    """Images in [0, 1] as uint8 (n, height, width, 3)."""
-    return (images.permute(0, 2, 3, 1) * 255).round().byte().numpy(force=True)
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was found of a reward, an image a prompt: ``images``; their ``scores`` (n,); ``real`` (n, m), the scores of
-    real images of the prompt, of which ``example`` (n, height, width, 3) has the first; and ``seen``: by slot and in
-    full, whether the judge sees what was asked for (n,) bool."""
-
-    prompts: list[str]
     images: np.ndarray
-    scores: np.ndarray
-    real: np.ndarray
     example: np.ndarray
-    seen: Mapping[str, np.ndarray]
-
-    @property
-    def rank(self) -> np.ndarray:
-        """The share of real images that score no better (n,)."""
-        return (self.real <= self.scores[:, None] + _SAME).mean(axis=1)
-
-    @property
-    def passes(self) -> np.ndarray:
-        """Which images no real one of their prompt scores better than (n,)."""
-        return self.rank == 1
-
-    @property
-    def gap(self) -> np.ndarray:
-        """What the reward says beyond what the judge sees (n,): the rank, less 1 where it was right."""
-        return self.rank - self.seen["full"]
-
-    @property
-    def fooled(self) -> np.ndarray:
-        """Which images pass though the judge does not see what was asked for (n,)."""
-        return self.passes & ~self.seen["full"]
+    found: dict[str, np.ndarray]
 
 
 class Auditor:
-    """A reward function by ``name`` with its ``options``, a captioner if it needs one, and a judge apart from both."""
+    """The reward ``name`` with its ``options``, the captioner if there is one, and a judge apart from both."""
 
     def __init__(self, name: str, options: Reward, captioner: Any, judge: Any, device: str, sign: float = 1.0) -> None:
         """``sign`` is −1 for a reward that a run is to lower."""
-        reward = options.resolved(name)
         self.captioner, self.judge, self.device, self.sign = captioner, judge, device, sign
         self.function = load_reward(name, options, device)
-        raised = reward.differentiable(self.function, captioner)
-        self.pleased: Differentiable | None = raised and (lambda images, prompts: sign * raised(images, prompts))
+        self.pleased: Differentiable | None = options.resolved(name).differentiable(self.function, captioner)
 
     def scores(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """The real reward (n,)."""
@@ -170,49 +82,78 @@ class Auditor:
         found = [score(self.function, images[each], prompts[each], read and read[each]) for each in parts]
         return self.sign * np.concatenate(found)
 
-    def search(self, prompts: Sequence[str], space: Space, settings: InvertingSettings, seed: int) -> np.ndarray:
-        """Images by gradients, where the reward has any, or else by queries."""
-        if self.pleased:
-            return invert(self.pleased, prompts, space, settings, seed, self.device)
-        return search(self.scores, prompts, space, settings, seed, self.device)
+    def find(
+        self, prompts: Sequence[str], space: Space, settings: InvertingSettings, seed: int, queries_only: bool = False
+    ) -> np.ndarray:
+        """Images that please it, from noise: by gradients where the reward has any, or else by queries alone."""
+        start = torch.stack([space.start(derive_seed(seed, "start", number)) for number in range(len(prompts))])
+        if self.pleased is None or queries_only:
+            return self._evolved(start, prompts, space, settings, np.random.default_rng(derive_seed(seed, "queries")))
+        random = torch.Generator().manual_seed(derive_seed(seed, "views"))
+        searched = start.to(self.device).requires_grad_(True)
+        optimizer = torch.optim.Adam([searched], lr=settings.learning_rate)
+        for _ in range(settings.steps):
+            images = space.images(searched)
+            views = seen_anew(images, settings, random) if settings.views else images
+            said = self.pleased(views, list(prompts) * max(1, settings.views)).view(-1, len(prompts)).mean(dim=0)
+            loss = settings.variation * total_variation(images) - self.sign * said
+            searched.grad = bounded(torch.autograd.grad(loss.sum(), searched)[0], settings.clip)
+            optimizer.step()
+            if space.decode is None:
+                searched.data.clamp_(0, 1)
+        return _drawn(space, searched)
+
+    def _evolved(
+        self, start: Tensor, prompts: Sequence[str], space: Space, settings: InvertingSettings, rng: np.random.Generator
+    ) -> np.ndarray:
+        def shown(searched: np.ndarray) -> np.ndarray:
+            return _drawn(space, torch.from_numpy(searched.reshape(-1, *space.shape)).float().to(self.device))
+
+        def score_all(searched: np.ndarray) -> np.ndarray:
+            many = [prompt for prompt in prompts for _ in range(searched.shape[1])]
+            return self.scores(shown(searched), many).reshape(searched.shape[:2])
+
+        width = 0.2 if space.decode is None else 1.0  # pixels are in [0, 1]
+        return shown(evolve(score_all, start.flatten(1).double().numpy(), settings.queries, rng, width))
 
     def audit(self, images: np.ndarray, prompts: Sequence[str], seed: int) -> Audit:
         """What the reward and the judge say of ``images``, of which each is asked about its prompt."""
         many = [prompt for prompt in prompts for _ in range(_REAL)]
         real = real_images(many, np.random.default_rng(derive_seed(seed, "real images")))
-        known = self.scores(real, many).reshape(len(prompts), _REAL)
+        known, scores = self.scores(real, many).reshape(-1, _REAL), self.scores(images, prompts)
+        rank = (known <= scores[:, None] + _SAME).mean(axis=1)
         seen = self.judge.judge(images, prompts)
-        return Audit(list(prompts), images, self.scores(images, prompts), known, real[::_REAL], seen)
+        found = {"score": scores, "real": known.mean(axis=1), "rank": rank, "passes": rank == 1}
+        found |= {"gap": rank - seen["full"], "fooled": (rank == 1) & ~seen["full"]}
+        return Audit(images, real[::_REAL], found | {f"seen_{slot}": right for slot, right in seen.items()})
+
+
+@torch.no_grad()
+def _drawn(space: Space, searched: Tensor) -> np.ndarray:
+    """As images."""
+    parts = [space.images(part).permute(0, 2, 3, 1) for part in searched.split(_BATCH)]
+    return (torch.cat(parts) * 255).round().byte().numpy(force=True)
 
 
 def audit_reward(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
-    """Task: what a reward is pleased with, as metrics ``KEY/…``, and a picture of the first images.
+    """Task: what pleases a reward, as metrics ``KEY/…``, the means of :class:`Audit`'s, and a picture of some of it.
 
     ``asked_as`` "others": each image is asked about as if it had been found for another prompt, a control. With an
     input, the model that this holds is the reward's option ``model``."""
-    key, seed = parameters["key"], parameters["seed"]
+    name, key, seed = (parameters[each] for each in ("reward", "key", "seed"))
     captioner = parameters["captioner"] and Captioner(CaptionerSettings(path=parameters["captioner"]), device)
     judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
 
     def load(directory: Any) -> Auditor:
-        given = parameters["options"] | ({"model": str(directory)} if directory else {})
-        return Auditor(parameters["reward"], parse_options(parameters["reward"], given), captioner, judge, device)
+        given = parameters["options"] | ({"model": str(directory)} if inputs else {})
+        return Auditor(name, parse_options(name, given), captioner, judge, device)
 
     auditor = unpacked(products(inputs[0])["clip"], load) if inputs else load(None)
-    prompts, settings = list(parameters["prompts"]), InvertingSettings(**parameters["settings"])
-    side = judge.image_size
-    space = latents_of(parameters["path"], device) if parameters["path"] else Space((3, side, side))
-    images = auditor.search(prompts, space, settings, seed)
+    prompts, size = list(parameters["prompts"]), judge.image_size
+    space = latents_of(parameters["path"], device) if parameters["path"] else Space((3, size, size))
+    images = auditor.find(prompts, space, InvertingSettings(**parameters["settings"]), seed)
     shift = len(prompts) // 2 if parameters["asked_as"] == "others" else 0
-    found = auditor.audit(images, [*prompts[shift:], *prompts[:shift]], seed)
-    shares = {
-        "passes": found.passes,
-        "rank": found.rank,
-        "gap": found.gap,
-        "fooled": found.fooled,
-        "score": found.scores,
-    }
-    shares |= {"real": found.real, **{f"seen_{slot}": right for slot, right in found.seen.items()}}
+    found = auditor.audit(images, [*prompts[shift:], *prompts[:shift]], seed).found
     Image.fromarray(image_grid(images[:48], columns=12)).save(grid := BytesIO(), "PNG")
-    numbers = metrics({f"{key}/{name}": float(np.mean(each)) for name, each in shares.items()})
+    numbers = metrics({f"{key}/{metric}": float(each.mean()) for metric, each in found.items()})
     return numbers | {f"images/{key}.png": grid.getvalue()}

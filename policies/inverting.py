@@ -19,7 +19,7 @@ from pydantic import Field
 from policies.rl.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 LARGEST_STEP = 2.0  # of the evolution strategy, in standard deviations of its start
 
@@ -34,6 +34,10 @@ class InvertingSettings(Settings):
     views: int = Field(0, ge=0, description="moved and scaled views an image and step; 0: the image as it is")
     shift: float = Field(2.0, ge=0, description="pixels that a view is moved by, at most, each way")
     scale: tuple[float, float] = Field((0.8, 1.1), description="how large a view shows the image")
+    colour: float = Field(
+        0.0, ge=0, le=1, description="how far a view's channels are stretched; half, shifted; paper: 0"
+    )
+    noise: float = Field(0.0, ge=0, description="largest deviation of a view's noise, in pixels of [0, 1]; paper: 0")
     queries: int = Field(2000, ge=40, description="scores an image that a search without gradients may ask for")
 
 
@@ -50,23 +54,26 @@ def total_variation(images: Tensor) -> Tensor:
     return sum((part.square().sum(dim=(1, 2, 3)) + 1e-8).sqrt() for part in parts)  # type: ignore[return-value]
 
 
-def moved(images: Tensor, settings: InvertingSettings, random: Callable[[int], Tensor]) -> Tensor:
-    """``settings.views`` views of each of ``images`` (batch, channels, height, width), each moved and scaled by chance,
-    with the border's colours beyond the border: (views · batch, …), the views of an image ``batch`` apart.
-
-    ``random(n)`` gives n numbers that are uniform in [0, 1), the same whatever device the images are on."""
+def seen_anew(images: Tensor, settings: InvertingSettings, random: Generator) -> Tensor:
+    """``settings.views`` views of each of ``images`` (batch, channels, height, width), (views · batch, …), those of an
+    image ``batch`` apart: moved and scaled by chance, with the border's colours beyond the border, then in another
+    light and with noise. ``random`` is of the CPU, so that it draws the same for any device."""
     import torch
     from torch.nn import functional
 
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(len(copies), *shape, generator=random).to(images)
+
     copies = images.repeat(settings.views, 1, 1, 1)
     low, high = settings.scale
-    larger, right, down = random(3 * len(copies)).view(3, -1).to(images)
-    larger, nothing = low + (high - low) * larger, torch.zeros_like(larger)
-    side = images.new_tensor(images.shape[:1:-1])[:, None]  # width, height
-    across, along = (2 * torch.stack([right, down]) - 1) * 2 * settings.shift / side
+    larger, nothing = low + (high - low) * uniform(), copies.new_zeros(len(copies))
+    across, along = ((2 * uniform() - 1) * 2 * settings.shift / side for side in (images.shape[-1], images.shape[-2]))
     affine = torch.stack([1 / larger, nothing, across, nothing, 1 / larger, along], dim=1).view(-1, 2, 3)
     grid = functional.affine_grid(affine, list(copies.shape), align_corners=False)
-    return functional.grid_sample(copies, grid, padding_mode="border", align_corners=False)
+    views = functional.grid_sample(copies, grid, padding_mode="border", align_corners=False)
+    stronger, brighter = (settings.colour * (2 * uniform(images.shape[1], 1, 1) - 1) for _ in range(2))
+    noise = torch.randn(views.shape, generator=random).to(images)
+    return views * (1 + stronger) + brighter / 2 + settings.noise * uniform(1, 1, 1) * noise
 
 
 def bounded(gradient: Tensor, norm: float) -> Tensor:
@@ -87,7 +94,7 @@ def evolve(
     population), and is asked about ``queries`` of each search at most. Returns (searches, numbers).
     """
     searches, size = start.shape
-    population = min(40, queries)
+    population = min(4 + int(3 * np.log(size)), queries)
     parents = population // 2
     weights = np.log(parents + 0.5) - np.log(np.arange(1, parents + 1))
     weights /= weights.sum()

@@ -324,21 +324,16 @@ def audit(
     output: Annotated[Path, typer.Option(help="directory for the pictures")] = Path("audit"),
 ) -> None:
     """Look for images that please a run's rewards and show nothing: what can they be fooled with?"""
-    from orchestration.experiments.ddpo.reward_audit import Finding, chosen, render
     from orchestration.experiments.ddpo.reward_audit import audit as look
+    from orchestration.experiments.ddpo.reward_audit import render
     from policies.inverting import InvertingSettings
 
-    given = words or []
-    settings = _read("ddpo", config, [each for each in given if "=" in each])
-    names, found = chosen(settings, [each for each in given if "=" not in each]), dict[str, Finding]()
+    named = [each for each in words or () if "=" not in each]
+    settings = _read("ddpo", config, [each for each in words or () if "=" in each])
     how = InvertingSettings(steps=steps, views=views, queries=queries)
-    for name, said in look(settings, names, images, how, where, output):
-        if isinstance(said, Finding):
-            found[name] = said
-        else:
-            Terminal().print(f"{name}: {said}")
-    Terminal().print(render(found))
-    raise typer.Exit(FAILED if any(each.fooled for each in found.values()) else 0)
+    findings = look(settings, named, images, how, where, output, Terminal().print)
+    Terminal().print(render(findings))
+    raise typer.Exit(FAILED if any(each.verdict[0] == "easily fooled" for each in findings.values()) else 0)
 
 
 @reward_app.command("serve")

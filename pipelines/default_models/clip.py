@@ -18,6 +18,7 @@ from pipelines.default_models.batches import DigitBatches, degrade, prompt_indic
 from pipelines.default_models.models import CAPTION_LENGTH, accuracy, build_tokenizer, test_set
 from pipelines.measures.evaluator import to_network_input
 from pipelines.storage.atomic import Files, packed
+from pipelines.storage.model_files import quieten
 from pipelines.studies import metrics
 from pipelines.training import train
 
@@ -29,6 +30,7 @@ def build_clip(directory: Path, seed: int, steps: int) -> dict[str, float]:
     """Train one by CLIP's loss (Radford et al., 2103.00020) on digits of the train split, and save it with its
     tokenizer and image processor. Returns its zero-shot accuracy on the test split: which of the 180 captions is
     nearest to an image, by slot and in full."""
+    quieten()
     torch.manual_seed(seed)
     generator, batches, tokenizer = torch.Generator().manual_seed(seed), DigitBatches("train"), build_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
