@@ -27,18 +27,16 @@ LARGEST_STEP = 2.0  # of the evolution strategy, in standard deviations of its s
 class InvertingSettings(Settings):
     """How images are searched for that a reward is pleased with."""
 
-    steps: int = Field(300, ge=1, description="Adam's; the paper: 3,400")
+    steps: int = Field(200, ge=1, description="Adam's; the paper: 3,400")
     learning_rate: float = Field(0.05, gt=0, description="Adam's, in pixels of [0, 1]; the paper: 0.1")
     clip: float = Field(1.0, gt=0, description="largest norm of an image's gradient")
     variation: float = Field(0.005, ge=0, description="weight of the total variation")
     views: int = Field(0, ge=0, description="moved and scaled views an image and step; 0: the image as it is")
     shift: float = Field(2.0, ge=0, description="pixels that a view is moved by, at most, each way")
     scale: tuple[float, float] = Field((0.8, 1.1), description="how large a view shows the image")
-    colour: float = Field(
-        0.0, ge=0, le=1, description="how far a view's channels are stretched; half, shifted; paper: 0"
-    )
-    noise: float = Field(0.0, ge=0, description="largest deviation of a view's noise, in pixels of [0, 1]; paper: 0")
-    queries: int = Field(2000, ge=40, description="scores an image that a search without gradients may ask for")
+    colour: float = Field(0.15, ge=0, le=1, description="how far a view's channels are stretched; half, shifted")
+    noise: float = Field(0.3, ge=0, description="largest deviation of a view's noise, in pixels of [0, 1]; paper: 0")
+    queries: int = Field(2000, ge=20, description="scores an image that a search without gradients may ask for")
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -162,15 +162,18 @@ def test_total_variation_by_hand() -> None:
 
 def test_views_are_of_their_image_and_stay_within_their_bounds() -> None:
     images = torch.rand(3, 3, 16, 16)
-    still = InvertingSettings(views=2, shift=0, scale=(1.0, 1.0))
+    still = InvertingSettings(views=2, shift=0, scale=(1.0, 1.0), colour=0, noise=0)
     views = seen_anew(images, still, torch.Generator().manual_seed(0))
     assert torch.allclose(views, images.repeat(2, 1, 1, 1), atol=1e-5)
     dot = torch.zeros(1, 1, 16, 16)
     dot[..., 7:9, 7:9] = 1.0
-    views = seen_anew(dot, InvertingSettings(views=200, scale=(1.0, 1.0)), torch.Generator().manual_seed(0))
+    views = seen_anew(
+        dot, InvertingSettings(views=200, scale=(1.0, 1.0), colour=0, noise=0), torch.Generator().manual_seed(0)
+    )
     middles = (views.sum(dim=2) * torch.arange(16.0)).sum(dim=2) / views.sum(dim=(2, 3))
     assert 1.7 < (middles - 7.5).abs().max() < 2.01
-    sizes = seen_anew(dot, InvertingSettings(views=200, shift=0), torch.Generator().manual_seed(0)).sum(dim=(1, 2, 3))
+    scaled = InvertingSettings(views=200, shift=0, colour=0, noise=0)
+    sizes = seen_anew(dot, scaled, torch.Generator().manual_seed(0)).sum(dim=(1, 2, 3))
     assert sizes.min() < 4 * 0.85 < 4 * 1.15 < sizes.max()
 
 
@@ -301,7 +304,8 @@ def test_study_asks_others_of_the_same_images() -> None:
     assert [each.label.split(",")[0] for each in plain] == ["captioner", "CLIP", "clip"]
     assert plain[1].key == others[1].key
     assert plain[0].parameters | {"asked_as": "others"} == others[0].parameters
-    assert study.tasks("views", 0)[0].parameters["settings"]["views"] > 0
+    views, smooth = (study.tasks(arm, 0)[0].parameters["settings"] for arm in ("views", "smooth"))
+    assert views == smooth | {"views": 4}
     assert study.tasks("latents", 0)[0].parameters["path"]
     assert {each.arm for each in study.claims()} == set(study.arms)
     assert len(Invert(clip=None).claims()) < len(study.claims())
@@ -333,6 +337,8 @@ def test_tasks_repeat_and_the_control_differs(clip: str) -> None:
         ({"path": "models/digits/captioner"}, "model_index.json"),
         ({"evaluator": "models/digits/captioner"}, "no directory of an evaluator"),
         ({"clip": "models/nowhere"}, "clip: there is no directory 'models/nowhere'"),
+        ({"inverting": {"views": 0}}, "leave it out of arms"),
+        ({"smooth": {"clip": 0.1}}, "smooth: give captioner a weight"),
         ({"images": 500}, "holds 180 prompts, fewer than 500"),
         ({"prompts": "configs/prompts/simple_animals.txt", "images": 4}, "names no digit"),
     ],

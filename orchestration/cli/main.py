@@ -316,7 +316,7 @@ def audit(
     images: Annotated[int, typer.Option(min=2, help="images, each of another prompt")] = 36,
     steps: Annotated[int, typer.Option(min=1, help="of a search by gradients")] = 200,
     views: Annotated[int, typer.Option(min=0, help="moved and scaled views a step; 0: the image as it is")] = 0,
-    queries: Annotated[int, typer.Option(min=40, max=2000, help="an image, of a search without gradients")] = 2000,
+    queries: Annotated[int, typer.Option(min=20, max=2000, help="an image, of a search without gradients")] = 2000,
     where: Annotated[
         Literal["pixels", "latents"] | None,
         typer.Option(help="pixels or latents; none: by gradients pixels, else latents"),

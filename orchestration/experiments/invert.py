@@ -2,8 +2,9 @@
 
 Inversion (2403.02580) of two rewards: ``captioner``, the sentence cosine of prompt and caption, by way of the
 captioner's log-probability of the prompt, and ``clip``, the cosine of a CLIPModel's embeddings. Arms: ``plain``;
-``views``, for the mean over moved views; ``latents``, through the decoder of a pipeline; and the control ``others``,
-in which every image is asked about as if it had been found for another prompt. The judge, an evaluator, takes no part.
+``views``, the mean over random views; ``latents``, through the decoder of a pipeline. Controls: ``smooth``, what is
+done in ``views`` but for the views; ``others``, ``plain`` of which every image is asked about as if it had been found
+for another prompt. The judge, an evaluator, takes no part in the search.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,6 @@ from pipelines.studies import task
 from policies.common.claims import Claim
 from policies.inverting import InvertingSettings
 
-_VIEWS = 4
-
 
 class Invert(Study):
     """Inverts rewards, and judges what was found."""
@@ -32,7 +31,7 @@ class Invert(Study):
     scale: ClassVar = "share"  # of the images that were found
     study: str = "invert"
     name: str = "invert"
-    arms: tuple[str, ...] = ("plain", "views", "latents", "others")
+    arms: tuple[str, ...] = ("plain", "views", "latents", "smooth", "others")
     prompts: str = Field("configs/prompts/digits.txt", description="a file: what is asked for")
     images: int = Field(60, ge=4, description="images, each of another prompt, spread over the file")
     captioner: str | None = Field("models/digits/captioner", description="a BLIP; null: it is not inverted")
@@ -42,9 +41,10 @@ class Invert(Study):
     clip_steps: int = Field(2500, ge=1, description="steps of the small one's training")
     path: str = Field("models/digits/pipeline", description="the pipeline whose latents are searched in an arm")
     evaluator: str = Field("models/digits/evaluator", description="the judge")
-    inverting: InvertingSettings = InvertingSettings()
-    views: InvertingSettings = InvertingSettings(views=_VIEWS)
-    latents: InvertingSettings = InvertingSettings()
+    inverting: InvertingSettings = Field(InvertingSettings(views=4), description="views: of the arm that has any")
+    smooth: dict[str, float] = Field(
+        {"captioner": 0.2, "clip": 0.01}, description="inverting.variation of each reward in the arms views and smooth"
+    )
     blind: float = Field(0.2, gt=0, lt=1, description="claimed: without views the judge sees at most this share")
     seen: float = Field(0.8, gt=0, lt=1, description="claimed: with views it sees at least this share")
 
@@ -52,6 +52,10 @@ class Invert(Study):
         """There is a reward to invert, and a judge that knows what is asked for."""
         if not self._rewards():
             raise ValueError("captioner and clip are null: name one at least to invert")
+        if lacking := [key for key in self._rewards() if key not in self.smooth]:
+            raise ValueError(f"smooth: give {lacking[0]} a weight of total variation")
+        if "views" in self.arms and not self.inverting.views:
+            raise ValueError("inverting.views is 0, and the arm views has some: give a number, or leave it out of arms")
         check_pipeline(self.path, "StableDiffusionPipeline")
         check_model(self.evaluator, "config.json", "evaluator")
         if "classes" not in read_json(Path(resolve_model(self.evaluator)) / "config.json"):
@@ -76,13 +80,11 @@ class Invert(Study):
         from pipelines.inverting import audit_reward
 
         texts = read_prompts(self.prompts)[0]
-        settings = {"views": self.views, "latents": self.latents}.get(arm, self.inverting)
         common = {
             "seed": seed,
             "prompts": [texts[number * len(texts) // self.images] for number in range(self.images)],
             "evaluator": portable(self.evaluator),
             "path": portable(self.path) if arm == "latents" else None,
-            "settings": settings.model_dump(),
             "asked_as": "others" if arm == "others" else "own",
             "read": self._digests,
         }
@@ -91,7 +93,10 @@ class Invert(Study):
             label, made = f"{key}, {arm}, seed {seed}", list[Task]()
             if key == "clip" and self.clip == "trained":  # one for each seed: what is found is not one network's quirk
                 made = [task(learn_clip, {"seed": seed, "steps": self.clip_steps}, label=f"CLIP, seed {seed}")]
-            found += [*made, task(audit_reward, {**common, "key": key, **reward}, *made, label=label)]
+            settings = self.inverting.model_dump() | ({} if arm == "views" else {"views": 0})
+            settings |= {"variation": self.smooth[key]} if arm in ("views", "smooth") else {}
+            job = {**common, "key": key, **reward, "settings": settings}
+            found += [*made, task(audit_reward, job, *made, label=label)]
         return found
 
     @cached_property
@@ -115,14 +120,12 @@ class Invert(Study):
 
     def _claims(self, key: str) -> Iterator[Claim]:
         sees, passes = f"{key}/seen_full", f"{key}/passes"
-        for arm, how in (("plain", "without views"), ("views", "with views"), ("latents", "through the decoder")):
+        for arm, how in (("plain", "without views"), ("latents", "through the decoder")):
             sentence = f"{key}, {how}: no real image of its prompt scores better than one that was found"
             yield Claim(sentence, passes, arm, "at least", 0.9)
-        sentence = f"{key}, without views: the judge does not see what was asked for"
-        yield Claim(sentence, sees, "plain", "at most", self.blind)
-        for arm, how in (("views", "with views"), ("latents", "through the decoder")):
-            yield Claim(f"{key}, {how}: the judge sees what was asked for", sees, arm, "at least", self.seen)
-        sentence = f"control: {key}, asked about another prompt, scores better than no real image of that"
+            yield Claim(f"{key}, {how}: the judge does not see what was asked for", sees, arm, "at most", self.blind)
+        yield Claim(f"{key}, with views: the judge sees what was asked for", sees, "views", "at least", self.seen)
+        sentence = f"control: {key}, as smooth without views: the judge sees it less often"
+        yield Claim(sentence, sees, "smooth", "at most", -0.3, "views", "difference")
+        sentence = f"control: {key}, asked about another prompt, seldom scores as well as all real images of that"
         yield Claim(sentence, passes, "others", "at most", 0.1)
-        sentence = f"control: {key}, asked about another prompt: the judge does not see that"
-        yield Claim(sentence, sees, "others", "at most", self.blind)
