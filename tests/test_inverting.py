@@ -26,7 +26,7 @@ from tests.test_config import command
 
 ASKED = all_prompts()[::30]
 REAL = real_images(ASKED, np.random.default_rng(0))
-QUICK = InvertingSettings(steps=40, queries=400)
+QUICK = InvertingSettings(steps=30, queries=200)
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
@@ -233,15 +233,15 @@ def test_gradients_fool_the_captioner_and_an_image_is_its_own(captioner: Caption
 def test_queries_alone_shrink_a_jpeg() -> None:
     jpeg, space = auditor("jpeg_compressibility", {}), latents_of("models/digits/pipeline", "cpu")
     assert jpeg.pleased is None
-    few, many = (jpeg.find(ASKED[:2], space, InvertingSettings(queries=queries), 0) for queries in (40, 600))
+    few, many = (jpeg.find(ASKED[:2], space, InvertingSettings(queries=queries), 0) for queries in (40, 400))
     assert (jpeg.scores(many, ASKED[:2]) > jpeg.scores(few, ASKED[:2])).all()
 
 
-def test_latents_are_searched_through_the_decoder(clip: str) -> None:
-    score, space = auditor("clip_score", {"model": clip}), latents_of("models/digits/pipeline", "cpu")
-    start = score.find(PROMPTS[:2], space, InvertingSettings(steps=1, learning_rate=1e-6), 0)
-    found = score.find(PROMPTS[:2], space, InvertingSettings(steps=10, views=2), 0)
-    assert (score.scores(found, PROMPTS[:2]) > score.scores(start, PROMPTS[:2])).all()
+def test_latents_are_searched_through_the_decoder() -> None:
+    green, space = auditor("tests.test_inverting:Green", {}), latents_of("models/digits/pipeline", "cpu")
+    start = green.find(ASKED[:2], space, InvertingSettings(steps=1, learning_rate=1e-6), 0)
+    found = green.find(ASKED[:2], space, InvertingSettings(steps=10, views=2), 0)
+    assert (green.scores(found, ASKED[:2]) > green.scores(start, ASKED[:2]) + 0.02).all()
 
 
 def test_fooled_is_as_good_as_every_real_image_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,11 +267,11 @@ def test_audit_of_a_configuration(clip: str, tmp_path: Path) -> None:
     functions = {"sentence_cosine": 1.0, "clip_score": 1.0, "jpeg_compressibility": -1.0}
     config = digits(function=functions, options={"clip_score": {"model": clip}})
     told: list[str] = []
-    settings = InvertingSettings(steps=30, queries=40)
+    settings = InvertingSettings(steps=30, queries=20)
     found = audit(config, [], 12, settings, None, tmp_path / "pictures", told.append)
     assert told[1:] == [
         "clip_score: gradients, pixels, 30 steps, no views",
-        "jpeg_compressibility: not differentiable, so queries alone: latents, 40 an image, 480 in all",
+        "jpeg_compressibility: not differentiable, so queries alone: latents, 20 an image, 240 in all",
     ]
     assert list(found) == list(functions)
     assert found["sentence_cosine"].verdict[0] == "easily fooled"
@@ -318,16 +318,15 @@ def test_tasks_repeat_and_the_control_differs(clip: str) -> None:
     job |= {"seed": 0, "prompts": ASKED}
     files = audit_reward(job, [], "cpu")
     assert files == audit_reward(job, [], "cpu")
-    found, others = (
-        json.loads(audit_reward({**job, "asked_as": who}, [], "cpu")["metrics.json"]) for who in ("own", "others")
-    )
+    others = audit_reward({**job, "asked_as": "others"}, [], "cpu")
+    found, others = (json.loads(each["metrics.json"]) for each in (files, others))
     assert found["captioner/passes"] > 0.8 > 0.2 > others["captioner/passes"]
     assert files["images/captioner.png"].startswith(b"\x89PNG")
-    made = learn_clip({"seed": 0, "steps": 3}, [], "cpu")
+    made = learn_clip({"seed": 0, "steps": 2}, [], "cpu")
     job |= {"key": "clip", "reward": "clip_score", "captioner": None}
     numbers = json.loads(audit_reward(job, [made], "cpu")["metrics.json"])
     assert numbers["clip/score"] <= 1
-    assert made == learn_clip({"seed": 0, "steps": 3}, [], "cpu")
+    assert made == learn_clip({"seed": 0, "steps": 2}, [], "cpu")
 
 
 @pytest.mark.parametrize(
