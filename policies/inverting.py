@@ -32,9 +32,9 @@ class InvertingSettings(Settings):
     clip: float = Field(1.0, gt=0, description="largest norm of an image's gradient")
     variation: float = Field(0.005, ge=0, description="weight of the total variation")
     views: int = Field(0, ge=0, description="moved and scaled views an image and step; 0: the image as it is")
-    shift: float = Field(2.0, ge=0, description="pixels that a view is moved by, at most, each way")
-    scale: tuple[float, float] = Field((0.8, 1.1), description="how large a view shows the image")
-    colour: float = Field(0.15, ge=0, le=1, description="how far a view's channels are stretched; half, shifted")
+    shift: float = Field(3.0, ge=0, description="pixels that a view is moved by, at most, each way")
+    scale: tuple[float, float] = Field((0.7, 1.2), description="how large a view shows the image")
+    colour: float = Field(0.2, ge=0, le=1, description="how far a view's channels are stretched; half, shifted")
     noise: float = Field(0.3, ge=0, description="largest deviation of a view's noise, in pixels of [0, 1]; paper: 0")
     queries: int = Field(2000, ge=20, description="scores an image that a search without gradients may ask for")
 

@@ -171,10 +171,10 @@ def test_views_are_of_their_image_and_stay_within_their_bounds() -> None:
         dot, InvertingSettings(views=200, scale=(1.0, 1.0), colour=0, noise=0), torch.Generator().manual_seed(0)
     )
     middles = (views.sum(dim=2) * torch.arange(16.0)).sum(dim=2) / views.sum(dim=(2, 3))
-    assert 1.7 < (middles - 7.5).abs().max() < 2.01
+    assert 2.6 < (middles - 7.5).abs().max() < 3.01
     scaled = InvertingSettings(views=200, shift=0, colour=0, noise=0)
     sizes = seen_anew(dot, scaled, torch.Generator().manual_seed(0)).sum(dim=(1, 2, 3))
-    assert sizes.min() < 4 * 0.85 < 4 * 1.15 < sizes.max()
+    assert sizes.min() < 4 * 0.8 < 4 * 1.2 < sizes.max()
 
 
 def test_gradients_are_bounded_image_by_image() -> None:
@@ -305,7 +305,7 @@ def test_study_asks_others_of_the_same_images() -> None:
     assert plain[1].key == others[1].key
     assert plain[0].parameters | {"asked_as": "others"} == others[0].parameters
     views, smooth = (study.tasks(arm, 0)[0].parameters["settings"] for arm in ("views", "smooth"))
-    assert views == smooth | {"views": 4}
+    assert views == smooth | {"views": 8}
     assert study.tasks("latents", 0)[0].parameters["path"]
     assert {each.arm for each in study.claims()} == set(study.arms)
     assert len(Invert(clip=None).claims()) < len(study.claims())

@@ -313,7 +313,7 @@ def audit(
         list[str] | None, typer.Argument(metavar="REWARD|KEY=VALUE", help="which functions, none: all; and settings")
     ] = None,
     config: common.File = None,
-    images: Annotated[int, typer.Option(min=2, help="images, each of another prompt")] = 36,
+    images: Annotated[int, typer.Option(min=2, help="images, each of another prompt")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="of a search by gradients")] = 200,
     views: Annotated[int, typer.Option(min=0, help="moved and scaled views a step; 0: the image as it is")] = 0,
     queries: Annotated[int, typer.Option(min=20, max=2000, help="an image, of a search without gradients")] = 2000,

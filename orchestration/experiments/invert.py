@@ -41,9 +41,9 @@ class Invert(Study):
     clip_steps: int = Field(2500, ge=1, description="steps of the small one's training")
     path: str = Field("models/digits/pipeline", description="the pipeline whose latents are searched in an arm")
     evaluator: str = Field("models/digits/evaluator", description="the judge")
-    inverting: InvertingSettings = Field(InvertingSettings(views=4), description="views: of the arm that has any")
+    inverting: InvertingSettings = Field(InvertingSettings(views=8), description="views: of the arm that has any")
     smooth: dict[str, float] = Field(
-        {"captioner": 0.2, "clip": 0.01}, description="inverting.variation of each reward in the arms views and smooth"
+        {"captioner": 0.1, "clip": 0.01}, description="inverting.variation of each reward in the arms views and smooth"
     )
     blind: float = Field(0.2, gt=0, lt=1, description="claimed: without views the judge sees at most this share")
     seen: float = Field(0.8, gt=0, lt=1, description="claimed: with views it sees at least this share")
