@@ -56,14 +56,15 @@ def latents_of(path: str, device: str) -> Space:
 
 
 class Audit(NamedTuple):
-    """What was found of a reward. By name, (n,): ``score``; ``real``, the mean score of real images of the prompt, and
-    ``rank``, the share of these that score no better; ``seen_SLOT`` and ``seen_full``, whether the judge sees what was
-    asked for; ``gap``, the rank less 1 where it does; ``passes``, whether the rank is 1; ``fooled``, whether it is and
-    the judge does not see it. ``example``: a real image of each prompt."""
+    """What was found of a reward. By name, (n,): ``score``; ``real``, the mean score of real images of the prompt;
+    ``over``, their difference; ``rank``, the share of these that score no better; ``gap``, the rank less 1 where the
+    judge sees what was asked for; ``fooled``, where it does not and the rank is 1. ``seen``: what the judge sees, by
+    slot and in full. ``example``: a real image of each prompt."""
 
     images: np.ndarray
     example: np.ndarray
     found: dict[str, np.ndarray]
+    seen: dict[str, np.ndarray]
 
 
 class Auditor:
@@ -121,11 +122,10 @@ class Auditor:
         many = [prompt for prompt in prompts for _ in range(_REAL)]
         real = real_images(many, np.random.default_rng(derive_seed(seed, "real images")))
         known, scores = self.scores(real, many).reshape(-1, _REAL), self.scores(images, prompts)
-        rank = (known <= scores[:, None] + _SAME).mean(axis=1)
-        seen = self.judge.judge(images, prompts)
-        found = {"score": scores, "real": known.mean(axis=1), "rank": rank, "passes": rank == 1}
+        rank, seen = (known <= scores[:, None] + _SAME).mean(axis=1), self.judge.judge(images, prompts)
+        found = {"score": scores, "real": known.mean(axis=1), "over": scores - known.mean(axis=1), "rank": rank}
         found |= {"gap": rank - seen["full"], "fooled": (rank == 1) & ~seen["full"]}
-        return Audit(images, real[::_REAL], found | {f"seen_{slot}": right for slot, right in seen.items()})
+        return Audit(images, real[::_REAL], found, seen)
 
 
 @torch.no_grad()
@@ -153,7 +153,8 @@ def audit_reward(parameters: Mapping[str, Any], inputs: list[Files], device: str
     space = latents_of(parameters["path"], device) if parameters["path"] else Space((3, size, size))
     images = auditor.find(prompts, space, InvertingSettings(**parameters["settings"]), seed)
     shift = len(prompts) // 2 if parameters["asked_as"] == "others" else 0
-    found = auditor.audit(images, [*prompts[shift:], *prompts[:shift]], seed).found
+    _, _, found, seen = auditor.audit(images, [*prompts[shift:], *prompts[:shift]], seed)
     Image.fromarray(image_grid(images[:48], columns=12)).save(grid := BytesIO(), "PNG")
-    numbers = metrics({f"{key}/{metric}": float(each.mean()) for metric, each in found.items()})
-    return numbers | {f"images/{key}.png": grid.getvalue()}
+    shown = {f"{key}/{metric}": each for metric, each in found.items()}
+    shown |= {f"evaluator/{key}/{slot}": each for slot, each in seen.items()}
+    return metrics({n: float(each.mean()) for n, each in shown.items()}) | {f"images/{key}.png": grid.getvalue()}

@@ -10,7 +10,7 @@ for another prompt. The judge, an evaluator, takes no part in the search.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -28,7 +28,6 @@ from policies.inverting import InvertingSettings
 class Invert(Study):
     """Inverts rewards, and judges what was found."""
 
-    scale: ClassVar = "share"  # of the images that were found
     study: str = "invert"
     name: str = "invert"
     arms: tuple[str, ...] = ("plain", "views", "latents", "smooth", "others")
@@ -60,9 +59,8 @@ class Invert(Study):
         check_model(self.evaluator, "config.json", "evaluator")
         if "classes" not in read_json(Path(resolve_model(self.evaluator)) / "config.json"):
             raise ValueError(f"evaluator: {self.evaluator!r} is no directory of an evaluator")
-        for key in ("captioner", "clip"):
-            if (at := self.reads().get(key)) is not None:
-                check_model(at, "config.json", key)
+        for key in self.reads().keys() & {"captioner", "clip"}:
+            check_model(self.reads()[key], "config.json", key)
         texts = read_prompts(self.prompts)[0]
         if len(texts) < self.images:
             raise ValueError(f"images: {self.prompts!r} holds {len(texts)} prompts, fewer than {self.images}")
@@ -106,30 +104,27 @@ class Invert(Study):
     def _rewards(self) -> dict[str, dict[str, Any]]:
         """By key: function, options and captioner."""
         captioner, clip = (at and portable(at) for at in (self.captioner, self.clip))
-        found: dict[str, dict[str, Any]] = {}
-        if captioner:
-            found["captioner"] = {"reward": "sentence_cosine", "options": {}, "captioner": captioner}
-        if clip:
-            options = {} if clip == "trained" else {"model": clip}
-            found["clip"] = {"reward": "clip_score", "options": options, "captioner": None}
-        return found
+        options = {"model": clip} if clip != "trained" else {}
+        found = {"captioner": {"reward": "sentence_cosine", "options": {}, "captioner": captioner}} if captioner else {}
+        return found | ({"clip": {"reward": "clip_score", "options": options, "captioner": None}} if clip else {})
 
     def claims(self) -> Sequence[Claim]:
         """Of each reward and arm."""
         made = [claim for key in self._rewards() for claim in self._claims(key)]
         if self.clip == "trained":
             sentence = "the small CLIP finds the caption of a digit that is new to it among all captions"
-            made.append(Claim(sentence, "zero_shot/full", self.arms[0], "at least", 0.9))
+            made.append(Claim(sentence, "zero_shot/full", self.arms[0], "at least", 0.9, scale="share"))
         return [claim for claim in made if claim.arm in self.arms]
 
     def _claims(self, key: str) -> Iterator[Claim]:
-        sees, passes = f"{key}/seen_full", f"{key}/passes"
+        sees, over = f"evaluator/{key}/full", f"{key}/over"
         for arm, how in (("plain", "without views"), ("latents", "through the decoder")):
-            sentence = f"{key}, {how}: no real image of its prompt scores better than one that was found"
-            yield Claim(sentence, passes, arm, "at least", 0.9)
+            yield Claim(
+                f"{key}, {how}: what was found scores above real images of the prompt", over, arm, "at least", 0
+            )
             yield Claim(f"{key}, {how}: the judge does not see what was asked for", sees, arm, "at most", self.blind)
         yield Claim(f"{key}, with views: the judge sees what was asked for", sees, "views", "at least", self.seen)
         sentence = f"control: {key}, as smooth without views: the judge sees it less often"
         yield Claim(sentence, sees, "smooth", "at most", -0.3, "views", "difference")
-        sentence = f"control: {key}, asked about another prompt, seldom scores as well as all real images of that"
-        yield Claim(sentence, passes, "others", "at most", 0.1)
+        sentence = f"control: {key}, asked about another prompt, scores below real images of that"
+        yield Claim(sentence, over, "others", "at most", 0)

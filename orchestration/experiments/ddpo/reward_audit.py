@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Group
+from rich.table import Table
 
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.preflight import preflight_ddpo
@@ -21,20 +21,11 @@ _SHOWN = 20  # pairs in a picture
 
 
 class Finding(NamedTuple):
-    """What an audit found: means by column, how many images there were, the verdict with its interval; its picture."""
+    """What an audit found: means by column, the verdict, and that as a line."""
 
     means: dict[str, float]
-    images: int
-    verdict: tuple[str, float, float]
-    picture: Path
-
-
-def chosen(config: DdpoConfig, names: Sequence[str]) -> list[str]:
-    """The reward functions to audit, by default all of ``config``. Raises ConfigError."""
-    known = config.reward.functions
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"{unknown[0]!r} is no reward function of this configuration, which has {', '.join(known)}")
-    return list(dict.fromkeys(names)) or list(known)
+    verdict: str
+    line: str
 
 
 def audit(
@@ -46,10 +37,13 @@ def audit(
     output: Path,
     tell: Callable[[str], None],
 ) -> dict[str, Finding]:
-    """Audit the functions ``names``, each with so many ``images`` of other prompts, and ``tell`` how it is searched.
+    """Audit the functions ``names``, by default all of ``config``, each with so many ``images`` of other prompts, and
+    ``tell`` how each is searched and what came out.
 
     Gradients search pixels and queries the model's latents, unless ``where`` says otherwise. Raises ConfigError."""
-    names, judged = chosen(config, names), config.evaluation.evaluator
+    known, judged = config.reward.functions, config.evaluation.evaluator
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"{unknown[0]!r} is no reward function of this configuration, which has {', '.join(known)}")
     if judged is None:
         raise ConfigError("evaluation.evaluator is null: an audit needs a judge that is not the reward; name one")
     plan = preflight_ddpo(config.model_copy(update={"output_dir": None}))
@@ -66,9 +60,9 @@ def audit(
     prompts = plan.prompts[:: max(1, len(plan.prompts) // images)][:images]
     pixels, latents = Space((3, judge.image_size, judge.image_size)), latents_of(config.model.path, device)
     seed, findings = derive_seed(config.seed, "audit"), dict[str, Finding]()
-    for name in names:
+    for name in names or known:
         sign = -1.0 if config.reward.weights.get(name, 1) < 0 else 1.0
-        auditor = Auditor(name, config.reward.functions[name], captioner, judge, device, sign)
+        auditor = Auditor(name, known[name], captioner, judge, device, sign)
         place = where or ("pixels" if auditor.pleased else "latents")
         how = f"gradients, {place}, {settings.steps} steps, {settings.views or 'no'} views"
         if auditor.pleased is None:
@@ -76,22 +70,20 @@ def audit(
             how = f"not differentiable, so queries alone: {place}, {many}"
         tell(f"{name}: {how}")
         drawn = auditor.find(prompts, pixels if place == "pixels" else latents, settings, seed)
-        _, example, found = auditor.audit(drawn, prompts, seed)
-        pair = example[:_SHOWN], drawn[:_SHOWN]
+        _, example, found, seen = auditor.audit(drawn, prompts, seed)
+        pair, picture = (example[:_SHOWN], drawn[:_SHOWN]), output / f"{file_name(name)}.png"
         said = [captioner.caption(each) if captioner else None for each in pair]
-        picture = output / f"{file_name(name)}.png"
         before_after(picture, *pair, prompts[:_SHOWN], said[0], said[1], ("real", "found"), f"{name}: {how}")
-        means = {column: float(each.mean()) for column, each in found.items()}
-        findings[name] = Finding(means, len(prompts), verdict(found["fooled"]), picture)
+        means = {column: float(each.mean()) for column, each in (found | {"judge": seen["full"]}).items()}
+        word, low, high = verdict(found["fooled"])
+        share = f"fooled by {means['fooled']:.2f} [{low:.2f}, {high:.2f}] of {len(prompts)} images"
+        findings[name] = Finding(means, word, f"{name}: {word}; {share}: {picture}")
+        tell(findings[name].line)
     return findings
 
 
-def render(findings: dict[str, Finding]) -> Group:
-    """A table, and a verdict on each."""
-    columns = {"real": "real", "found": "score", "rank": "rank", "judge": "seen_full", "gap": "gap"}
+def render(findings: dict[str, Finding]) -> Table:
+    """What the verdicts stand on."""
+    columns = {"real": "real", "found": "score", "rank": "rank", "judge": "judge", "gap": "gap", "fooled": "fooled"}
     rows = [[name, *(f"{each.means[key]:.3f}" for key in columns.values())] for name, each in findings.items()]
-    said = []
-    for name, (means, images, (word, low, high), picture) in findings.items():
-        share = f"{means['fooled']:.2f} [{low:.2f}, {high:.2f}] of {images} images"
-        said.append(f"{name}: {word} ({share}), see {picture}")
-    return Group(plain_table(["reward", *columns], rows, numbers=[*columns]), *said)
+    return plain_table(["reward", *columns], rows, numbers=[*columns])
