@@ -28,7 +28,6 @@ from policies.common.seeding import derive_seed
 from policies.inverting import InvertingSettings, bounded, evolve, seen_anew, total_variation
 
 _REAL, _BATCH = 16, 128  # real images of each prompt; images drawn and scored at once
-_SAME = 1e-6  # scores that differ by less are equal
 
 
 class Space(NamedTuple):
@@ -122,7 +121,7 @@ class Auditor:
         many = [prompt for prompt in prompts for _ in range(_REAL)]
         real = real_images(many, np.random.default_rng(derive_seed(seed, "real images")))
         known, scores = self.scores(real, many).reshape(-1, _REAL), self.scores(images, prompts)
-        rank, seen = (known <= scores[:, None] + _SAME).mean(axis=1), self.judge.judge(images, prompts)
+        rank, seen = (known <= scores[:, None] + 1e-6).mean(axis=1), self.judge.judge(images, prompts)
         found = {"score": scores, "real": known.mean(axis=1), "over": scores - known.mean(axis=1), "rank": rank}
         found |= {"gap": rank - seen["full"], "fooled": (rank == 1) & ~seen["full"]}
         return Audit(images, real[::_REAL], found, seen)

@@ -94,8 +94,7 @@ def evolve(
     searches, size = start.shape
     population = min(4 + int(3 * np.log(size)), queries)
     parents = population // 2
-    weights = np.log(parents + 0.5) - np.log(np.arange(1, parents + 1))
-    weights /= weights.sum()
+    weights = (ranks := np.log(parents + 0.5) - np.log(np.arange(1, parents + 1))) / ranks.sum()
     effective = 1 / (weights**2).sum()
     rate = (effective + 2) / (size + effective + 5)
     damping = 1 + 2 * max(0.0, np.sqrt((effective - 1) / (size + 1)) - 1) + rate
@@ -107,9 +106,8 @@ def evolve(
         asked = mean[:, None] + spread[..., None] * steps
         found = score(asked)
         order = np.argsort(-found, axis=1, kind="stable")
-        first, every = order[:, 0], np.arange(searches)
-        better = found[every, first] > best_score
-        best[better], best_score[better] = asked[every, first][better], found[every, first][better]
+        better, first = found.max(axis=1) > best_score, order[:, 0]
+        best[better], best_score[better] = asked[better, first[better]], found.max(axis=1)[better]
         step = (np.take_along_axis(steps, order[:, :parents, None], axis=1) * weights[:, None]).sum(axis=1)
         mean = mean + spread * step
         path = (1 - rate) * path + np.sqrt(rate * (2 - rate) * effective) * step

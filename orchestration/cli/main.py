@@ -333,7 +333,7 @@ def audit(
     how = InvertingSettings(steps=steps, views=views, queries=queries)
     findings = look(settings, named, images, how, where, output, Terminal().print)
     Terminal().print(render(findings))
-    raise typer.Exit(FAILED if any(each.verdict == "easily fooled" for each in findings.values()) else 0)
+    raise typer.Exit(FAILED if any(verdict == "easily fooled" for _, verdict in findings.values()) else 0)
 
 
 @reward_app.command("serve")

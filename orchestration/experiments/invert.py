@@ -51,8 +51,6 @@ class Invert(Study):
         """There is a reward to invert, and a judge that knows what is asked for."""
         if not self._rewards():
             raise ValueError("captioner and clip are null: name one at least to invert")
-        if lacking := [key for key in self._rewards() if key not in self.smooth]:
-            raise ValueError(f"smooth: give {lacking[0]} a weight of total variation")
         if "views" in self.arms and not self.inverting.views:
             raise ValueError("inverting.views is 0, and the arm views has some: give a number, or leave it out of arms")
         check_pipeline(self.path, "StableDiffusionPipeline")
@@ -92,7 +90,7 @@ class Invert(Study):
             if key == "clip" and self.clip == "trained":  # one for each seed: what is found is not one network's quirk
                 made = [task(learn_clip, {"seed": seed, "steps": self.clip_steps}, label=f"CLIP, seed {seed}")]
             settings = self.inverting.model_dump() | ({} if arm == "views" else {"views": 0})
-            settings |= {"variation": self.smooth[key]} if arm in ("views", "smooth") else {}
+            settings |= {"variation": self.smooth.get(key, 0.0)} if arm in ("views", "smooth") else {}
             job = {**common, "key": key, **reward, "settings": settings}
             found += [*made, task(audit_reward, job, *made, label=label)]
         return found

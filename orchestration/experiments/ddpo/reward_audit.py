@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.table import Table
 
@@ -16,26 +16,14 @@ from pipelines.storage.names import file_name
 from policies.common.seeding import derive_seed
 from policies.inverting import InvertingSettings, verdict
 
-Where = Literal["pixels", "latents"]
+Where = Literal["pixels", "latents"] | None
+Tell = Callable[[str], None]
+Finding = tuple[dict[str, float], str]  # means by column, and the verdict
 _SHOWN = 20  # pairs in a picture
 
 
-class Finding(NamedTuple):
-    """What an audit found: means by column, the verdict, and that as a line."""
-
-    means: dict[str, float]
-    verdict: str
-    line: str
-
-
 def audit(
-    config: DdpoConfig,
-    names: Sequence[str],
-    images: int,
-    settings: InvertingSettings,
-    where: Where | None,
-    output: Path,
-    tell: Callable[[str], None],
+    config: DdpoConfig, names: Sequence[str], images: int, by: InvertingSettings, where: Where, output: Path, tell: Tell
 ) -> dict[str, Finding]:
     """Audit the functions ``names``, by default all of ``config``, each with so many ``images`` of other prompts, and
     ``tell`` how each is searched and what came out.
@@ -64,12 +52,12 @@ def audit(
         sign = -1.0 if config.reward.weights.get(name, 1) < 0 else 1.0
         auditor = Auditor(name, known[name], captioner, judge, device, sign)
         place = where or ("pixels" if auditor.pleased else "latents")
-        how = f"gradients, {place}, {settings.steps} steps, {settings.views or 'no'} views"
+        how = f"gradients, {place}, {by.steps} steps, {by.views or 'no'} views"
         if auditor.pleased is None:
-            many = f"{settings.queries:,} an image, {settings.queries * len(prompts):,} in all"
+            many = f"{by.queries:,} an image, {by.queries * len(prompts):,} in all"
             how = f"not differentiable, so queries alone: {place}, {many}"
         tell(f"{name}: {how}")
-        drawn = auditor.find(prompts, pixels if place == "pixels" else latents, settings, seed)
+        drawn = auditor.find(prompts, pixels if place == "pixels" else latents, by, seed)
         _, example, found, seen = auditor.audit(drawn, prompts, seed)
         pair, picture = (example[:_SHOWN], drawn[:_SHOWN]), output / f"{file_name(name)}.png"
         said = [captioner.caption(each) if captioner else None for each in pair]
@@ -77,13 +65,13 @@ def audit(
         means = {column: float(each.mean()) for column, each in (found | {"judge": seen["full"]}).items()}
         word, low, high = verdict(found["fooled"])
         share = f"fooled by {means['fooled']:.2f} [{low:.2f}, {high:.2f}] of {len(prompts)} images"
-        findings[name] = Finding(means, word, f"{name}: {word}; {share}: {picture}")
-        tell(findings[name].line)
+        findings[name] = means, word
+        tell(f"{name}: {word}; {share}: {picture}")
     return findings
 
 
 def render(findings: dict[str, Finding]) -> Table:
     """What the verdicts stand on."""
-    columns = {"real": "real", "found": "score", "rank": "rank", "judge": "judge", "gap": "gap", "fooled": "fooled"}
-    rows = [[name, *(f"{each.means[key]:.3f}" for key in columns.values())] for name, each in findings.items()]
+    columns = "real", "score", "rank", "judge", "gap", "fooled"
+    rows = [[name, *(f"{means[key]:.3f}" for key in columns)] for name, (means, _) in findings.items()]
     return plain_table(["reward", *columns], rows, numbers=[*columns])
