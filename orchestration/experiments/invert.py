@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numpy.random import default_rng
 from pydantic import Field
 
 from orchestration.experiments.study.config import Study
@@ -22,6 +23,7 @@ from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
 from policies.common.claims import Claim
+from policies.common.seeding import derive_seed
 from policies.inverting import InvertingSettings
 
 
@@ -32,7 +34,7 @@ class Invert(Study):
     name: str = "invert"
     arms: tuple[str, ...] = ("plain", "views", "latents", "smooth", "others")
     prompts: str = Field("configs/prompts/digits.txt", description="a file: what is asked for")
-    images: int = Field(60, ge=4, description="images, each of another prompt, spread over the file")
+    images: int = Field(60, ge=4, description="images, each of another prompt, drawn from the file at each seed")
     captioner: str | None = Field("models/digits/captioner", description="a BLIP; null: it is not inverted")
     clip: str | None = Field(
         "trained", description="a CLIPModel: directory or hub name; trained: a small one, on the digits; null: none"
@@ -75,10 +77,10 @@ class Invert(Study):
         from pipelines.default_models.clip import learn_clip
         from pipelines.inverting import audit_reward
 
-        texts = read_prompts(self.prompts)[0]
+        texts, order = read_prompts(self.prompts)[0], default_rng(derive_seed(seed, "asked"))
         common = {
             "seed": seed,
-            "prompts": [texts[number * len(texts) // self.images] for number in range(self.images)],
+            "prompts": [texts[number] for number in order.permutation(len(texts))[: self.images]],
             "evaluator": portable(self.evaluator),
             "path": portable(self.path) if arm == "latents" else None,
             "asked_as": "others" if arm == "others" else "own",
