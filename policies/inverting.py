@@ -21,8 +21,6 @@ from policies.rl.settings import Settings
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-LARGEST_STEP = 2.0  # of the evolution strategy, in standard deviations of its start
-
 
 class InvertingSettings(Settings):
     """How images are searched for that a reward is pleased with."""
@@ -112,18 +110,17 @@ def evolve(
         mean = mean + spread * step
         path = (1 - rate) * path + np.sqrt(rate * (2 - rate) * effective) * step
         length = np.linalg.norm(path, axis=1, keepdims=True)
-        spread = np.minimum(spread * np.exp(rate / damping * (length / expected - 1)), LARGEST_STEP * sigma)
+        spread = np.minimum(
+            spread * np.exp(rate / damping * (length / expected - 1)), 2 * sigma
+        )  # it stays about where it began
     return best
-
-
-EASILY, SELDOM = 0.5, 0.2  # shares of images at which a reward is called fooled, and not fooled
 
 
 def verdict(fooled: np.ndarray) -> tuple[str, float, float]:
     """What is said of a reward that these images of independent searches fooled (n,) bool, or not; and the ends of the
-    exact 95 % interval of their share (Clopper and Pearson): beyond ``EASILY`` or below ``SELDOM`` the whole of it."""
+    exact 95 % interval of their share (Clopper and Pearson): the whole of it is .5 or more, or .2 or less."""
     from scipy.stats import binomtest
 
     low, high = map(float, binomtest(int(fooled.sum()), len(fooled)).proportion_ci(0.95, "exact"))
-    said = "easily fooled" if low >= EASILY else "not fooled by this search" if high <= SELDOM else "undecided"
+    said = "easily fooled" if low >= 0.5 else "not fooled by this search" if high <= 0.2 else "undecided"
     return said, low, high
