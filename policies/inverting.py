@@ -110,9 +110,7 @@ def evolve(
         mean = mean + spread * step
         path = (1 - rate) * path + np.sqrt(rate * (2 - rate) * effective) * step
         length = np.linalg.norm(path, axis=1, keepdims=True)
-        spread = np.minimum(
-            spread * np.exp(rate / damping * (length / expected - 1)), 2 * sigma
-        )  # it stays about where it began
+        spread = np.minimum(spread * np.exp(rate / damping * (length / expected - 1)), 2 * sigma)
     return best
 
 
