@@ -6,7 +6,7 @@ are all the data it takes; real images are what the drawn ones are held against.
 data, settings and seed; on one machine a repeat gives the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from io import BytesIO
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from pipelines.denoisers import load_family
 from pipelines.figures.plots import image_grid
 from pipelines.measures.distances import frechet_distance, precision_recall_density_coverage
 from pipelines.measures.evaluator import load_evaluator
-from pipelines.measures.features import given_extractor, load_extractor, train_extractor
+from pipelines.measures.features import Extractor, given_extractor, load_extractor, train_extractor
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import check_pipeline
@@ -51,15 +51,30 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, output: str = "np", *
     """What a stock pipeline draws, an image a prompt, each from its own generator: uint8 (n, height, width, 3), or
     float32 latents (n, channels, height, width) if ``output`` is "latent". ``how``: the pipeline's own arguments."""
     pipeline.set_progress_bar_config(disable=True)
+
+    def some(asked: list[str], random: list[torch.Generator]) -> np.ndarray:
+        images = pipeline(asked, generator=random, output_type=output, **how).images
+        return images.float().numpy(force=True) if output == "latent" else to_bytes(images)
+
+    return in_batches(some, prompts, seed)
+
+
+def in_batches(draw: Callable[[list[Any], list[torch.Generator]], np.ndarray], asked: Sequence[Any], seed: int) -> Any:
+    """The images (n, …) of as many as are ``asked`` for, some at a time, each from its own generator."""
     drawn = []
-    for first in range(0, len(prompts), _BATCH):
-        asked = list(prompts[first : first + _BATCH])
-        numbers = range(first, first + len(asked))
-        random = [torch.Generator().manual_seed(derive_seed(seed, "drawn", number)) for number in numbers]
+    for first in range(0, len(asked), _BATCH):
+        some = list(asked[first : first + _BATCH])
+        numbers = range(first, first + len(some))
         with torch.no_grad():
-            images = pipeline(asked, generator=random, output_type=output, **how).images
-        drawn.append(images.float().numpy(force=True) if output == "latent" else (images * 255).round().astype("uint8"))
+            drawn.append(
+                draw(some, [torch.Generator().manual_seed(derive_seed(seed, "drawn", number)) for number in numbers])
+            )
     return np.concatenate(drawn)
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """A pipeline's images in [0, 1] as uint8."""
+    return (images * 255).round().astype("uint8")
 
 
 class Distiller:
@@ -133,7 +148,7 @@ def _family(path: str) -> Any:
     return load_family(path, torch.float32)
 
 
-def _data(parameters: Mapping[str, Any]) -> tuple[RealData, np.ndarray, np.ndarray]:
+def load_data(parameters: Mapping[str, Any]) -> tuple[RealData, np.ndarray, np.ndarray]:
     """Captioned images, and the indices of those to learn from and of those that are kept apart to measure by."""
     settings = DataSettings(**parameters["data"])
     data = load_real_data(settings)
@@ -142,7 +157,7 @@ def _data(parameters: Mapping[str, Any]) -> tuple[RealData, np.ndarray, np.ndarr
 
 def draw_latents(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: x_0 that the teacher draws for captions to learn from, and these captions' indices."""
-    data, pool, _ = _data(parameters)
+    data, pool, _ = load_data(parameters)
     rng = np.random.default_rng(derive_seed(parameters["seed"], "captions"))
     chosen = rng.choice(pool, parameters["latents"], replace=parameters["latents"] > len(pool))
     pipeline = sampler(_family(parameters["path"]).pipeline.to(device), "ddim")
@@ -155,7 +170,7 @@ def draw_latents(parameters: Mapping[str, Any], inputs: list[Files], device: str
 def distil(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: the distilled pipeline as ``product/``, of what :func:`draw_latents` drew; a batch's loss at both ends."""
     distiller, drawn = Distiller(parameters["path"], device), load(inputs[0]["latents.safetensors"])
-    captions, settings = _data(parameters)[0].captions, ConsistencySettings(**parameters["settings"])
+    captions, settings = load_data(parameters)[0].captions, ConsistencySettings(**parameters["settings"])
     assert captions is not None
     asked = captions[drawn["chosen"].numpy()].tolist()
     losses = distiller.distil(drawn["latents"], asked, settings, parameters["seed"], parameters["guidance_scale"])
@@ -165,7 +180,7 @@ def distil(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> F
 def learn_features(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: the network between whose features images are compared: the one that the data name, or one that is trained
     on the images that are not measured by, on labels if they have any."""
-    (data, pool, _), kind = _data(parameters), parameters["data"]["extractor"]
+    (data, pool, _), kind = load_data(parameters), parameters["data"]["extractor"]
     if kind not in (None, "classifier", "self_supervised"):
         return given_extractor(kind, data.images[:1])
     labels = None if kind == "self_supervised" or data.labels is None else data.labels[pool]
@@ -186,7 +201,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     def stock(directory: Any) -> Any:
         return StableDiffusionPipeline.from_pretrained(directory, use_safetensors=True)
 
-    data, _, reference = _data(parameters)
+    data, _, reference = load_data(parameters)
     assert data.captions is not None
     if len(inputs) > 1:  # as it is, with the scheduler that it names
         pipeline = unpacked(products(inputs[1])["distilled"], stock)
@@ -194,20 +209,38 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
         pipeline = sampler(_family(parameters["path"]).pipeline, parameters["sampler"])
     pipeline, eye, asked = pipeline.to(device), unpacked(inputs[0], load_extractor), data.captions[reference].tolist()
     judge = load_evaluator(resolve_model(parameters["evaluator"]), device) if parameters["evaluator"] else None
-    real, found, pictures, seen = eye.features(data.images[reference]), dict[str, float](), Files(), dict[str, float]()
-    for calls in parameters["calls"]:
-        if not seen or parameters["steps"] is None:
-            how = {"num_inference_steps": parameters["steps"] or calls, "guidance_scale": parameters["guidance_scale"]}
-            images = draw(pipeline, asked, parameters["seed"], **how)
+
+    def drawn(steps: int) -> np.ndarray:
+        how = {"num_inference_steps": steps, "guidance_scale": parameters["guidance_scale"]}
+        return draw(pipeline, asked, parameters["seed"], **how)
+
+    def met(images: np.ndarray) -> Mapping[str, np.ndarray]:
+        return judge.judge(images, asked) if judge else {}
+
+    return judged(drawn, parameters["calls"], parameters["steps"], eye, data.images[reference], met)
+
+
+def judged(
+    drawn: Callable[[int], np.ndarray],
+    calls: Sequence[int],
+    steps: int | None,
+    eye: Extractor,
+    reference: np.ndarray,
+    judge: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+) -> Files:
+    """What :func:`measure` finds of images (n, …) ``drawn`` in so many steps, and a picture of some. ``judge`` says,
+    by name, which of them (n,) are as they were asked to be."""
+    real, found, pictures, seen = eye.features(reference), dict[str, float](), Files(), dict[str, float]()
+    for number in calls:
+        if not seen or steps is None:
+            images = drawn(steps or number)
             features = eye.features(images)
             shares = precision_recall_density_coverage(real, features)
             seen = {"fid": frechet_distance(features, real), **{name: shares[name] for name in ("precision", "recall")}}
-            if judge:
-                right = judge.judge(images, asked)
-                seen |= {f"evaluator/{slot}": float(each.mean()) for slot, each in right.items()}
+            seen |= {f"evaluator/{slot}": float(each.mean()) for slot, each in judge(images).items()}
             Image.fromarray(image_grid(images[:48], columns=12)).save(picture := BytesIO(), "PNG")
-            pictures[f"images/drawn/{how['num_inference_steps']}.png"] = picture.getvalue()
-        found |= {f"{name}/of_{calls}": value for name, value in seen.items()}
-    if parameters["steps"] is None and {1, 2} <= set(parameters["calls"]):
+            pictures[f"images/drawn/{steps or number}.png"] = picture.getvalue()
+        found |= {f"{name}/of_{number}": value for name, value in seen.items()}
+    if steps is None and {1, 2} <= set(calls):
         found["second_call/fid"] = found["fid/of_2"] / found["fid/of_1"]
     return metrics(found) | pictures

@@ -72,9 +72,11 @@ def consistency(schedule: DenoisingSchedule, latents: Tensor, output: Tensor, st
     return _SIGMA_DATA**2 / square * latents.double() + time / square.sqrt() * denoised
 
 
-def pseudo_huber(found: Tensor, target: Tensor) -> Tensor:
-    """√(‖Δ‖² + c²) − c with c = .00054 √d, the mean over a batch (Song and Dhariwal, 2310.14189, equation 7)."""
+def pseudo_huber(found: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """√(‖Δ‖² + c²) − c with c = .00054 √d, the mean over a batch (Song and Dhariwal, 2310.14189, equation 7), of which
+    each may have a weight: ``weights`` (batch,)."""
     apart = (found - target.detach()).flatten(1)
     constant = 0.00054 * apart.shape[1] ** 0.5
-    loss: Tensor = ((apart.square().sum(dim=1) + constant**2).sqrt() - constant).mean()
+    each = (apart.square().sum(dim=1) + constant**2).sqrt() - constant
+    loss: Tensor = (each if weights is None else weights * each).mean()
     return loss

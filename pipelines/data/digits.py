@@ -119,13 +119,17 @@ def split_indices() -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _all_digits() -> Digits:
-    from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    coarse = digits.images / 16.0
+    return Digits(enlarged(digits.images / 16.0), digits.target.astype(np.int64))
+
+
+def enlarged(coarse: np.ndarray) -> np.ndarray:
+    """Strokes (n, 16, 16) float32 of digits (n, height, width) in [0, 1]."""
+    from scipy.ndimage import zoom
+
     factor = IMAGE_SIZE / coarse.shape[-1]
     smooth = zoom(coarse, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True)
     # Cubic upsampling blurs strokes; a steeper ramp brings back solid ink without jagged edges.
-    strokes = np.clip((smooth - 0.2) / 0.6, 0.0, 1.0).astype(np.float32)
-    return Digits(strokes, digits.target.astype(np.int64))
+    return np.clip((smooth - 0.2) / 0.6, 0.0, 1.0).astype(np.float32)

@@ -7,7 +7,7 @@ null class is the only one.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -93,7 +93,8 @@ class DiffusionGenerator(Generator):
         labels = torch.zeros(len(images), dtype=torch.long) if known is None else torch.from_numpy(known[0])
         classes = settings.classes or (0 if known is None else int(labels.max()) + 1)
         weights = torch.from_numpy(np.ones(len(images)) if data.weights is None else data.weights)
-        unet = deepcopy(start.unet) if start is not None else _build(settings, images, classes, seed)
+        shape = settings.channels, settings.levels, images.shape[1:]
+        unet = deepcopy(start.unet) if start is not None else build(*shape, classes + 1, seed)  # the last is null
         classes = unet.config.num_class_embeds - 1
         if labels.max() >= max(classes, 1):
             raise ValueError(f"label {labels.max()} is none of the {classes} classes: set classes higher")
@@ -244,16 +245,16 @@ def allotted(shares: "Tensor", count: int, random: "torch.Generator") -> "Tensor
     return labels[due.argsort()[:count]]
 
 
-def _build(settings: DiffusionSettings, images: "Tensor", classes: int, seed: int) -> Any:
-    """An untrained UNet for ``images`` (n, channels, height, width) of so many ``classes``, and the null class."""
+def build(channels: int, levels: int, shape: Sequence[int], embeddings: int | None, seed: int) -> Any:
+    """An untrained UNet for images of ``shape`` (channels, height, width), its finest level ``channels`` wide and each
+    next one twice as wide and half as high, with so many ``embeddings`` of classes."""
     import torch
     from diffusers import UNet2DModel
 
-    _, channels, *size = images.shape
+    inputs, *size = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        levels = settings.levels
         blocks: Any = {"down_block_types": ("DownBlock2D",) * levels, "up_block_types": ("UpBlock2D",) * levels}
-        blocks["block_out_channels"] = tuple(settings.channels * 2**level for level in range(levels))
-        sizes = {"layers_per_block": 1, "norm_num_groups": 8, "num_class_embeds": classes + 1}
-        return UNet2DModel(tuple(size), channels, channels, add_attention=False, **blocks, **sizes)
+        blocks["block_out_channels"] = tuple(channels * 2**level for level in range(levels))
+        sizes = {"layers_per_block": 1, "norm_num_groups": 8, "num_class_embeds": embeddings}
+        return UNet2DModel(tuple(size), inputs, inputs, add_attention=False, **blocks, **sizes)

@@ -18,6 +18,7 @@ from policies.rl.settings import Name, explain
 
 STUDIES: dict[str, str] = {  # name → import path
     "adversarial_features": "orchestration.experiments.adversarial_features:AdversarialFeatures",
+    "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
     "guard": "orchestration.experiments.guard:Guarding",
