@@ -95,7 +95,7 @@ def test_a_step_follows_the_trajectory_to_its_order() -> None:
         exact = noise * SIGMA_MAX * ((0.25 + SIGMA_MIN**2) / (0.25 + SIGMA_MAX**2)) ** 0.5
         return (solve(denoise, noise, steps, heun) - exact).abs().max().item()
 
-    assert error(64, True) < 0.3 * error(32, True) < 0.05 * error(32, False)
+    assert error(64, True) < 0.3 * error(32, True) < 0.1 * error(32, False)
     assert error(64, False) < 0.6 * error(32, False)
     calls = list[float]()
 
@@ -197,9 +197,7 @@ def test_evaluator_knows_the_small_digits() -> None:
 
 
 def test_training_lowers_the_loss_of_each() -> None:
-    """The teacher's products denoise better than an untrained network does; consistency training the same of f."""
-    from functools import partial
-
+    """The teacher denoises, so does f that is trained alone, and f that is distilled goes where the teacher's ODE ends."""
     from diffusers import ConsistencyModelPipeline
 
     from pipelines.consistency import of_network
@@ -213,11 +211,13 @@ def test_training_lowers_the_loss_of_each() -> None:
     random, sigma = torch.Generator().manual_seed(0), torch.full((60, 1, 1, 1), 0.6)
     noisy = clean + sigma * torch.randn(clean.shape, generator=random)
 
-    def error(files: Files, smallest: float) -> float:
+    def network_of(files: Files) -> Any:
         (made,) = products(files).values()
-        network = unpacked(made, partial(ConsistencyModelPipeline.from_pretrained)).unet
+        return unpacked(made, ConsistencyModelPipeline.from_pretrained).unet
+
+    def error(files: Files, smallest: float) -> float:
         with torch.no_grad():
-            return float((of_network(network, labels, smallest)(noisy, sigma) - clean).square().mean())
+            return float((of_network(network_of(files), labels, smallest)(noisy, sigma) - clean).square().mean())
 
     longer: dict[str, Any] = {**FIT, "updates": 60, "batch": 32, "learning_rate": 8e-3}
     taught, brief = learn_teacher(longer, [], "cpu"), learn_teacher(FIT, [], "cpu")
@@ -226,17 +226,24 @@ def test_training_lowers_the_loss_of_each() -> None:
     assert error(train_alone(longer | alone, [], "cpu"), SIGMA_MIN) < 0.7 * error(
         train_alone(FIT | alone, [], "cpu"), SIGMA_MIN
     )
-    pupil = distil({**longer, "decay": 0.9}, [brief], "cpu")  # learns what its teacher knows, and no more
-    assert error(pupil, SIGMA_MIN) > 0.8 * error(brief, 0.0)
+    pupil = distil({**longer, "decay": 0.9, "updates": 100}, [taught], "cpu")
+    networks, ends = [network_of(each) for each in (taught, pupil)], []
+    noise = torch.randn(clean.shape, generator=random)
+    with torch.no_grad():
+        end = solve(of_network(networks[0], labels), noise, 17, heun=True)
+        for network in networks:
+            ends.append(of_network(network, labels, SIGMA_MIN)(noise * SIGMA_MAX, torch.full((60, 1, 1, 1), SIGMA_MAX)))
+    apart = [(each - end).square().mean().item() for each in ends]
+    assert apart[1] < 0.9 * apart[0], apart  # one call is nearer to where the teacher's ODE ends
 
 
 def test_study_plans_arms_with_their_controls() -> None:
     study = Consistency(evaluator=None)
     plan = {arm: study.tasks(arm, 0) for arm in study.arms}
     teacher = plan["teacher"][0]
-    assert plan["distilled"][0].inputs == (teacher,)
+    assert [each.key for each in plan["distilled"][0].inputs] == [teacher.key]
     assert plan["trained"][0].inputs == ()
-    assert plan["trained"][0].parameters["points"] == 81
+    assert plan["trained"][0].parameters["points"] == 41
     judged = {arm: tasks[-1] for arm, tasks in plan.items()}
     assert {arm: (each.parameters["sampler"], each.parameters["steps"]) for arm, each in judged.items()} == {
         "distilled": ("consistency", None),
@@ -245,7 +252,11 @@ def test_study_plans_arms_with_their_controls() -> None:
         "euler": ("euler", None),
         "teacher": ("heun", 17),
     }
-    assert {arm for arm, each in judged.items() if each.inputs[1] == teacher} == {"undistilled", "euler", "teacher"}
+    assert {arm for arm, each in judged.items() if each.inputs[1].key == teacher.key} == {
+        "undistilled",
+        "euler",
+        "teacher",
+    }
     assert len({study.tasks(arm, seed)[-1].inputs[0].key for arm in study.arms for seed in (0, 1)}) == 1
     claims = Consistency().claims()
     assert {each.arm for each in claims} == {"distilled", "trained", "undistilled", "euler"}

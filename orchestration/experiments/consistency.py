@@ -7,12 +7,14 @@ under its own ODE sampler. The judges, an evaluator and a network of features, t
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from pydantic import Field
 
 from orchestration.experiments.study.config import Study
 from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
-from pipelines.storage.locations import check_model, fingerprint, portable
+from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from pipelines.storage.model_files import read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
 from policies.common.claims import Claim
@@ -38,13 +40,13 @@ class Consistency(Study):
     channels: int = Field(16, ge=8, multiple_of=8, description="width of the UNet's finest level; doubles each level")
     levels: int = Field(2, ge=1, description="resolutions of the UNet; image sides must be multiples of 2^(levels-1)")
     batch: int = Field(64, ge=1, description="images of an update")
-    teaching: FitSettings = Field(FitSettings(updates=800), description="of the denoiser")
-    distilling: FitSettings = Field(FitSettings(learning_rate=3e-3, updates=300), description="from the denoiser")
-    training: FitSettings = Field(FitSettings(learning_rate=8e-3, updates=900), description="without it, from scratch")
+    teaching: FitSettings = Field(FitSettings(learning_rate=5e-3, updates=1500), description="of the denoiser")
+    distilling: FitSettings = Field(FitSettings(learning_rate=3e-3, updates=400), description="from the denoiser")
+    training: FitSettings = Field(FitSettings(learning_rate=4e-3, updates=900), description="without it, from scratch")
     teacher_steps: int = Field(17, ge=1, le=1000, description="Heun steps, of two calls each, of the teacher's images")
     points: int = Field(18, ge=3, le=1000, description="noise levels of the grid of the distilled")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's average over updates, in distillation")
-    intervals: tuple[int, int] = Field((10, 80), description="of the grid of the trained, first and last; it doubles")
+    intervals: tuple[int, int] = Field((10, 40), description="of the grid of the trained, first and last; it doubles")
     calls: tuple[int, ...] = Field((1, 2), min_length=1, description="numbers of calls that are judged")
     evaluator: str | None = Field("models/digits/evaluator", description="says which digit it is; null: none")
     accuracy: float = Field(0.03, gt=0, lt=1, description="claimed: accuracy falls by no more than this")
@@ -76,6 +78,8 @@ class Consistency(Study):
             if self.data.source not in MADE:
                 raise ValueError(f"evaluator: it judges {' and '.join(MADE)}, not {self.data.source!r}: set it to null")
             check_model(self.evaluator, "config.json", "evaluator")
+            if "classes" not in read_json(Path(resolve_model(self.evaluator)) / "config.json"):
+                raise ValueError(f"evaluator: {self.evaluator!r} is no directory of an evaluator")
 
     def reads(self) -> Mapping[str, str]:
         """Images and judges."""
