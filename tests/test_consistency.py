@@ -197,7 +197,7 @@ def test_evaluator_knows_the_small_digits() -> None:
 
 
 def test_training_lowers_the_loss_of_each() -> None:
-    """The teacher denoises, so does f that is trained alone, and f that is distilled goes where the teacher's ODE ends."""
+    """The teacher denoises, and f that is trained alone; f that is distilled goes where the teacher's ODE ends."""
     from diffusers import ConsistencyModelPipeline
 
     from pipelines.consistency import of_network
