@@ -22,8 +22,8 @@ STUDIES: dict[str, str] = {  # name → import path
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
     "guard": "orchestration.experiments.guard:Guarding",
-    "neurons": "orchestration.experiments.neurons:Neurons",
     "invert": "orchestration.experiments.invert:Invert",
+    "neurons": "orchestration.experiments.neurons:Neurons",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
 
