@@ -17,7 +17,7 @@ from orchestration.experiments.ddpo.preflight import preflight_ddpo
 from orchestration.experiments.guard import Guarding, Requests
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.captioner import Captioner
-from pipelines.data.digits import DIGITS, caption, load_split, tint
+from pipelines.data.digits import DIGITS, load_split, tint
 from pipelines.data.prompts import words_in
 from pipelines.guard import FRONT, NO_GUARD, STAGES, Guard, GuardSettings, OutputSettings, Rule, read_guard
 from pipelines.guarding import draw, measure, requests, screen
@@ -305,4 +305,3 @@ def test_a_guard_without_a_stage_is_no_study(tmp_path: Path) -> None:
     (tmp_path / "guard.yaml").write_text("blocklist: [three]")
     with pytest.raises(ValueError, match="has no classifier, which is an arm's"):
         Guarding(guard=str(tmp_path / "guard.yaml")).preflight()
-    assert caption("three", "red", "black") == "a red three on a black background"
