@@ -29,12 +29,12 @@ def audit(
     ``tell`` how each is searched and what came out.
 
     Gradients search pixels and queries the model's latents, unless ``where`` says otherwise. Raises ConfigError."""
+    plan = preflight_ddpo(config.model_copy(update={"output_dir": None}))
     known, judged = config.reward.functions, config.evaluation.evaluator
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"{unknown[0]!r} is no reward function of this configuration, which has {', '.join(known)}")
     if judged is None:
         raise ConfigError("evaluation.evaluator is null: an audit needs a judge that is not the reward; name one")
-    plan = preflight_ddpo(config.model_copy(update={"output_dir": None}))
     with about("--output"):
         make(output)
     from pipelines.captioner import Captioner
