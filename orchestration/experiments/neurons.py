@@ -46,7 +46,11 @@ class Neurons(Study):
     path: str = Field("models/digits/pipeline", description="a directory of Stable Diffusion 1.x or 2.x")
     data: DataSettings = Field(DataSettings(source="captioned_digits"), description="captioned images to learn from")
     prompts: str = Field("configs/prompts/digits.txt", description="a file: those that name a subject, and others")
-    subjects: tuple[Subject, ...] = Field((Subject(concept="blue", word="x", stray="m"),), min_length=1)
+    subjects: tuple[Subject, ...] = Field(
+        (Subject(concept="blue", word="x", stray="m"),),
+        min_length=1,
+        description="what is implanted: a concept, the unused word that is to stand for it, and a stray one that is not",
+    )
     images: int = Field(20, ge=1, description="of a subject, to learn from; its others are what losses are measured on")
     prior_images: int = Field(1000, ge=1, description="of other subjects, to learn from; and as many to measure on")
     finding: NeuronSettings = NeuronSettings()
