@@ -49,7 +49,7 @@ class Neurons(Study):
     subjects: tuple[Subject, ...] = Field(
         (Subject(concept="blue", word="x", stray="m"),),
         min_length=1,
-        description="what is implanted: a concept, the unused word that is to stand for it, and a stray one that is not",
+        description="what is implanted: a concept, the unused word that is to stand for it, a stray one that is not",
     )
     images: int = Field(20, ge=1, description="of a subject, to learn from; its others are what losses are measured on")
     prior_images: int = Field(1000, ge=1, description="of other subjects, to learn from; and as many to measure on")
