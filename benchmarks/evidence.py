@@ -51,14 +51,16 @@ def cases() -> Iterator[Case]:
         yield Case("ddpo", ("configs/ddpo/compressibility.yaml", f"{SCALES}/{scale}.yaml"), "dry", GPUS)
     large = ("configs/ddpo/compressibility.yaml", f"{SCALES}/64-gpus.yaml")
     yield Case("ddpo", large, "dry", ("--dry-run", "--gpus", "64"))
-    for recipe in ("ddpo-pytorch", "sdxl", "flow-grpo"):
+    for recipe in ("ddpo-pytorch", "sdxl", "flow-grpo", "without-guidance", "without-guidance-flow"):
         yield Case("ddpo", ("configs/ddpo/alignment.yaml", f"{RECIPES}/{recipe}.yaml"), "dry", GPUS)
     for name in ("categorical", "gaussian", "gaussian_loops", "mixture", "effective_sample_size", "memory"):
         yield Case("mad", (f"configs/mad/{name}.yaml",))
     yield Case("ddpo", ("configs/ddpo/digits.yaml",))
     yield Case("ddpo", ("configs/ddpo/digits-lora.yaml",))
-    for recipe in ("noisier-half", "diffusion-nft"):
+    for recipe in ("noisier-half", "diffusion-nft", "diffusion-nft-5-steps", "three-calls"):
         yield Case("ddpo", ("configs/ddpo/digits.yaml", f"{RECIPES}/{recipe}.yaml"))
+    for recipe in ("noise-at-first", "five-calls"):  # the second is the demonstration
+        yield Case("ddpo", ("configs/ddpo/digits.yaml", f"{RECIPES}/{recipe}.yaml"), "whole", ("training.steps=25",))
     yield Case("sweep", ("configs/sweeps/gaussian_phase.yaml",))
     yield Case("mad", ("configs/mad/neon.yaml",))
     yield Case("mad", ("configs/mad/digits.yaml",), "part", ("generations=2", "seeds=1"))
@@ -77,7 +79,8 @@ def cases() -> Iterator[Case]:
     }.items():
         yield Case("sweep", (f"configs/sweeps/{name}.yaml",), "part", words)
     yield Case("sweep", ("configs/sweeps/aligned_phase.yaml",))
-    yield Case("study", ("configs/studies/erase.yaml",))
+    for path in sorted((CHECKOUT / "configs/studies").glob("*.yaml")):
+        yield Case("study", (f"configs/studies/{path.name}",))
 
 
 def run(case: Case, directory: Path, seconds: float) -> dict[str, Any]:
