@@ -120,7 +120,7 @@ def test_the_first_update_weighs_by_who_drew(pair: tuple[DiffusionLearner, Diffu
     first = draw(sampler, 0)
     learner.learn(first, ADVANTAGE, seed=1)
     before = {name: value.detach().clone() for name, value in learner.parameters.items()}
-    rollouts = learner._rollouts([first], ADVANTAGE, before, seed=2)
+    rollouts = learner._rollouts(learner.policy, [first], ADVANTAGE, before, seed=2)
     images, steps = torch.arange(6).repeat_interleave(3), torch.arange(3).repeat(6)
     output = rollouts.network(rollouts.latents[images, steps], steps, images)
     here, there = rollouts.latents[images, steps], rollouts.latents[images, steps + 1]
