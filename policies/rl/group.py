@@ -73,6 +73,9 @@ class Group:
             options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", torch.cuda.current_device())}
         store = dist.TCPStore(host, port, is_master=False, timeout=bound)
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=bound, **options)
+        # Who leaves at once would close the connections that others are still making.
+        store.set(f"joined/{rank}", "")
+        store.wait([f"joined/{each}" for each in range(size)], bound)
         return cls(rank, size)
 
     def share(self, *columns: Tensor) -> tuple[list[Tensor], int]:
