@@ -6,14 +6,13 @@ under its own ODE sampler. The judges, an evaluator and a network of features, t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field
 
-from orchestration.experiments.study.config import Study
-from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
-from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from orchestration.experiments.study.images import ImageStudy
+from pipelines.data.real_data import DataSettings, split_reference
+from pipelines.storage.locations import check_model, portable, resolve_model
 from pipelines.storage.model_files import read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
@@ -30,7 +29,7 @@ class FitSettings(Settings):
     updates: int = Field(400, ge=1, description="optimiser updates")
 
 
-class Consistency(Study):
+class Consistency(ImageStudy):
     """Trains an EDM denoiser and two consistency models, and judges what they draw in few calls."""
 
     study: str = "consistency"
@@ -111,15 +110,6 @@ class Consistency(Study):
         judged |= {"evaluator": portable(self.evaluator) if self.evaluator else None}
         shown = [] if arm in ("undistilled", "euler") else [made]
         return [*shown, task(measure, judged, eye, made, label=f"{arm}, seed {seed}, judged")]
-
-    @cached_property
-    def _data(self) -> RealData:
-        return load_real_data(self.data)
-
-    @cached_property
-    def _digests(self) -> dict[str, str | None]:
-        read = {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "data.source"}
-        return read | {"data": self._data.sha256}
 
     def claims(self) -> Sequence[Claim]:
         """It reaches the teacher in one or two calls; each control falls short of it; two calls are better than one."""

@@ -6,15 +6,14 @@ teacher. The judges, an evaluator and a network of features, take no part in the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field
 
-from orchestration.experiments.study.config import Study
-from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
+from orchestration.experiments.study.images import ImageStudy
+from pipelines.data.real_data import DataSettings, split_reference
 from pipelines.denoisers import inspect
-from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from pipelines.storage.locations import check_model, portable, resolve_model
 from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
@@ -24,7 +23,7 @@ from policies.consistency import ORIGIN_STEPS, ConsistencySettings
 LEARNED = ("distilled", "trained")
 
 
-class Distil(Study):
+class Distil(ImageStudy):
     """Distils a pipeline, and judges what it draws in few calls."""
 
     study: str = "distil"
@@ -100,15 +99,6 @@ class Distil(Study):
         judged |= {"steps": self.teacher_steps if arm == "teacher" else None}
         judged |= {"evaluator": portable(self.evaluator) if self.evaluator else None}
         return [*made, task(measure, judged, eye, *made, label=f"{arm}, seed {seed}, judged")]
-
-    @cached_property
-    def _data(self) -> RealData:
-        return load_real_data(self.data)
-
-    @cached_property
-    def _digests(self) -> dict[str, str | None]:
-        read = {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "data.source"}
-        return read | {"data": self._data.sha256}
 
     def claims(self) -> Sequence[Claim]:
         """It reaches the teacher in one or two calls; each control falls short of it; two calls are better than one."""

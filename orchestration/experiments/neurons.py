@@ -7,16 +7,15 @@ part in the search.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field
 
-from orchestration.experiments.study.config import Study
+from orchestration.experiments.study.images import ImageStudy
 from pipelines.data.prompts import naming, read_prompts, unused
-from pipelines.data.real_data import DataSettings, RealData, load_real_data
+from pipelines.data.real_data import DataSettings
 from pipelines.denoisers import inspect
-from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
+from pipelines.storage.locations import check_model, portable, resolve_model
 from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
@@ -37,7 +36,7 @@ class Subject(Settings):
     stray: str = Field(min_length=1, description="another unused word, which is not to")
 
 
-class Neurons(Study):
+class Neurons(ImageStudy):
     """Finds the neurons of each subject, shuts them, and judges what its word makes the pipeline draw."""
 
     study: str = "neurons"
@@ -124,15 +123,6 @@ class Neurons(Study):
             judged = {**common, **drawn, "subjects": subjects, "name": name}
             found += [*made, task(measure, judged, *made, label=f"{label}, judged")]
         return found
-
-    @cached_property
-    def _data(self) -> RealData:
-        return load_real_data(self.data)
-
-    @cached_property
-    def _digests(self) -> dict[str, str | None]:
-        read = {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "data.source"}
-        return read | {"data": self._data.sha256}
 
     def claims(self) -> Sequence[Claim]:
         """Of each subject: the loss falls, its word draws it, nothing else changes; of controls that they do less."""
