@@ -176,7 +176,7 @@ def test_a_repeat_gives_the_same_bytes_and_the_metrics_of_the_claims() -> None:
     assert found["moved/at_0"] == 0
     assert found["moved/at_3"] > 2
     assert {"figures/examples.png", "figures/examples_at_3.png", "figures/next.png"} <= files.keys()
-    told = {arm: {claim.metric for claim in SMALL.claims() if claim.arm == arm} for arm in SMALL.arms}
+    told = {arm: {claim.metric for claim in SMALL.claimed() if claim.arm == arm} for arm in SMALL.arms}
     assert told["next"] <= found.keys()
     plain = examine(SMALL.tasks("standard", 3)[0].parameters, [], "cpu")
     asked = SMALL.tasks("standard", 3)[1].parameters
@@ -220,11 +220,11 @@ def test_study_plans_arms_with_their_controls() -> None:
     assert jobs["random"].inputs[0].key == jobs["next"].inputs[0].key  # done once
     assert jobs["next"].parameters["eps"] == [1.5, 3.0, 5.0]
     assert [each.kind.split(":")[1] for each in study.tasks("standard", 0)] == ["examine", "audit"]
-    claims = study.claims()
+    claims = study.claimed()
     assert {each.arm for each in claims} == set(study.arms) - {"robust-features"}
     assert all(each.scale == "share" for each in claims)
     alone = AdversarialFeatures(evaluator=None, captioner=None, arms=("random",))
-    assert {each.metric for each in alone.claims()} == {"accuracy/normalised", "accuracy/strided"}
+    assert {each.metric for each in alone.claimed()} == {"accuracy/normalised", "accuracy/strided"}
     assert alone.reads() == {}
 
 

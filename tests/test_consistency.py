@@ -258,10 +258,10 @@ def test_study_plans_arms_with_their_controls() -> None:
         "teacher",
     }
     assert len({study.tasks(arm, seed)[-1].inputs[0].key for arm in study.arms for seed in (0, 1)}) == 1
-    claims = Consistency().claims()
+    claims = Consistency().claimed()
     assert {each.arm for each in claims} == {"distilled", "trained", "undistilled", "euler"}
-    assert len(claims) > len(study.claims())
-    assert {each.arm for each in Consistency(arms=("teacher", "euler")).claims()} == {"euler"}
+    assert len(claims) > len(study.claimed())
+    assert {each.arm for each in Consistency(arms=("teacher", "euler")).claimed()} == {"euler"}
 
 
 @pytest.mark.parametrize(

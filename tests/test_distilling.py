@@ -172,11 +172,11 @@ def test_study_plans_arms_with_their_controls() -> None:
     eyes = {study.tasks(arm, seed)[-1].inputs[0].key for arm in study.arms for seed in (0, 1)}
     assert len(eyes) == 1
     whole = Distil()
-    claims = whole.claims()
+    claims = whole.claimed()
     assert {each.arm for each in claims} == {"distilled", "trained", "undistilled", "ddim"}
-    assert len(claims) > len(study.claims())
-    assert {each.metric for each in Distil(calls=(4,)).claims()} == set()
-    assert {each.arm for each in Distil(arms=("teacher", "ddim")).claims()} == {"ddim"}
+    assert len(claims) > len(study.claimed())
+    assert {each.metric for each in Distil(calls=(4,)).claimed()} == set()
+    assert {each.arm for each in Distil(arms=("teacher", "ddim")).claimed()} == {"ddim"}
 
 
 @pytest.mark.parametrize(

@@ -208,9 +208,9 @@ def test_study_plans_arms_with_their_controls() -> None:
     assert paper.parameters["settings"]["retain"] == 0
     assert mine.parameters["instead"] == ["green", "blue"]
     assert mine.key != study.tasks("esd-x", 1)[0].key
-    assert {each.arm for each in study.claims()} == set(study.arms) - {"base"}
-    assert Erase(arms=("base", "uce")).claims()
-    assert {e.arm for e in Erase(arms=("base", "uce")).claims()} == {"uce"}
+    assert {each.arm for each in study.claimed()} == set(study.arms) - {"base"}
+    assert Erase(arms=("base", "uce")).claimed()
+    assert {e.arm for e in Erase(arms=("base", "uce")).claimed()} == {"uce"}
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_the_study_counts_what_the_guard_itself_does(ready: Guard) -> None:
 
 def test_every_stage_has_its_arm_and_its_claim() -> None:
     study = load_config(Guarding, [str(CHECKOUT / "configs/studies/guard.yaml")])
-    claimed = {(claim.arm, claim.metric) for claim in study.claims()}
+    claimed = {(claim.arm, claim.metric) for claim in study.claimed()}
     assert {arm for arm, _ in claimed} == {*study.arms} == {"all", "none", "random", *(f"no-{each}" for each in STAGES)}
     assert {("all", "unasked"), ("all", "false_refusals"), ("none", "unasked"), ("random", "unasked")} <= claimed
     held = read_guard(study.guard)

@@ -308,9 +308,9 @@ def test_study_asks_others_of_the_same_images() -> None:
     views, smooth = (study.tasks(arm, 0)[0].parameters["settings"] for arm in ("views", "smooth"))
     assert views == smooth | {"views": 8}
     assert study.tasks("latents", 0)[0].parameters["path"]
-    assert {each.arm for each in study.claims()} == set(study.arms)
-    assert len(Invert(clip=None).claims()) < len(study.claims())
-    assert {each.arm for each in Invert(arms=("views",)).claims()} == {"views"}
+    assert {each.arm for each in study.claimed()} == set(study.arms)
+    assert len(Invert(clip=None).claimed()) < len(study.claimed())
+    assert {each.arm for each in Invert(arms=("views",)).claimed()} == {"views"}
 
 
 def test_tasks_repeat_and_the_control_differs(clip: str) -> None:

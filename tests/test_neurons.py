@@ -206,10 +206,10 @@ def test_study_plans_arms_with_their_controls() -> None:
     assert len(union_.inputs) == 2
     assert ablated.inputs[0].parameters["sign"] == -1
     assert ablated.inputs[0].parameters["subject"]["word"] == "blue"
-    claims = study.claims()
+    claims = study.claimed()
     assert {each.arm for each in claims} == {"shut", "union", "random", "dual", "ablated"}
-    assert {each.arm for each in Neurons(arms=("base", "shut")).claims()} == {"shut"}
-    assert not any(each.arm == "union" for each in Neurons().claims())
+    assert {each.arm for each in Neurons(arms=("base", "shut")).claimed()} == {"shut"}
+    assert not any(each.arm == "union" for each in Neurons().claimed())
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,9 @@ class AdversarialFeatures(Study):
     def _read(self) -> dict[str, str | None]:
         return {at: fingerprint(at)["sha256"] for at in sorted(self.reads().values())}
 
-    def claims(self) -> Sequence[Claim]:
+    def claims(self) -> Iterator[Claim]:
         """What nobody sees is learned, and is what robust networks do without; and rewards can be led by it."""
-        return [replace(claim, scale="share") for claim in self._claims() if claim.arm in self.arms]
+        return (replace(claim, scale="share") for claim in self._claims())
 
     def _claims(self) -> Iterator[Claim]:
         most, least, third = self.chance, self.learnt, 1 / self.times

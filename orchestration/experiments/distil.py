@@ -100,11 +100,8 @@ class Distil(ImageStudy):
         judged |= {"evaluator": portable(self.evaluator) if self.evaluator else None}
         return [*made, task(measure, judged, eye, *made, label=f"{arm}, seed {seed}, judged")]
 
-    def claims(self) -> Sequence[Claim]:
+    def claims(self) -> Iterator[Claim]:
         """It reaches the teacher in one or two calls; each control falls short of it; two calls are better than one."""
-        return [claim for claim in self._claims() if claim.arm in self.arms]
-
-    def _claims(self) -> Iterator[Claim]:
         for calls in (each for each in self.calls if each <= 2):
             many = "one call" if calls == 1 else f"{calls} calls"
             right, fid = f"evaluator/full/of_{calls}", f"fid/of_{calls}"

@@ -124,9 +124,10 @@ class Erase(Study):
         variant = arm if arm in ERASED else "esd-x"
         return {"concept": word, "prompts": texts, "instead": instead, "variant": variant, "settings": settings}
 
-    def claims(self) -> Sequence[Claim]:
+    def claims(self) -> Iterator[Claim]:
         """Of each concept and arm that erases: it goes, by both judges, and the rest stays; and of the controls."""
-        return [claim for concept in self.concepts for claim in self._claims(concept) if claim.arm in self.arms]
+        for concept in self.concepts:
+            yield from self._claims(concept)
 
     def _claims(self, concept: Concept) -> Iterator[Claim]:
         word, key, slots = concept.word, concept.key, self._slots()

@@ -106,11 +106,8 @@ class Guarding(Study):
     def _digests(self) -> dict[str, str | None]:
         return {at: fingerprint(at)["sha256"] for key, at in sorted(self.reads().items()) if key != "guard"}
 
-    def claims(self) -> Sequence[Claim]:
+    def claims(self) -> Iterator[Claim]:
         """Little comes out with all stages, and much without or with refusals at random; each stage does its part."""
-        return [claim for claim in self._claims() if claim.arm in self.arms]
-
-    def _claims(self) -> Iterator[Claim]:
         word = self.forbidden
         yield Claim(f"{word} comes out unasked seldom with all stages", "unasked", "all", "at most", self.most)
         yield Claim(f"{word} comes out seldom where it is asked for", "asked", "all", "at most", self.most)

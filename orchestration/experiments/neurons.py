@@ -124,9 +124,10 @@ class Neurons(ImageStudy):
             found += [*made, task(measure, judged, *made, label=f"{label}, judged")]
         return found
 
-    def claims(self) -> Sequence[Claim]:
+    def claims(self) -> Iterator[Claim]:
         """Of each subject: the loss falls, its word draws it, nothing else changes; of controls that they do less."""
-        return [claim for subject in self.subjects for claim in self._claims(subject) if claim.arm in self.arms]
+        for subject in self.subjects:
+            yield from self._claims(subject)
 
     def _claims(self, subject: Subject) -> Iterator[Claim]:
         concept, word = subject.concept, subject.word

@@ -2,7 +2,8 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from inspect import isabstract
 from typing import Any, ClassVar, Self
@@ -48,8 +49,14 @@ class Study(TaskRunSettings, ABC):
         """
 
     @abstractmethod
-    def claims(self) -> Sequence[Claim]:
-        """What the study says will come out."""
+    def claims(self) -> Iterable[Claim]:
+        """What the study says will come out of its arms, whichever are run."""
+
+    def claimed(self) -> list[Claim]:
+        """The claims about arms that are run, on the study's scale where they name none."""
+        on = {"absolute": self.scale}  # others are on a scale of their own
+        found = [claim for claim in self.claims() if claim.arm in self.arms]
+        return [replace(claim, scale=claim.scale or on.get(claim.kind)) for claim in found]
 
     def preflight(self) -> None:
         """Raise ValueError, in one line, for whatever cannot be run: called before Ray starts."""

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a study, found before anything is trained."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestration.cluster.ray_cluster import Machine
@@ -47,14 +47,13 @@ def preflight_study(config: Study, machine: Machine | None = None) -> Plan:
         # Seed by seed, so that the first seeds of all arms can be looked at early.
         pairs = [(arm, seed) for seed in config.seed_list for arm in config.arms]
         tasks = {pair: tuple({task.key: task for task in config.tasks(*pair)}.values()) for pair in pairs}
-        on = {"absolute": config.scale}  # others are on a scale of their own
-        claims = tuple(replace(each, scale=each.scale or on.get(each.kind)) for each in config.claims())
+        claims = tuple(config.claimed())
         divisible = any(task.divisible for found in tasks.values() for task in in_order(found))
         plan = Plan(tasks, claims, {}, *task_resources(config.workers, machine, True, divisible))
         if gone := next((task for task in plan.reported if not task.kept), None):
             raise ValueError(f"task {gone.label} is reported, so it has to be kept")
         known = {*type(config).model_fields["arms"].default, None}
-        for claim in claims:
+        for claim in config.claims():
             if unknown := {claim.arm, claim.control} - known:
                 raise ValueError(f"claim {claim.sentence!r} speaks of {unknown.pop()}, which is no arm")
         code = dict.fromkeys([known_studies().get(config.study, config.study), *(task.kind for task in plan.order)])
