@@ -31,7 +31,7 @@ def make_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("supervised", "loosening"):
         hows["pipeline"][part]["every"] = 1
     monkeypatch.setitem(recipe.configuration(), "training", hows)
-    monkeypatch.setattr(models, "_asked", lambda images: all_prompts()[:2] * images)
+    monkeypatch.setattr(models, "asked", lambda images: all_prompts()[:2] * images)
     images, captions = models.test_set()
     monkeypatch.setattr(models, "test_set", lambda: (images[:8], captions[:8]))
 

@@ -213,20 +213,26 @@ def print_reference(
 
 @app.command()
 def pretrain(
-    output: Annotated[Path, typer.Option(help="directory to build the default models in")] = Path("models/digits"),
+    recipe: Annotated[str, typer.Option(help="digits, or digits-attention: attention at 8×8, two canvases")] = "digits",
+    output: Annotated[Path | None, typer.Option(help="directory to build in; by default models/RECIPE")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     train_workers: Annotated[int, typer.Option(min=1, help="workers that share each training, by Ray Train")] = 1,
 ) -> None:
     """Rebuild the default models from scratch (about half an hour of CPU time)."""
+    from pipelines.default_models.pretrain import RECIPES
+
+    if recipe not in RECIPES:
+        raise ConfigError(f"--recipe: there is no {recipe!r}, choose {' or '.join(RECIPES)}")
+    output = output or Path("models", recipe)
     with about("--output"):
         if train_workers > 1:
             from orchestration.cluster.building import build_together
 
-            build_together(output, seed, train_workers)
+            build_together(output, seed, train_workers, recipe)
         else:
             from pipelines.default_models.pretrain import pretrain as build
 
-            build(output, seed)
+            build(output, seed, recipe=recipe)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pipelines.default_models.pretrain import build, make
 _SECONDS = 3600.0  # the longest wait of workers for one another
 
 
-def build_together(output: Path, seed: int, workers: int) -> None:
+def build_together(output: Path, seed: int, workers: int, recipe: str = "digits") -> None:
     """``pretrain`` by so many ``workers`` of Ray Train that share its trainings, a CPU each. Raises ValueError."""
     if (cpus := find_machine("cpu").cpus) < workers:
         raise ValueError(f"--train-workers is {workers}, there are {cpus} CPUs")
@@ -24,7 +24,8 @@ def build_together(output: Path, seed: int, workers: int) -> None:
 
         at = output.resolve() / ".training"
         group = TrainGroup((workers, workers), {"CPU": 1.0}, False, _SECONDS, str(at), COMMIT_SECONDS, losses=3)
-        kind, parameters = f"{build.__module__}:{build.__name__}", {"output": str(output.resolve()), "seed": seed}
+        kind = f"{build.__module__}:{build.__name__}"
+        parameters = {"output": str(output.resolve()), "seed": seed, "recipe": recipe}
         built, seen = divided(group).remote(perform, "pretrain", kind, parameters, "cpu", []), set[str]()
         while not ray.wait([built], timeout=1)[0]:
             seen = _told(output, seen)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.data.digits import GROUNDS, INKS, Split, load_split
+from pipelines.data.digits import GROUNDS, IMAGE_SIZE, INKS, Split, load_split
 
 
 class DigitBatches:
@@ -22,15 +22,17 @@ class DigitBatches:
         self.inks = torch.tensor(list(INKS.values())) / 127.5 - 1.0
         self.grounds = torch.tensor(list(GROUNDS.values())) / 127.5 - 1.0
 
-    def draw(self, size: int, generator: torch.Generator, max_shift: float = 0.6) -> tuple[Tensor, Tensor]:
-        """Images (size, 3, 16, 16) in [-1, 1], shifted by up to ``max_shift`` pixels, and slots (size, 3) int64.
+    def draw(
+        self, size: int, generator: torch.Generator, max_shift: float = 0.6, width: int = IMAGE_SIZE
+    ) -> tuple[Tensor, Tensor]:
+        """Images (size, 3, 16, ``width``) in [-1, 1], shifted by up to ``max_shift`` pixels, and slots (size, 3) int64.
 
-        Slots are indices into ``CHOICES``, in the order of ``SLOTS``.
+        On a wider canvas a digit stands anywhere. Slots are indices into ``CHOICES``, in the order of ``SLOTS``.
         """
         index = torch.randint(len(self.labels), (size,), generator=generator)
         inks = torch.randint(len(self.inks), (size,), generator=generator)
         grounds = torch.randint(len(self.grounds), (size,), generator=generator)
-        coverage = _vary(self.strokes[index], max_shift, generator)
+        coverage = _vary(self.strokes[index], max_shift, generator, width)
         ink, ground = self.inks[inks][:, :, None, None], self.grounds[grounds][:, :, None, None]
         return ground + (ink - ground) * coverage, torch.stack([self.labels[index], inks, grounds], dim=1)
 
@@ -56,8 +58,9 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + noise).clamp(-1.0, 1.0)
 
 
-def _vary(strokes: Tensor, max_shift: float, generator: torch.Generator) -> Tensor:
-    """Rotates by up to 8 degrees, scales by up to 7 % and shifts by up to ``max_shift`` pixels: (n, 1, h, w)."""
+def _vary(strokes: Tensor, max_shift: float, generator: torch.Generator, width: int) -> Tensor:
+    """Rotates by up to 8 degrees, scales by up to 7 % and shifts by up to ``max_shift`` pixels, then puts each anywhere
+    on a canvas of ``width``: (n, 1, h, ``width``)."""
 
     def uniform(limit: float) -> Tensor:
         return limit * (2 * torch.rand(len(strokes), generator=generator) - 1)
@@ -66,5 +69,10 @@ def _vary(strokes: Tensor, max_shift: float, generator: torch.Generator) -> Tens
     shift = 2 * max_shift / strokes.shape[-1]
     cos, sin = scale * angle.cos(), scale * angle.sin()
     affine = torch.stack([cos, -sin, uniform(shift), sin, cos, uniform(shift)], dim=1).view(-1, 2, 3)
-    grid = functional.affine_grid(affine, list(strokes.shape), align_corners=False)
+    if wider := width / strokes.shape[-1] - 1:
+        # A column of the canvas is that of a digit further left; both are counted from -1 to 1 over their own width.
+        placed = torch.eye(3).repeat(len(strokes), 1, 1)
+        placed[:, 0, 0], placed[:, 0, 2] = 1 + wider, uniform(wider)
+        affine = affine @ placed
+    grid = functional.affine_grid(affine, [*strokes.shape[:-1], width], align_corners=False)
     return functional.grid_sample(strokes, grid, align_corners=False)

@@ -12,6 +12,7 @@ the weights.
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipelines.data.digits import CHOICES, DIGITS, IMAGE_SIZE, SLOTS, all_prompt
 from pipelines.default_models import configuration
 from pipelines.default_models.batches import DigitBatches, degrade, prompt_indices
 from pipelines.measures.evaluator import Evaluator, EvaluatorNetwork, load_evaluator, save_evaluator, to_network_input
+from pipelines.storage.locations import resolve_model
 from pipelines.training import descend, train
 
 EVALUATOR_CHANNELS = 24
@@ -94,13 +96,13 @@ def build_captioner(directory: Path, built: Path, seed: int, tell: Tell) -> Meas
     return {"parameters": parameters(model), "test": accuracy(verdict | exact)}
 
 
-def build_autoencoder(directory: Path, built: Path, seed: int, tell: Tell) -> Measurements:
-    """The ``AutoencoderKL`` between 16 x 16 x 3 images and 4 x 4 x 8 latents of zero mean and unit variance.
+def build_autoencoder(directory: Path, built: Path, seed: int, tell: Tell, recipe: str = "models") -> Measurements:
+    """The ``AutoencoderKL`` between 16 x 16 x 3 images and latents of zero mean and unit variance.
 
     Measured are the peak signal-to-noise ratio in dB, and the judge's accuracy on the reconstructions.
     """
-    how, generator, batches = _begin("autoencoder", seed)
-    autoencoder = AutoencoderKL(**configuration()["autoencoder"]).train()
+    how, generator, batches = _begin("autoencoder", seed, recipe=recipe)
+    autoencoder = AutoencoderKL(**configuration(recipe)["autoencoder"]).train()
 
     def draw() -> tuple[Tensor, ...]:
         return batches.draw(how["batch_size"], generator)[:1]
@@ -121,16 +123,16 @@ def build_autoencoder(directory: Path, built: Path, seed: int, tell: Tell) -> Me
     pixels = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     error = (decoded - inputs).square().mean().item()
     test = {"psnr_db": round(10 * float(np.log10(4 / error)), 2)}
-    test |= accuracy(load_evaluator(built / "evaluator").judge(pixels, captions))
+    test |= accuracy(judge_of(built).judge(pixels, captions))
     return {"parameters": parameters(autoencoder), "test": test}
 
 
 def build_pipeline(directory: Path, built: Path, seed: int, tell: Tell) -> Measurements:
     """Trains to the end, loosens the digits, and saves the loosened checkpoint nearest ``TARGET_ACCURACY``."""
-    how, judge = configuration()["training"]["pipeline"], load_evaluator(built / "evaluator")
+    how, judge = configuration()["training"]["pipeline"], judge_of(built)
 
     def measure(pipeline: StableDiffusionPipeline, images: int, guidance_scale: float = 1.0) -> dict[str, float]:
-        prompts = _asked(images)
+        prompts = asked(images)
         return accuracy(judge.judge(draw_images(pipeline, prompts, seed, guidance_scale), prompts))
 
     def follow(checkpoints: Checkpoints, images: int, before: int) -> Iterator[tuple[Measurements, Any]]:
@@ -144,21 +146,21 @@ def build_pipeline(directory: Path, built: Path, seed: int, tell: Tell) -> Measu
         tell(f"diffusion: step {point['step']} measured again: {fine}")
         return {"step": point["step"], **fine}
 
-    curve = list(follow(train_pipeline(_untrained(built, seed), seed, **how["supervised"]), CURVE_IMAGES, 0))
-    loosened = train_pipeline(deepcopy(curve[-1][1]), seed + 1, **how["loosening"])
+    curve = list(follow(train_pipeline(untrained(built, seed), seed, how, **how["supervised"]), CURVE_IMAGES, 0))
+    loosened = train_pipeline(deepcopy(curve[-1][1]), seed + 1, how, **how["loosening"])
     candidates = list(follow(loosened, CANDIDATE_IMAGES, curve[-1][0]["step"]))
     chosen = min(candidates, key=lambda candidate: abs(candidate[0]["full"] - TARGET_ACCURACY))
     chosen[1].save_pretrained(directory)
     return {
         "parameters": {name: parameters(getattr(chosen[1], name)) for name in ("unet", "text_encoder")},
         "curve": [point for point, _ in curve],
-        "curve_images": len(_asked(CURVE_IMAGES)),
+        "curve_images": len(asked(CURVE_IMAGES)),
         "candidates": [point for point, _ in candidates],
-        "candidate_images": len(_asked(CANDIDATE_IMAGES)),
+        "candidate_images": len(asked(CANDIDATE_IMAGES)),
         "wrong_digits": how["loosening"]["wrong_digits"],
         "supervised": measure_finely(*curve[-1]),
         "chosen": measure_finely(*chosen),
-        "fine_images": len(_asked(FINE_IMAGES)),
+        "fine_images": len(asked(FINE_IMAGES)),
         "torch": torch.__version__,
     }
 
@@ -180,7 +182,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _asked(images: int) -> list[str]:
+def asked(images: int) -> list[str]:
     """Every caption, for so many images of each."""
     return all_prompts() * images
 
@@ -198,9 +200,15 @@ def build_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CAPTION_LENGTH)
 
 
-def _untrained(built: Path, seed: int) -> StableDiffusionPipeline:
+def judge_of(built: Path) -> Evaluator:
+    """The evaluator that was built there, or else the shipped one."""
+    own = built / "evaluator"
+    return load_evaluator(own if own.is_dir() else resolve_model("models/digits/evaluator"))
+
+
+def untrained(built: Path, seed: int, recipe: str = "models") -> StableDiffusionPipeline:
     """The stock pipeline around the autoencoder that was built, with an untrained text encoder and UNet."""
-    networks, tokenizer = configuration(), build_tokenizer()
+    networks, tokenizer = configuration(recipe), build_tokenizer()
     autoencoder = AutoencoderKL.from_pretrained(built / ".autoencoder").eval()
     autoencoder.register_to_config(_name_or_path="")  # or the builder's own path would be shipped
     torch.manual_seed(seed)
@@ -213,7 +221,12 @@ def _untrained(built: Path, seed: int) -> StableDiffusionPipeline:
 
 
 def train_pipeline(
-    pipeline: StableDiffusionPipeline, seed: int, steps: int, every: int, wrong_digits: float = 0.0
+    pipeline: StableDiffusionPipeline,
+    seed: int,
+    how: dict[str, Any],
+    steps: int,
+    every: int,
+    wrong_digits: float = 0.0,
 ) -> Checkpoints:
     """Trains on the ``train`` split, whose captions name a random digit in ``wrong_digits`` of all examples.
 
@@ -221,7 +234,7 @@ def train_pipeline(
     digit word less, as it would after web captions. A yielded pipeline goes on changing once the next is asked for:
     save or measure it first.
     """
-    how, generator = configuration()["training"]["pipeline"], torch.Generator().manual_seed(seed)
+    generator, widths = torch.Generator().manual_seed(seed), cycle(how.get("widths", [IMAGE_SIZE]))
     batches, size, scheduler = DigitBatches("train"), how["batch_size"], pipeline.scheduler
     captions = pipeline.tokenizer([*all_prompts(), ""], padding="max_length", truncation=True, return_tensors="pt")
     tokens, average = captions.input_ids, deepcopy(pipeline)
@@ -234,7 +247,7 @@ def train_pipeline(
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps))
 
     def draw() -> tuple[Tensor, ...]:
-        images, slots = batches.draw(size, generator)
+        images, slots = batches.draw(size, generator, width=next(widths))
         with torch.no_grad():
             latents = pipeline.vae.encode(images).latent_dist.sample(generator=generator)
         if wrong_digits:
@@ -262,20 +275,25 @@ def train_pipeline(
             yield step, average, running_loss
 
 
-def draw_images(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, guidance_scale: float) -> np.ndarray:
-    """Samples by diffusers' own DDIM, ``DRAWING_STEPS`` at η = 1: uint8 (n, 16, 16, 3). Scale 1 is unguided."""
+def draw_images(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, guidance_scale: float, width: int = IMAGE_SIZE
+) -> np.ndarray:
+    """Samples by diffusers' own DDIM, ``DRAWING_STEPS`` at η = 1: uint8 (n, 16, width, 3). Scale 1 is unguided."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": DRAWING_STEPS, "eta": 1.0, "guidance_scale": guidance_scale, "output_type": "np"}
+    options |= {"height": IMAGE_SIZE, "width": width}
     batches = [prompts[start : start + DRAWING_BATCH] for start in range(0, len(prompts), DRAWING_BATCH)]
     images = np.concatenate([pipeline(batch, generator=generator, **options).images for batch in batches])
     return np.rint(images * 255).astype(np.uint8)
 
 
-def _begin(part: str, seed: int, split: Any = "train") -> tuple[dict[str, Any], torch.Generator, DigitBatches]:
+def _begin(
+    part: str, seed: int, split: Any = "train", recipe: str = "models"
+) -> tuple[dict[str, Any], torch.Generator, DigitBatches]:
     """How a part is trained, the randomness of its batches, and where they are drawn from."""
     torch.manual_seed(seed)
-    return configuration()["training"][part], torch.Generator().manual_seed(seed), DigitBatches(split)
+    return configuration(recipe)["training"][part], torch.Generator().manual_seed(seed), DigitBatches(split)
 
 
 def _word_tokenizer() -> transformers.BertTokenizerFast:
