@@ -5,13 +5,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from orchestration.cluster.building import build_together
 from pipelines import default_models as recipe
 from pipelines.data.digits import all_prompts
 from pipelines.default_models import models, pretrain
+from pipelines.default_models.batches import DigitBatches
+from pipelines.measures.places import columns, coverage, squares
 from pipelines.storage.locations import CHECKOUT
 from tests.processes import start
 
@@ -23,14 +28,15 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of everything, and few images."""
-    hows = copy.deepcopy(recipe.configuration()["training"])
-    for how in hows.values():
-        how["batch_size"] = 4
-        for part in ("descent", "supervised", "loosening"):
-            how.setdefault(part, {})["steps"] = 2
-    for part in ("supervised", "loosening"):
-        hows["pipeline"][part]["every"] = 1
-    monkeypatch.setitem(recipe.configuration(), "training", hows)
+    for name in ("models", "attention"):
+        hows = copy.deepcopy(recipe.configuration(name)["training"])
+        for how in hows.values():
+            how["batch_size"] = 4
+            for part in ("descent", "supervised", "loosening"):
+                how.setdefault(part, {})["steps"] = 2
+        for part in ("supervised", "loosening"):
+            hows["pipeline"][part]["every"] = 1
+        monkeypatch.setitem(recipe.configuration(name), "training", hows)
     monkeypatch.setattr(models, "asked", lambda images: all_prompts()[:2] * images)
     images, captions = models.test_set()
     monkeypatch.setattr(models, "test_set", lambda: (images[:8], captions[:8]))
@@ -80,6 +86,48 @@ def test_pretrain_builds_resumes_and_repeats_itself(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="begun with seed 3, not 4"):
         pretrain.pretrain(first, seed=4)
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_the_second_recipe_builds_a_pipeline_of_two_canvases(tmp_path: Path) -> None:
+    pretrain.pretrain(tmp_path / "built", progress=lambda line: None, recipe="digits-attention")
+    assert {path.name for path in (tmp_path / "built").iterdir()} == {"pipeline", "measurements.json", "README.md"}
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "built/pipeline")
+    assert models.draw_images(pipeline, ["a red seven"], 0, 1.0).shape == (1, 16, 16, 3)
+    assert models.draw_images(pipeline, ["a red seven"], 0, 1.0, width=32).shape == (1, 16, 32, 3)
+    measured = json.loads((tmp_path / "built/measurements.json").read_text())["pipeline"]
+    assert {*measured["chosen"]} == {f"{size}_guidance_{scale}" for size in ("square", "wide") for scale in (1, 2)}
+    with pytest.raises(ValueError, match="holds digits-attention, not digits: name another directory"):
+        pretrain.pretrain(tmp_path / "built")
+    with pytest.raises(ValueError, match="there is no recipe 'letters': choose digits or digits-attention"):
+        pretrain.pretrain(tmp_path / "letters", recipe="letters")
+    assert not (tmp_path / "letters").exists()
+
+
+def test_a_wider_canvas_has_whole_digits_anywhere_and_the_square_is_as_it_was() -> None:
+    batches, random = DigitBatches("test"), torch.Generator()
+    wide, slots = batches.draw(200, random.manual_seed(1), width=32)
+    square, same = batches.draw(200, random.manual_seed(1))
+    assert torch.equal(slots, same)
+    assert wide.shape == (200, 3, 16, 32)
+    pixels = ((wide + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    centres = columns(pixels)
+    assert centres.min() < 10
+    assert centres.max() > 22
+    assert abs(np.mean(centres) - 16) < 1
+    # What stands in the square is as much ink as is drawn without moving it.
+    found, whole = (coverage(each).sum(axis=(1, 2)) for each in (squares(pixels, centres), pixels))
+    assert np.allclose(found, whole, rtol=0.02)
+    drawn = coverage(((square + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()).sum(axis=(1, 2))
+    assert np.median(np.abs(found / drawn - 1)) < 0.1
+
+
+def test_places_are_those_of_the_ink() -> None:
+    images = np.full((3, 16, 32, 3), 120, np.uint8)
+    images[0, 4:12, 20:24] = images[1, 2:3, 0:2] = (225, 30, 35)
+    assert columns(images).tolist() == [22, 1, 16]  # the last one has no ink
+    assert coverage(images)[0].sum() == 32
+    assert squares(images, columns(images))[:, 5, :, 0].argmax(axis=1).tolist() == [6, 0, 0]
 
 
 def test_several_workers_build_what_is_not_there(tmp_path: Path) -> None:
