@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from pipelines.data.digits import SLOTS, all_prompts, load_split, render
+from pipelines.default_models.models import draw_images
 from pipelines.default_models.pretrain import model_card
 from pipelines.measures.evaluator import Evaluator, load_evaluator
+from pipelines.measures.places import columns, squares
 
 MODELS = Path(__file__).parent.parent / "models" / "digits"
+ATTENTION = MODELS.with_name("digits-attention")
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,6 @@ def evaluator() -> Evaluator:
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    from diffusers import StableDiffusionPipeline
-
     pipeline = StableDiffusionPipeline.from_pretrained(MODELS / "pipeline", use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -117,6 +119,43 @@ def test_models_are_small_and_safe(pipeline: Any) -> None:
     assert sum(path.stat().st_size for path in files) <= 20e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
     assert pipeline.safety_checker is None
+
+
+def test_the_second_pipeline_draws_what_it_is_asked_for_on_both_canvases(evaluator: Evaluator) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(ATTENTION / "pipeline", use_safetensors=True)
+    prompts = all_prompts()[::2]
+    for width in (16, 32):
+        drawn = draw_images(pipeline, prompts, seed=1, guidance_scale=1.0, width=width)
+        assert drawn.shape == (len(prompts), 16, width, 3)
+        places = columns(drawn)
+        verdict = evaluator.judge(squares(drawn, places), prompts)
+        assert verdict["full"].mean() > 0.8
+        assert np.ptp(places) > 8 or width == 16  # a digit stands anywhere
+    seen = {each.shape[1] for each in _attended(pipeline)}
+    assert max(seen) == 64  # places that look at the words
+
+
+def _attended(pipeline: Any) -> list[torch.Tensor]:
+    """What goes into each cross-attention of one call."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+        for name, module in pipeline.unet.named_modules()
+        if name.endswith("attn2")
+    ]
+    draw_images(pipeline, ["a red two on a black background"], 0, 1.0)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_both_pipelines_are_small_enough_to_ship() -> None:
+    both = [path for place in (MODELS, ATTENTION) for path in place.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in both) <= 12e6
+    measured = json.loads((ATTENTION / "measurements.json").read_text())
+    assert (ATTENTION / "README.md").read_text() == model_card(measured)
+    chosen = measured["pipeline"]["chosen"]
+    assert min(each["full"] for each in chosen.values()) > 0.85
 
 
 def test_card_is_what_the_measurements_say() -> None:
