@@ -1,7 +1,11 @@
 """What the GANs of the loop have in common: networks trained against one another, which draw from styles.
 
 A latent z becomes a style w, and w an image. A sampling bias λ is the factor of a truncation: w is drawn toward a
-typical style c, to c + λ (w − c). What a style is of an image, and where its typical ones are, each family says.
+typical style c, to c + λ (w − c). What a style is of an image, each family says, and may say where typical ones are.
+
+Unless it does, these are cluster centres of w, of which the nearest counts (multi-modal truncation, Mokady et al.,
+2202.12211; they measure nearness by LPIPS, this in w): the mean of all w, StyleGAN's, may show nothing real where images
+fall into classes.
 """
 
 import json
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SAMPLING_BATCH = 512
+CENTRES, CENTRE_DRAWS = 16, 4096
 
 
 class Styles(NamedTuple):
@@ -59,8 +64,9 @@ class Game:
 class Adversarial(Generator):
     """Fitted networks. One universe of uint8 images (1, n, height, width, channels).
 
-    A subclass has a ``schema`` with ``latent`` and ``steps``, and says how networks are built, how a style is found and
-    rendered, and where typical ones are.
+    A subclass has a ``schema`` with ``latent`` and ``steps``, and says how networks are built and a style is rendered.
+    Its networks have ``style``, a module z → w, both (n, latent), and a buffer ``centres`` (16, latent); or it says
+    itself how styles are found and settled.
     """
 
     least_side = 8
@@ -77,8 +83,13 @@ class Adversarial(Generator):
         raise NotImplementedError
 
     def styles(self, count: int, seed: int, bias: float = 1.0) -> Styles:
-        """``count`` of them, drawn toward typical ones by a ``bias`` below 1."""
-        raise NotImplementedError
+        """``count`` of them, each drawn toward the nearest centre by a ``bias`` below 1; toward 0 only 16 are left."""
+        import torch
+
+        with torch.no_grad():
+            w = self.networks.style(latents(count, self.settings.latent, seed).to(self.device))
+            nearest = self.networks.centres[torch.cdist(w, self.networks.centres).argmin(dim=1)]
+            return Styles(torch.lerp(nearest, w, bias), {})
 
     def render(self, styles: Styles) -> "tuple[Tensor, list[Tensor]]":
         """Images (n, channels, height, width) in [-1, 1], and the features (n, any, any, any) that they were made of,
@@ -86,7 +97,10 @@ class Adversarial(Generator):
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Find anew what follows from the weights."""
+        """Find anew what follows from the weights: the centres."""
+        import torch
+
+        settle_centres(self.networks, torch.Generator().manual_seed(0))
 
     @property
     def device(self) -> "torch.device":
@@ -169,3 +183,15 @@ def activations(network: "Sequence[nn.Module]", values: "Tensor") -> "tuple[Tens
         if values.ndim == 4 and isinstance(module, nn.LeakyReLU):
             maps.append(values)
     return values, maps
+
+
+def settle_centres(networks: Any, random: "torch.Generator") -> None:
+    """Find the centres of w: k-means of as many as 4,096 latents give."""
+    import torch
+    from sklearn.cluster import KMeans
+
+    known = networks.centres
+    styles = networks.style(torch.randn(CENTRE_DRAWS, known.shape[1], generator=random).to(known.device)).detach()
+    check_drawn(bool(styles.isfinite().all()))
+    clusters = KMeans(CENTRES, n_init=1, random_state=random.initial_seed() % 2**32).fit(styles.cpu().numpy())
+    networks.centres = torch.from_numpy(clusters.cluster_centers_).to(known.device)

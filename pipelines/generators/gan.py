@@ -3,8 +3,7 @@
 The critic compares real images with generated ones, and its slope is penalised at both (R1 and R2): together they make
 the game converge and modes hard to drop. Weights are not averaged over steps: that smooths, a hidden bias in a loop.
 A style network maps the latent z to w. A sampling bias λ is the factor of StyleGAN's truncation of w, as in MAD
-(2307.01850), but toward the nearest of several cluster centres, as the mean of all w may show nothing real where
-images fall into classes (multi-modal truncation, Mokady et al., 2202.12211; they measure nearness by LPIPS, this in w).
+(2307.01850), but toward the nearest of several cluster centres.
 """
 
 import math
@@ -14,15 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field
 
 from pipelines.generators import Seeds
-from pipelines.generators.adversarial import Adversarial, Game, Styles, activations, latents
+from pipelines.generators.adversarial import CENTRES, Adversarial, Game, Styles, activations, settle_centres
 from policies.loops.samples import Samples
-from policies.rl.health import check_drawn
 from policies.rl.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CENTRES, CENTRE_DRAWS = 16, 4096
 
 
 class GanSettings(Settings):
@@ -87,7 +83,7 @@ class GanGenerator(Adversarial):
             game.step(critic, critic_loss(networks.critic, real, fake.detach(), settings.gradient_penalty))
             game.step(generator, pairing_loss(networks.critic(fake), networks.critic(real)))
             game.end_round()
-        _settle_centres(networks, stream)
+        settle_centres(networks, stream)
         return cls(settings, networks, **known)
 
     @classmethod
@@ -113,33 +109,6 @@ class GanGenerator(Adversarial):
         networks.register_buffer("centres", torch.zeros(CENTRES, latent))
         return networks
 
-    def styles(self, count: int, seed: int, bias: float = 1.0) -> Styles:
-        """Each is drawn toward the nearest centre."""
-        import torch
-
-        with torch.no_grad():
-            w = self.networks.style(latents(count, self.settings.latent, seed).to(self.device))
-            nearest = self.networks.centres[torch.cdist(w, self.networks.centres).argmin(dim=1)]
-            return Styles(torch.lerp(nearest, w, bias), {})
-
     def render(self, styles: Styles) -> "tuple[Tensor, list[Tensor]]":
         """Features at a quarter and at half the resolution."""
         return activations(self.networks.synthesis, styles.w)
-
-    def settle(self) -> None:
-        """The centres."""
-        import torch
-
-        _settle_centres(self.networks, torch.Generator().manual_seed(0))
-
-
-def _settle_centres(networks: Any, random: Any) -> None:
-    """Find the centres of w."""
-    import torch
-    from sklearn.cluster import KMeans
-
-    known = networks.centres
-    styles = networks.style(torch.randn(CENTRE_DRAWS, known.shape[1], generator=random).to(known.device)).detach()
-    check_drawn(bool(styles.isfinite().all()))
-    clusters = KMeans(CENTRES, n_init=1, random_state=random.initial_seed() % 2**32).fit(styles.cpu().numpy())
-    networks.centres = torch.from_numpy(clusters.cluster_centers_).to(known.device)
