@@ -24,10 +24,10 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(functional.pad(logits, (0, 1)), labels)
 
 
-def discriminator_loss(known: Tensor, labels: Tensor, real: Tensor, generated: Tensor, encoded: Tensor) -> Tensor:
+def discriminator_loss(known: Tensor, labels: Tensor, real: Tensor, generated: Tensor, encoded: Tensor, ENC=.5) -> Tensor:
     """A discriminator's loss by its logits (…, n): of images whose ``labels`` are ``known``, of any ``real`` ones, of
     those ``generated`` from the prior and from what was ``encoded``, half each."""
-    fake = (log_fake(generated).mean() + log_fake(encoded).mean()) / 2
+    fake = (1-ENC)*log_fake(generated).mean() + ENC*log_fake(encoded).mean()
     return class_loss(known, labels) - log_real(real).mean() - fake
 
 

@@ -1,4 +1,5 @@
-"""A directory of images, read as a person sees it: each directory in it is a class, whatever it is called.
+"""A directory of images, read as a person sees it: each directory in it is a class, whatever it is called, but for one
+called ``unlabelled`` beside others, in any case: its images have no label.
 
 Links are followed. What begins with a dot is not seen, and what has no image's suffix is left out. What does not fit is
 refused by its path, so that no image or label is lost without a word.
@@ -14,12 +15,13 @@ _SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp"),
 }
+UNLABELLED = "unlabelled"
 _Names = tuple[str, ...]  # that lead from the directory to something in it
 
 
 @dataclass
 class ImageFolder:
-    """``paths`` in the order of their names, their ``labels`` or None, and the ``classes`` by label.
+    """``paths`` in the order of their names, their ``labels`` (−1: none) or None, and the ``classes`` by label.
 
     ``left_out`` are what is no image, and the directories without one.
     """
@@ -67,7 +69,9 @@ def read_folder(root: Path, split: str) -> ImageFolder:
         if (other := known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
             raise ValueError(f"{shown(root)}: the classes {shown(other)} and {shown(name)} differ in case only: rename")
     images.sort(key="/".join)
-    labels = [classes.index(path[0]) for path in images] if classes else None
+    classes = [name for name in classes if name.casefold() != UNLABELLED]
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(path[0], -1) for path in images] if classes else None
     left_out = [shown("/".join(path)) for path in sorted(others)]
     return ImageFolder([root.joinpath(*path) for path in images], labels, [*map(shown, classes)], left_out)
 

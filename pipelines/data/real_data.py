@@ -51,7 +51,7 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class RealData:
-    """``images`` (n, height, width, 1 or 3) uint8, ``labels`` (n,) int64 in 0..classes−1.
+    """``images`` (n, height, width, 1 or 3) uint8, ``labels`` (n,) int64 in 0..classes−1, or −1 where there is none.
 
     ``classes`` are their names, by label; ``left_out`` what a directory holds that is no image; ``captions`` (n,) of
     text what each shows.
@@ -62,6 +62,11 @@ class RealData:
     classes: Sequence[str] = ()
     left_out: Sequence[str] = ()
     captions: np.ndarray | None = None
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether some of them have labels, and others none."""
+        return self.labels is not None and bool((self.labels < 0).any())
 
     @cached_property
     def sha256(self) -> str:
@@ -78,24 +83,31 @@ class RealData:
         count, height, width, channels = self.images.shape
         found = f"{count:,} images, {height}×{width}, {'grey' if channels == 1 else 'RGB'}"
         if self.labels is not None:
-            counts = np.bincount(self.labels, minlength=len(self.classes))
+            counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
             each = [f"{name} {number:,}" for name, number in zip(self.classes, counts, strict=True)]
             found += f", {len(each)} classes: {_some(each)}"
+            found += f"; {count - counts.sum():,} without a label" if self.unlabelled else ""
         if self.captions is not None:
             found += f"; {len(set(self.captions.tolist())):,} captions, such as {str(self.captions[0])!r}"
         return [found] + ([f"left out, as no images: {_some(self.left_out)}"] if self.left_out else [])
 
 
-def load_real_data(settings: DataSettings) -> RealData:
-    """The images of ``settings.source`` in its own order, with one channel if every one of them is grey.
+def load_real_data(settings: DataSettings, partly: bool = False) -> RealData:
+    """The images of ``settings.source`` in its own order, with one channel if every one of them is grey. ``partly``:
+    some may have labels, and others none.
 
     Raises ValueError if the source cannot be found or reached, holds no images or an unreadable one, something in a
-    directory does not fit, a column is missing or ambiguous, a label is missing, or the images' sizes differ and
-    ``image_size`` is None.
+    directory does not fit, a column is missing or ambiguous, a label is missing that may not, or the images' sizes differ
+    and ``image_size`` is None.
     """
     made = {"digits": _digits, "captioned_digits": _captioned_digits}.get(settings.source)
     found = _open(settings) if made is None else made()
     items, known = found.items, None if found.labels is None else np.asarray(found.labels, np.int64)
+    if known is not None and not partly and (lacking := np.count_nonzero(known < 0)):
+        raise ValueError(
+            f"{settings.source}: {lacking:,} images have no label, which is for a self-consuming loop alone (ouroboros "
+            "mad): leave them out"
+        )
     chosen = _drawn(len(items), min(settings.limit or len(items), len(items)), known, derive_seed(0, "limit"))
     images = _images(items, chosen, settings)
     captions = None if found.captions is None else np.array(found.captions, dtype=str)[chosen]
@@ -105,12 +117,20 @@ def load_real_data(settings: DataSettings) -> RealData:
 def split_reference(data: RealData, reference: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the pool that models learn from, and of the ``reference`` images kept apart from it.
 
-    Each class has its share of the reference, to within one image. Raises ValueError if either part would be empty.
+    Each class has its share of the reference, to within one image. If some have no label, these are taken first, so
+    that labels stay in the pool. Raises ValueError if either part would be empty.
     """
     count = len(data.images)
     if not 0 < reference < count:
         raise ValueError(f"reference: {reference} of {count} images leave none to learn from: give 1 to {count - 1}")
-    apart = _drawn(count, reference, data.labels, derive_seed(seed, "reference"))
+    random = derive_seed(seed, "reference")
+    apart = _drawn(count, reference, data.labels, random)
+    if data.labels is not None and data.unlabelled:
+        without, known = np.flatnonzero(data.labels < 0), np.flatnonzero(data.labels >= 0)
+        apart = without[_drawn(len(without), first := min(reference, len(without)), None, random)]
+        if first < reference:
+            more = _drawn(len(known), reference - first, data.labels[known], random)
+            apart = np.sort(np.concatenate([apart, known[more]]))
     return np.setdiff1d(np.arange(count), apart), apart
 
 
@@ -203,13 +223,15 @@ def _table(settings: DataSettings, data: Any) -> _Found:
     if column is None:
         return _Found(items, captions=captions)
     names, values = getattr(data.features[column], "names", None), data[column][:]
-    if any(value is None or value != value for value in values) or (names and -1 in values):
+    if any(value is None or value != value for value in values):
         raise ValueError(f"label_column: {column!r} leaves images without a label: choose another split or column")
     if names is None:
         if not all(isinstance(value, str | int) for value in values):
             raise ValueError(f"label_column: {column!r} holds no classes, which are words or whole numbers")
         known, values = np.unique(values, return_inverse=True)
         names = [*map(str, known)]
+    elif max(values, default=0) < 0:
+        return _Found(items, captions=captions)
     return _Found(items, values, names, captions=captions)
 
 

@@ -50,10 +50,10 @@ class Game:
         self._optimizer = Adam(networks.parameters(), rate, betas=(0.0, 0.99), fused=True)
         self._schedule = CosineAnnealingLR(self._optimizer, rounds)
 
-    def step(self, player: "Iterable[nn.Parameter]", loss: "Tensor") -> None:
+    def step(self, player: "Iterable[nn.Parameter]", loss: "Tensor", kept: bool = False) -> None:
         """Down one player's loss; the others, which get no gradient, stay as they are."""
         self._optimizer.zero_grad()
-        loss.backward(inputs=[*player])
+        loss.backward(inputs=[*player], retain_graph=kept)
         self._optimizer.step()
 
     def end_round(self) -> None:

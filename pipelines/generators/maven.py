@@ -6,7 +6,7 @@ equal ones would give nothing to average. Images are drawn without being asked f
 mean of what the discriminators say. Of a label −1 a fit makes nothing: the image has none.
 """
 
-import math
+import math, torch
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -31,8 +31,9 @@ from policies.rl.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-KL, MATCHING, FOOLED, RECONSTRUCTION = 0.01, 1.0, 0.1, 1.0
-NOISE, HIDDEN = 0.0, 0.0
+KL, MATCHING, FOOLED, RECONSTRUCTION = 0.01, 1.0, 1.0, 1.0
+NOISE, HIDDEN = 0.3, 0.5
+SHARED=True;ENC=.5;NF=True;BOTH=False
 
 class MavenSettings(Settings):
     """A MAVEN trained from scratch: its networks and their training."""
@@ -47,7 +48,7 @@ class MavenSettings(Settings):
     latent: int = Field(32, ge=1, description="dimensions of z and of w")
     steps: int = Field(800, ge=1, description="updates of each player in one fit")
     batch_size: int = Field(32, ge=1, description="images of an update, and as many labelled ones")
-    learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
 
 
 class Maven(Adversarial):
@@ -96,6 +97,7 @@ class Maven(Adversarial):
 
         game, players = Game(networks, settings.learning_rate, settings.steps), networks.discriminators
         some, every = torch.from_numpy(shown), torch.arange(len(images))
+        generator, encoder = [*networks.style.parameters(), *networks.synthesis.parameters()], [*networks.encoder.parameters()]
         autoencoder = [*networks.style.parameters(), *networks.synthesis.parameters(), *networks.encoder.parameters()]
         for _ in range(settings.steps):
             real = [batch(every)[0] for _ in players]  # of its own for each
@@ -105,21 +107,20 @@ class Maven(Adversarial):
             losses = []
             for player, own in zip(players, real, strict=True):
                 images_, labels_ = batch(some)
-                shown_ = torch.cat([images_, own, fake.detach()])
-                shown_ = shown_ + NOISE * torch.randn(shown_.shape, generator=stream)
-                for module in player:
-                    shown_ = module(shown_)
-                    if HIDDEN and isinstance(module, torch.nn.LeakyReLU):
-                        shown_ = shown_ + HIDDEN * torch.randn(shown_.shape, generator=stream)
-                logits = shown_.chunk(4)
-                losses.append(discriminator_loss(logits[0], labels_, *logits[1:]))
+                features = _noisy(player[:-1], torch.cat([images_, own, fake.detach()]), stream)
+                logits = player[-1](features).chunk(4)
+                losses.append(discriminator_loss(logits[0], labels_, *logits[1:], ENC))
             game.step(players.parameters(), torch.stack(losses).sum())
             heard = range(len(players))
             if settings.feedback == "random":
                 heard = [int(torch.randint(len(players), (), generator=stream))]
-            losses = [_feedback(players[index], fake, real[index], real[0]) for index in heard]
-            loss = torch.stack(losses).mean() + KL * divergence(mean, log_variance)
-            game.step(autoencoder, loss)
+            told = [_feedback(players[index], fake, real[index], real[0], stream) for index in heard]
+            to_generator, to_encoder = (torch.stack(each).mean() for each in zip(*told, strict=True))
+            if SHARED:
+                game.step(autoencoder, to_generator + RECONSTRUCTION*to_encoder + KL * divergence(mean, log_variance))
+            else:
+                game.step(generator, to_generator, True)
+                game.step(encoder, RECONSTRUCTION*to_encoder + KL * divergence(mean, log_variance))
             game.end_round()
         settle_centres(networks, stream)
         return cls(settings, networks, **known)
@@ -191,14 +192,21 @@ class Maven(Adversarial):
             raise ValueError(f"maven.labelled is {settings.labelled}, and there are {classes} classes: one each at least")
 
 
-def _feedback(judge: "nn.Sequential", fake: "Tensor", own: "Tensor", encoded: "Tensor") -> "Tensor":
+def _feedback(judge: "nn.Sequential", fake: "Tensor", own: "Tensor", encoded: "Tensor", stream) -> "Tensor":
     """What one discriminator tells generator and encoder."""
-    features = judge[:-1](fake)
-    generated, decoded = features.chunk(2)
-    fooled = -log_real(judge[-1](generated)).mean()
-    real = judge[:-1](own).detach()
-    apart = real if own is encoded else judge[:-1](encoded).detach()
-    return MATCHING * matching_loss(real, generated) + FOOLED * fooled + RECONSTRUCTION * (decoded - apart).square().mean()
+    features = _noisy(judge[:-1], torch.cat([fake, own, encoded]), stream) if NF else judge[:-1](torch.cat([fake, own, encoded]))
+    generated, decoded, real, apart = features.chunk(4)
+    real, apart = real.detach(), apart.detach()
+    fooled = -log_real(judge[-1](generated if not BOTH else features[:2*len(real)])).mean()
+    return MATCHING * matching_loss(real, generated) + FOOLED * fooled, (decoded - apart).square().mean()
+
+def _noisy(judge, values, stream):
+    values = values + NOISE * torch.randn(values.shape, generator=stream)
+    for module in judge:
+        values = module(values)
+        if HIDDEN and isinstance(module, torch.nn.LeakyReLU):
+            values = values + HIDDEN * torch.randn(values.shape, generator=stream)
+    return values
 
 
 def chosen_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:

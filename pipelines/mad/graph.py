@@ -23,7 +23,7 @@ class RealSource:
 
     samples: int  # that a generation is measured with, and as many real ones
     pool: int | None = None  # real images that models may be trained on; None: a distribution, endless
-    data: Task | None = None
+    data: Task | None = None  # images, or what gives the others of them labels
     extractor: Task | None = None
     classes: int = 0  # of their labels; 0: none
     look: str = ""  # the extractor, as ``image_source`` is given it
@@ -41,21 +41,39 @@ class RealSource:
     @property
     def stored(self) -> list[Task]:
         """Those that nobody does: the real images, and the files of an extractor that is given."""
-        return [*self.extractor.inputs] if self.extractor else []
+        read = self.extractor.inputs if self.extractor else ()
+        return [stored for task in read for stored in (task.inputs if task.kind == "label" else (task,))]
+
+    @property
+    def labeller(self) -> dict[str, Any] | None:
+        """What gives images without labels theirs: the settings of MAVEN; None: all have labels, or none has."""
+        return self.data.parameters["settings"] if self.data and self.data.kind == "label" else None
 
     @property
     def described(self) -> dict[str, Any]:
         """Of images, what :func:`image_source` makes an equal source from."""
         about = {"samples": self.samples, "pool": self.pool, "classes": self.classes, "extractor": self.look}
-        return about | {"sha256": self.data.parameters["sha256"] if self.data else None}
+        (images, *_) = self.stored or [None]
+        about |= {"labeller": self.labeller} if self.labeller else {}
+        return about | {"sha256": images.parameters["sha256"] if images else None}
 
 
-def image_source(sha256: str, samples: int, pool: int, classes: int, extractor: str = CLASSIFIER) -> RealSource:
+def image_source(
+    sha256: str,
+    samples: int,
+    pool: int,
+    classes: int,
+    extractor: str = CLASSIFIER,
+    labeller: Mapping[str, Any] | None = None,
+) -> RealSource:
     """The source of images whose content is ``sha256``: ``samples`` of them are the reference, ``pool`` the rest.
 
-    ``extractor`` is one that is trained on the pool, "classifier" or "self_supervised", or the digest of a model.
+    ``extractor`` is one that is trained on the pool, "classifier" or "self_supervised", or the digest of a model. With
+    a ``labeller``, settings of MAVEN, it labels those of the pool that have no label before anything else is done.
     """
     data = Task("data", {"sha256": sha256, "reference": samples}, label="real data")
+    if labeller:
+        data = Task("label", {"settings": labeller, "seed": 0}, (data,), "labels of the images that have none")
     given = [] if extractor in TRAINED else [Task("model", {"sha256": extractor}, label="feature extractor")]
     eye = Task("extractor", {"classes": classes if extractor == CLASSIFIER else 0}, (data, *given), "extractor")
     return RealSource(samples, pool, data, eye, classes, extractor)

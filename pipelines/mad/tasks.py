@@ -41,13 +41,18 @@ def real_data_files(real: RealData, pool: np.ndarray, reference: np.ndarray) -> 
         arrays["pool_labels"] = real.labels[pool]
     if real.captions is not None:
         arrays["pool_captions"] = real.captions[pool]
+    return _arrays_file(arrays)
+
+
+def _arrays_file(arrays: Mapping[str, np.ndarray]) -> Files:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return {"real.npz": buffer.getvalue()}
 
 
 def read_real_data(files: Files) -> dict[str, np.ndarray]:
-    """The arrays of :func:`real_data_files`."""
+    """The arrays of :func:`real_data_files`; and of images whose labels were completed ``pool_labelled`` (n,): which of
+    them came with theirs."""
     with np.load(io.BytesIO(files["real.npz"])) as arrays:
         return dict(arrays)
 
@@ -195,6 +200,19 @@ def _scorer(settings: Any, selection: Mapping[str, Any], device: str) -> Callabl
     return scored
 
 
+def _label(parameters: Parameters, inputs: list[Files], device: str) -> Files:
+    """The real images, all of the pool with labels: MAVEN, trained on all of it, gives those without one theirs."""
+    from pipelines.generators.maven import Maven, MavenSettings
+
+    real, settings = read_real_data(inputs[0]), MavenSettings(**parameters["settings"])
+    pool, given = real["pool"], real["pool_labels"]
+    seeds = [derive_seed(parameters["seed"], "labeller")]
+    model = Maven.fit(settings, Samples(pool[None], given[None]), seeds, device=device)
+    labels = np.where(given < 0, model.classify(pool).argmax(axis=1), given)
+    files = {f"labeller/{name}": content for name, content in packed(model.save).items()}
+    return {**_arrays_file(real | {"pool_labels": labels, "pool_labelled": given >= 0}), **files}
+
+
 def _extractor(parameters: Parameters, inputs: list[Files], device: str) -> Files:
     """The frozen eye of the image metrics, trained on the pool or given, and what it sees of the reference."""
     from pipelines.measures.features import train_extractor
@@ -276,6 +294,7 @@ def measure_words(
 
 
 _TASKS: dict[str, Callable[[Parameters, list[Files], str], Files]] = {
+    "label": _label,
     "fit": _fit,
     "refine": _refine,
     "captioner": _captioner,

@@ -12,7 +12,9 @@ from orchestration.experiments.mad.config import GENERATOR_KEYS, ArmSettings, Ma
 from orchestration.experiments.task_run import check_same, task_resources
 from orchestration.runs.config import about, validate
 from orchestration.runs.run import TEMPLATES
-from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
+from pipelines.data.real_data import RealData, load_real_data, split_reference
+from pipelines.generators import Generator
+from pipelines.generators.maven import Maven
 from pipelines.mad.captions import CaptionsSettings
 from pipelines.mad.graph import CLASSIFIER, SELF_SUPERVISED, TRAINED, RealSource, image_source
 from pipelines.pages import fill
@@ -25,6 +27,7 @@ from policies.common.user_code import calling, noted
 from policies.loops.training_sets import Manifest, training_sets
 
 _UNIVERSE_NUMBERS = 2**22  # of float64, in the training sets of one task: 32 MB
+_LEAST_LABELLED = 2  # of a class, for the labels that are missing to be learned from
 _MOST_NUMBERS = 2**28  # in one training set: 2 GB
 _MOST_UNIVERSES = 1000
 _LEAST_REFERENCE, _MOST_REFERENCE = 20, 20_000  # precision and recall look at 5 neighbours, and at every pair
@@ -70,10 +73,10 @@ def preflight_mad(config: MadConfig, machine: Machine | None = None) -> Experime
                 f"each pair, of {_MOST_REFERENCE} samples at most"
             )
         trained = [arm for arm in arms.values() if not arm.generator.closed_form]
-        real = load_real_data(config.data) if trained else None
-        if real and real.labels is not None and not real.labels.any():
+        real = load_real_data(config.data, partly=True) if trained else None
+        if real and real.labels is not None and real.labels.max() < 1:
             real = replace(real, labels=None)  # of one class there is nothing to tell
-        images, files, found = _image_source(config.data, real, trained) if real else (None, {}, [])
+        images, files, found = _image_source(config, real, trained) if real else (None, {}, [])
         points = RealSource(reference)
         sources = {name: images if images and arm in trained else points for name, arm in arms.items()}
         read: dict[str, str] = {}
@@ -176,8 +179,9 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
     if real is None:
         values, labels = arm.generator.truth(arm.generator_settings, [0], 0, 2).values[0], None
     else:
-        values, labels = real.images[:2], real.labels
-        labels = labels[:2] if arm.generator.conditional and labels is not None else None
+        rows = np.flatnonzero(real.labels >= 0) if real.labels is not None else np.arange(2)
+        values, labels = real.images[rows[:2]], real.labels
+        labels = labels[rows[:2]] if arm.generator.conditional and labels is not None else None
     try:
         arm.loop.probe(values, labels)
     except RewardError as error:
@@ -185,18 +189,14 @@ def _check_reward(arm: ArmSettings, real: RealData | None) -> None:
 
 
 def _image_source(
-    data: DataSettings, real: RealData, arms: Sequence[ArmSettings]
+    config: MadConfig, real: RealData, arms: Sequence[ArmSettings]
 ) -> tuple[RealSource, dict[str, Files], list[str]]:
     """The images that models learn from and are measured by, their files by key, and what was found, in words."""
     from pipelines.mad.tasks import real_data_files
 
-    height, width = real.images.shape[1:3]
+    data = config.data
     for arm in arms:
-        least, multiple = arm.generator.least_side, arm.generator.side_multiple(arm.generator_settings)
-        lacking = f"of {least} pixels at least" if min(height, width) < least else None
-        lacking = lacking or (f"that are multiples of {multiple}" if height % multiple or width % multiple else None)
-        if lacking:
-            raise ValueError(f"family {arm.family} needs sides {lacking}, not {height}×{width}: set data.image_size")
+        _check_sides(arm.generator, arm.generator_settings, real)
     count, wanted, least = len(real.images), data.reference, _LEAST_REFERENCE
     if count <= 2 * wanted:
         how = f"give {least} to {(count - 1) // 2}" if count > 2 * least else f"{2 * least + 1} images are the least"
@@ -231,13 +231,41 @@ def _image_source(
 
         look = content_digest(given := given_extractor(kind, real.images[:2]))
     pool, reference = split_reference(real, wanted)
-    source = image_source(real.sha256, len(reference), len(pool), classes, look)
+    labeller, told = _labeller(config, real, pool, classes)
+    source = image_source(real.sha256, len(reference), len(pool), classes, look, labeller)
     held = {"data": real_data_files(real, pool, reference), "model": given}
-    found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics"]
+    found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics", *told]
     if kind != CLASSIFIER:
         how = "trained on the former, without labels" if kind == SELF_SUPERVISED else kind
         found.append(f"the metrics' extractor: {how}; class_entropy and label_accuracy need labels and are left out")
     return source, {task.key: held[task.kind] for task in source.stored}, found
+
+
+def _check_sides(generator: type[Generator], settings: Any, real: RealData) -> None:
+    (height, width), least, multiple = real.images.shape[1:3], generator.least_side, generator.side_multiple(settings)
+    lacking = f"of {least} pixels at least" if min(height, width) < least else None
+    lacking = lacking or (f"that are multiples of {multiple}" if height % multiple or width % multiple else None)
+    if lacking:
+        name = generator.name()
+        raise ValueError(f"family {name} needs sides {lacking}, not {height}×{width}: set data.image_size")
+
+
+def _labeller(
+    config: MadConfig, real: RealData, pool: np.ndarray, classes: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The settings of what labels those images of the pool that have no label, and lines that say so; None: all have
+    one, or none has. Raises ValueError if there is too little to learn from."""
+    labels = None if real.labels is None else real.labels[pool]
+    if labels is None or (given := int((labels >= 0).sum())) == len(labels):
+        return None, []
+    with about("the labels that are missing are for maven to give"):
+        for name, count in zip(real.classes, np.bincount(labels[labels >= 0], minlength=classes), strict=False):
+            if count < _LEAST_LABELLED:
+                raise ValueError(f"class {name} has {count} to learn from: label {_LEAST_LABELLED} images or more")
+        _check_sides(Maven, config.maven, real)
+        Maven.check_classes(config.maven, classes)
+    line = f"{given:,} of the former have a label: maven learns from all of them, and gives {len(labels) - given:,} theirs"
+    return Maven.settled(config.maven, classes).model_dump(mode="json"), [line]
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
@@ -252,7 +280,7 @@ def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
 
 def _differing(config: MadConfig, held: MadConfig) -> list[str]:
     """In what ``held`` is no part of ``config``."""
-    differing = [key for key in ("name", "data") if getattr(held, key) != getattr(config, key)]
+    differing = [key for key in ("name", "data", "maven") if getattr(held, key) != getattr(config, key)]
     for name, arm in held.resolved_arms.items():
         now = _essence(config.resolved_arms[name]) if name in config.resolved_arms else {}
         changed = [key for key, value in _essence(arm).items() if now.get(key) != value]

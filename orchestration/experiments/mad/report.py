@@ -11,6 +11,7 @@ import numpy as np
 from orchestration.experiments.mad.analysis import DISTANCES, comparisons, effective_samples, fresh_series, verdict
 from orchestration.experiments.mad.run import MadRun
 from orchestration.runs.html_report import conclude
+from pipelines.mad.tasks import read_real_data
 from pipelines.storage.names import file_name
 from policies.common.intervals import scale_of, summary_of
 from policies.loops.verdicts import plain
@@ -77,8 +78,18 @@ def summarise(run: MadRun) -> dict[str, Any]:
         "floor": floors,
         "comparisons": plain(comparisons(config, run.values, run.experiment.manifests)),
         "extractor_sha256": extractor.get("sha256"),
+        "labels": _labels(run),
         "seconds_by_generation": _seconds_by_generation(run),
     }
+
+
+def _labels(run: MadRun) -> dict[str, Any] | None:
+    """Of real images that came with labels in part: how many did, of how many, and what gave the others theirs."""
+    source = run.experiment.images
+    if source is None or source.labeller is None or source.data is None:
+        return None
+    given = read_real_data(run.store.load(source.data.key))["pool_labelled"]
+    return {"given": int(given.sum()), "pool": len(given), "labeller": dict(source.labeller)}
 
 
 def draw(run: MadRun) -> None:
@@ -111,7 +122,7 @@ def _draw_samples(run: MadRun, name: str, directory: Path) -> None:
     histogram."""
     from pipelines.figures import mad as mad_figures
     from pipelines.generators import load_generator
-    from pipelines.mad.tasks import evaluation_points, read_real_data, read_samples
+    from pipelines.mad.tasks import evaluation_points, read_samples
 
     arm, first = run.config.resolved_arms[name], run.config.seed_list[0]
     chain = [each for each in run.generations if each.arm == name and each.seeds[0] == first]
