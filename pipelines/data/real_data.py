@@ -97,8 +97,8 @@ def load_real_data(settings: DataSettings, partly: bool = False) -> RealData:
     some may have labels, and others none.
 
     Raises ValueError if the source cannot be found or reached, holds no images or an unreadable one, something in a
-    directory does not fit, a column is missing or ambiguous, a label is missing that may not, or the images' sizes differ
-    and ``image_size`` is None.
+    directory does not fit, a column is missing or ambiguous, a label is missing that may not, or the images' sizes
+    differ and ``image_size`` is None.
     """
     made = {"digits": _digits, "captioned_digits": _captioned_digits}.get(settings.source)
     found = _open(settings) if made is None else made()

@@ -4,8 +4,8 @@ A latent z becomes a style w, and w an image. A sampling bias λ is the factor o
 typical style c, to c + λ (w − c). What a style is of an image, each family says, and may say where typical ones are.
 
 Unless it does, these are cluster centres of w, of which the nearest counts (multi-modal truncation, Mokady et al.,
-2202.12211; they measure nearness by LPIPS, this in w): the mean of all w, StyleGAN's, may show nothing real where images
-fall into classes.
+2202.12211; they measure nearness by LPIPS, this in w): the mean of all w, StyleGAN's, may show nothing real where
+images fall into classes.
 """
 
 import json
@@ -50,10 +50,10 @@ class Game:
         self._optimizer = Adam(networks.parameters(), rate, betas=(0.0, 0.99), fused=True)
         self._schedule = CosineAnnealingLR(self._optimizer, rounds)
 
-    def step(self, player: "Iterable[nn.Parameter]", loss: "Tensor", kept: bool = False) -> None:
+    def step(self, player: "Iterable[nn.Parameter]", loss: "Tensor") -> None:
         """Down one player's loss; the others, which get no gradient, stay as they are."""
         self._optimizer.zero_grad()
-        loss.backward(inputs=[*player], retain_graph=kept)
+        loss.backward(inputs=[*player])
         self._optimizer.step()
 
     def end_round(self) -> None:

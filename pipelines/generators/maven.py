@@ -2,12 +2,14 @@
 
 An encoder finds the latent of an image, and the synthesis makes images of it and of latents that are drawn; several
 discriminators tell real images by their classes from both kinds. Each begins elsewhere and sees batches of its own, as
-equal ones would give nothing to average. Images are drawn without being asked for a class, and are labelled by the
-mean of what the discriminators say. Of a label −1 a fit makes nothing: the image has none.
+equal ones would give nothing to average. Images are drawn without being asked for a class, and labelled by the mean of
+what the discriminators say. A label of −1 says that an image has none.
+
+A latent z is its own style w. Discriminators see through noise (1606.03498), or they learn the few labels by heart.
 """
 
-import math, torch
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -25,34 +27,34 @@ from pipelines.generators.adversarial import (
 )
 from policies.common.seeding import derive_seed
 from policies.loops.samples import Samples
-from policies.maven import discriminator_loss, divergence, log_real, matching_loss
 from policies.rl.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-KL, MATCHING, FOOLED, RECONSTRUCTION = 0.01, 1.0, 1.0, 1.0
-NOISE, HIDDEN = 0.3, 0.5
-SHARED=True;ENC=.5;NF=True;BOTH=False
+RECONSTRUCTION, DIVERGENCE = 0.1, 0.01  # weights of what is a mean over features, and of the KL
+PIXEL_NOISE, HIDDEN_NOISE = 0.3, 0.5  # standard deviations of what is added to images and to activations
+
 
 class MavenSettings(Settings):
     """A MAVEN trained from scratch: its networks and their training."""
 
     classes: int | None = Field(None, ge=2, description="number of labels; null: the data's")
     labelled: int | None = Field(
-        None, ge=2, description="labels that a fit uses, as many of each class, at random; the others it does not see"
+        None, ge=2, description="labels that a fit uses, evenly of all classes and at random; null: all that there are"
     )
-    discriminators: int = Field(3, ge=1, le=32, description="K networks that judge and classify")
-    feedback: Literal["mean", "random"] = Field("mean", description="to the generator, of all or of one at random")
-    width: int = Field(32, ge=1, description="channels at half the resolution; twice as many at a quarter")
-    latent: int = Field(32, ge=1, description="dimensions of z and of w")
-    steps: int = Field(800, ge=1, description="updates of each player in one fit")
+    discriminators: int = Field(3, ge=1, le=32, description="networks that judge and classify")
+    feedback: Literal["mean", "random"] = Field("mean", description="to the generator: of all, or of one at random")
+    width: int = Field(16, ge=1, description="channels at half the resolution; twice as many at a quarter")
+    latent: int = Field(32, ge=1, description="dimensions of z")
+    steps: int = Field(600, ge=1, description="updates of each player in one fit")
     batch_size: int = Field(32, ge=1, description="images of an update, and as many labelled ones")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
+    learning_rate: float = Field(2e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
 
 
 class Maven(Adversarial):
-    """Fitted networks."""
+    """Fitted networks; samples have the labels that it gives them itself. A bias toward 0 leaves only 16 images."""
 
     names = ("maven",)
     schema = MavenSettings
@@ -65,17 +67,17 @@ class Maven(Adversarial):
     ) -> Self:
         """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``.
 
-        Raises ValueError if there is no label to learn from, or one of no class.
+        Raises ValueError if no image has a label, or one has a label of no class.
         """
         import torch
 
         from pipelines.measures.evaluator import to_network_input
 
         (seed,), (images,) = seeds, data.values
-        weights = torch.ones(len(images)) if data.weights is None else torch.from_numpy(data.weights)
+        weights = np.ones(len(images)) if data.weights is None else data.weights
         labels = np.full(len(images), -1) if data.labels is None else data.labels[0]
-        shown = chosen_labels(np.where(weights.numpy() > 0, labels, -1), settings.labelled, seed)
-        if not len(shown):
+        rows = chosen_labels(np.where(weights > 0, labels, -1), settings.labelled, seed)
+        if not len(rows):
             raise ValueError("family maven learns from labels, and no image has one")
         classes = start.known["classes"] if start else settings.classes or int(labels.max()) + 1
         if labels.max() >= classes:
@@ -85,70 +87,42 @@ class Maven(Adversarial):
         if start is not None:
             networks.load_state_dict(start.networks.state_dict())
         networks.to(device)
-        stream = torch.Generator().manual_seed(seed)
-        inputs = to_network_input(images)
+        stream, inputs, targets = (
+            torch.Generator().manual_seed(seed),
+            to_network_input(images),
+            torch.from_numpy(labels),
+        )
+        mass = torch.from_numpy(weights)
 
         def batch(among: "Tensor") -> "tuple[Tensor, Tensor]":
-            rows = among[torch.multinomial(weights[among], settings.batch_size, replacement=True, generator=stream)]
-            return inputs[rows].to(device), torch.from_numpy(labels)[rows].to(device)
+            chosen = among[torch.multinomial(mass[among], settings.batch_size, replacement=True, generator=stream)]
+            return inputs[chosen].to(device), targets[chosen].to(device)
 
-        def noise(count: int) -> "Tensor":
-            return torch.randn(count, settings.latent, generator=stream).to(device)
-
-        game, players = Game(networks, settings.learning_rate, settings.steps), networks.discriminators
-        some, every = torch.from_numpy(shown), torch.arange(len(images))
-        generator, encoder = [*networks.style.parameters(), *networks.synthesis.parameters()], [*networks.encoder.parameters()]
-        autoencoder = [*networks.style.parameters(), *networks.synthesis.parameters(), *networks.encoder.parameters()]
-        for _ in range(settings.steps):
-            real = [batch(every)[0] for _ in players]  # of its own for each
-            mean, log_variance = networks.encoder(real[0]).chunk(2, dim=1)
-            z = torch.cat([noise(len(mean)), mean + (log_variance / 2).exp() * noise(len(mean))])
-            fake = networks.synthesis(networks.style(z))
-            losses = []
-            for player, own in zip(players, real, strict=True):
-                images_, labels_ = batch(some)
-                features = _noisy(player[:-1], torch.cat([images_, own, fake.detach()]), stream)
-                logits = player[-1](features).chunk(4)
-                losses.append(discriminator_loss(logits[0], labels_, *logits[1:], ENC))
-            game.step(players.parameters(), torch.stack(losses).sum())
-            heard = range(len(players))
-            if settings.feedback == "random":
-                heard = [int(torch.randint(len(players), (), generator=stream))]
-            told = [_feedback(players[index], fake, real[index], real[0], stream) for index in heard]
-            to_generator, to_encoder = (torch.stack(each).mean() for each in zip(*told, strict=True))
-            if SHARED:
-                game.step(autoencoder, to_generator + RECONSTRUCTION*to_encoder + KL * divergence(mean, log_variance))
-            else:
-                game.step(generator, to_generator, True)
-                game.step(encoder, RECONSTRUCTION*to_encoder + KL * divergence(mean, log_variance))
-            game.end_round()
+        _play(
+            networks, settings, lambda: batch(torch.arange(len(images))), lambda: batch(torch.from_numpy(rows)), stream
+        )
         settle_centres(networks, stream)
         return cls(settings, networks, **known)
 
     @classmethod
     def build(cls, settings: MavenSettings, known: Mapping[str, Any], seed: int) -> Any:
         """``encoder``: images (n, channels, height, width) in [-1, 1] → mean and log variance of z, (n, 2 · latent).
-        ``style``: z → w. ``synthesis``: w → images. ``discriminators``: each images → logits (n, classes)."""
+        ``style``: z as it is. ``synthesis``: z → images. ``discriminators``: each images → logits (n, classes)."""
         import torch
         from torch import nn
 
         height, width, channels = known["shape"]
         latent, fine, coarse, leaky = settings.latent, settings.width, 2 * settings.width, nn.LeakyReLU(0.2)
-        grid = coarse, height // 4, width // 4
-
-        def judge(outputs: int) -> nn.Sequential:
-            down = nn.Conv2d(channels, fine, 4, 2, 1), leaky, nn.Conv2d(fine, coarse, 4, 2, 1), leaky, nn.Flatten()
-            return nn.Sequential(*down, nn.Linear(math.prod(grid), 2 * coarse), leaky, nn.Linear(2 * coarse, outputs))
-
+        grid, shape = (coarse, height // 4, width // 4), (channels, height, width)
         networks: Any = nn.Module()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             begin = nn.Linear(latent, math.prod(grid)), nn.Unflatten(1, grid), leaky
             up = nn.ConvTranspose2d(coarse, fine, 4, 2, 1), leaky, nn.ConvTranspose2d(fine, channels, 4, 2, 1)
-            networks.style = nn.Sequential(nn.Linear(latent, latent), leaky, nn.Linear(latent, latent))
-            networks.synthesis = nn.Sequential(leaky, *begin, *up, nn.Tanh())
-            networks.encoder = judge(2 * latent)
-            networks.discriminators = nn.ModuleList(judge(known["classes"]) for _ in range(settings.discriminators))
+            networks.style, networks.synthesis = nn.Identity(), nn.Sequential(*begin, *up, nn.Tanh())
+            networks.encoder = judge(shape, fine, 2 * latent)
+            several = [judge(shape, fine, known["classes"]) for _ in range(settings.discriminators)]
+            networks.discriminators = nn.ModuleList(several)
         networks.register_buffer("centres", torch.zeros(CENTRES, latent))
         return networks
 
@@ -157,24 +131,30 @@ class Maven(Adversarial):
         return activations(self.networks.synthesis, styles.w)
 
     def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
-        """``count`` images and the labels that its discriminators give them; ``bias`` is the truncation factor."""
+        """``count`` images, and the labels that its discriminators give them; ``bias`` is the truncation factor."""
         drawn = super().sample(count, seeds, bias)
-        labels = self.classify(drawn.values[0]).argmax(axis=1)
-        return Samples(drawn.values, labels[None])
+        return Samples(drawn.values, self.classify(drawn.values[0]).argmax(axis=1)[None])
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 (n, height, width, channels) → float64 (n, classes), rows that sum to 1: the mean of the
-        discriminators' softmaxes over the classes that are real."""
+        """Images uint8 (n, height, width, channels) → float64 (n, classes), rows that sum to 1: the mean of what the
+        discriminators say, each of the classes that are real."""
+        found: np.ndarray = self.opinions(images).mean(axis=0)
+        return found
+
+    def opinions(self, images: np.ndarray) -> np.ndarray:
+        """What each discriminator says, float64 (discriminators, n, classes)."""
         import torch
 
         from pipelines.measures.evaluator import to_network_input
 
         with torch.inference_mode():
             parts = [
-                torch.stack([each(part.to(self.device)).softmax(dim=1) for each in self.networks.discriminators])
+                torch.stack(
+                    [each(part.to(self.device)).double().softmax(dim=1) for each in self.networks.discriminators]
+                )
                 for part in to_network_input(images).split(SAMPLING_BATCH)
             ]
-        found: np.ndarray = torch.cat([part.mean(dim=0) for part in parts]).double().cpu().numpy()
+            found: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return found
 
     @classmethod
@@ -189,34 +169,70 @@ class Maven(Adversarial):
         if settings.classes and settings.classes < classes:
             raise ValueError(f"maven.classes is {settings.classes}, the images have {classes}: set it to null")
         if settings.labelled and settings.labelled < classes:
-            raise ValueError(f"maven.labelled is {settings.labelled}, and there are {classes} classes: one each at least")
+            raise ValueError(
+                f"maven.labelled is {settings.labelled}: give one label or more to each of {classes} classes"
+            )
 
 
-def _feedback(judge: "nn.Sequential", fake: "Tensor", own: "Tensor", encoded: "Tensor", stream) -> "Tensor":
-    """What one discriminator tells generator and encoder."""
-    features = _noisy(judge[:-1], torch.cat([fake, own, encoded]), stream) if NF else judge[:-1](torch.cat([fake, own, encoded]))
-    generated, decoded, real, apart = features.chunk(4)
-    real, apart = real.detach(), apart.detach()
-    fooled = -log_real(judge[-1](generated if not BOTH else features[:2*len(real)])).mean()
-    return MATCHING * matching_loss(real, generated) + FOOLED * fooled, (decoded - apart).square().mean()
+def judge(shape: Sequence[int], width: int, outputs: int) -> "nn.Sequential":
+    """An untrained network: images of a ``shape`` (channels, height, width), sides a multiple of 4 → (n, outputs)."""
+    from torch import nn
 
-def _noisy(judge, values, stream):
-    values = values + NOISE * torch.randn(values.shape, generator=stream)
-    for module in judge:
-        values = module(values)
-        if HIDDEN and isinstance(module, torch.nn.LeakyReLU):
-            values = values + HIDDEN * torch.randn(values.shape, generator=stream)
-    return values
+    fine, coarse, leaky, inner = width, 2 * width, nn.LeakyReLU(0.2), 2 * width * (shape[1] // 4) * (shape[2] // 4)
+    down = nn.Conv2d(shape[0], fine, 4, 2, 1), leaky, nn.Conv2d(fine, coarse, 4, 2, 1), leaky, nn.Flatten()
+    return nn.Sequential(*down, nn.Linear(inner, 2 * coarse), leaky, nn.Linear(2 * coarse, outputs))
 
 
 def chosen_labels(labels: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """Sorted indices of ``count`` of those ``labels`` (n,) that are none of −1, as many of each class as there are, to
-    within one; None: of all. At random by ``seed``."""
-    known = np.flatnonzero(labels >= 0)
-    if count is None:
-        return known
-    known = np.random.default_rng(derive_seed(seed, "labelled")).permutation(known)
-    order = np.argsort(labels[known], kind="stable")
-    classes = labels[known][order]
-    rank = np.arange(len(known)) - np.searchsorted(classes, classes)  # within its class
-    return np.sort(known[order][np.argsort(rank, kind="stable")[:count]])
+    """Sorted indices of ``count`` of those ``labels`` (n,) that are not −1, at random by ``seed`` and as many of each
+    class as there are, to within one; None: of all."""
+    known = np.random.default_rng(derive_seed(seed, "labelled")).permutation(np.flatnonzero(labels >= 0))
+    known = known[np.argsort(labels[known], kind="stable")]
+    within = np.arange(len(known)) - np.searchsorted(labels[known], labels[known])  # its number in its class
+    return np.sort(known[np.argsort(within, kind="stable")[:count]])
+
+
+def _play(networks: Any, settings: MavenSettings, some: Any, labelled: Any, stream: "torch.Generator") -> None:
+    """Train ``networks``; ``some`` and ``labelled`` draw a batch of images with their labels."""
+    import torch
+
+    from policies.maven import discriminator_loss, divergence, log_real, matching_loss
+
+    players, synthesis, encoder = networks.discriminators, networks.synthesis, networks.encoder
+    game, autoencoder = Game(networks, settings.learning_rate, settings.steps), [*synthesis.parameters()]
+    autoencoder += encoder.parameters()
+
+    def normal(like: "Tensor") -> "Tensor":
+        return torch.randn(like.shape, generator=stream).to(like.device)
+
+    def features(player: "nn.Sequential", images: "Tensor") -> "Tensor":
+        values = images + PIXEL_NOISE * normal(images)
+        for module in player[:-1]:
+            values = module(values)
+            if isinstance(module, torch.nn.LeakyReLU):
+                values = values + HIDDEN_NOISE * normal(values)
+        return values
+
+    for _ in range(settings.steps):
+        real = [some()[0] for _ in players]
+        mean, log_variance = encoder(real[0]).chunk(2, dim=1)
+        encoded = mean + (log_variance / 2).exp() * normal(mean)
+        fake = synthesis(torch.cat([normal(mean), encoded]))  # from the prior, and of what was encoded
+        losses = []
+        for player, own in zip(players, real, strict=True):
+            shown, labels = labelled()
+            logits = player[-1](features(player, torch.cat([shown, own, fake.detach()])))
+            losses.append(discriminator_loss(labels, *logits.chunk(4)))
+        game.step(players.parameters(), torch.stack(losses).sum())
+        heard = range(len(players))
+        if settings.feedback == "random":
+            heard = range(number := int(torch.randint(len(players), (), generator=stream)), number + 1)
+        losses = []
+        for number in heard:
+            player = players[number]
+            seen = features(player, torch.cat([fake, real[number], real[0]])).chunk(4)
+            matching = matching_loss(seen[2].detach(), seen[0])
+            reconstruction = (seen[1] - seen[3].detach()).square().mean()
+            losses.append(matching + RECONSTRUCTION * reconstruction - log_real(player[-1](seen[0])).mean())
+        game.step(autoencoder, torch.stack(losses).mean() + DIVERGENCE * divergence(mean, log_variance))
+        game.end_round()

@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from pipelines.measures.features import Extractor
 
+_MOMENT_WEIGHTS, _MOMENTS_ALIKE = (0.4, 0.3, 0.2, 0.1), 1e-6
 _CHANCE = 0.05  # of fresh real samples count as memorised
 
 
@@ -82,6 +83,26 @@ def memorisation(generated: np.ndarray, training: np.ndarray, reference: np.ndar
     nearer, up_to = (np.searchsorted(others, own, side) for side in ("left", "right"))
     chance = (_CHANCE * (len(others) + 1) - nearer) / (up_to - nearer + 1)
     return float(np.where(own == 0, 1, chance.clip(0, 1)).mean())
+
+
+def moments_nearness(a: np.ndarray, b: np.ndarray) -> float:
+    """How near two sets of images, uint8 of any shapes, are in the first four moments of their intensities in [0, 1],
+    all pixels of a set together: mean, variance, skewness, excess kurtosis. −Σ w ln |Δ|, w = .4, .3, .2, .1: the more,
+    the nearer, and of what is equal to within 10⁻⁶ no more. MAVEN (1906.06430) reports such a figure of histograms of
+    intensities. It sees no shapes, and chance moments that agree raise it: a FID belongs beside it.
+
+    Raises ValueError if the pixels of a set are all alike, which have no skewness.
+    """
+    from scipy.stats import kurtosis, skew
+
+    found = []
+    for images in (a, b):
+        shades = images.ravel() / 255
+        if not np.ptp(shades):
+            raise ValueError("images of one shade have no moments to compare")
+        found.append([shades.mean(), shades.var(), skew(shades), kurtosis(shades)])
+    apart = np.abs(np.subtract(*found)).clip(_MOMENTS_ALIKE)
+    return float(-np.log(apart) @ _MOMENT_WEIGHTS)
 
 
 def measure_images(

@@ -234,7 +234,11 @@ def _image_source(
     labeller, told = _labeller(config, real, pool, classes)
     source = image_source(real.sha256, len(reference), len(pool), classes, look, labeller)
     held = {"data": real_data_files(real, pool, reference), "model": given}
-    found = [*real.describe(), f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics", *told]
+    found = [
+        *real.describe(),
+        f"{len(pool):,} of them to learn from, {len(reference):,} kept apart for the metrics",
+        *told,
+    ]
     if kind != CLASSIFIER:
         how = "trained on the former, without labels" if kind == SELF_SUPERVISED else kind
         found.append(f"the metrics' extractor: {how}; class_entropy and label_accuracy need labels and are left out")
@@ -264,7 +268,9 @@ def _labeller(
                 raise ValueError(f"class {name} has {count} to learn from: label {_LEAST_LABELLED} images or more")
         _check_sides(Maven, config.maven, real)
         Maven.check_classes(config.maven, classes)
-    line = f"{given:,} of the former have a label: maven learns from all of them, and gives {len(labels) - given:,} theirs"
+    line = (
+        f"{given:,} of the former have a label: maven learns from all of them, and gives {len(labels) - given:,} theirs"
+    )
     return Maven.settled(config.maven, classes).model_dump(mode="json"), [line]
 
 

@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "erase": "orchestration.experiments.erase:Erase",
     "guard": "orchestration.experiments.guard:Guarding",
     "invert": "orchestration.experiments.invert:Invert",
+    "maven": "orchestration.experiments.maven:MavenStudy",
     "neurons": "orchestration.experiments.neurons:Neurons",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
