@@ -207,7 +207,7 @@ def _play(networks: Any, settings: MavenSettings, some: Any, labelled: Any, stre
 
     def features(player: "nn.Sequential", images: "Tensor") -> "Tensor":
         values = images + PIXEL_NOISE * normal(images)
-        for module in player[:-1]:
+        for module in [*player][:-1]:
             values = module(values)
             if isinstance(module, torch.nn.LeakyReLU):
                 values = values + HIDDEN_NOISE * normal(values)

@@ -52,10 +52,9 @@ class RealSource:
     @property
     def described(self) -> dict[str, Any]:
         """Of images, what :func:`image_source` makes an equal source from."""
-        about = {"samples": self.samples, "pool": self.pool, "classes": self.classes, "extractor": self.look}
-        (images, *_) = self.stored or [None]
-        about |= {"labeller": self.labeller} if self.labeller else {}
-        return about | {"sha256": images.parameters["sha256"] if images else None}
+        about: dict[str, Any] = {"samples": self.samples, "pool": self.pool, "classes": self.classes}
+        about |= {"extractor": self.look, **({"labeller": self.labeller} if self.labeller else {})}
+        return about | {"sha256": self.stored[0].parameters["sha256"] if self.stored else None}
 
 
 def image_source(

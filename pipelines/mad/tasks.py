@@ -44,7 +44,7 @@ def real_data_files(real: RealData, pool: np.ndarray, reference: np.ndarray) -> 
     return _arrays_file(arrays)
 
 
-def _arrays_file(arrays: Mapping[str, np.ndarray]) -> Files:
+def _arrays_file(arrays: Mapping[str, Any]) -> Files:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return {"real.npz": buffer.getvalue()}

@@ -14,7 +14,7 @@ from orchestration.runs.config import about, validate
 from orchestration.runs.run import TEMPLATES
 from pipelines.data.real_data import RealData, load_real_data, split_reference
 from pipelines.generators import Generator
-from pipelines.generators.maven import Maven
+from pipelines.generators.maven import Maven, MavenSettings
 from pipelines.mad.captions import CaptionsSettings
 from pipelines.mad.graph import CLASSIFIER, SELF_SUPERVISED, TRAINED, RealSource, image_source
 from pipelines.pages import fill
@@ -262,16 +262,17 @@ def _labeller(
     labels = None if real.labels is None else real.labels[pool]
     if labels is None or (given := int((labels >= 0).sum())) == len(labels):
         return None, []
+    settings: MavenSettings = getattr(config, Maven.name())
     with about("the labels that are missing are for maven to give"):
         for name, count in zip(real.classes, np.bincount(labels[labels >= 0], minlength=classes), strict=False):
             if count < _LEAST_LABELLED:
                 raise ValueError(f"class {name} has {count} to learn from: label {_LEAST_LABELLED} images or more")
-        _check_sides(Maven, config.maven, real)
-        Maven.check_classes(config.maven, classes)
+        _check_sides(Maven, settings, real)
+        Maven.check_classes(settings, classes)
     line = (
         f"{given:,} of the former have a label: maven learns from all of them, and gives {len(labels) - given:,} theirs"
     )
-    return Maven.settled(config.maven, classes).model_dump(mode="json"), [line]
+    return Maven.settled(settings, classes).model_dump(mode="json"), [line]
 
 
 def _floor(arm: ArmSettings, source: RealSource) -> Task | None:
