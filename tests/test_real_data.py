@@ -322,14 +322,18 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
             load(tmp_path, label_column=column)
 
 
-@pytest.mark.parametrize("missing", [None, -1])
-def test_a_missing_label_is_refused(missing: int | None, table: datasets.Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("missing", "says"), [(None, "'class' leaves images without"), (-1, "1 images have no label")])
+def test_a_missing_label_is_refused(missing: int | None, says: str, table: datasets.Dataset, tmp_path: Path) -> None:
     labels = datasets.Dataset.from_dict(
         {"class": [0, missing, 1]}, datasets.Features({"class": table.features["class"]})
     )
     datasets.concatenate_datasets([table.select_columns("photo"), labels], axis=1).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="'class' leaves images without a label"):
+    with pytest.raises(ValueError, match=says):
         load(tmp_path)
+    if missing == -1:
+        found = load_real_data(DataSettings(source=str(tmp_path)), partly=True)
+        assert found.labels is not None
+        assert found.labels.tolist() == [0, -1, 1]
 
 
 def test_a_broken_image_is_named(folder: Path) -> None:
