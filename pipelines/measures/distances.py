@@ -101,7 +101,7 @@ def moments_nearness(a: np.ndarray, b: np.ndarray) -> float:
         if not np.ptp(shades):
             raise ValueError("images of one shade have no moments to compare")
         found.append([shades.mean(), shades.var(), skew(shades), kurtosis(shades)])
-    apart = np.abs(np.subtract(*found)).clip(_MOMENTS_ALIKE)
+    apart = np.abs(np.subtract(found[0], found[1])).clip(_MOMENTS_ALIKE)
     return float(-np.log(apart) @ _MOMENT_WEIGHTS)
 
 
