@@ -1,0 +1,177 @@
+"""The networks of GigaGAN (Kang et al., 2303.05511), as small as small images allow, and the text that they read."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
+
+from pipelines.storage.locations import resolve_model
+from policies.gigagan import distance_attention, modulated_convolution
+
+_GAIN, _SLOPE = sqrt(2), 0.2
+
+
+class Text(nn.Module):
+    """A learned layer over a frozen encoder's states: ``local`` (n, tokens, size), and ``whole`` (n, size) of the last
+    token, which has read all others."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, size)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """``states`` (n, 1 + tokens, width), the last token's first."""
+        found = self.layer(states)
+        return found[:, 1:], found[:, 0]
+
+
+class Convolution(nn.Module):
+    """A bank of filters, of which each sample mixes and scales its own kernel by its style."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, style: int, filters: int, demodulate: bool = True) -> None:
+        super().__init__()
+        self.bank = nn.Parameter(torch.randn(filters, outputs, inputs, side, side) / sqrt(inputs * side**2))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.scale, self.choice = nn.Linear(style, inputs), nn.Linear(style, filters)
+        nn.init.ones_(self.scale.bias)
+        self.demodulate = demodulate
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        mixture = self.choice(style).softmax(dim=1)
+        found = modulated_convolution(x, self.bank, mixture, self.scale(style), self.demodulate)
+        return found + self.bias[:, None, None]
+
+
+class Attention(nn.Module):
+    """Self-attention by distance, whose keys are its queries, and then to the caption's tokens; each is added."""
+
+    def __init__(self, channels: int, text: int) -> None:
+        super().__init__()
+        self.own, self.own_values = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.asking, self.read = nn.Linear(channels, channels), nn.Linear(text, channels)
+        self.text_values = nn.Linear(text, channels)
+
+    def forward(self, x: Tensor, local: Tensor) -> Tensor:
+        places = x.flatten(2).mT
+        own = self.own(places)
+        places = places + distance_attention(own, own, self.own_values(places))
+        places = places + distance_attention(self.asking(places), self.read(local), self.text_values(local))
+        return places.mT.unflatten(2, x.shape[2:])
+
+
+class Synthesis(nn.Module):
+    """From styles to images, one convolution a resolution from the coarsest on; each resolution adds to the picture."""
+
+    def __init__(self, shape: Sequence[int], width: int, style: int, filters: int, attention: Sequence[int]) -> None:
+        super().__init__()
+        height, breadth, colours = shape
+        levels = halvings(height, breadth)
+        widths = [min(4, 2**level) * width for level in range(levels, -1, -1)]
+        self.start = nn.Parameter(torch.randn(1, widths[0], height >> levels, breadth >> levels))
+        pairs = [*zip([widths[0], *widths], widths, strict=False)]
+        self.layers = nn.ModuleList(Convolution(a, b, 3, style, filters) for a, b in pairs)
+        self.colours = nn.ModuleList(Convolution(b, colours, 1, style, 1, demodulate=False) for b in widths)
+        sides = [height >> level for level in range(levels, -1, -1)]
+        self.attention = nn.ModuleDict(
+            {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side in attention}
+        )
+
+    def forward(self, style: Tensor, local: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images in [-1, 1] of each resolution, and the features behind them; both coarse ones first."""
+        x, picture = self.start.expand(len(style), -1, -1, -1), torch.zeros((), device=style.device)
+        images, features = [], []
+        for level, (layer, colours) in enumerate(zip(self.layers, self.colours, strict=True)):
+            if level:
+                x, picture = (interpolate(each, scale_factor=2) for each in (x, picture))
+            x = leaky_relu(layer(x, style), _SLOPE) * _GAIN
+            if str(level) in self.attention:
+                x = self.attention[str(level)](x, local)
+            picture = picture + colours(x, style) / sqrt(x.shape[1])
+            images.append(picture.tanh())
+            features.append(x)
+        return images, features
+
+
+class Head(nn.Module):
+    """ψ(φ(x), t): features read in the light of a caption, by a modulated 1×1 convolution, and without one."""
+
+    def __init__(self, channels: int, text: int) -> None:
+        super().__init__()
+        self.read = Convolution(channels, channels, 1, text, 1, demodulate=False)
+        self.with_text, self.without = nn.Conv2d(channels, 1, 1), nn.Conv2d(channels, 1, 1)
+
+    def forward(self, features: Tensor, text: Tensor) -> Tensor:
+        found = self.with_text(leaky_relu(self.read(features, text), _SLOPE))
+        return (found + self.without(features)).flatten(1)
+
+
+class Critic(nn.Module):
+    """φ and its heads: an image enters at its own and at half its resolution, and each is judged at a quarter and
+    whole."""
+
+    def __init__(self, shape: Sequence[int], width: int, text: int) -> None:
+        super().__init__()
+        height, breadth, colours = shape
+        leaky = nn.LeakyReLU(_SLOPE)
+        levels = halvings(height, breadth)
+        widths = [min(4, 2 ** (level + 1)) * width for level in range(levels)]
+        self.enter = nn.ModuleList([nn.Conv2d(colours, widths[0], 4, 2, 1), nn.Conv2d(colours, widths[0], 3, 1, 1)])
+        self.down = nn.Sequential(leaky)
+        for a, b in zip(widths, widths[1:], strict=False):
+            self.down.extend([nn.Conv2d(a, b, 4, 2, 1), leaky])
+        last, places = widths[-1], (height >> levels) * (breadth >> levels)
+        self.whole = nn.Sequential(nn.Flatten(), nn.Linear(last * places, 2 * last), leaky, nn.Unflatten(1, (-1, 1, 1)))
+        self.heads = nn.ModuleList([Head(last, text), Head(2 * last, text)])
+
+    def features(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
+        """φ of ``images``, the finest first: for each, of a quarter and whole."""
+        found = []
+        for enter, image in zip(self.enter, images, strict=False):
+            coarse = self.down(enter(image))
+            found.append([coarse, self.whole(coarse)])
+        return found
+
+    def scores(self, features: Sequence[Sequence[Tensor]], text: Tensor) -> list[Tensor]:
+        """How well each image, by its features, goes with the text (n, size): (n, positions) a head and resolution."""
+        return [head(each, text) for pair in features for head, each in zip(self.heads, pair, strict=True)]
+
+
+def halvings(height: int, width: int) -> int:
+    """How often sides can be halved until 4 pixels or an odd number are left; twice at least."""
+    found = 2
+    while not (height | width) % 2 ** (found + 1) and min(height, width) >> found + 1 >= 4:
+        found += 1
+    return found
+
+
+def halved(images: Tensor) -> Tensor:
+    """At half the resolution, by means of four pixels."""
+    return avg_pool2d(images, 2)
+
+
+def read_texts(path: str, texts: Sequence[str], device: Any = "cpu") -> Tensor:
+    """What the text encoder of a Stable Diffusion directory makes of ``texts``: (n, 1 + tokens, width), the state of
+    the last token before those of all."""
+    tokenizer, encoder = _encoder(path)
+    read = tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = encoder(read.input_ids)
+    return torch.cat([found.pooler_output[:, None], found.last_hidden_state], dim=1).to(device)
+
+
+@lru_cache(maxsize=2)
+def _encoder(path: str) -> tuple[Any, Any]:
+    from transformers import CLIPTextModel
+
+    from pipelines.storage.model_files import load_tokenizer, load_whole, quieten
+
+    quieten()
+    directory = Path(resolve_model(path))
+    return load_tokenizer(directory / "tokenizer"), load_whole(CLIPTextModel, directory / "text_encoder")

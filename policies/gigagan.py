@@ -1,0 +1,92 @@
+"""The mathematics of GigaGAN (Kang et al., 2303.05511): kernels that each sample mixes for itself, attention by
+distance, and a game in which an image counts only with its own caption.
+
+Images are (n, channels, height, width). Of scores there is one tensor a head, (n, any), and a loss is the sum over
+heads of means over all else.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, softmax, softplus
+
+_SMALL = 16  # positions up to which n convolutions of every filter are faster than one that differs in every sample
+_EPSILON = 1e-8
+
+Scores = Sequence[Tensor]
+
+
+def modulated_convolution(
+    x: Tensor, bank: Tensor, mixture: Tensor, scale: Tensor, demodulate: bool = True, grouped: bool | None = None
+) -> Tensor:
+    """Convolve each of ``x`` (n, in, h, w) with its own kernel of odd size k, zeros around it: K = Σ_i m_i K_i of the
+    ``bank`` (filters, out, in, k, k) by ``mixture`` (n, filters), times its ``scale`` (n, in); demodulated, so that
+    inputs of variance 1 stay so (section 3.1, and StyleGAN2, 1912.04958, equations 1 and 3).
+
+    ``grouped``: build all kernels, in place of mixing what each filter answers, which is the same; None: as is faster.
+    """
+    count, inputs, *size = x.shape
+    filters, outputs, _, side, _ = bank.shape
+    if filters == 1:
+        mixture = torch.ones_like(mixture)
+    norms = _norms(bank, mixture, scale) if demodulate else None
+    x = x * scale[:, :, None, None]
+    if filters == 1:
+        answer = conv2d(x, bank[0], padding=side // 2)
+    elif size[0] * size[1] > _SMALL if grouped is None else grouped:
+        kernels = (mixture @ bank.flatten(1)).view(count * outputs, inputs, side, side)
+        answer = conv2d(x.reshape(1, count * inputs, *size), kernels, padding=side // 2, groups=count)
+        answer = answer.view(count, outputs, *size)
+    else:
+        each = conv2d(x, bank.flatten(0, 1), padding=side // 2).view(count, filters, -1)
+        answer = torch.bmm(mixture[:, None], each).view(count, outputs, *size)
+    return answer if norms is None else answer * norms[:, :, None, None]
+
+
+def _norms(bank: Tensor, mixture: Tensor, scale: Tensor) -> Tensor:
+    """1 / ‖K s‖ of every sample and output, (n, out), without the kernels: from the filters' inner products."""
+    flat = bank.flatten(3)
+    products = torch.einsum("aoik,boik->abio", flat, flat).flatten(0, 2)  # (filters · filters · in, out)
+    pairs = mixture[:, :, None] * mixture[:, None, :]
+    weights = (pairs.flatten(1)[:, :, None] * scale.square()[:, None, :]).flatten(1)
+    return (weights @ products + _EPSILON).rsqrt()
+
+
+def distance_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Σ_j softmax_j(−‖q_i − k_j‖² / √d) v_j of (n, positions, d) each: attention that is Lipschitz, other than that by
+    inner products (2006.04710)."""
+    distances = queries.square().sum(-1, keepdim=True) - 2 * queries @ keys.mT + keys.square().sum(-1)[:, None]
+    return softmax(-distances / queries.shape[-1] ** 0.5, dim=-1) @ values
+
+
+def mismatched(captions: Tensor, random: torch.Generator) -> Tensor:
+    """For each of ``captions`` (n,), which are numbers, the place of another in the batch, (n,): of another caption
+    wherever there is one. In the order of captions, a rotation by the largest group leaves none at its own unless that
+    is more than half of the batch; what is left then draws among the others."""
+    count = len(captions)
+    order = torch.randperm(count, generator=random)
+    order = order[captions[order].argsort(stable=True)]
+    largest = int(captions.unique(return_counts=True)[1].max())
+    found = torch.empty(count, dtype=torch.long)
+    found[order] = order.roll(-largest)
+    for place in (captions[found] == captions).nonzero()[:, 0].tolist():
+        others = (captions != captions[place]).nonzero()[:, 0]
+        if len(others):
+            found[place] = others[int(torch.randint(len(others), (), generator=random))]
+    return found
+
+
+def ahead(favoured: Scores, other: Scores) -> Tensor:
+    """Σ over heads of the mean of −log σ(favoured − other): R3GAN's pairs (2501.05441, equation 2)."""
+    return torch.stack([softplus(b - a).mean() for a, b in zip(favoured, other, strict=True)]).sum()
+
+
+def slope(scores: Scores, inputs: Sequence[Tensor]) -> Tensor:
+    """Σ over heads' ``inputs`` of the mean squared gradient of the summed scores: R1 at real, R2 at drawn images."""
+    total = torch.stack([each.sum() for each in scores]).sum()
+    slopes = torch.autograd.grad(total, list(inputs), create_graph=True)
+    return torch.stack([each.square().sum() / len(each) for each in slopes]).sum()
+
+
+Critic = Callable[[Tensor], Scores]
