@@ -1,5 +1,6 @@
 """The networks of GigaGAN (Kang et al., 2303.05511), as small as small images allow, and the text that they read."""
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from math import sqrt
@@ -8,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, leaky_relu_
 
 from pipelines.storage.locations import resolve_model
 from policies.gigagan import distance_attention, modulated_convolution
 
-_GAIN, _SLOPE = sqrt(2), 0.2
+_SLOPE = 0.2
 
 
 class Text(nn.Module):
@@ -35,7 +36,7 @@ class Convolution(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, side: int, style: int, filters: int, demodulate: bool = True) -> None:
         super().__init__()
-        self.bank = nn.Parameter(torch.randn(filters, outputs, inputs, side, side) / sqrt(inputs * side**2))
+        self.bank = nn.Parameter(torch.randn(outputs, filters, inputs, side, side) / sqrt(inputs * side**2))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.scale, self.choice = nn.Linear(style, inputs), nn.Linear(style, filters)
         nn.init.ones_(self.scale.bias)
@@ -44,7 +45,21 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         mixture = self.choice(style).softmax(dim=1)
         found = modulated_convolution(x, self.bank, mixture, self.scale(style), self.demodulate)
-        return found + self.bias[:, None, None]
+        return found.add_(self.bias[:, None, None])
+
+
+class Colours(nn.Module):
+    """A modulated 1×1 convolution to few channels, which a product of matrices does faster."""
+
+    def __init__(self, inputs: int, outputs: int, style: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs)
+        self.bias, self.scale = nn.Parameter(torch.zeros(outputs, 1)), nn.Linear(style, inputs)
+        nn.init.ones_(self.scale.bias)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        weight = self.weight * self.scale(style)[:, None]
+        return torch.baddbmm(self.bias, weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class Attention(nn.Module):
@@ -52,8 +67,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, text: int) -> None:
         super().__init__()
-        self.own, self.own_values = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.asking, self.read = nn.Linear(channels, channels), nn.Linear(text, channels)
+        size = max(1, channels // 2)
+        self.own, self.own_values = nn.Linear(channels, size), nn.Linear(channels, channels)
+        self.asking, self.read = nn.Linear(channels, size), nn.Linear(text, size)
         self.text_values = nn.Linear(text, channels)
 
     def forward(self, x: Tensor, local: Tensor) -> Tensor:
@@ -65,7 +81,8 @@ class Attention(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """From styles to images, one convolution a resolution from the coarsest on; each resolution adds to the picture."""
+    """From styles to images. What is to be enlarged is thinned out first, as convolutions of many fine features are
+    what costs time; each resolution adds to the picture."""
 
     def __init__(self, shape: Sequence[int], width: int, style: int, filters: int, attention: Sequence[int]) -> None:
         super().__init__()
@@ -73,9 +90,10 @@ class Synthesis(nn.Module):
         levels = halvings(height, breadth)
         widths = [min(4, 2**level) * width for level in range(levels, -1, -1)]
         self.start = nn.Parameter(torch.randn(1, widths[0], height >> levels, breadth >> levels))
-        pairs = [*zip([widths[0], *widths], widths, strict=False)]
-        self.layers = nn.ModuleList(Convolution(a, b, 3, style, filters) for a, b in pairs)
-        self.colours = nn.ModuleList(Convolution(b, colours, 1, style, 1, demodulate=False) for b in widths)
+        self.layers = nn.ModuleList(Convolution(each, each, 3, style, filters) for each in widths)
+        pairs = itertools.pairwise(widths)
+        self.thin = nn.ModuleList(Convolution(a, b, 3, style, filters) for a, b in pairs)
+        self.colours = nn.ModuleList(Colours(each, colours, style) for each in widths)
         sides = [height >> level for level in range(levels, -1, -1)]
         self.attention = nn.ModuleDict(
             {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side in attention}
@@ -83,18 +101,24 @@ class Synthesis(nn.Module):
 
     def forward(self, style: Tensor, local: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images in [-1, 1] of each resolution, and the features behind them; both coarse ones first."""
-        x, picture = self.start.expand(len(style), -1, -1, -1), torch.zeros((), device=style.device)
+        x, picture = self.start.expand(len(style), -1, -1, -1), None
         images, features = [], []
         for level, (layer, colours) in enumerate(zip(self.layers, self.colours, strict=True)):
             if level:
+                x = _active(self.thin[level - 1](x, style))
                 x, picture = (interpolate(each, scale_factor=2) for each in (x, picture))
-            x = leaky_relu(layer(x, style), _SLOPE) * _GAIN
+            x = _active(layer(x, style))
             if str(level) in self.attention:
                 x = self.attention[str(level)](x, local)
-            picture = picture + colours(x, style) / sqrt(x.shape[1])
+            added = colours(x, style)
+            picture = added if picture is None else picture + added
             images.append(picture.tanh())
             features.append(x)
         return images, features
+
+
+def _active(x: Tensor) -> Tensor:
+    return leaky_relu_(x, _SLOPE)
 
 
 class Head(nn.Module):
@@ -122,7 +146,7 @@ class Critic(nn.Module):
         widths = [min(4, 2 ** (level + 1)) * width for level in range(levels)]
         self.enter = nn.ModuleList([nn.Conv2d(colours, widths[0], 4, 2, 1), nn.Conv2d(colours, widths[0], 3, 1, 1)])
         self.down = nn.Sequential(leaky)
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             self.down.extend([nn.Conv2d(a, b, 4, 2, 1), leaky])
         last, places = widths[-1], (height >> levels) * (breadth >> levels)
         self.whole = nn.Sequential(nn.Flatten(), nn.Linear(last * places, 2 * last), leaky, nn.Unflatten(1, (-1, 1, 1)))

@@ -5,51 +5,35 @@ Images are (n, channels, height, width). Of scores there is one tensor a head, (
 heads of means over all else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, softmax, softplus
 
-_SMALL = 16  # positions up to which n convolutions of every filter are faster than one that differs in every sample
 _EPSILON = 1e-8
 
 Scores = Sequence[Tensor]
 
 
-def modulated_convolution(
-    x: Tensor, bank: Tensor, mixture: Tensor, scale: Tensor, demodulate: bool = True, grouped: bool | None = None
-) -> Tensor:
+def modulated_convolution(x: Tensor, bank: Tensor, mixture: Tensor, scale: Tensor, demodulate: bool = True) -> Tensor:
     """Convolve each of ``x`` (n, in, h, w) with its own kernel of odd size k, zeros around it: K = Σ_i m_i K_i of the
-    ``bank`` (filters, out, in, k, k) by ``mixture`` (n, filters), times its ``scale`` (n, in); demodulated, so that
-    inputs of variance 1 stay so (section 3.1, and StyleGAN2, 1912.04958, equations 1 and 3).
+    ``bank`` (out, filters, in, k, k) by ``mixture`` (n, filters), times its ``scale`` (n, in); demodulated, so that
+    independent inputs of variance 1 stay so (section 3.1, and StyleGAN2, 1912.04958, equations 1 and 3).
 
-    ``grouped``: build all kernels, in place of mixing what each filter answers, which is the same; None: as is faster.
+    A convolution is linear in its kernel. So no sample's kernel is built: its input, times m_i s, goes to each filter.
     """
-    count, inputs, *size = x.shape
-    filters, outputs, _, side, _ = bank.shape
-    if filters == 1:
-        mixture = torch.ones_like(mixture)
-    norms = _norms(bank, mixture, scale) if demodulate else None
-    x = x * scale[:, :, None, None]
-    if filters == 1:
-        answer = conv2d(x, bank[0], padding=side // 2)
-    elif size[0] * size[1] > _SMALL if grouped is None else grouped:
-        kernels = (mixture @ bank.flatten(1)).view(count * outputs, inputs, side, side)
-        answer = conv2d(x.reshape(1, count * inputs, *size), kernels, padding=side // 2, groups=count)
-        answer = answer.view(count, outputs, *size)
-    else:
-        each = conv2d(x, bank.flatten(0, 1), padding=side // 2).view(count, filters, -1)
-        answer = torch.bmm(mixture[:, None], each).view(count, outputs, *size)
-    return answer if norms is None else answer * norms[:, :, None, None]
+    inputs = x[:, None] * (mixture[:, :, None] * scale[:, None])[..., None, None]
+    found = conv2d(inputs.flatten(1, 2), bank.flatten(1, 2), padding=bank.shape[-1] // 2)
+    return found * inverse_norms(bank, mixture, scale)[:, :, None, None] if demodulate else found
 
 
-def _norms(bank: Tensor, mixture: Tensor, scale: Tensor) -> Tensor:
+def inverse_norms(bank: Tensor, mixture: Tensor, scale: Tensor) -> Tensor:
     """1 / ‖K s‖ of every sample and output, (n, out), without the kernels: from the filters' inner products."""
     flat = bank.flatten(3)
-    products = torch.einsum("aoik,boik->abio", flat, flat).flatten(0, 2)  # (filters · filters · in, out)
-    pairs = mixture[:, :, None] * mixture[:, None, :]
-    weights = (pairs.flatten(1)[:, :, None] * scale.square()[:, None, :]).flatten(1)
+    products = torch.einsum("oaik,obik->abio", flat, flat).flatten(0, 2)  # (filters · filters · in, out)
+    pairs = (mixture[:, :, None] * mixture[:, None]).flatten(1)
+    weights = (pairs[:, :, None] * scale.square()[:, None]).flatten(1)
     return (weights @ products + _EPSILON).rsqrt()
 
 
@@ -87,6 +71,3 @@ def slope(scores: Scores, inputs: Sequence[Tensor]) -> Tensor:
     total = torch.stack([each.sum() for each in scores]).sum()
     slopes = torch.autograd.grad(total, list(inputs), create_graph=True)
     return torch.stack([each.square().sum() / len(each) for each in slopes]).sum()
-
-
-Critic = Callable[[Tensor], Scores]

@@ -27,7 +27,7 @@ TYPICAL_DRAWS = 64  # z, always the same, over which the typical w of a caption 
 class GigaGanSettings(CaptionedSettings):
     """A GAN that reads, trained from scratch: its networks and their training."""
 
-    width: int = Field(16, ge=1, description="channels at full resolution; twice and four times as many below it")
+    width: int = Field(8, ge=1, description="channels at full resolution; twice and four times as many below it")
     critic_width: int = Field(16, ge=1, description="of the critic: twice as many at half the resolution, then 4 times")
     latent: int = Field(48, ge=1, description="dimensions of z, of w and of what is read of each token")
     filters: int = Field(2, ge=1, description="kernels in the bank of each convolution, mixed anew for each sample")
@@ -172,9 +172,7 @@ def _play(
             weight = settings.gradient_penalty / 2 * settings.penalty_every
             loss = loss + weight * (slope(right, reals) + slope(wrong, stopped))
         game.step(judging, loss)
-        with torch.no_grad():
-            text = networks.critic_text(own)[1]
-            right = critic.scores(critic.features(reals), text)
+        text, right = networks.critic_text(own)[1], [each.detach() for each in right]  # as they were a step ago
         drawn = critic.features(fakes)
         wrong = critic.scores(drawn, text)
         loss = ahead(wrong, right)
