@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, leaky_relu_
 from pipelines.storage.locations import resolve_model
 from policies.gigagan import distance_attention, modulated_convolution
 
-_SLOPE = 0.2
+_SLOPE, _SURE = 0.2, 0.99
 
 
 class Text(nn.Module):
@@ -99,26 +99,43 @@ class Synthesis(nn.Module):
             {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side in attention}
         )
 
-    def forward(self, style: Tensor, local: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, style: Tensor, local: Tensor, coarse: None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Images in [-1, 1] of each resolution, and the features behind them; both coarse ones first."""
-        x, picture = self.start.expand(len(style), -1, -1, -1), None
+        x = self.start.expand(len(style), -1, -1, -1)
+        picture = x.new_zeros(len(style), 1, *x.shape[2:])
         images, features = [], []
         for level, (layer, colours) in enumerate(zip(self.layers, self.colours, strict=True)):
             if level:
                 x = _active(self.thin[level - 1](x, style))
-                x, picture = (interpolate(each, scale_factor=2) for each in (x, picture))
+                x, picture = (interpolate(each, scale_factor=2.0) for each in (x, picture))
             x = _active(layer(x, style))
             if str(level) in self.attention:
                 x = self.attention[str(level)](x, local)
-            added = colours(x, style)
-            picture = added if picture is None else picture + added
+            picture = picture + colours(x, style)
             images.append(picture.tanh())
             features.append(x)
         return images, features
 
 
-def _active(x: Tensor) -> Tensor:
-    return leaky_relu_(x, _SLOPE)
+class Enlargement(nn.Module):
+    """From an image of half the size: what is missing is added to it, by a style and the caption."""
+
+    def __init__(self, colours: int, width: int, style: int, filters: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(colours, 2 * width, 3, padding=1)
+        widths = (2 * width, 2 * width), (2 * width, width), (width, width)
+        self.layers = nn.ModuleList(Convolution(a, b, 3, style, filters) for a, b in widths)
+        self.colours = Colours(width, colours, style)
+
+    def forward(self, style: Tensor, local: Tensor, coarse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Images in [-1, 1] at half and at full size, and the features behind the latter."""
+        x = _active(self.enter(coarse))
+        for layer in self.layers[:-1]:
+            x = _active(layer(x, style))
+        x = _active(self.layers[-1](interpolate(x, scale_factor=2), style))
+        known = interpolate(coarse.clamp(-_SURE, _SURE).atanh(), scale_factor=2, mode="bilinear")
+        fine = (known + self.colours(x, style)).tanh()
+        return [halved(fine), fine], [x]
 
 
 class Head(nn.Module):
@@ -152,17 +169,45 @@ class Critic(nn.Module):
         self.whole = nn.Sequential(nn.Flatten(), nn.Linear(last * places, 2 * last), leaky, nn.Unflatten(1, (-1, 1, 1)))
         self.heads = nn.ModuleList([Head(last, text), Head(2 * last, text)])
 
-    def features(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
-        """φ of ``images``, the finest first: for each, of a quarter and whole."""
+    def forward(self, images: Sequence[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
+        """How well ``images`` of both resolutions (n, …), the fine ones first, go with each of ``texts`` (n, size): for
+        every head (texts, resolutions, n, positions). All is done at once, as small calls cost time."""
+        count, several = len(images[0]), len(texts)
+        coarse = self.down(torch.cat([enter(image) for enter, image in zip(self.enter, images, strict=True)]))
+        asked = torch.cat([text for text in texts for _ in images])
         found = []
-        for enter, image in zip(self.enter, images, strict=False):
-            coarse = self.down(enter(image))
-            found.append([coarse, self.whole(coarse)])
+        for head, features in zip(self.heads, (coarse, self.whole(coarse)), strict=True):
+            judged = head(features.repeat(several, 1, 1, 1), asked)
+            found.append(judged.view(several, len(images), count, -1))
         return found
 
-    def scores(self, features: Sequence[Sequence[Tensor]], text: Tensor) -> list[Tensor]:
-        """How well each image, by its features, goes with the text (n, size): (n, positions) a head and resolution."""
-        return [head(each, text) for pair in features for head, each in zip(self.heads, pair, strict=True)]
+
+class Stage(nn.Module):
+    """One GAN: what reads a caption for each player, z → w, and the players."""
+
+    def __init__(self, states: int, latent: int, synthesis: nn.Module, critic: Critic) -> None:
+        super().__init__()
+        self.text, self.critic_text = Text(states, latent), Text(states, latent)
+        leaky = nn.LeakyReLU(_SLOPE)
+        self.style = nn.Sequential(nn.Linear(2 * latent, latent), leaky, nn.Linear(latent, latent), leaky)
+        self.synthesis, self.critic = synthesis, critic
+
+    def styles(self, states: Tensor, z: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """w (n, latent) of ``z`` (n, latent) and of the captions that ``owner`` (n,) numbers, and what is read of each
+        token of the captions, whose ``states`` these are."""
+        local, whole = self.text(states)
+        return self.style(torch.cat([z, whole[owner]], dim=1)), local
+
+    def players(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The weights of the critic, and of the generator."""
+        judging = self.critic, self.critic_text
+        drawing = self.text, self.style, self.synthesis
+        critic, generator = ([each for part in parts for each in part.parameters()] for parts in (judging, drawing))
+        return critic, generator
+
+
+def _active(x: Tensor) -> Tensor:
+    return leaky_relu_(x, _SLOPE)
 
 
 def halvings(height: int, width: int) -> int:

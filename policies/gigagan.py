@@ -66,8 +66,8 @@ def ahead(favoured: Scores, other: Scores) -> Tensor:
     return torch.stack([softplus(b - a).mean() for a, b in zip(favoured, other, strict=True)]).sum()
 
 
-def slope(scores: Scores, inputs: Sequence[Tensor]) -> Tensor:
-    """Σ over heads' ``inputs`` of the mean squared gradient of the summed scores: R1 at real, R2 at drawn images."""
+def slope(scores: Scores, images: Sequence[Tensor], count: int) -> Tensor:
+    """Σ over ``images`` (any, …) of squared gradients of the summed scores, over ``count``: R1 and R2 of so many."""
     total = torch.stack([each.sum() for each in scores]).sum()
-    slopes = torch.autograd.grad(total, list(inputs), create_graph=True)
-    return torch.stack([each.square().sum() / len(each) for each in slopes]).sum()
+    slopes = torch.autograd.grad(total, list(images), create_graph=True)
+    return torch.stack([each.square().sum() for each in slopes]).sum() / count

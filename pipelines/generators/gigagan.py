@@ -7,14 +7,15 @@ same caption. Weights are not averaged over steps: that smooths, a hidden bias i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from pipelines.generators import Seeds
-from pipelines.generators.adversarial import Adversarial, Game, Styles, latents
+from pipelines.generators.adversarial import Adversarial, Styles, latents
 from pipelines.generators.captioned import Captioned, CaptionedSettings, shares
+from policies.common.seeding import derive_seed
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TYPICAL_DRAWS = 64  # z, always the same, over which the typical w of a caption is a mean
+_FINER = "finer_w", "finer_local"  # conditions of what enlarges
 
 
 class GigaGanSettings(CaptionedSettings):
@@ -38,6 +40,7 @@ class GigaGanSettings(CaptionedSettings):
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     gradient_penalty: float = Field(1.0, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
     penalty_every: int = Field(4, ge=1, description="updates of the critic from one that pays the penalty to the next")
+    upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     matching: float = Field(1.0, ge=0, description="weight of pairs that do not match in both losses; 0: none")
 
 
@@ -46,6 +49,11 @@ class GigaGan(Captioned, Adversarial):
 
     names = ("gigagan",)
     schema = GigaGanSettings
+
+    def __init__(self, settings: GigaGanSettings, networks: Any, **known: Any) -> None:
+        """``known``: the images' ``shape``, and the ``captions`` with their shares."""
+        super().__init__(settings, networks, **known)
+        self._read: dict[str, Tensor] = {}  # the text encoder's states, by prompt
 
     @property
     def captions(self) -> Mapping[str, float]:  # type: ignore[override]
@@ -58,6 +66,10 @@ class GigaGan(Captioned, Adversarial):
         cls, settings: GigaGanSettings, data: Samples, seeds: Seeds, start: Self | None = None, device: str = "cpu"
     ) -> Self:
         """Train from scratch, or on from ``start``'s networks, on batches drawn in proportion to ``data.weights``."""
+        import torch
+
+        from pipelines.gigagan_networks import halved, read_texts
+        from pipelines.gigagan_training import play
         from pipelines.measures.evaluator import to_network_input
 
         assert data.captions is not None  # as of all images that this family may be trained on
@@ -68,115 +80,89 @@ class GigaGan(Captioned, Adversarial):
         if start is not None:
             networks.load_state_dict(start.networks.state_dict())
         steps = settings.steps if start is None else settings.further_steps or settings.steps
-        _play(networks.to(device), to_network_input(images), read, weights, settings, steps, seed)
+        known_captions = {caption: number for number, caption in enumerate(known["captions"])}
+        owner = torch.tensor([known_captions[caption] for caption in read])
+        states, stages = read_texts(settings.path, [*known_captions], device), networks.to(device)
+        inputs = to_network_input(images)
+        for number, stage in enumerate(stages):
+            shown = halved(inputs) if number < len(stages) - 1 else inputs
+            play(stage, shown, owner, states, weights, settings, steps, derive_seed(seed, "game", number), number > 0)
         return cls(settings, networks, **known)
 
     @classmethod
     def build(cls, settings: GigaGanSettings, known: Mapping[str, Any], seed: int) -> Any:
-        """``text``: a caption's states → what is read of each token, and of all. ``style``: z and that of all → w.
-        ``synthesis``: w and that of each → images. ``critic`` judges images by what ``critic_text`` reads."""
+        """Stages: the one that draws, and if there are two the one that enlarges what it drew."""
         import torch
         from torch import nn
 
-        from pipelines.gigagan_networks import Critic, Synthesis, Text, read_texts
+        from pipelines.gigagan_networks import Critic, Enlargement, Stage, Synthesis, read_texts
 
         height, width, channels = known["shape"]
-        latent, leaky, networks = settings.latent, nn.LeakyReLU(0.2), nn.Module()
+        latent, filters = settings.latent, settings.filters
         states = read_texts(settings.path, [""]).shape[-1]
-        shape = height, width, channels
+        shape = height // settings.upsample, width // settings.upsample, channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            networks.text, networks.critic_text = Text(states, latent), Text(states, latent)
-            networks.style = nn.Sequential(nn.Linear(2 * latent, latent), leaky, nn.Linear(latent, latent), leaky)
-            networks.synthesis = Synthesis(shape, settings.width, latent, settings.filters, settings.attention)
-            networks.critic = Critic(shape, settings.critic_width, latent)
-        return networks
+            synthesis = Synthesis(shape, settings.width, latent, filters, settings.attention)
+            stages = [Stage(states, latent, synthesis, Critic(shape, settings.critic_width, latent))]
+            if settings.upsample > 1:
+                enlargement = Enlargement(channels, settings.width, latent, filters)
+                critic = Critic((height, width, channels), settings.critic_width // 2, latent)
+                stages.append(Stage(states, latent, enlargement, critic))
+        return nn.ModuleList(stages)
 
     def styles(self, count: int, seed: int, bias: float = 1.0, prompts: Sequence[str] | None = None) -> Styles:
         """Of ``prompts``, else of its captions in their shares. Each is drawn toward the mean of its caption."""
         import torch
 
-        from pipelines.gigagan_networks import read_texts
-
         asked = self.prompts(count, seed) if prompts is None else list(prompts)
-        known = sorted(set(asked))
-        own = torch.tensor([known.index(prompt) for prompt in asked])
-        networks, z = self.networks, latents(count, self.settings.latent, seed).to(self.device)
+        known = {caption: number for number, caption in enumerate(sorted(set(asked)))}
+        own, states = torch.tensor([known[each] for each in asked]), self._states([*known])
+        found, size = [], self.settings.latent
+        tried = latents(TYPICAL_DRAWS, size, 0).to(self.device)
         with torch.no_grad():
-            local, whole = networks.text(read_texts(self.settings.path, known, self.device))
-            w = networks.style(torch.cat([z, whole[own]], dim=1))
-            if bias < 1:
-                tried = latents(TYPICAL_DRAWS, self.settings.latent, 0).to(self.device)
-                pairs = torch.cat([tried.repeat(len(known), 1), whole.repeat_interleave(len(tried), 0)], dim=1)
-                typical = networks.style(pairs).unflatten(0, (len(known), -1)).mean(dim=1)
-                w = torch.lerp(typical[own], w, bias)
-        return Styles(w, {"local": local[own]})
+            for number, stage in enumerate(self.networks):
+                z = latents(count, size, derive_seed(seed, "z", number)).to(self.device)
+                w, local = stage.styles(states, z, own)
+                if bias < 1:
+                    every = torch.arange(len(known)).repeat_interleave(len(tried))
+                    typical = stage.styles(states, tried.repeat(len(known), 1), every)[0]
+                    w = torch.lerp(typical.unflatten(0, (len(known), -1)).mean(dim=1)[own], w, bias)
+                found.append((w, local[own]))
+        (w, local), *finer = found
+        return Styles(
+            w, {"local": local} | {name: each for pair in finer for name, each in zip(_FINER, pair, strict=True)}
+        )
 
     def render(self, styles: Styles) -> "tuple[Tensor, list[Tensor]]":
         """Features of every resolution."""
-        images, features = self.networks.synthesis(styles.w, styles.conditions["local"])
+        first, *finer = self.networks
+        images, features = first.synthesis(styles.w, styles.conditions["local"])
+        for stage in finer:
+            images, more = stage.synthesis(*(styles.conditions[name] for name in _FINER), images[-1])
+            features += more
         return images[-1], features
 
     def drawn(self, prompts: Sequence[str], seed: int, bias: float) -> np.ndarray:
         """In one pass."""
         return self.draw(self.styles(len(prompts), seed, bias, prompts))
 
+    def _states(self, prompts: Sequence[str]) -> "Tensor":
+        """What the text encoder makes of them; each is read once."""
+        import torch
+
+        from pipelines.gigagan_networks import read_texts
+
+        if unread := [prompt for prompt in prompts if prompt not in self._read]:
+            self._read |= dict(zip(unread, read_texts(self.settings.path, unread, self.device), strict=True))
+        return torch.stack([self._read[prompt] for prompt in prompts])
+
     @classmethod
     def check(cls, settings: GigaGanSettings, loop: Rule) -> None:
         """The text encoder is there."""
         cls.files(settings)
 
-
-def _play(
-    networks: Any,
-    inputs: "Tensor",
-    captions: Sequence[str],
-    weights: np.ndarray,
-    settings: GigaGanSettings,
-    steps: int,
-    seed: int,
-) -> None:
-    """The game of critic and generator on images (n, channels, height, width) in [-1, 1] and their ``captions``."""
-    import torch
-
-    from pipelines.gigagan_networks import halved, read_texts
-    from policies.gigagan import ahead, mismatched, slope
-
-    device, random = next(networks.parameters()).device, torch.Generator().manual_seed(seed)
-    known = {caption: number for number, caption in enumerate(sorted(set(captions)))}
-    owner, chances = torch.tensor([known[caption] for caption in captions]), torch.from_numpy(weights)
-    states, critic = read_texts(settings.path, [*known], device), networks.critic
-    judging = [*critic.parameters(), *networks.critic_text.parameters()]
-    drawing = [*networks.text.parameters(), *networks.style.parameters(), *networks.synthesis.parameters()]
-    game = Game(networks, settings.learning_rate, steps)
-    for step in range(steps):
-        chosen = torch.multinomial(chances, settings.batch_size, replacement=True, generator=random)
-        z = torch.randn(len(chosen), settings.latent, generator=random).to(device)
-        other = mismatched(owner[chosen], random)
-        own = states[owner[chosen]]
-        local, whole = networks.text(own)
-        fakes = networks.synthesis(networks.style(torch.cat([z, whole], dim=1)), local)[0][:-3:-1]
-        real = inputs[chosen].to(device)
-        reals, stopped = [real, halved(real)], [each.detach() for each in fakes]
-        paid = settings.gradient_penalty > 0 and step % settings.penalty_every == 0
-        for image in (*reals, *stopped):
-            image.requires_grad_(paid)
-        text = networks.critic_text(own)[1]
-        seen, drawn = critic.features(reals), critic.features(stopped)
-        right, wrong = critic.scores(seen, text), critic.scores(drawn, text)
-        loss = ahead(right, wrong)
-        if settings.matching:
-            pairs = (critic.scores(each, text[other]) for each in (seen, drawn))
-            loss = loss + settings.matching * sum(ahead(right, each) for each in pairs)
-        if paid:
-            weight = settings.gradient_penalty / 2 * settings.penalty_every
-            loss = loss + weight * (slope(right, reals) + slope(wrong, stopped))
-        game.step(judging, loss)
-        text, right = networks.critic_text(own)[1], [each.detach() for each in right]  # as they were a step ago
-        drawn = critic.features(fakes)
-        wrong = critic.scores(drawn, text)
-        loss = ahead(wrong, right)
-        if settings.matching:
-            loss = loss + settings.matching * ahead(wrong, critic.scores(drawn, text[other]))
-        game.step(drawing, loss)
-        game.end_round()
+    @classmethod
+    def side_multiple(cls, settings: GigaGanSettings) -> int:
+        """Resolutions are halved twice, and once for each enlargement."""
+        return 4 * settings.upsample
