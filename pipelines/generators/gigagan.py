@@ -42,6 +42,7 @@ class GigaGanSettings(CaptionedSettings):
     penalty_every: int = Field(4, ge=1, description="updates of the critic from one that pays the penalty to the next")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     matching: float = Field(1.0, ge=0, description="weight of pairs that do not match in both losses; 0: none")
+    mismatches: int = Field(1, ge=1, description="other captions that each image is held against")
 
 
 class GigaGan(Captioned, Adversarial):
