@@ -84,7 +84,7 @@ class Synthesis(nn.Module):
     """From styles to images. What is to be enlarged is thinned out first, as convolutions of many fine features are
     what costs time; each resolution adds to the picture."""
 
-    def __init__(self, shape: Sequence[int], width: int, style: int, filters: int, attention: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], width: int, style: int, filters: int, attention: int) -> None:
         super().__init__()
         height, breadth, colours = shape
         levels = halvings(height, breadth)
@@ -96,7 +96,7 @@ class Synthesis(nn.Module):
         self.colours = nn.ModuleList(Colours(each, colours, style) for each in widths)
         sides = [height >> level for level in range(levels, -1, -1)]
         self.attention = nn.ModuleDict(
-            {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side in attention}
+            {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side == attention}
         )
 
     def forward(self, style: Tensor, local: Tensor, coarse: None = None) -> tuple[list[Tensor], list[Tensor]]:

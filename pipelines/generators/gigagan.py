@@ -33,7 +33,7 @@ class GigaGanSettings(CaptionedSettings):
     critic_width: int = Field(16, ge=1, description="of the critic: twice as many at half the resolution, then 4 times")
     latent: int = Field(48, ge=1, description="dimensions of z, of w and of what is read of each token")
     filters: int = Field(2, ge=1, description="kernels in the bank of each convolution, mixed anew for each sample")
-    attention: tuple[int, ...] = Field((4,), description="heights, in pixels, of features that attend; none: []")
+    attention: int = Field(4, ge=0, description="height, in pixels, of the features that attend; 0: none do")
     steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit")
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     batch_size: int = Field(32, ge=2, description="images of an update")
