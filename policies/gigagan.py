@@ -46,11 +46,12 @@ def distance_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def mismatched(captions: Tensor, random: torch.Generator) -> Tensor:
     """For each of ``captions`` (n,), which are numbers, the place of another in the batch, (n,): of another caption
-    wherever there is one. In the order of captions, a rotation by the largest group leaves none at its own unless that
+    wherever there is one. With captions in a random order, a rotation by the largest group leaves none at its own unless that
     is more than half of the batch; what is left then draws among the others."""
     count = len(captions)
     order = torch.randperm(count, generator=random)
-    order = order[captions[order].argsort(stable=True)]
+    ranks = torch.randperm(int(captions.max()) + 1, generator=random)  # or neighbours would always be the same
+    order = order[ranks[captions[order]].argsort(stable=True)]
     largest = int(captions.unique(return_counts=True)[1].max())
     found = torch.empty(count, dtype=torch.long)
     found[order] = order.roll(-largest)
