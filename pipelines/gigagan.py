@@ -24,7 +24,7 @@ from pipelines.studies import metrics, products
 from policies.loops.samples import Samples
 
 _SHOWN, _EACH = 8, 12  # prompts of a picture, and images of each
-_ROUNDS, _SHORT = 5, 256  # of a race, and images that each player draws in one
+_ROUNDS = 5  # of a race
 
 
 def learn(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -72,7 +72,8 @@ def race(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     how many times the latter is of the former. Both have read the captions before, as each is read once."""
     data, _, reference = load_data(parameters)
     assert data.captions is not None
-    asked = (data.captions[reference].tolist() * _SHORT)[:_SHORT]
+    count = parameters["timed"]
+    asked = (data.captions[reference].tolist() * count)[:count]
     players = {"gigagan": _drawing(parameters, inputs, device), "ddim": _drawing(parameters, [], device)}
     threads, spent = torch.get_num_threads(), dict[str, list[float]]()
     torch.set_num_threads(1)

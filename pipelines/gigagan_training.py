@@ -37,8 +37,7 @@ def play(
     for step in range(steps):
         chosen = torch.multinomial(chances, size, replacement=True, generator=random)
         z = torch.randn(size, settings.latent, generator=random).to(device)
-        other = [mismatched(owner[chosen], random).to(device) for _ in range(settings.mismatches)]
-        own = states[owner[chosen]]
+        other, own = mismatched(owner[chosen], random).to(device), states[owner[chosen]]
         real = images[chosen].to(device)
         reals, given = (real, halved(real)), None
         if enlarges:
@@ -47,13 +46,11 @@ def play(
         paid = settings.gradient_penalty > 0 and step % settings.penalty_every == 0
         seen = [torch.cat(pair).detach().requires_grad_(paid) for pair in zip(reals, fakes, strict=True)]
         text = stage.critic_text(own)[1]
-        scores = critic(
-            seen, [each.repeat(2, 1) for each in (text, *(text[places] for places in other))]
-        )  # heads of (matches, resolutions, n, any)
+        scores = critic(seen, [text.repeat(2, 1), text[other].repeat(2, 1)])  # heads of (matches, resolutions, n, any)
         right, wrong = [each[0, :, :size] for each in scores], [each[0, :, size:] for each in scores]
         loss = ahead(right, wrong)
         if matching:
-            loss = loss + matching * ahead([each.repeat(1, 2, 1) for each in right], [each[1:] for each in scores])
+            loss = loss + matching * ahead([each.repeat(1, 2, 1) for each in right], [each[1] for each in scores])
         if paid:
             weight = settings.gradient_penalty / 2 * settings.penalty_every
             loss = loss + weight * slope([each[0] for each in scores], seen, size)
@@ -69,14 +66,14 @@ def drawing_loss(
     stage: Stage,
     fakes: Sequence[Tensor],
     own: Tensor,
-    other: Sequence[Tensor],
+    other: Tensor,
     right: Sequence[Tensor],
     matching: float,
 ) -> Tensor:
     """The generator's: its images are to be ahead of real ones, whose scores were ``right`` a step ago, and further
     ahead with their ``own`` captions than with those of ``other`` places."""
     text = stage.critic_text(own)[1]
-    scores = stage.critic(fakes, [text, *(text[places] for places in other)])
+    scores = stage.critic(fakes, [text, text[other]])
     own_scores = [each[0] for each in scores]
     loss = ahead(own_scores, right)
-    return loss + matching * ahead(own_scores, [each[1:] for each in scores]) if matching else loss
+    return loss + matching * ahead(own_scores, [each[1] for each in scores]) if matching else loss

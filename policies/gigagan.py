@@ -46,8 +46,8 @@ def distance_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def mismatched(captions: Tensor, random: torch.Generator) -> Tensor:
     """For each of ``captions`` (n,), which are numbers, the place of another in the batch, (n,): of another caption
-    wherever there is one. With captions in a random order, a rotation by the largest group leaves none at its own unless that
-    is more than half of the batch; what is left then draws among the others."""
+    wherever there is one. Of groups in a random order, a rotation by the largest leaves none at its own caption unless
+    that group is more than half of the batch; what is left then draws among the others."""
     count = len(captions)
     order = torch.randperm(count, generator=random)
     ranks = torch.randperm(int(captions.max()) + 1, generator=random)  # or neighbours would always be the same

@@ -117,7 +117,7 @@ def test_pairs_that_do_not_match_reach_both_players(data: Samples, model: GigaGa
     def gradient(shift: int, matching: float) -> tuple[float, Tensor]:
         stage.zero_grad()
         fakes = stage.synthesis(*stage.styles(states, z, own))[0][:-3:-1]
-        loss = drawing_loss(stage, fakes, states, [own.roll(shift)], right, matching)
+        loss = drawing_loss(stage, fakes, states, own.roll(shift), right, matching)
         loss.backward()
         return loss.item(), torch.cat([each.grad.flatten() for each in stage.synthesis.colours.parameters()])
 
@@ -242,7 +242,7 @@ LOOP = [
 def test_it_runs_through_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_captioner: Path) -> None:
     rules: dict[str, dict[str, Any]] = {
         "fully_synthetic": {},
-        "iterative_retraining": {"n_synthetic": 10, "gigagan": {"further_steps": 1}},
+        "iterative_retraining": {"n_real": 5, "n_synthetic": 10, "gigagan": {"further_steps": 1}},
         "curated": {"reward": "tests.rewards:redness", "candidates": 2, "n_real": 5, "n_synthetic": 10},
         "corrected": {"corrector": 3, "correction": 0.5, "n_real": 5, "n_synthetic": 10},
         "neon": {"rule": "fully_synthetic", "refinement": "neon", "neon": {"samples": 10, "updates": 1}},
@@ -278,7 +278,7 @@ def test_impossible_loops_are_one_line(overrides: list[str], message: str) -> No
 
 
 DATA = DataSettings(source="captioned_digits", reference=12, limit=40, image_size=16)
-SHORT = {"data": DATA, "gigagan": TINY, "enlarging": 2, "steps": 2}
+SHORT = {"data": DATA, "gigagan": TINY, "enlarging": 2, "steps": 2, "timed": 4}
 
 
 def test_the_study_judges_every_arm() -> None:

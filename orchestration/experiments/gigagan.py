@@ -40,6 +40,7 @@ class GigaGanStudy(ImageStudy):
     gigagan: GigaGanSettings = GigaGanSettings(filters=2)
     enlarging: int = Field(400, ge=1, description="gigagan.steps of upsampled, of each of its two stages")
     steps: int = Field(20, ge=1, le=1000, description="DDIM steps of the diffusion model")
+    timed: int = Field(256, ge=1, description="images that each draws in one of five rounds of a race")
     guidance_scale: float = Field(1.0, ge=1, description="of the diffusion model; 1 is fastest and the most varied")
     faster: float = Field(100.0, gt=1, description="claimed: so many times fewer CPU seconds an image than by DDIM")
     accuracy: float = Field(0.95, gt=0, lt=1, description="claimed: so many images show all that they are asked to")
@@ -89,7 +90,7 @@ class GigaGanStudy(ImageStudy):
             made = [task(learn, {**common, "settings": content}, label=f"{arm}, seed {seed}")]
         found = [*made, task(judge, how, eye, *made, label=f"{arm}, seed {seed}, judged")]
         if arm in ("full", "kernel"):
-            found.append(task(race, how, *made, label=f"{arm}, seed {seed}, timed"))
+            found.append(task(race, {**how, "timed": self.timed}, *made, label=f"{arm}, seed {seed}, timed"))
         return found
 
     def claims(self) -> Iterator[Claim]:

@@ -38,11 +38,10 @@ class GigaGanSettings(CaptionedSettings):
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     batch_size: int = Field(32, ge=2, description="images of an update")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
-    gradient_penalty: float = Field(1.0, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
+    gradient_penalty: float = Field(0.2, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
     penalty_every: int = Field(4, ge=1, description="updates of the critic from one that pays the penalty to the next")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     matching: float = Field(1.0, ge=0, description="weight of pairs that do not match in both losses; 0: none")
-    mismatches: int = Field(1, ge=1, description="other captions that each image is held against")
 
 
 class GigaGan(Captioned, Adversarial):
