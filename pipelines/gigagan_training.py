@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pipelines.generators.adversarial import Game
 from pipelines.gigagan_networks import Stage, halved
-from policies.gigagan import ahead, mismatched, slope
+from policies.gigagan import ahead, confusable, slope
 
+_BATCH, _PENALTY_EVERY = 32, 4  # images of an update; updates of the critic from one penalty to the next
+_TRIES = 4  # other captions, of which the nearest one is held against an image
 _FIDELITY, _GRAIN = 10.0, 0.05  # of an enlargement: weight of what it was given, noise in that
 
 
@@ -30,20 +32,21 @@ def play(
     Their captions have ``states`` by the numbers of ``owner`` (n,). One that ``enlarges`` is given them at half size.
     """
     random, chances = torch.Generator().manual_seed(seed), torch.from_numpy(weights)
-    device, size, matching = states.device, settings.batch_size, settings.matching
+    device, size, matching = states.device, _BATCH, settings.matching
     (judging, drawing), critic = stage.players(), stage.critic
     every = torch.arange(size)
     game = Game(stage, settings.learning_rate, steps)
     for step in range(steps):
         chosen = torch.multinomial(chances, size, replacement=True, generator=random)
         z = torch.randn(size, settings.latent, generator=random).to(device)
-        other, own = mismatched(owner[chosen], random).to(device), states[owner[chosen]]
+        own = states[owner[chosen]]
+        other = confusable(owner[chosen], own[:, 0].cpu(), _TRIES, random).to(device)
         real = images[chosen].to(device)
         reals, given = (real, halved(real)), None
         if enlarges:
             given = reals[1] + _GRAIN * torch.randn(reals[1].shape, generator=random).to(device)
         fakes = stage.synthesis(*stage.styles(own, z, every), given)[0][:-3:-1]
-        paid = settings.gradient_penalty > 0 and step % settings.penalty_every == 0
+        paid = settings.gradient_penalty > 0 and step % _PENALTY_EVERY == 0
         seen = [torch.cat(pair).detach().requires_grad_(paid) for pair in zip(reals, fakes, strict=True)]
         text = stage.critic_text(own)[1]
         scores = critic(seen, [text.repeat(2, 1), text[other].repeat(2, 1)])  # heads of (matches, resolutions, n, any)
@@ -52,7 +55,7 @@ def play(
         if matching:
             loss = loss + matching * ahead([each.repeat(1, 2, 1) for each in right], [each[1] for each in scores])
         if paid:
-            weight = settings.gradient_penalty / 2 * settings.penalty_every
+            weight = settings.gradient_penalty / 2 * _PENALTY_EVERY
             loss = loss + weight * slope([each[0] for each in scores], seen, size)
         game.step(judging, loss)
         loss = drawing_loss(stage, fakes, own, other, [each.detach() for each in right], matching)

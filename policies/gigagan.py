@@ -62,6 +62,14 @@ def mismatched(captions: Tensor, random: torch.Generator) -> Tensor:
     return found
 
 
+def confusable(captions: Tensor, states: Tensor, tries: int, random: torch.Generator) -> Tensor:
+    """Of so many :func:`mismatched` ``tries`` for each of ``captions`` (n,), the place whose ``states`` (n, width) are
+    nearest to its own (n,). Most of any others differ in every word, from which little is left to learn soon."""
+    found = torch.stack([mismatched(captions, random) for _ in range(tries)])
+    distances = (states[found] - states).square().sum(dim=-1)
+    return found.gather(0, distances.argmin(dim=0)[None])[0]
+
+
 def ahead(favoured: Scores, other: Scores) -> Tensor:
     """Σ over heads of the mean of −log σ(favoured − other): R3GAN's pairs (2501.05441, equation 2)."""
     return torch.stack([softplus(b - a).mean() for a, b in zip(favoured, other, strict=True)]).sum()

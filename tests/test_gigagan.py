@@ -25,10 +25,18 @@ from pipelines.gigagan_training import drawing_loss
 from pipelines.storage.atomic import packed, unpacked
 from pipelines.storage.tasks import in_order
 from pipelines.studies import perform
-from policies.gigagan import ahead, distance_attention, inverse_norms, mismatched, modulated_convolution, slope
+from policies.gigagan import (
+    ahead,
+    confusable,
+    distance_attention,
+    inverse_norms,
+    mismatched,
+    modulated_convolution,
+    slope,
+)
 from policies.loops.samples import Samples
 
-TINY = GigaGanSettings(width=2, critic_width=2, latent=6, filters=2, steps=3, batch_size=6)
+TINY = GigaGanSettings(width=2, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +103,18 @@ def test_no_caption_is_held_against_itself(captions: list[int]) -> None:
     assert len(seen) == max(1, len(set(captions)) - 1)  # and any other may be the one
 
 
+def test_the_nearest_of_some_captions_is_held_against_an_image() -> None:
+    own, random = torch.arange(6), torch.Generator().manual_seed(0)
+    places = torch.tensor([0.0, 1, 10, 11, 20, 21])[:, None]
+    assert confusable(own, places, 60, random).tolist() == [1, 0, 3, 2, 5, 4]
+    distances = [
+        (places[confusable(own, places, tries, random)] - places).abs().mean() for _ in range(50) for tries in (1, 4)
+    ]
+    assert np.mean(distances[1::2]) < np.mean(distances[::2]) / 2
+    same = torch.tensor([0, 0, 1])
+    assert confusable(same, torch.tensor([[0.0], [0.0], [5.0]]), 20, random)[:2].tolist() == [2, 2]
+
+
 def test_losses_by_hand() -> None:
     one, two = torch.tensor([[2.0], [0.0]]), torch.tensor([[-1.0], [1.0]])
     single = (np.log1p(np.exp(-3)) + np.log1p(np.exp(1))) / 2
@@ -111,7 +131,7 @@ def test_pairs_that_do_not_match_reach_both_players(data: Samples, model: GigaGa
     (stage,) = model.networks
     stage.requires_grad_(True)
     states = model._states([str(each) for each in data.captions[0][:4]])
-    z, own = torch.randn(4, 6), torch.arange(4)
+    z, own = torch.randn(4, TINY.latent), torch.arange(4)
     right = [torch.zeros(2, 4, places) for places in (16, 1)]
 
     def gradient(shift: int, matching: float) -> tuple[float, Tensor]:
@@ -168,7 +188,7 @@ def test_a_bias_draws_toward_the_mean_of_the_same_caption(model: GigaGan) -> Non
     torch.testing.assert_close(half.w, (free.w + least.w) / 2)
     torch.testing.assert_close(least.w[:2], least.w[2:4])
     assert (least.w[0] - least.w[1]).abs().max() > 1e-5
-    tried = torch.randn(TYPICAL_DRAWS, 6, generator=torch.Generator().manual_seed(0))
+    tried = torch.randn(TYPICAL_DRAWS, TINY.latent, generator=torch.Generator().manual_seed(0))
     first = stage.styles(model._states(prompts[:1]), tried, torch.zeros(TYPICAL_DRAWS, dtype=torch.long))[0]
     torch.testing.assert_close(least.w[0], first.mean(dim=0))
     assert torch.equal(half.conditions["local"], free.conditions["local"])
@@ -229,8 +249,7 @@ def test_larger_images_and_what_enlarges() -> None:
 
 LOOP = [
     "family=gigagan",
-    *(f"gigagan.{name}={value}" for name, value in {"width": 2, "critic_width": 2, "latent": 6, "steps": 2}.items()),
-    "gigagan.batch_size=4",
+    *(f"gigagan.{name}={value}" for name, value in {"width": 2, "steps": 2}.items()),
     "data.source=captioned_digits",
     "data.limit=120",
     "data.reference=30",
@@ -239,14 +258,20 @@ LOOP = [
 ]
 
 
-def test_it_runs_through_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_captioner: Path) -> None:
+def test_it_runs_through_loops(tmp_path: Path, tiny_captioner: Path) -> None:
     rules: dict[str, dict[str, Any]] = {
         "fully_synthetic": {},
         "iterative_retraining": {"n_real": 5, "n_synthetic": 10, "gigagan": {"further_steps": 1}},
         "curated": {"reward": "tests.rewards:redness", "candidates": 2, "n_real": 5, "n_synthetic": 10},
         "corrected": {"corrector": 3, "correction": 0.5, "n_real": 5, "n_synthetic": 10},
         "neon": {"rule": "fully_synthetic", "refinement": "neon", "neon": {"samples": 10, "updates": 1}},
-        "biased": {"rule": "augmentation", "n_real": 5, "sampling_bias": 0.5, "captions": {"share": 0.5}},
+        "biased": {
+            "rule": "augmentation",
+            "n_real": 5,
+            "n_synthetic": 10,
+            "sampling_bias": 0.5,
+            "captions": {"share": 0.5},
+        },
     }
     arms = {f"arms.{name}": json.dumps({"rule": name} | keys) for name, keys in rules.items()}
     more = [f"gigagan.captioner={tiny_captioner}", f"output_dir={tmp_path}/run", "seeds=1"]
@@ -281,7 +306,8 @@ DATA = DataSettings(source="captioned_digits", reference=12, limit=40, image_siz
 SHORT = {"data": DATA, "gigagan": TINY, "enlarging": 2, "steps": 2, "timed": 4}
 
 
-def test_the_study_judges_every_arm() -> None:
+def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.measures.features.UPDATES", 2)
     study = GigaGanStudy(**SHORT)
     study.preflight()
     done: dict[str, Any] = {}

@@ -29,19 +29,22 @@ _FINER = "finer_w", "finer_local"  # conditions of what enlarges
 class GigaGanSettings(CaptionedSettings):
     """A GAN that reads, trained from scratch: its networks and their training."""
 
-    width: int = Field(8, ge=1, description="channels at full resolution; twice and four times as many below it")
-    critic_width: int = Field(16, ge=1, description="of the critic: twice as many at half the resolution, then 4 times")
-    latent: int = Field(48, ge=1, description="dimensions of z, of w and of what is read of each token")
+    width: int = Field(
+        8, ge=1, description="channels at full resolution; 2 and 4 times as many below, in the critic twice these"
+    )
     filters: int = Field(2, ge=1, description="kernels in the bank of each convolution, mixed anew for each sample")
     attention: int = Field(4, ge=0, description="height, in pixels, of the features that attend; 0: none do")
-    steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit")
+    upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
+    steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
-    batch_size: int = Field(32, ge=2, description="images of an update")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     gradient_penalty: float = Field(0.2, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
-    penalty_every: int = Field(4, ge=1, description="updates of the critic from one that pays the penalty to the next")
-    upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     matching: float = Field(1.0, ge=0, description="weight of pairs that do not match in both losses; 0: none")
+
+    @property
+    def latent(self) -> int:
+        """Dimensions of z, of w and of what is read of each token."""
+        return 6 * self.width
 
 
 class GigaGan(Captioned, Adversarial):
@@ -104,10 +107,10 @@ class GigaGan(Captioned, Adversarial):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             synthesis = Synthesis(shape, settings.width, latent, filters, settings.attention)
-            stages = [Stage(states, latent, synthesis, Critic(shape, settings.critic_width, latent))]
+            stages = [Stage(states, latent, synthesis, Critic(shape, 2 * settings.width, latent))]
             if settings.upsample > 1:
                 enlargement = Enlargement(channels, settings.width, latent, filters)
-                critic = Critic((height, width, channels), settings.critic_width // 2, latent)
+                critic = Critic((height, width, channels), settings.width, latent)
                 stages.append(Stage(states, latent, enlargement, critic))
         return nn.ModuleList(stages)
 
