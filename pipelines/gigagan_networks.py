@@ -143,12 +143,17 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, text: int) -> None:
         super().__init__()
-        self.read = Convolution(channels, channels, 1, text, 1, demodulate=False)
-        self.with_text, self.without = nn.Conv2d(channels, 1, 1), nn.Conv2d(channels, 1, 1)
+        self.scale, self.read = nn.Linear(text, channels), nn.Linear(channels, channels)
+        nn.init.ones_(self.scale.bias)
+        self.with_text, self.without = nn.Linear(channels, 1), nn.Linear(channels, 1)
 
-    def forward(self, features: Tensor, text: Tensor) -> Tensor:
-        found = self.with_text(leaky_relu(self.read(features, text), _SLOPE))
-        return (found + self.without(features)).flatten(1)
+    def forward(self, features: Tensor, texts: Tensor) -> Tensor:
+        """Scores of ``features`` (n, channels, height, width) with each of ``texts`` (several, n, size): (several, n,
+        positions)."""
+        places = features.flatten(2).mT
+        read = self.read(places * self.scale(texts)[:, :, None])
+        found: Tensor = self.with_text(leaky_relu(read, _SLOPE)) + self.without(places)
+        return found[..., 0]
 
 
 class Critic(nn.Module):
@@ -172,14 +177,11 @@ class Critic(nn.Module):
     def forward(self, images: Sequence[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
         """How well ``images`` of both resolutions (n, …), the fine ones first, go with each of ``texts`` (n, size): for
         every head (texts, resolutions, n, positions). All is done at once, as small calls cost time."""
-        count, several = len(images[0]), len(texts)
         coarse = self.down(torch.cat([enter(image) for enter, image in zip(self.enter, images, strict=True)]))
-        asked = torch.cat([text for text in texts for _ in images])
-        found = []
-        for head, features in zip(self.heads, (coarse, self.whole(coarse)), strict=True):
-            judged = head(features.repeat(several, 1, 1, 1), asked)
-            found.append(judged.view(several, len(images), count, -1))
-        return found
+        asked = torch.stack([text.repeat(len(images), 1) for text in texts])
+        features = coarse, self.whole(coarse)
+        scores = [head(each, asked) for head, each in zip(self.heads, features, strict=True)]
+        return [each.unflatten(1, (len(images), -1)) for each in scores]
 
 
 class Stage(nn.Module):
