@@ -9,26 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, leaky_relu_
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, leaky_relu_, scaled_dot_product_attention
 
 from pipelines.storage.locations import resolve_model
 from policies.gigagan import distance_attention, modulated_convolution
 
 _SLOPE, _SURE = 0.2, 0.99
+_HEADS = 6  # of attention to a caption
 
 
 class Text(nn.Module):
-    """A learned layer over a frozen encoder's states: ``local`` (n, tokens, size), and ``whole`` (n, size) of the last
-    token, which has read all others."""
+    """Learned layers over a frozen encoder's states: ``local`` (n, tokens, size), and ``whole`` (n, size) of the last
+    token, which attends to all of them, as small encoders leave in its state little of what tells captions apart."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, size)
+        self.layer, self.asking = nn.Linear(width, size), nn.Linear(size, size)
+        self.read, self.values = nn.Linear(size, size), nn.Linear(size, size)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """``states`` (n, 1 + tokens, width), the last token's first."""
-        found = self.layer(states)
-        return found[:, 1:], found[:, 0]
+        every = self.layer(states)
+        parts = (self.asking(every[:, :1]), self.read(every), self.values(every))
+        heads = [part.unflatten(2, (_HEADS, -1)).transpose(1, 2) for part in parts]
+        return every[:, 1:], every[:, 0] + scaled_dot_product_attention(*heads).flatten(1)
 
 
 class Convolution(nn.Module):
@@ -90,7 +94,8 @@ class Synthesis(nn.Module):
         levels = halvings(height, breadth)
         widths = [min(4, 2**level) * width for level in range(levels, -1, -1)]
         self.start = nn.Parameter(torch.randn(1, widths[0], height >> levels, breadth >> levels))
-        self.layers = nn.ModuleList(Convolution(each, each, 3, style, filters) for each in widths)
+        banks = [filters] * levels + [1]  # at full resolution a bank would cost as much as all others together
+        self.layers = nn.ModuleList(Convolution(a, a, 3, style, bank) for a, bank in zip(widths, banks, strict=True))
         pairs = itertools.pairwise(widths)
         self.thin = nn.ModuleList(Convolution(a, b, 3, style, filters) for a, b in pairs)
         self.colours = nn.ModuleList(Colours(each, colours, style) for each in widths)

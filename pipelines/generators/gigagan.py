@@ -52,6 +52,7 @@ class GigaGan(Captioned, Adversarial):
 
     names = ("gigagan",)
     schema = GigaGanSettings
+    at_once = 128  # of more, features no longer stay near the processor
 
     def __init__(self, settings: GigaGanSettings, networks: Any, **known: Any) -> None:
         """``known``: the images' ``shape``, and the ``captions`` with their shares."""
