@@ -38,17 +38,17 @@ class Text(nn.Module):
 class Convolution(nn.Module):
     """A bank of filters, of which each sample mixes and scales its own kernel by its style."""
 
-    def __init__(self, inputs: int, outputs: int, side: int, style: int, filters: int, demodulate: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, side: int, style: int, filters: int) -> None:
         super().__init__()
         self.bank = nn.Parameter(torch.randn(outputs, filters, inputs, side, side) / sqrt(inputs * side**2))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.scale, self.choice = nn.Linear(style, inputs), nn.Linear(style, filters)
+        self.scale = nn.Linear(style, inputs)
+        self.choice = nn.Linear(style, filters) if filters > 1 else nn.Identity()
         nn.init.ones_(self.scale.bias)
-        self.demodulate = demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        mixture = self.choice(style).softmax(dim=1)
-        found = modulated_convolution(x, self.bank, mixture, self.scale(style), self.demodulate)
+        mixture = self.choice(style).softmax(dim=1) if self.bank.shape[1] > 1 else style  # of one there is no choice
+        found = modulated_convolution(x, self.bank, mixture, self.scale(style))
         return found.add_(self.bias[:, None, None])
 
 

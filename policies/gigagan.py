@@ -23,14 +23,19 @@ def modulated_convolution(x: Tensor, bank: Tensor, mixture: Tensor, scale: Tenso
 
     A convolution is linear in its kernel. So no sample's kernel is built: its input, times m_i s, goes to each filter.
     """
-    inputs = x[:, None] * (mixture[:, :, None] * scale[:, None])[..., None, None]
-    found = conv2d(inputs.flatten(1, 2), bank.flatten(1, 2), padding=bank.shape[-1] // 2)
+    if bank.shape[1] == 1:  # there is nothing to mix
+        inputs = x * scale[:, :, None, None]
+    else:
+        inputs = (x[:, None] * (mixture[:, :, None] * scale[:, None])[..., None, None]).flatten(1, 2)
+    found = conv2d(inputs, bank.flatten(1, 2), padding=bank.shape[-1] // 2)
     return found * inverse_norms(bank, mixture, scale)[:, :, None, None] if demodulate else found
 
 
 def inverse_norms(bank: Tensor, mixture: Tensor, scale: Tensor) -> Tensor:
     """1 / ‖K s‖ of every sample and output, (n, out), without the kernels: from the filters' inner products."""
     flat = bank.flatten(3)
+    if bank.shape[1] == 1:
+        return (scale.square() @ flat[:, 0].square().sum(dim=-1).T + _EPSILON).rsqrt()
     products = torch.einsum("oaik,obik->abio", flat, flat).flatten(0, 2)  # (filters · filters · in, out)
     pairs = (mixture[:, :, None] * mixture[:, None]).flatten(1)
     weights = (pairs[:, :, None] * scale.square()[:, None]).flatten(1)
