@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from policies.gigagan import distance_attention, modulated_convolution
 
 _SLOPE, _SURE = 0.2, 0.99
 _HEADS = 6  # of attention to a caption
+_VARIETY = 6.0  # what z is multiplied by, or captions would soon outweigh it in w, and each have one image
 
 
 class Text(nn.Module):
@@ -93,7 +94,8 @@ class Synthesis(nn.Module):
         height, breadth, colours = shape
         levels = halvings(height, breadth)
         widths = [min(4, 2**level) * width for level in range(levels, -1, -1)]
-        self.start = nn.Parameter(torch.randn(1, widths[0], height >> levels, breadth >> levels))
+        coarse = widths[0], height >> levels, breadth >> levels
+        self.start = nn.Sequential(nn.Linear(style, prod(coarse)), nn.Unflatten(1, coarse))
         banks = [filters] * levels + [1]  # at full resolution a bank would cost as much as all others together
         self.layers = nn.ModuleList(Convolution(a, a, 3, style, bank) for a, bank in zip(widths, banks, strict=True))
         pairs = itertools.pairwise(widths)
@@ -106,7 +108,7 @@ class Synthesis(nn.Module):
 
     def forward(self, style: Tensor, local: Tensor, coarse: None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Images in [-1, 1] of each resolution, and the features behind them; both coarse ones first."""
-        x = self.start.expand(len(style), -1, -1, -1)
+        x = self.start(style)
         picture = x.new_zeros(len(style), 1, *x.shape[2:])
         images, features = [], []
         for level, (layer, colours) in enumerate(zip(self.layers, self.colours, strict=True)):
@@ -203,7 +205,7 @@ class Stage(nn.Module):
         """w (n, latent) of ``z`` (n, latent) and of the captions that ``owner`` (n,) numbers, and what is read of each
         token of the captions, whose ``states`` these are."""
         local, whole = self.text(states)
-        return self.style(torch.cat([z, whole[owner]], dim=1)), local
+        return self.style(torch.cat([_VARIETY * z, whole[owner]], dim=1)), local
 
     def players(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The weights of the critic, and of the generator."""

@@ -35,11 +35,11 @@ class GigaGanSettings(CaptionedSettings):
     filters: int = Field(2, ge=1, description="kernels in the bank of each convolution, mixed anew for each sample")
     attention: int = Field(4, ge=0, description="height, in pixels, of the features that attend; 0: none do")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
-    steps: int = Field(800, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
+    steps: int = Field(1500, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     gradient_penalty: float = Field(0.2, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
-    matching: float = Field(1.0, ge=0, description="weight of pairs that do not match in both losses; 0: none")
+    matching: float = Field(0.3, ge=0, description="weight of pairs that do not match in both losses; 0: none")
 
     @property
     def latent(self) -> int:
