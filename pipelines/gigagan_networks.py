@@ -16,7 +16,7 @@ from policies.gigagan import distance_attention, modulated_convolution
 
 _SLOPE, _SURE = 0.2, 0.99
 _HEADS = 6  # of attention to a caption
-_VARIETY = 6.0  # what z is multiplied by, or captions would soon outweigh it in w, and each have one image
+_VARIETY = 6.0  # what z is multiplied by, as captions soon outweigh it in w
 
 
 class Text(nn.Module):

@@ -260,15 +260,13 @@ LOOP = [
 
 def test_it_runs_through_loops(tmp_path: Path, tiny_captioner: Path) -> None:
     rules: dict[str, dict[str, Any]] = {
-        "fully_synthetic": {},
         "iterative_retraining": {"n_real": 5, "n_synthetic": 10, "gigagan": {"further_steps": 1}},
         "curated": {"reward": "tests.rewards:redness", "candidates": 2, "n_real": 5, "n_synthetic": 10},
         "corrected": {"corrector": 3, "correction": 0.5, "n_real": 5, "n_synthetic": 10},
-        "neon": {"rule": "fully_synthetic", "refinement": "neon", "neon": {"samples": 10, "updates": 1}},
-        "biased": {
-            "rule": "augmentation",
-            "n_real": 5,
-            "n_synthetic": 10,
+        "neon": {
+            "rule": "fully_synthetic",
+            "refinement": "neon",
+            "neon": {"samples": 10, "updates": 1},
             "sampling_bias": 0.5,
             "captions": {"share": 0.5},
         },

@@ -32,7 +32,7 @@ class GigaGanSettings(CaptionedSettings):
     width: int = Field(
         8, ge=1, description="channels at full resolution; 2 and 4 times as many below, in the critic twice these"
     )
-    filters: int = Field(2, ge=1, description="kernels in the bank of each convolution, mixed anew for each sample")
+    filters: int = Field(1, ge=1, description="kernels in a convolution's bank, mixed anew for each sample; 1: no bank")
     attention: int = Field(4, ge=0, description="height, in pixels, of the features that attend; 0: none do")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     steps: int = Field(1500, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
