@@ -338,7 +338,7 @@ def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": {"source": "captioned_digits", "reference": 4000, "image_size": 16}}, "leave none to learn from"),
         ({"gigagan": {"filters": 1}}, "gigagan.filters: give 2 or more"),
         ({"gigagan": {"matching": 0}}, "are arms of their own"),
-        ({"gigagan": {"evaluator": "nowhere"}}, "gigagan.evaluator: there is no directory"),
+        ({"gigagan": {"filters": 2, "evaluator": "nowhere"}}, "gigagan.evaluator: there is no directory"),
         ({"gigagan": {"path": "models/digits/captioner"}}, "model_index.json"),
     ],
 )
