@@ -39,7 +39,7 @@ class GigaGanSettings(CaptionedSettings):
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     gradient_penalty: float = Field(0.2, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
-    matching: float = Field(0.3, ge=0, description="weight of pairs that do not match in both losses; 0: none")
+    matching: float = Field(0.1, ge=0, description="weight of pairs that do not match in both losses; 0: none")
 
     @property
     def latent(self) -> int:
