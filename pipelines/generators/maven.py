@@ -18,7 +18,6 @@ from pydantic import Field
 from pipelines.generators import Seeds
 from pipelines.generators.adversarial import (
     CENTRES,
-    SAMPLING_BATCH,
     Adversarial,
     Game,
     Styles,
@@ -152,7 +151,7 @@ class Maven(Adversarial):
                 torch.stack(
                     [each(part.to(self.device)).double().softmax(dim=1) for each in self.networks.discriminators]
                 )
-                for part in to_network_input(images).split(SAMPLING_BATCH)
+                for part in to_network_input(images).split(self.at_once)
             ]
             found: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return found

@@ -22,6 +22,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
+    "gigagan": "orchestration.experiments.gigagan:GigaGanStudy",
     "guard": "orchestration.experiments.guard:Guarding",
     "invert": "orchestration.experiments.invert:Invert",
     "maven": "orchestration.experiments.maven:MavenStudy",
