@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +15,19 @@ class Settings(BaseModel):
     most commands need few of them."""
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, content: Any) -> Any:
+        """As files and parameters of tasks have no tuples."""
+        return {key: tupled(value) for key, value in content.items()} if isinstance(content, Mapping) else content
+
+
+def tupled(content: Any) -> Any:
+    """Plain ``content`` with tuples for lists, however deep."""
+    if isinstance(content, list | tuple):
+        return tuple(map(tupled, content))
+    return {key: tupled(value) for key, value in content.items()} if isinstance(content, dict) else content
 
 
 def check_name(name: str, most: int = 150) -> str:
