@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from orchestration.experiments.gigagan import GigaGanStudy
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.loop import run_mad
 from orchestration.experiments.mad.preflight import preflight_mad
+from orchestration.experiments.text_gan import TextGan
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.digits import captioned
 from pipelines.data.real_data import DataSettings, load_real_data
@@ -306,7 +306,7 @@ SHORT = {"data": DATA, "gigagan": TINY, "enlarging": 2, "steps": 2, "timed": 4}
 
 def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.measures.features.UPDATES", 2)
-    study = GigaGanStudy(**SHORT)
+    study = TextGan(**SHORT)
     study.preflight()
     done: dict[str, Any] = {}
     found = {}
@@ -327,7 +327,7 @@ def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = {arm: study.tasks(arm, 0)[0].parameters.get("settings") for arm in study.arms}
     assert fitted["unmatched"] == fitted["full"] | {"matching": 0.0}
     assert fitted["kernel"] == fitted["full"] | {"filters": 1}
-    assert len(GigaGanStudy(**SHORT, arms=("full",)).claimed()) < len(study.claimed())
+    assert len(TextGan(**SHORT, arms=("full",)).claimed()) < len(study.claimed())
 
 
 @pytest.mark.parametrize(
@@ -344,5 +344,5 @@ def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_cannot_be_studied_is_one_line(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        GigaGanStudy(**changes).preflight()
+        TextGan(**changes).preflight()
     assert "\n" not in str(caught.value)

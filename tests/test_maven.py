@@ -12,16 +12,16 @@ from PIL import Image
 from scipy import stats
 
 from orchestration.cluster.ray_cluster import Machine
+from orchestration.experiments.few_labels import FewLabels
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.loop import run_mad, unroll
 from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
-from orchestration.experiments.maven import MavenStudy
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
+from pipelines.few_labels import learn_features, learn_few, learn_maven
 from pipelines.generators.maven import Maven, MavenSettings, chosen_labels
 from pipelines.mad.graph import image_source
 from pipelines.mad.tasks import read_real_data
-from pipelines.maven import learn_features, learn_few, learn_maven
 from pipelines.measures.distances import moments_nearness
 from pipelines.refinements.neon import Neon
 from pipelines.storage.tasks import TaskStore, in_order
@@ -284,7 +284,7 @@ def test_too_few_labels_to_learn_from_are_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-SHORT = MavenStudy(
+SHORT = FewLabels(
     data=DataSettings(reference=60, limit=200),
     labelled=(20,),
     maven=MavenSettings(steps=3, width=4, discriminators=2),
@@ -324,5 +324,5 @@ def test_the_study_measures_what_its_claims_ask_for() -> None:
 )
 def test_what_cannot_be_studied_is_one_line(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        MavenStudy(**changes).preflight()
+        FewLabels(**changes).preflight()
     assert "\n" not in str(caught.value)

@@ -22,11 +22,11 @@ STUDIES: dict[str, str] = {  # name → import path
     "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
     "erase": "orchestration.experiments.erase:Erase",
-    "gigagan": "orchestration.experiments.gigagan:GigaGanStudy",
+    "few_labels": "orchestration.experiments.few_labels:FewLabels",
     "guard": "orchestration.experiments.guard:Guarding",
     "invert": "orchestration.experiments.invert:Invert",
-    "maven": "orchestration.experiments.maven:MavenStudy",
     "neurons": "orchestration.experiments.neurons:Neurons",
+    "text_gan": "orchestration.experiments.text_gan:TextGan",
 }
 _GROUP = "ouroboros.studies"  # of entry points, by which an installed package brings its own
 

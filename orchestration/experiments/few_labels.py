@@ -22,11 +22,11 @@ from policies.maven import PlainSettings
 ADVERSARIAL, PLAIN = ("maven", "random", "one", "wide"), ("supervised", "pseudo")
 
 
-class MavenStudy(ImageStudy):
+class FewLabels(ImageStudy):
     """Labels from few, by several ways."""
 
-    study: str = "maven"
-    name: str = "maven"
+    study: str = "few_labels"
+    name: str = "few_labels"
     arms: tuple[str, ...] = (*ADVERSARIAL, *PLAIN)
     data: DataSettings = DataSettings()
     labelled: tuple[int, ...] = Field((20, 100), min_length=1, description="how many labels are given")
@@ -60,7 +60,7 @@ class MavenStudy(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """What is learned from each number of labels."""
-        from pipelines.maven import learn_features, learn_few, learn_maven
+        from pipelines.few_labels import learn_features, learn_few, learn_maven
 
         data = self.data.model_dump() | {"source": portable(self.data.source)}
         common: dict[str, Any] = {"data": data, "read": self._digests, "seed": seed}

@@ -27,11 +27,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-class GigaGanStudy(ImageStudy):
+class TextGan(ImageStudy):
     """Fits GigaGANs, and judges what they draw beside a diffusion model."""
 
-    study: str = "gigagan"
-    name: str = "gigagan"
+    study: str = "text_gan"
+    name: str = "text_gan"
     arms: tuple[str, ...] = (*_CHANGES, "diffusion")
     data: DataSettings = Field(
         DataSettings(source="captioned_digits", reference=900, image_size=16),
@@ -75,7 +75,7 @@ class GigaGanStudy(ImageStudy):
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The generator, if the arm has one, what it draws, and what that costs."""
         from pipelines.distilling import learn_features
-        from pipelines.gigagan import judge, learn, race
+        from pipelines.text_gan import judge, learn, race
 
         settings = GigaGan.settled(self.gigagan, 0)
         size = (self.data.image_size or 0) * (2 if arm == "upsampled" else 1)
