@@ -15,7 +15,7 @@ from pipelines.storage.locations import resolve_model
 from policies.gigagan import distance_attention, modulated_convolution
 
 _SLOPE, _SURE = 0.2, 0.99
-_HEADS = 6  # of attention to a caption
+_HEADS, _ATTENDING = 6, 4  # of attention to a caption; height, in pixels, of features that attend
 _VARIETY = 6.0  # what z is multiplied by, as captions soon outweigh it in w
 
 
@@ -89,7 +89,7 @@ class Synthesis(nn.Module):
     """From styles to images. What is to be enlarged is thinned out first, as convolutions of many fine features are
     what costs time; each resolution adds to the picture."""
 
-    def __init__(self, shape: Sequence[int], width: int, style: int, filters: int, attention: int) -> None:
+    def __init__(self, shape: Sequence[int], width: int, style: int, filters: int) -> None:
         super().__init__()
         height, breadth, colours = shape
         levels = halvings(height, breadth)
@@ -103,7 +103,7 @@ class Synthesis(nn.Module):
         self.colours = nn.ModuleList(Colours(each, colours, style) for each in widths)
         sides = [height >> level for level in range(levels, -1, -1)]
         self.attention = nn.ModuleDict(
-            {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side == attention}
+            {str(level): Attention(widths[level], style) for level, side in enumerate(sides) if side == _ATTENDING}
         )
 
     def forward(self, style: Tensor, local: Tensor, coarse: None = None) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pipelines.generators.adversarial import Game
 from pipelines.gigagan_networks import Stage, halved
-from policies.gigagan import ahead, confusable, slope
+from policies.gigagan import ahead, alikeness, confusable, slope
 
-_BATCH, _PENALTY_EVERY = 32, 4  # images of an update; updates of the critic from one penalty to the next
+_BATCH = 32  # images of an update
+_PENALTY, _PENALTY_EVERY = 0.2, 4  # γ of R1 and R2, for pixels in [-1, 1]; updates of the critic from one to the next
 _TRIES = 4  # other captions, of which the nearest one is held against an image
 _FIDELITY, _GRAIN = 10.0, 0.05  # of an enlargement: weight of what it was given, noise in that
 
@@ -32,7 +33,8 @@ def play(
     Their captions have ``states`` by the numbers of ``owner`` (n,). One that ``enlarges`` is given them at half size.
     """
     random, chances = torch.Generator().manual_seed(seed), torch.from_numpy(weights)
-    device, size, matching = states.device, _BATCH, settings.matching
+    device, size = states.device, _BATCH
+    judged, drawn = settings.matched
     (judging, drawing), critic = stage.players(), stage.critic
     every = torch.arange(size)
     game = Game(stage, settings.learning_rate, steps)
@@ -46,19 +48,22 @@ def play(
         if enlarges:
             given = reals[1] + _GRAIN * torch.randn(reals[1].shape, generator=random).to(device)
         fakes = stage.synthesis(*stage.styles(own, z, every), given)[0][:-3:-1]
-        paid = settings.gradient_penalty > 0 and step % _PENALTY_EVERY == 0
+        paid = step % _PENALTY_EVERY == 0
         seen = [torch.cat(pair).detach().requires_grad_(paid) for pair in zip(reals, fakes, strict=True)]
         text = stage.critic_text(own)[1]
         scores = critic(seen, [text.repeat(2, 1), text[other].repeat(2, 1)])  # heads of (matches, resolutions, n, any)
         right, wrong = [each[0, :, :size] for each in scores], [each[0, :, size:] for each in scores]
         loss = ahead(right, wrong)
-        if matching:
-            loss = loss + matching * ahead([each.repeat(1, 2, 1) for each in right], [each[1] for each in scores])
+        if judged:
+            loss = loss + judged * ahead([each.repeat(1, 2, 1) for each in right], [each[1] for each in scores])
         if paid:
-            weight = settings.gradient_penalty / 2 * _PENALTY_EVERY
-            loss = loss + weight * slope([each[0] for each in scores], seen, size)
+            loss = loss + _PENALTY / 2 * _PENALTY_EVERY * slope([each[0] for each in scores], seen, size)
         game.step(judging, loss)
-        loss = drawing_loss(stage, fakes, own, other, [each.detach() for each in right], matching)
+        loss = drawing_loss(stage, fakes, own, other, [each.detach() for each in right], drawn)
+        if settings.seeking:
+            elsewhere = torch.randn(size, settings.latent, generator=random).to(device)
+            others = stage.synthesis(*stage.styles(own, elsewhere, every), given)[0][-1]
+            loss = loss + settings.seeking * alikeness(fakes[0], others, z, elsewhere)
         if enlarges:
             loss = loss + _FIDELITY * (fakes[1] - reals[1]).square().mean()
         game.step(drawing, loss)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, softmax, softplus
 
-_EPSILON = 1e-8
+_EPSILON, _ALIKE = 1e-8, 0.02  # the second of pixels in [-1, 1]: images no farther apart than that count as one
 
 Scores = Sequence[Tensor]
 
@@ -85,3 +85,10 @@ def slope(scores: Scores, images: Sequence[Tensor], count: int) -> Tensor:
     total = torch.stack([each.sum() for each in scores]).sum()
     slopes = torch.autograd.grad(total, list(images), create_graph=True)
     return torch.stack([each.square().sum() for each in slopes]).sum() / count
+
+
+def alikeness(images: Tensor, others: Tensor, latents: Tensor, elsewhere: Tensor) -> Tensor:
+    """How far latents (n, size) are apart, over how far what is drawn from them for the same captions is: the loss of
+    mode seeking (Mao et al., 1903.05628), without which a caption comes to have one image."""
+    apart = (images - others).abs().flatten(1).mean(dim=1)
+    return ((latents - elsewhere).abs().mean(dim=1) / (apart + _ALIKE)).mean()

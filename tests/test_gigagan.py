@@ -27,6 +27,7 @@ from pipelines.storage.tasks import in_order
 from pipelines.studies import perform
 from policies.gigagan import (
     ahead,
+    alikeness,
     confusable,
     distance_attention,
     inverse_norms,
@@ -150,6 +151,20 @@ def test_pairs_that_do_not_match_reach_both_players(data: Samples, model: GigaGa
     without = GigaGan.fit(TINY.model_copy(update={"matching": 0.0}), data, [0])
     for part in ("critic", "synthesis"):
         assert not torch.equal(parameters(without, part), parameters(GigaGan.fit(TINY, data, [0]), part))
+
+
+def test_images_of_a_caption_are_kept_apart(data: Samples) -> None:
+    images, others = torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 0.48)
+    latents, elsewhere = torch.zeros(2, 3), torch.tensor([[1.0, 1, 1], [0, 0, 3]])
+    assert alikeness(images, others, latents, elsewhere).item() == pytest.approx(1 / 0.5)
+    assert alikeness(images, images, latents, elsewhere).item() == pytest.approx(1 / 0.02)
+
+    def spread(seeking: float) -> float:
+        settings = TINY.model_copy(update={"seeking": seeking, "steps": 60})
+        drawn = GigaGan.fit(settings, data, [0]).drawn([str(data.captions[0][0])] * 40, 1, 1.0)
+        return float(drawn.std(axis=0).mean())
+
+    assert spread(1.0) > 1.5 * spread(0.0)
 
 
 def test_equal_seeds_give_equal_models_and_images(data: Samples, model: GigaGan) -> None:
@@ -326,7 +341,8 @@ def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["upsampled"]["enlarged/fid"] > 0
     fitted = {arm: study.tasks(arm, 0)[0].parameters.get("settings") for arm in study.arms}
     assert fitted["unmatched"] == fitted["full"] | {"matching": 0.0}
-    assert fitted["kernel"] == fitted["full"] | {"filters": 1}
+    assert fitted["both"] == fitted["full"] | {"matching": 0.3}
+    assert fitted["bank"] == fitted["full"] | {"filters": 2}
     assert len(TextGan(**SHORT, arms=("full",)).claimed()) < len(study.claimed())
 
 
@@ -336,9 +352,9 @@ def test_the_study_judges_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": {"source": "digits", "image_size": 16}}, "has no captions"),
         ({"data": {"source": "captioned_digits"}}, "data.image_size: give a multiple of 4 pixels, not None"),
         ({"data": {"source": "captioned_digits", "reference": 4000, "image_size": 16}}, "leave none to learn from"),
-        ({"gigagan": {"filters": 1}}, "gigagan.filters: give 2 or more"),
+        ({"gigagan": {"filters": 2}}, "gigagan.filters: leave it at 1"),
         ({"gigagan": {"matching": 0}}, "are arms of their own"),
-        ({"gigagan": {"filters": 2, "evaluator": "nowhere"}}, "gigagan.evaluator: there is no directory"),
+        ({"gigagan": {"evaluator": "nowhere"}}, "gigagan.evaluator: there is no directory"),
         ({"gigagan": {"path": "models/digits/captioner"}}, "model_index.json"),
     ],
 )

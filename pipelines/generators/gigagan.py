@@ -7,7 +7,7 @@ same caption. Weights are not averaged over steps: that smooths, a hidden bias i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TYPICAL_DRAWS = 64  # z, always the same, over which the typical w of a caption is a mean
 _FINER = "finer_w", "finer_local"  # conditions of what enlarges
 
+Weight = Annotated[float, Field(ge=0)]
+
 
 class GigaGanSettings(CaptionedSettings):
     """A GAN that reads, trained from scratch: its networks and their training."""
@@ -33,13 +35,22 @@ class GigaGanSettings(CaptionedSettings):
         8, ge=1, description="channels at full resolution; 2 and 4 times as many below, in the critic twice these"
     )
     filters: int = Field(1, ge=1, description="kernels in a convolution's bank, mixed anew for each sample; 1: no bank")
-    attention: int = Field(4, ge=0, description="height, in pixels, of the features that attend; 0: none do")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     steps: int = Field(1500, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
-    gradient_penalty: float = Field(0.2, ge=0, description="γ of R1 and R2, for pixels in [-1, 1]")
-    matching: float = Field(0.1, ge=0, description="weight of pairs that do not match in both losses; 0: none")
+    matching: Weight | tuple[Weight, Weight] = Field(
+        (0.3, 0.0),
+        description="weight of pairs that do not match, in the critic's loss and in the generator's; or one for both",
+    )
+    seeking: float = Field(
+        0.006, ge=0, description="weight of mode seeking: images of a caption differ more, and heed it later; 0: none"
+    )
+
+    @property
+    def matched(self) -> tuple[float, float]:
+        """The weight of pairs that do not match in the critic's loss, and in the generator's."""
+        return self.matching if isinstance(self.matching, tuple) else (self.matching, self.matching)
 
     @property
     def latent(self) -> int:
@@ -107,7 +118,7 @@ class GigaGan(Captioned, Adversarial):
         shape = height // settings.upsample, width // settings.upsample, channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            synthesis = Synthesis(shape, settings.width, latent, filters, settings.attention)
+            synthesis = Synthesis(shape, settings.width, latent, filters)
             stages = [Stage(states, latent, synthesis, Critic(shape, 2 * settings.width, latent))]
             if settings.upsample > 1:
                 enlargement = Enlargement(channels, settings.width, latent, filters)
