@@ -36,7 +36,7 @@ class GigaGanSettings(CaptionedSettings):
     )
     filters: int = Field(1, ge=1, description="kernels in a convolution's bank, mixed anew for each sample; 1: no bank")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
-    steps: int = Field(1500, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
+    steps: int = Field(2200, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
     further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     matching: Weight | tuple[Weight, Weight] = Field(
@@ -44,7 +44,7 @@ class GigaGanSettings(CaptionedSettings):
         description="weight of pairs that do not match, in the critic's loss and in the generator's; or one for both",
     )
     seeking: float = Field(
-        0.006, ge=0, description="weight of mode seeking: images of a caption differ more, and heed it later; 0: none"
+        0.005, ge=0, description="weight of mode seeking: images of a caption differ more, and heed it later; 0: none"
     )
 
     @property
