@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from orchestration.experiments.mad.config import MadConfig
-from orchestration.experiments.mad.loop import run_mad
+from orchestration.experiments.mad.loop import run_mad, unroll
 from orchestration.experiments.mad.preflight import preflight_mad
 from orchestration.experiments.text_gan import TextGan
 from orchestration.runs.config import ConfigError, load_config
@@ -165,6 +165,21 @@ def test_images_of_a_caption_are_kept_apart(data: Samples) -> None:
         return float(drawn.std(axis=0).mean())
 
     assert spread(1.0) > 1.5 * spread(0.0)
+
+
+@pytest.mark.parametrize(("further", "starts"), [(None, [0, 0, 0]), (1, [0, 1, 1])])
+def test_further_steps_make_generations_go_on_under_any_rule(further: int | None, starts: list[int]) -> None:
+    given = [
+        "rule=fresh",
+        "n_real=5",
+        "n_synthetic=5",
+        f"gigagan.further_steps={'null' if further is None else further}",
+    ]
+    config = load_config(MadConfig, None, [*LOOP, *given, "generations=3", "seeds=1"])
+    generations = unroll(config, preflight_mad(config))
+    fits = [each.fit for each in generations]
+    assert [int(fit.parameters["fine_tunes"]) for fit in fits] == starts
+    assert [sum(given.kind == "fit" for given in fit.inputs) for fit in fits] == starts
 
 
 def test_equal_seeds_give_equal_models_and_images(data: Samples, model: GigaGan) -> None:

@@ -78,6 +78,11 @@ class Generator(Named):
         raise NotImplementedError
 
     @classmethod
+    def goes_on(cls, settings: Any) -> bool:
+        """Whether a generation goes on from the last one's weights under any data rule."""
+        return False
+
+    @classmethod
     def settled(cls, settings: Any, classes: int) -> Any:
         """``settings`` for real images of so many ``classes``; 0: without labels."""
         return settings

@@ -37,7 +37,9 @@ class GigaGanSettings(CaptionedSettings):
     filters: int = Field(1, ge=1, description="kernels in a convolution's bank, mixed anew for each sample; 1: no bank")
     upsample: Literal[1, 2] = Field(1, description="2: draw at half the size, and let a second GAN enlarge it")
     steps: int = Field(2200, ge=1, description="updates of the critic and of the generator in one fit, for each GAN")
-    further_steps: int | None = Field(None, ge=1, description="in a fit that goes on from earlier weights; null: steps")
+    further_steps: int | None = Field(
+        None, ge=1, description="updates of generations from 2 on, which go on from the last one's weights; null: anew"
+    )
     learning_rate: float = Field(4e-3, gt=0, description="Adam's at the first step; falls to 0 along a cosine")
     matching: Weight | tuple[Weight, Weight] = Field(
         (0.3, 0.0),
@@ -174,6 +176,11 @@ class GigaGan(Captioned, Adversarial):
         if unread := [prompt for prompt in prompts if prompt not in self._read]:
             self._read |= dict(zip(unread, read_texts(self.settings.path, unread, self.device), strict=True))
         return torch.stack([self._read[prompt] for prompt in prompts])
+
+    @classmethod
+    def goes_on(cls, settings: GigaGanSettings) -> bool:
+        """With a number of further steps."""
+        return settings.further_steps is not None
 
     @classmethod
     def check(cls, settings: GigaGanSettings, loop: Rule) -> None:

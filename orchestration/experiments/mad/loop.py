@@ -57,10 +57,11 @@ def chain(
     read = batches(manifests)
     drawn: dict[Batch, Task] = {}
     model = captioner = None
+    goes_on = arm.loop.fine_tunes or arm.generator.goes_on(arm.generator_settings)
     for manifest in manifests:
         number = manifest.generation
         last = number == generations
-        fit = tasks.fit(manifest, drawn, start=model if arm.loop.fine_tunes else None, kept=last)
+        fit = tasks.fit(manifest, drawn, start=model if goes_on else None, kept=last)
         model = tasks.refine(fit, number, kept=last)
         captioner = tasks.captioner(manifest, drawn, captioner)
         evaluation = tasks.evaluation(model, number)
