@@ -1,0 +1,238 @@
+"""Dragging what a GAN of the loop draws (:mod:`policies.drag`), and how far that can be believed.
+
+Landmarks are found on pixels: the tip of the ink that lies farthest in one of eight directions. Everything is a
+function of the generator, the settings and the seed; on one machine a repeat gives the same bytes.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.captioner import Captioner
+from pipelines.data.digits import DIGITS, Split, caption, load_split, parse, tint
+from pipelines.figures.dragging import marked, strip
+from pipelines.generators import GENERATORS, load_generator
+from pipelines.generators.adversarial import Adversarial, Styles
+from pipelines.measures.evaluator import load_evaluator, to_network_input
+from pipelines.scoring import captioned
+from pipelines.settings import CaptionerSettings
+from pipelines.storage.atomic import Files, packed
+from pipelines.storage.locations import resolve_model
+from pipelines.studies import PRODUCT, metrics, products
+from policies.common.seeding import derive_seed
+from policies.drag import DragSettings, Moment, drag, resized
+from policies.loops.samples import Samples
+
+FAMILY = "family.json"  # beside a generator that is a product: what family it is of
+_WAYS = np.stack([(np.cos(turn), np.sin(turn)) for turn in np.arange(8) * np.pi / 4])  # in which ink may lie farthest
+
+
+def renderer(generator: Adversarial, styles: Styles) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What draws with other w and the conditions of ``styles``: images, and all their features side by side at the
+    resolution of the finest."""
+
+    def render(w: Tensor) -> tuple[Tensor, Tensor]:
+        images, maps = generator.render(Styles(w, styles.conditions))
+        finest = maps[-1].shape[-2], maps[-1].shape[-1]
+        return images, torch.cat([resized(each, finest) for each in maps], dim=1)
+
+    return render
+
+
+def invert(
+    generator: Adversarial, images: np.ndarray, candidates: Styles, steps: int = 300, learning_rate: float = 0.05
+) -> tuple[Styles, np.ndarray]:
+    """The styles (n, …) that draw ``images`` (n, height, width, channels) uint8 best, each by Adam from the best of the
+    ``candidates``; and what is left, the mean |error| (n,) of pixels in [0, 1]."""
+    wanted = to_network_input(images).to(generator.device)
+    with torch.no_grad():
+        drawn = generator.render(candidates)[0]
+        nearest = torch.cdist(wanted.flatten(1), drawn.flatten(1)).argmin(dim=1)
+    conditions = {name: each[nearest] for name, each in candidates.conditions.items()}
+    w = candidates.w[nearest].detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([w], lr=learning_rate)
+    for _ in range(steps):
+        loss = (generator.render(Styles(w, conditions))[0] - wanted).square().flatten(1).mean(dim=1).sum()
+        (w.grad,) = torch.autograd.grad(loss, w)
+        optimizer.step()
+    with torch.no_grad():
+        left = (generator.render(Styles(w, conditions))[0] - wanted).abs().flatten(1).mean(dim=1) / 2
+    return Styles(w.detach(), conditions), left.cpu().numpy()
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Images (n, channels, height, width) in [-1, 1] as uint8 (n, height, width, channels)."""
+    found: np.ndarray = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return found
+
+
+def digits(
+    posing: Mapping[str, Any], split: Split, rounds: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Every digit of a split in so many random poses and tints: images (n, 16, 16, 3) uint8, labels (n,), captions."""
+    strokes, labels = (np.concatenate([each] * rounds) for each in load_split(split))
+    count, (across, down) = len(labels), posing["shift"]
+    size, slant = (rng.uniform(*ends, count) for ends in (posing["scale"], (-posing["slant"], posing["slant"])))
+    pose = np.zeros((count, 2, 3), np.float32)  # where in the digit a pixel of the image comes from
+    pose[:, 0, 0] = pose[:, 1, 1] = 1 / size
+    pose[:, 0, 1] = slant / size
+    pose[:, :, 2] = rng.uniform(-1, 1, (count, 2)) * np.array([across, down]) * 2 / strokes.shape[-1]
+    grid = torch.nn.functional.affine_grid(torch.from_numpy(pose), [count, 1, *strokes.shape[1:]], align_corners=False)
+    posed = torch.nn.functional.grid_sample(torch.from_numpy(strokes)[:, None], grid, align_corners=False)[:, 0]
+    strokes = (posed * 1.5 - 0.25).clamp(0, 1).numpy()  # as sharp as before: sampling has smoothed edges
+    inks, grounds = (rng.choice(posing[name], count).tolist() for name in ("inks", "grounds"))
+    words = zip((DIGITS[label] for label in labels), inks, grounds, strict=True)
+    return tint(strokes, inks, grounds), labels, [caption(*each) for each in words]
+
+
+def ink_of(images: np.ndarray) -> np.ndarray:
+    """How much of each pixel of ``images`` (n, height, width, 3) uint8 is ink, (n, height, width) in [0, 1]: how far it
+    is from the ground's colour, which is that of most pixels at both sides."""
+    pixels = images.astype(np.float32)
+    sides = np.concatenate([pixels[:, :, :2], pixels[:, :, -2:]], axis=2).reshape(len(images), -1, 3)
+    distance = np.linalg.norm(pixels - np.median(sides, axis=1)[:, None, None], axis=-1)
+    full = np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)
+    ink: np.ndarray = np.clip(distance / np.maximum(full, 1), 0, 1)
+    return ink
+
+
+def tips(images: np.ndarray, ways: np.ndarray, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """The landmark of each image: where its ink lies farthest in a direction of ``ways`` (n, 2), as a mean of places
+    (n, 2), (x, y) in pixels, that counts less by e the 1/``sharpness`` of a pixel further back; and how far these
+    places spread around it, (n,) in pixels: little at a tip, much at a bar or at two tips."""
+    ink = ink_of(images)
+    rows, columns = np.indices(ink.shape[1:])
+    places, ink = np.stack([columns, rows], axis=-1).reshape(-1, 2), ink.reshape(len(ink), -1)
+    along = ways @ places.T
+    farthest = np.where(ink >= 0.5, along, -np.inf).max(axis=1, keepdims=True)
+    weight = np.where(ink >= 0.25, ink, 0) * np.exp(np.minimum(sharpness * (along - farthest), 2))
+    weight /= weight.sum(axis=1, keepdims=True)
+    found = weight @ places
+    spread = ((places - found[:, None]) ** 2).sum(axis=2)
+    return found, np.sqrt((weight * spread).sum(axis=1))
+
+
+def learn(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Task: a generator of posed digits as a product, for :mod:`orchestration.cli.drag`, too."""
+    kind, rng = GENERATORS.find(parameters["family"]), np.random.default_rng(derive_seed(0, "poses"))
+    images, labels, captions = digits(parameters["posing"], "train", parameters["posing"]["rounds"], rng)
+    data = Samples(images[None], labels[None], captions=np.array(captions)[None])
+    stream = derive_seed(parameters["seed"], "generator")
+    fitted = kind.fit(kind.schema(**parameters["settings"]), data, [stream], device=device)
+    files = packed(fitted.save) | {FAMILY: json.dumps({"family": parameters["family"]}).encode()}
+    return {f"{PRODUCT}{name}": content for name, content in files.items()}
+
+
+class Drags(NamedTuple):
+    """Drags of one point each: of what, ``handles`` and ``targets`` (n, 2), in which of eight directions the ink lies
+    farthest at the handle (n, 2), and the images (n, height, width, channels) at first."""
+
+    styles: Styles
+    handles: np.ndarray
+    targets: np.ndarray
+    ways: np.ndarray
+    images: np.ndarray
+
+    @classmethod
+    def of(
+        cls, generator: Adversarial, styles: Styles, count: int, lengths: Sequence[float], spread: float, rng: Any
+    ) -> "Drags":
+        """The first ``count`` of the images of ``styles`` whose ink has a tip in a direction of chance, to be dragged
+        by a length between the ``lengths``, whichever way stays in the image."""
+        images = generator.draw(styles)
+        ways = _WAYS[rng.integers(len(_WAYS), size=len(images))]
+        handles, found = tips(images, ways)
+        chosen = np.flatnonzero(found <= spread)[:count]
+        size, targets = np.array(images.shape[2:0:-1]), []
+        for handle in handles[chosen]:
+            around = rng.uniform(0, 2 * np.pi, 1000)
+            places = handle + rng.uniform(*lengths, (1000, 1)) * np.stack([np.cos(around), np.sin(around)], axis=1)
+            inside = ((places >= 1) & (places <= size - 2)).all(axis=1)
+            targets.append(places[inside.argmax()])
+        taken = _taken(styles, chosen)
+        return cls(taken, handles[chosen], np.array(targets).reshape(-1, 2), ways[chosen], images[chosen])
+
+    def part_of_the_way(self, share: float) -> "Drags":
+        """The same, to a place between."""
+        return self._replace(targets=self.handles + share * (self.targets - self.handles))
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """The half (n, height, width) away from each handle: 1 there."""
+        rows, columns = np.indices(self.images.shape[1:3])
+        places = np.stack([columns - columns.mean(), rows - rows.mean()], axis=-1)
+        return (np.einsum("hwp,np->nhw", places, self.ways) < 0).astype(np.float32)
+
+    def done(self, generator: Adversarial, settings: DragSettings, masked: bool) -> Moment:
+        """Where they stand at last."""
+        handles, targets = (torch.from_numpy(each[:, None]).float() for each in (self.handles, self.targets))
+        fixed = torch.from_numpy(self.fixed).to(generator.device) if masked else None
+        given = self.styles.w, handles.to(generator.device), targets.to(generator.device), fixed
+        *_, last = drag(renderer(generator, self.styles), *given, settings)
+        return last
+
+
+def _taken(styles: Styles, rows: np.ndarray) -> Styles:
+    return Styles(styles.w[rows], {name: each[rows] for name, each in styles.conditions.items()})
+
+
+def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+    """Task: what became of an arm's drags of images that the first of ``inputs`` draws, and of real digits that it has
+    drawn again; ``walk`` goes as far in w as the drags of the second of them, any way.
+
+    ``reach``: the landmark is within 1.5 pixels of the target; ``believed``: the features say so; ``kept``: the judge
+    sees the digit that it saw; ``changed``: mean |change| of pixels in the half away from the handle; ``disagree``:
+    captioner and judge see different digits in a real one, dragged by so many pixels."""
+    arm, seed, pixels = parameters["arm"], parameters["seed"], parameters["pixels"]
+    generator, settings = load_generator(parameters["family"], products(inputs[0])[""], device), parameters["drag"]
+    judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
+    captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
+    rng, count = np.random.default_rng(derive_seed(seed, "drags")), parameters["drags"]
+    styles = generator.styles(16 * count, derive_seed(seed, "styles"), parameters["bias"])
+    sets = {"drawn": Drags.of(generator, styles, count, parameters["lengths"], parameters["spread"], rng)}
+    real, labels, _ = digits(parameters["posing"], "test", 1, rng)
+    chosen = rng.permutation(len(real))[: 4 * count]
+    again, left = invert(generator, real[chosen], styles)
+    seen = judge.slots(generator.draw(again))["digit"]
+    known = np.array([DIGITS.index(each) for each in seen]) == labels[chosen]
+    hard = Drags.of(generator, again, count, (pixels[-1], pixels[-1]), parameters["spread"], rng)
+    sets |= {str(each): hard.part_of_the_way(each / pixels[-1]) for each in pixels}
+    found = {"reconstruction/error": float(left.mean()), "seen/reconstruction": float(known.mean())}
+    lengths, pictures, disagree = {}, Files(), []
+    walked = json.loads(inputs[1]["lengths.json"]) if arm == "walk" else {}
+    how = DragSettings(**(settings | ({"tracking": False} if arm == "untracked" else {})))
+    for name, drags in sets.items():
+        begin = drags.styles.w
+        if arm in ("walk", "still"):
+            away = torch.from_numpy(rng.standard_normal(begin.shape)).to(begin)
+            far = begin.new_tensor(walked.get(name, [0.0] * len(begin)))[:, None]
+            w, images = begin + far * away / away.flatten(1).norm(dim=1, keepdim=True), None
+            images = generator.draw(Styles(w, drags.styles.conditions))
+            points = drags.handles
+        else:
+            last = drags.done(generator, how, masked=arm != "unmasked")
+            w, images, points = last.styles, as_bytes(last.images), last.points[:, 0].cpu().numpy()
+        lengths[name] = (w - begin).flatten(1).norm(dim=1).tolist()
+        seen = judge.slots(images)["digit"]
+        if name == "drawn":
+            off = np.linalg.norm(tips(images, drags.ways)[0] - drags.targets, axis=1)
+            change, fixed = np.abs(images.astype(float) - drags.images).mean(axis=-1) / 255, drags.fixed
+            before = judge.slots(drags.images)["digit"]
+            found |= {"reach": float((off <= parameters["near"]).mean()), "distance": float(off.mean())}
+            found["believed"] = float((np.linalg.norm(points - drags.targets, axis=1) <= how.stop).mean())
+            found["kept"] = float(np.mean([a == b for a, b in zip(before, seen, strict=True)]))
+            found["changed"] = float((change * fixed).sum() / fixed.sum())
+            whole = zip(drags.images, images, drags.handles, points, drags.targets, strict=True)
+            shown = [(marked(a, h[None], t[None]), marked(b, p[None], t[None])) for a, b, h, p, t in whole][:8]
+            strip([*zip(*shown, strict=True)]).save(picture := BytesIO(), "PNG")
+            pictures["images/drags.png"] = picture.getvalue()
+        else:
+            said = [parse(text)["digit"] for text in captioned(captioner, images)]
+            disagree.append(float(np.mean([a != b for a, b in zip(said, seen, strict=True)])))
+            found[f"disagree/at_{name}"] = disagree[-1]
+    return metrics(found | {"disagree": disagree}) | pictures | {"lengths.json": json.dumps(lengths).encode()}
