@@ -5,70 +5,31 @@ function of the generator, the settings and the seed; on one machine a repeat gi
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, Split, caption, load_split, parse, tint
 from pipelines.figures.dragging import marked, strip
 from pipelines.generators import GENERATORS, load_generator
 from pipelines.generators.adversarial import Adversarial, Styles
-from pipelines.measures.evaluator import load_evaluator, to_network_input
+from pipelines.generators.editing import as_bytes, invert, renderer
+from pipelines.measures.evaluator import load_evaluator
 from pipelines.scoring import captioned
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.atomic import Files, packed
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import PRODUCT, metrics, products
 from policies.common.seeding import derive_seed
-from policies.drag import DragSettings, Moment, drag, resized
+from policies.drag import DragSettings, Moment, drag
 from policies.loops.samples import Samples
 
 FAMILY = "family.json"  # beside a generator that is a product: what family it is of
 _WAYS = np.stack([(np.cos(turn), np.sin(turn)) for turn in np.arange(8) * np.pi / 4])  # in which ink may lie farthest
-
-
-def renderer(generator: Adversarial, styles: Styles) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What draws with other w and the conditions of ``styles``: images, and all their features side by side at the
-    resolution of the finest."""
-
-    def render(w: Tensor) -> tuple[Tensor, Tensor]:
-        images, maps = generator.render(Styles(w, styles.conditions))
-        finest = maps[-1].shape[-2], maps[-1].shape[-1]
-        return images, torch.cat([resized(each, finest) for each in maps], dim=1)
-
-    return render
-
-
-def invert(
-    generator: Adversarial, images: np.ndarray, candidates: Styles, steps: int = 300, learning_rate: float = 0.05
-) -> tuple[Styles, np.ndarray]:
-    """The styles (n, …) that draw ``images`` (n, height, width, channels) uint8 best, each by Adam from the best of the
-    ``candidates``; and what is left, the mean |error| (n,) of pixels in [0, 1]."""
-    wanted = to_network_input(images).to(generator.device)
-    with torch.no_grad():
-        drawn = generator.render(candidates)[0]
-        nearest = torch.cdist(wanted.flatten(1), drawn.flatten(1)).argmin(dim=1)
-    conditions = {name: each[nearest] for name, each in candidates.conditions.items()}
-    w = candidates.w[nearest].detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([w], lr=learning_rate)
-    for _ in range(steps):
-        loss = (generator.render(Styles(w, conditions))[0] - wanted).square().flatten(1).mean(dim=1).sum()
-        (w.grad,) = torch.autograd.grad(loss, w)
-        optimizer.step()
-    with torch.no_grad():
-        left = (generator.render(Styles(w, conditions))[0] - wanted).abs().flatten(1).mean(dim=1) / 2
-    return Styles(w.detach(), conditions), left.cpu().numpy()
-
-
-def as_bytes(images: Tensor) -> np.ndarray:
-    """Images (n, channels, height, width) in [-1, 1] as uint8 (n, height, width, channels)."""
-    found: np.ndarray = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return found
 
 
 def digits(
@@ -189,7 +150,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     sees the digit that it saw; ``changed``: mean |change| of pixels in the half away from the handle; ``disagree``:
     captioner and judge see different digits in a real one, dragged by so many pixels."""
     arm, seed, pixels = parameters["arm"], parameters["seed"], parameters["pixels"]
-    generator, settings = load_generator(parameters["family"], products(inputs[0])[""], device), parameters["drag"]
+    generator, settings = load_generator(parameters["family"], products(inputs[0])[""], device), parameters["dragging"]
     judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
     captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
     rng, count = np.random.default_rng(derive_seed(seed, "drags")), parameters["drags"]
