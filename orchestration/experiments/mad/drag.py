@@ -140,7 +140,7 @@ def _image(path: Path | None, shape: Sequence[int]) -> np.ndarray | None:
     picture, (height, width, channels) = _picture("--image", path), shape
     if picture.size != (width, height):
         raise ConfigError(f"--image {path} is {_of(picture.size)} pixels, and the images are {_of((width, height))}")
-    return np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
+    return np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
 
 
 def _picture(option: str, path: Path) -> Any:
