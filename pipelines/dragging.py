@@ -1,7 +1,6 @@
 """Dragging what a GAN of the loop draws (:mod:`policies.drag`), and how far that can be believed.
 
-Landmarks are found on pixels: the tip of the ink that lies farthest in one of eight directions. Everything is a
-function of the generator, the settings and the seed; on one machine a repeat gives the same bytes.
+Everything is a function of the generator, the settings and the seed; on one machine a repeat gives the same bytes.
 """
 
 import json
@@ -13,12 +12,14 @@ import numpy as np
 import torch
 
 from pipelines.captioner import Captioner
-from pipelines.data.digits import DIGITS, Split, caption, load_split, parse, tint
+from pipelines.data.digits import DIGITS, parse
+from pipelines.data.poses import PosingSettings, posed
 from pipelines.figures.dragging import marked, strip
 from pipelines.generators import GENERATORS, load_generator
-from pipelines.generators.adversarial import Adversarial, Styles
-from pipelines.generators.editing import as_bytes, invert, renderer
+from pipelines.generators.adversarial import FAMILY, Adversarial, Styles
+from pipelines.generators.editing import invert, renderer
 from pipelines.measures.evaluator import load_evaluator
+from pipelines.measures.landmarks import tips
 from pipelines.scoring import captioned
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.atomic import Files, packed
@@ -28,60 +29,14 @@ from policies.common.seeding import derive_seed
 from policies.drag import DragSettings, Moment, drag
 from policies.loops.samples import Samples
 
-FAMILY = "family.json"  # beside a generator that is a product: what family it is of
 _WAYS = np.stack([(np.cos(turn), np.sin(turn)) for turn in np.arange(8) * np.pi / 4])  # in which ink may lie farthest
-
-
-def digits(
-    posing: Mapping[str, Any], split: Split, rounds: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Every digit of a split in so many random poses and tints: images (n, 16, 16, 3) uint8, labels (n,), captions."""
-    strokes, labels = (np.concatenate([each] * rounds) for each in load_split(split))
-    count, (across, down) = len(labels), posing["shift"]
-    size, slant = (rng.uniform(*ends, count) for ends in (posing["scale"], (-posing["slant"], posing["slant"])))
-    pose = np.zeros((count, 2, 3), np.float32)  # where in the digit a pixel of the image comes from
-    pose[:, 0, 0] = pose[:, 1, 1] = 1 / size
-    pose[:, 0, 1] = slant / size
-    pose[:, :, 2] = rng.uniform(-1, 1, (count, 2)) * np.array([across, down]) * 2 / strokes.shape[-1]
-    grid = torch.nn.functional.affine_grid(torch.from_numpy(pose), [count, 1, *strokes.shape[1:]], align_corners=False)
-    posed = torch.nn.functional.grid_sample(torch.from_numpy(strokes)[:, None], grid, align_corners=False)[:, 0]
-    strokes = (posed * 1.5 - 0.25).clamp(0, 1).numpy()  # as sharp as before: sampling has smoothed edges
-    inks, grounds = (rng.choice(posing[name], count).tolist() for name in ("inks", "grounds"))
-    words = zip((DIGITS[label] for label in labels), inks, grounds, strict=True)
-    return tint(strokes, inks, grounds), labels, [caption(*each) for each in words]
-
-
-def ink_of(images: np.ndarray) -> np.ndarray:
-    """How much of each pixel of ``images`` (n, height, width, 3) uint8 is ink, (n, height, width) in [0, 1]: how far it
-    is from the ground's colour, which is that of most pixels at both sides."""
-    pixels = images.astype(np.float32)
-    sides = np.concatenate([pixels[:, :, :2], pixels[:, :, -2:]], axis=2).reshape(len(images), -1, 3)
-    distance = np.linalg.norm(pixels - np.median(sides, axis=1)[:, None, None], axis=-1)
-    full = np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)
-    ink: np.ndarray = np.clip(distance / np.maximum(full, 1), 0, 1)
-    return ink
-
-
-def tips(images: np.ndarray, ways: np.ndarray, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
-    """The landmark of each image: where its ink lies farthest in a direction of ``ways`` (n, 2), as a mean of places
-    (n, 2), (x, y) in pixels, that counts less by e the 1/``sharpness`` of a pixel further back; and how far these
-    places spread around it, (n,) in pixels: little at a tip, much at a bar or at two tips."""
-    ink = ink_of(images)
-    rows, columns = np.indices(ink.shape[1:])
-    places, ink = np.stack([columns, rows], axis=-1).reshape(-1, 2), ink.reshape(len(ink), -1)
-    along = ways @ places.T
-    farthest = np.where(ink >= 0.5, along, -np.inf).max(axis=1, keepdims=True)
-    weight = np.where(ink >= 0.25, ink, 0) * np.exp(np.minimum(sharpness * (along - farthest), 2))
-    weight /= weight.sum(axis=1, keepdims=True)
-    found = weight @ places
-    spread = ((places - found[:, None]) ** 2).sum(axis=2)
-    return found, np.sqrt((weight * spread).sum(axis=1))
 
 
 def learn(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: a generator of posed digits as a product, for :mod:`orchestration.cli.drag`, too."""
     kind, rng = GENERATORS.find(parameters["family"]), np.random.default_rng(derive_seed(0, "poses"))
-    images, labels, captions = digits(parameters["posing"], "train", parameters["posing"]["rounds"], rng)
+    posing = PosingSettings(**parameters["posing"])
+    images, labels, captions = posed(posing, "train", posing.rounds, rng)
     data = Samples(images[None], labels[None], captions=np.array(captions)[None])
     stream = derive_seed(parameters["seed"], "generator")
     fitted = kind.fit(kind.schema(**parameters["settings"]), data, [stream], device=device)
@@ -156,7 +111,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     rng, count = np.random.default_rng(derive_seed(seed, "drags")), parameters["drags"]
     styles = generator.styles(16 * count, derive_seed(seed, "styles"), parameters["bias"])
     sets = {"drawn": Drags.of(generator, styles, count, parameters["lengths"], parameters["spread"], rng)}
-    real, labels, _ = digits(parameters["posing"], "test", 1, rng)
+    real, labels, _ = posed(PosingSettings(**parameters["posing"]), "test", 1, rng)
     chosen = rng.permutation(len(real))[: 4 * count]
     again, left = invert(generator, real[chosen], styles)
     seen = judge.slots(generator.draw(again))["digit"]
@@ -172,21 +127,20 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
         if arm in ("walk", "still"):
             away = torch.from_numpy(rng.standard_normal(begin.shape)).to(begin)
             far = begin.new_tensor(walked.get(name, [0.0] * len(begin)))[:, None]
-            w, images = begin + far * away / away.flatten(1).norm(dim=1, keepdim=True), None
-            images = generator.draw(Styles(w, drags.styles.conditions))
-            points = drags.handles
+            w, points = begin + far * away / away.norm(dim=1, keepdim=True), drags.handles
         else:
             last = drags.done(generator, how, masked=arm != "unmasked")
-            w, images, points = last.styles, as_bytes(last.images), last.points[:, 0].cpu().numpy()
+            w, points = last.styles, last.points[:, 0].cpu().numpy()
+        images = generator.draw(Styles(w, drags.styles.conditions))
         lengths[name] = (w - begin).flatten(1).norm(dim=1).tolist()
         seen = judge.slots(images)["digit"]
         if name == "drawn":
             off = np.linalg.norm(tips(images, drags.ways)[0] - drags.targets, axis=1)
             change, fixed = np.abs(images.astype(float) - drags.images).mean(axis=-1) / 255, drags.fixed
             before = judge.slots(drags.images)["digit"]
-            found |= {"reach": float((off <= parameters["near"]).mean()), "distance": float(off.mean())}
-            found["believed"] = float((np.linalg.norm(points - drags.targets, axis=1) <= how.stop).mean())
-            found["kept"] = float(np.mean([a == b for a, b in zip(before, seen, strict=True)]))
+            believed = np.linalg.norm(points - drags.targets, axis=1) <= how.stop
+            found |= {"reach": float((off <= parameters["near"]).mean()), "believed": float(believed.mean())}
+            found |= {"kept": float(np.mean(np.array(before) == seen)), "distance": float(off.mean())}
             found["changed"] = float((change * fixed).sum() / fixed.sum())
             whole = zip(drags.images, images, drags.handles, points, drags.targets, strict=True)
             shown = [(marked(a, h[None], t[None]), marked(b, p[None], t[None])) for a, b, h, p, t in whole][:8]
@@ -194,6 +148,6 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
             pictures["images/drags.png"] = picture.getvalue()
         else:
             said = [parse(text)["digit"] for text in captioned(captioner, images)]
-            disagree.append(float(np.mean([a != b for a, b in zip(said, seen, strict=True)])))
+            disagree.append(float(np.mean(np.array(said) != seen)))
             found[f"disagree/at_{name}"] = disagree[-1]
     return metrics(found | {"disagree": disagree}) | pictures | {"lengths.json": json.dumps(lengths).encode()}

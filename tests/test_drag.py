@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from orchestration.cli.main import app
 from orchestration.experiments.drag import Drag
 from orchestration.runs.config import ConfigError
-from pipelines.dragging import FAMILY, learn, measure, tips
+from pipelines.dragging import learn, measure
+from pipelines.generators.adversarial import FAMILY
 from pipelines.generators.editing import invert, renderer
 from pipelines.generators.gan import GanGenerator, GanSettings
+from pipelines.measures.landmarks import tips
 from pipelines.storage.atomic import unpacked
 from pipelines.studies import products
 from policies.drag import DragSettings, Moment, around, at, drag, motion_loss, resized, towards, track
@@ -185,7 +187,7 @@ def test_a_reconstruction_draws_what_it_was_given() -> None:
     assert left.max() < 0.02
     drawn, features = renderer(generator, known)(known.w)
     assert torch.allclose(drawn, generator.render(known)[0])
-    assert features.shape == (3, 4 + 8, 8, 8)  # both maps, at the finer one's resolution
+    assert features.shape == (3, 4, 8, 8)  # the finer map
     assert found.w.shape == known.w.shape
 
 

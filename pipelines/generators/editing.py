@@ -8,17 +8,14 @@ from torch import Tensor
 
 from pipelines.generators.adversarial import Adversarial, Styles
 from pipelines.measures.evaluator import to_network_input
-from policies.drag import resized
 
 
 def renderer(generator: Adversarial, styles: Styles) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What draws with other w and the conditions of ``styles``: images, and all their features side by side at the
-    resolution of the finest."""
+    """What draws with other w and the conditions of ``styles``: images, and the finest of their features."""
 
     def render(w: Tensor) -> tuple[Tensor, Tensor]:
         images, maps = generator.render(Styles(w, styles.conditions))
-        finest = maps[-1].shape[-2], maps[-1].shape[-1]
-        return images, torch.cat([resized(each, finest) for each in maps], dim=1)
+        return images, maps[-1]
 
     return render
 

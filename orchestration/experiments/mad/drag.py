@@ -14,12 +14,11 @@ from orchestration.runs.config import ConfigError, about, validate
 from orchestration.runs.manifest import check_links, read_manifest
 from orchestration.runs.seal import check_seal
 from pipelines.generators import GENERATORS, load_generator
-from pipelines.generators.adversarial import Adversarial
+from pipelines.generators.adversarial import FAMILY, Adversarial
 from pipelines.storage.atomic import read_json
 from pipelines.storage.tasks import TaskStore
 from policies.drag import DragSettings
 
-FAMILY = "family.json"  # beside a generator that is a study's product
 _FRAMES = 40  # of an animation, at most
 
 
@@ -70,19 +69,17 @@ def drag(
     movable, wanted = _mask(mask, (height, width)), _image(image, generator.known["shape"])
     if prompt is not None and not generator.captioned:
         raise ConfigError("--prompt: this family learns from no captions; leave it out")
-    how: dict[str, Any] = {"prompts": [prompt]} if prompt is not None else {}
+    count = 1 if wanted is None else _CANDIDATES
     import torch
 
     from pipelines.figures.dragging import animation, marked, strip
     from pipelines.generators.editing import as_bytes, invert, renderer
     from policies.drag import drag as dragging
 
-    error = None
-    if wanted is None:
-        styles = generator.styles(1, seed, **how)
-    else:
-        many = {"prompts": [prompt] * _CANDIDATES} if prompt is not None else {}
-        styles, left = invert(generator, wanted[None], generator.styles(_CANDIDATES, seed, **many))
+    drawn: Any = generator.styles  # those that learn from captions take prompts, too
+    error, styles = None, drawn(count, seed, **({} if prompt is None else {"prompts": [prompt] * count}))
+    if wanted is not None:
+        styles, left = invert(generator, wanted[None], styles)
         error = float(left[0])
     begin, end = (torch.tensor(each)[None].float().to(generator.device) for each in pairs)
     fixed = None if movable is None else torch.from_numpy(~movable).float()[None].to(generator.device)
