@@ -15,8 +15,8 @@ from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, parse
 from pipelines.data.poses import PosingSettings, posed
 from pipelines.figures.dragging import marked, strip
-from pipelines.generators import GENERATORS, load_generator
-from pipelines.generators.adversarial import FAMILY, Adversarial, Styles
+from pipelines.generators import FAMILY, GENERATORS, load_generator
+from pipelines.generators.adversarial import Adversarial, Styles
 from pipelines.generators.editing import invert, renderer
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.measures.landmarks import tips
@@ -112,8 +112,8 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     styles = generator.styles(16 * count, derive_seed(seed, "styles"), parameters["bias"])
     sets = {"drawn": Drags.of(generator, styles, count, parameters["lengths"], parameters["spread"], rng)}
     real, labels, _ = posed(PosingSettings(**parameters["posing"]), "test", 1, rng)
-    chosen = rng.permutation(len(real))[: 4 * count]
-    again, left = invert(generator, real[chosen], styles)
+    chosen = rng.permutation(len(real))[: 2 * count]
+    again, left = invert(generator, real[chosen], styles, steps=200)
     seen = judge.slots(generator.draw(again))["digit"]
     known = np.array([DIGITS.index(each) for each in seen]) == labels[chosen]
     hard = Drags.of(generator, again, count, (pixels[-1], pixels[-1]), parameters["spread"], rng)

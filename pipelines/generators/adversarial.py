@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SAMPLING_BATCH = 512
-FAMILY = "family.json"  # beside a generator that is a study's product: what family it is of
 
 
 class Styles(NamedTuple):

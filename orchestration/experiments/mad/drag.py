@@ -13,8 +13,8 @@ from orchestration.experiments.mad.lineage import chain_of
 from orchestration.runs.config import ConfigError, about, validate
 from orchestration.runs.manifest import check_links, read_manifest
 from orchestration.runs.seal import check_seal
-from pipelines.generators import GENERATORS, load_generator
-from pipelines.generators.adversarial import FAMILY, Adversarial
+from pipelines.generators import FAMILY, GENERATORS, load_generator
+from pipelines.generators.adversarial import Adversarial
 from pipelines.storage.atomic import read_json
 from pipelines.storage.tasks import TaskStore
 from policies.drag import DragSettings
@@ -146,7 +146,9 @@ def _picture(option: str, path: Path) -> Any:
     try:
         return read_picture(path)
     except Exception as error:  # decoders fail in as many ways as there are formats
-        raise ConfigError(f"{option} {path} cannot be read as a picture: {error}") from error
+        raise ConfigError(
+            f"{option} {path} cannot be read as a picture: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def _of(size: Sequence[int]) -> str:
