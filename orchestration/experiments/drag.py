@@ -78,7 +78,7 @@ class Drag(Study):
         """The generator, which all arms share, and an arm's drags."""
         from pipelines.dragging import learn, measure
 
-        common = {"family": self.family, "posing": self.posing.model_dump(mode="json"), "seed": seed}
+        common = {"family": self.family, "posing": self.posing.model_dump(), "seed": seed}
         made = task(learn, common | {"settings": self.settings}, label=f"generator, seed {seed}")
         named = ("bias", "drags", "lengths", "spread", "near", "pixels", "dragging")
         asked = common | self.model_dump(mode="json", include={*named}) | {"read": self._digests}
