@@ -270,7 +270,11 @@ def test_what_cannot_be_dragged_is_one_line(run: Path, tmp_path: Path, words: li
 
 
 def test_what_is_no_run_of_a_gan_is_one_line(tmp_path: Path) -> None:
-    for content, says in (({"family": "diffusion"}, "no styles"), ({"family": "os:system"}, "no family that is built")):
+    for content, says in (
+        ({"family": "diffusion"}, "no styles"),
+        ({"family": "os:system"}, "no family that is built"),
+        ({"family": "gan"}, "holds no gan that can be loaded"),
+    ):
         (tmp_path / FAMILY).write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=says):
             command(tmp_path, "--from", "2,2", "--to", "5,2")

@@ -10,7 +10,7 @@ import numpy as np
 from orchestration.cluster.forks import ACTORS
 from orchestration.experiments.mad.config import MadConfig
 from orchestration.experiments.mad.lineage import chain_of
-from orchestration.runs.config import ConfigError, about, validate
+from orchestration.runs.config import ConfigError, validate
 from orchestration.runs.manifest import check_links, read_manifest
 from orchestration.runs.seal import check_seal
 from pipelines.generators import FAMILY, GENERATORS, load_generator
@@ -166,8 +166,11 @@ def _open(
         if family not in GENERATORS.built_in:
             raise ConfigError(f"{source / FAMILY} names {family!r}, which is no family that is built in")
         kind = _draggable(family, str(source))
-        with about(f"{source} holds no generator that can be loaded"):
+        try:
             generator = kind.load(source)
+        except Exception as error:  # files fail in their own ways
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{source} holds no {family} that can be loaded: {reason}") from error
     else:
         generator = _fitted(source, arm, seed, number, trusted)
     height, width, _ = generator.known["shape"]
