@@ -387,7 +387,7 @@ def test_every_key_of_the_guide_can_be_overridden() -> None:
     of_rules = {key for rule in RULES.built_in.values() for key in rule.model_fields} - set(Rule.model_fields)
     rules = [set(rule.model_fields) - set(Rule.model_fields) for rule in RULES.built_in.values()]
     most = len(common - closed - of_rules) + sum(max(map(len, kind)) for kind in (plugins, undergone, rules))
-    assert most < 60
+    assert most < 62
 
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "configs/mad").glob("*.yaml")), ids=lambda path: path.stem)

@@ -38,7 +38,7 @@ Split = Literal["train", "evaluator", "test"]
 
 
 class Digits(NamedTuple):
-    """Untinted digits: ``strokes`` (n, 16, 16) float32, 0 for ground, 1 for ink; ``labels`` (n,) int64 in 0..9."""
+    """Untinted digits: ``strokes`` (n, size, size) float32, 0 for ground, 1 for ink; ``labels`` (n,) int64 in 0..9."""
 
     strokes: np.ndarray
     labels: np.ndarray
@@ -70,7 +70,7 @@ def tint(strokes: np.ndarray, inks: Sequence[str], grounds: Sequence[str]) -> np
 
 
 def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """Tints every digit in an ink and a ground drawn uniformly: uint8 images (n, 16, 16, 3) and their captions."""
+    """Tints every digit in an ink and a ground drawn uniformly: uint8 images (n, size, size, 3), and their captions."""
     inks = rng.choice(CHOICES["ink"], size=len(digits.labels)).tolist()
     grounds = rng.choice(CHOICES["ground"], size=len(digits.labels)).tolist()
     words = [DIGITS[label] for label in digits.labels]
@@ -78,10 +78,10 @@ def render(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, list[s
     return tint(digits.strokes, inks, grounds), captions
 
 
-def captioned(tints: int = 4) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Every digit of the train split in so many random tints, the same at every call: images (n, 16, 16, 3) uint8,
-    labels (n,) and captions."""
-    digits, rng = load_split("train"), np.random.default_rng(0)
+def captioned(tints: int = 4, size: int = IMAGE_SIZE) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Every digit of the train split in so many random tints, the same at every call: images (n, size, size, 3) uint8,
+    labels (n,) and captions, which are those of any other size."""
+    digits, rng = load_split("train", size), np.random.default_rng(0)
     rounds = [render(digits, rng) for _ in range(tints)]
     images, captions = np.concatenate([each for each, _ in rounds]), [text for _, texts in rounds for text in texts]
     return images, np.tile(digits.labels, tints), captions
@@ -95,9 +95,9 @@ def real_images(prompts: Sequence[str], rng: np.random.Generator) -> np.ndarray:
     return tint(digits.strokes[chosen], inks, grounds)
 
 
-def load_split(split: Split) -> Digits:
-    """The digits of one split, in a fixed order."""
-    strokes, labels = _all_digits()
+def load_split(split: Split, size: int = IMAGE_SIZE) -> Digits:
+    """The digits of one split, in a fixed order, ``size`` pixels wide."""
+    strokes, labels = _all_digits(size)
     chosen = split_indices()[split]
     return Digits(strokes[chosen], labels[chosen])
 
@@ -107,7 +107,7 @@ def split_indices() -> dict[str, np.ndarray]:
     """For each split, the positions of its images in scikit-learn's order, shuffled once and for all."""
     from sklearn.model_selection import train_test_split
 
-    labels = _all_digits().labels
+    labels = _all_digits(IMAGE_SIZE).labels
     train, rest = train_test_split(
         np.arange(len(labels)), train_size=SPLIT_SIZES["train"], stratify=labels, random_state=_SPLIT_SEED
     )
@@ -117,19 +117,19 @@ def split_indices() -> dict[str, np.ndarray]:
     return {"train": train, "evaluator": evaluator, "test": test}
 
 
-@lru_cache(maxsize=1)
-def _all_digits() -> Digits:
+@lru_cache(maxsize=2)
+def _all_digits(size: int) -> Digits:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return Digits(enlarged(digits.images / 16.0), digits.target.astype(np.int64))
+    return Digits(enlarged(digits.images / 16.0, size), digits.target.astype(np.int64))
 
 
-def enlarged(coarse: np.ndarray) -> np.ndarray:
-    """Strokes (n, 16, 16) float32 of digits (n, height, width) in [0, 1]."""
+def enlarged(coarse: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Strokes (n, size, size) float32 of digits (n, height, width) in [0, 1]."""
     from scipy.ndimage import zoom
 
-    factor = IMAGE_SIZE / coarse.shape[-1]
+    factor = size / coarse.shape[-1]
     smooth = zoom(coarse, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True)
     # Cubic upsampling blurs strokes; a steeper ramp brings back solid ink without jagged edges.
     return np.clip((smooth - 0.2) / 0.6, 0.0, 1.0).astype(np.float32)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field, field_validator
 
-from pipelines.data.digits import DIGITS, captioned
+from pipelines.data.digits import DIGITS, IMAGE_SIZE, captioned
 from pipelines.data.image_folder import read_folder, shown
 from pipelines.data.pictures import colour, read_picture
 from pipelines.storage.locations import find
@@ -94,7 +94,7 @@ def load_real_data(settings: DataSettings) -> RealData:
     ``image_size`` is None.
     """
     made = {"digits": _digits, "captioned_digits": _captioned_digits}.get(settings.source)
-    found = _open(settings) if made is None else made()
+    found = _open(settings) if made is None else made(settings)
     items, known = found.items, None if found.labels is None else np.asarray(found.labels, np.int64)
     chosen = _drawn(len(items), min(settings.limit or len(items), len(items)), known, derive_seed(0, "limit"))
     images = _images(items, chosen, settings)
@@ -137,7 +137,7 @@ class _Found(NamedTuple):
     captions: Sequence[str] | None = None
 
 
-def _digits() -> _Found:
+def _digits(settings: DataSettings) -> _Found:
     """scikit-learn's 1,797 handwritten digits, 8x8; their 17 grey levels cover 0..255."""
     from sklearn.datasets import load_digits
 
@@ -145,9 +145,10 @@ def _digits() -> _Found:
     return _Found(np.rint(strokes.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels, [*map(str, range(10))])
 
 
-def _captioned_digits() -> _Found:
-    """Tinted digits of 16x16 pixels, each with the caption that names its digit, ink and ground."""
-    images, labels, captions = captioned()
+def _captioned_digits(settings: DataSettings) -> _Found:
+    """Tinted digits, each with the caption that names its digit, ink and ground: drawn at 16x16 pixels, or at the size
+    that is asked for if that is larger."""
+    images, labels, captions = captioned(size=max(settings.image_size or 0, IMAGE_SIZE))
     return _Found([*images], labels, DIGITS, captions=captions)
 
 

@@ -37,6 +37,7 @@ class Generator(Named):
     captioned: ClassVar[bool] = False  # whether it learns from captions, and is asked for images in words
     extrapolates: ClassVar[bool] = False  # whether differences of its weights mean something
     has_score: ClassVar[bool] = False  # whether it draws by a score, from which it can be led away
+    has_density: ClassVar[bool] = False  # whether its steps have densities, as reinforcement learning needs
     shares_training: ClassVar[bool] = False  # whether several workers can share a fit, by ``pipelines.training``
     updates: ClassVar[str | None] = None  # its setting of how many updates a fit takes; closed forms have none
     least_side: ClassVar[int] = 1  # of images, in pixels

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -19,8 +19,6 @@ from policies.rl.health import check_drawn
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-SAMPLING_BATCH = 512
 
 
 class Styles(NamedTuple):
@@ -66,6 +64,7 @@ class Adversarial(Generator):
     least_side = 8
     extrapolates = True
     updates = "steps"
+    at_once: ClassVar[int] = 512  # images that are drawn
 
     def __init__(self, settings: Any, networks: Any, **known: Any) -> None:
         """``known``: what :meth:`save` has to keep beside the networks, for JSON."""
@@ -103,11 +102,9 @@ class Adversarial(Generator):
         """Their images, (n, height, width, channels) uint8."""
         import torch
 
-        count = len(styles.w)
+        count, size = len(styles.w), self.at_once
         with torch.inference_mode():
-            parts = [
-                self.render(styles.rows(start, start + SAMPLING_BATCH))[0] for start in range(0, count, SAMPLING_BATCH)
-            ]
+            parts = [self.render(styles.rows(start, start + size))[0] for start in range(0, count, size)]
         images = torch.cat(parts)
         check_drawn(bool(images.isfinite().all()))
         found: np.ndarray = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

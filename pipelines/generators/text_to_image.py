@@ -2,7 +2,7 @@
 
 The autoencoder and the text encoder stay as they are. The UNet learns the diffusion loss on (image, caption) pairs,
 some captions replaced by the empty one, so that a sampling bias is guidance (2207.12598): MAD's λ is a guidance scale
-of 1/λ. It is asked for what its training set showed: prompts are that set's captions, in their shares.
+of 1/λ.
 """
 
 import json
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 from pydantic import Field
 
-from pipelines.generators import Generator, Seeds
-from pipelines.generators.diffusion import MOST_GUIDANCE, allotted
-from pipelines.storage.locations import portable, resolve_model
-from policies.common.seeding import derive_seed
+from pipelines.generators import Seeds
+from pipelines.generators.captioned import Captioned, CaptionedSettings, shares
+from pipelines.generators.diffusion import MOST_GUIDANCE
 from policies.loops.rules import Rule
 from policies.loops.samples import Samples
 from policies.rl.health import check_drawn
-from policies.rl.settings import Settings, Steps
+from policies.rl.settings import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +28,9 @@ if TYPE_CHECKING:
 _BATCH, _PIXELS = 256, 2**20  # images, and their pixels, that are encoded or drawn at once
 
 
-class TextToImageSettings(Settings):
+class TextToImageSettings(CaptionedSettings):
     """A Stable Diffusion pipeline, how it is fitted to captioned images, and who looks at what it draws."""
 
-    path: str = Field("models/digits/pipeline", description="directory of a Stable Diffusion 1.x or 2.x pipeline")
     from_scratch: bool = Field(True, description="a fit begins with new weights; false: with those of path")
     lora_rank: int = Field(
         0, ge=0, description="0 trains the whole UNet; else LoRA of its attention, from path's weights"
@@ -46,12 +44,6 @@ class TextToImageSettings(Settings):
         description="steps of the sampler, DPM-Solver++(2M); [20, 2, 0]: with DeepCache, of which only every second "
         "computes the UNet whole, the others from its up-resnet 0 from the end",
     )
-    captioner: str | None = Field(
-        "models/digits/captioner", description="of BLIP or BLIP-2: for captions, and rewards that read them; null: none"
-    )
-    evaluator: str | None = Field(
-        "models/digits/evaluator", description="the judge of prompt_accuracy, which nothing is trained on; null: none"
-    )
 
     @property
     def steps(self) -> int:
@@ -64,14 +56,13 @@ class TextToImageSettings(Settings):
         return self.sampling_steps[1:] if isinstance(self.sampling_steps, tuple) else None
 
 
-class TextToImageGenerator(Generator):
-    """A fitted pipeline. One universe: ``values`` are uint8 (1, n, height, width, 3), and there is one seed."""
+class TextToImageGenerator(Captioned):
+    """A fitted pipeline. Images have three channels."""
 
     names = ("text_to_image",)
     schema = TextToImageSettings
-    captioned = extrapolates = shares_training = True
+    has_density = shares_training = True
     updates = "training_steps"
-    metrics = (*Generator.metrics, "prompt_accuracy", "caption_agreement", "reward")
 
     def __init__(self, settings: TextToImageSettings, captions: Mapping[str, float], device: str = "cpu") -> None:
         """``captions``: what it is asked for, and how often (shares)."""
@@ -98,10 +89,7 @@ class TextToImageGenerator(Generator):
         (seed,), weights = seeds, np.ones(data.values.shape[1]) if data.weights is None else data.weights
         assert data.captions is not None  # as of all images that this family may be trained on
         read = data.captions[0].tolist()
-        shares: dict[str, float] = dict.fromkeys(sorted(set(read)), 0.0)
-        for caption, weight in zip(read, weights / weights.sum(), strict=True):
-            shares[caption] += float(weight)
-        generator = cls(settings, shares, device)
+        generator = cls(settings, shares(read, weights), device)
         if start is not None:
             generator.hold(start.fitted())
         elif settings.from_scratch:
@@ -195,22 +183,9 @@ class TextToImageGenerator(Generator):
             each = [self.family.encode(caption, self.device) for caption in captions]
         return {name: torch.stack([one[name] for one in each]).cpu() for name in each[0]}
 
-    def sample(self, count: int, seeds: Seeds, bias: float) -> Samples:
-        """``count`` images of the stock pipeline and the captions they were asked to show.
-
-        A ``bias`` of 1 costs one network call a step, any other two, and needs caption dropout in training.
-        """
-        return self.candidates(count, 1, seeds, bias)
-
-    def candidates(self, count: int, each: int, seeds: Seeds, bias: float) -> Samples:
-        """``each`` images for every one of ``count`` prompts."""
-        import torch
-
-        (seed,), known = seeds, list(self.captions)
-        shares, random = torch.tensor(list(self.captions.values()), dtype=torch.float64), torch.Generator()
-        chosen = allotted(shares, count, random.manual_seed(seed)).tolist()
-        prompts = [known[number] for number in chosen] * each
-        return Samples(self.draw(prompts, derive_seed(seed, "noise"), 1 / bias)[None], captions=np.array(prompts)[None])
+    def drawn(self, prompts: Sequence[str], seed: int, bias: float) -> np.ndarray:
+        """A ``bias`` of 1 costs one network call a step, any other two, and needs caption dropout in training."""
+        return self.draw(prompts, seed, 1 / bias)
 
     def draw(self, prompts: Sequence[str], seed: int, guidance_scale: float = 1.0) -> np.ndarray:
         """An image for each prompt, (n, height, width, 3) uint8, by the stock pipeline."""
@@ -256,12 +231,6 @@ class TextToImageGenerator(Generator):
         return generator
 
     @classmethod
-    def settled(cls, settings: TextToImageSettings, classes: int) -> TextToImageSettings:
-        """With paths that every node understands."""
-        paths = {name: getattr(settings, name) for name in ("path", "captioner", "evaluator")}
-        return settings.model_copy(update={name: portable(path) for name, path in paths.items() if path})
-
-    @classmethod
     def check(cls, settings: TextToImageSettings, loop: Rule) -> None:
         """A sampling bias is guidance; LoRA has a base."""
         bias = loop.sampling_bias
@@ -271,12 +240,9 @@ class TextToImageGenerator(Generator):
             raise ValueError(f"sampling_bias {bias:g} is guidance of scale {1 / bias:.3g}: at most {MOST_GUIDANCE}")
         if settings.lora_rank and settings.from_scratch:
             raise ValueError("text_to_image: LoRA adds to weights that are there: set from_scratch=false")
-        from pipelines.denoisers import check_cache, inspect
+        from pipelines.denoisers import check_cache
 
-        files = inspect(Path(resolve_model(settings.path)))
-        if files.kind.place != "stable_diffusion:StableDiffusion":
-            raise ValueError(f"text_to_image.path: {settings.path!r} is no StableDiffusionPipeline")
-        check_cache(files, settings.cache, "text_to_image.sampling_steps")
+        check_cache(cls.files(settings), settings.cache, "text_to_image.sampling_steps")
 
 
 def _together(sides: Sequence[int]) -> int:

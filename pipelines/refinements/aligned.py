@@ -65,6 +65,9 @@ class Aligned(Refinement):
         """It has to draw what words ask for, and the reward's captions have to be written."""
         if not generator.captioned:
             raise ValueError(f"refinement aligned: family {generator.name()} knows no prompts; text_to_image does")
+        if not generator.has_density:
+            why = "draws in one pass, which has no density to learn from: use text_to_image, or rule=curated"
+            raise ValueError(f"refinement aligned: family {generator.name()} {why}")
         if self.rewarded.needs_captions and settings.captioner is None:
             raise ValueError(f"refinement aligned: reward {self.rewarded.title} reads captions: name a captioner")
 

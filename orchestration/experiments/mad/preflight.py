@@ -136,33 +136,33 @@ def _words_of(arm: ArmSettings, read: dict[str, str], known: Mapping[str, str] |
     captions, settings, reward = arm.captions, arm.generator_settings, arm.rewarded
     if not arm.generator.captioned:
         if captions != CaptionsSettings():
-            raise ValueError(f"captions: family {arm.family} learns from none; text_to_image does")
+            raise ValueError(f"captions: family {arm.family} learns from none; text_to_image and gigagan do")
         return None
     if (captions.share or captions.refitted) and settings.captioner is None:
         raise ValueError(
-            "captions.share and captions.refitted need text_to_image.captioner, whose words they are about"
+            f"captions.share and captions.refitted need {arm.family}.captioner, whose words they are about"
         )
     if captions.refitted and not captions.share:
         raise ValueError("captions.refitted trains a captioner whose words nobody reads: set captions.share above 0")
     paths = {name: getattr(settings, name) for name in ("path", "captioner", "evaluator") if getattr(settings, name)}
     for name, function in (reward.functions if reward else {}).items():
         paths |= {f"reward.{name}.{option}": path for option, path in function.model_paths.items()}
-    _check_words(reward, paths)
+    _check_words(arm.family, reward, paths)
     digests = {name: fingerprint(path)["sha256"] for name, path in paths.items()}
     read |= {f"{arm.family}.{name}": path for name, path in paths.items()}
     rewarded = reward.model_dump(mode="json", include={"function", "options"}) if reward else None
     return {"captions": captions.model_dump(), "reward": rewarded, "read": digests}
 
 
-def _check_words(reward: RewardSettings | None, paths: Mapping[str, str]) -> None:
+def _check_words(family: str, reward: RewardSettings | None, paths: Mapping[str, str]) -> None:
     """The models are there, and a reward can be called on two images."""
     for name, path in paths.items():
         if name in ("captioner", "evaluator"):
-            check_model(path, "config.json", f"text_to_image.{name}")
+            check_model(path, "config.json", f"{family}.{name}")
     if reward is None:
         return
     if reward.needs_captions and not paths.get("captioner"):
-        raise ValueError(f"reward {reward.title} reads captions: name text_to_image.captioner")
+        raise ValueError(f"reward {reward.title} reads captions: name {family}.captioner")
     images, words = np.zeros((2, 16, 16, 3), np.uint8), ["one image", "another"]
     for name, function in reward.functions.items():
         function.check_call(name)

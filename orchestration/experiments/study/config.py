@@ -23,6 +23,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "distil": "orchestration.experiments.distil:Distil",
     "drag": "orchestration.experiments.drag:Drag",
     "erase": "orchestration.experiments.erase:Erase",
+    "gigagan": "orchestration.experiments.gigagan:GigaGanStudy",
     "guard": "orchestration.experiments.guard:Guarding",
     "invert": "orchestration.experiments.invert:Invert",
     "neurons": "orchestration.experiments.neurons:Neurons",
