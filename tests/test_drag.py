@@ -1,6 +1,7 @@
 """Dragging: places, motion supervision, tracking and stopping on a drawn bump; landmarks; the command; the study."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipelines.storage.atomic import unpacked
 from pipelines.studies import products
 from policies.drag import DragSettings, Moment, around, at, drag, motion_loss, resized, towards, track
 from policies.loops.samples import Samples
+from tests.one_by_one import one_by_one
 
 WIDTH, HEIGHT = 20, 14
 SETTINGS = DragSettings(steps=150, learning_rate=0.2)
@@ -195,13 +197,16 @@ ARMS = {"moments": "{family: gaussian, n_ini: 20}", "gan": "{family: gan, rule: 
 
 
 @pytest.fixture(scope="module")
-def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished MAD run of seconds, whose first arm has no images."""
     from orchestration.experiments.mad.loop import run_mad
     from tests.test_mad import configure
 
     directory = tmp_path_factory.mktemp("drag") / "run"
-    run_mad(configure(directory, "generations=2", "seeds=1", "gan.width=4", arms=ARMS), figures=False)
+    store = shutil.copy(empty_store, directory.with_name("mlflow.db"))
+    settings = "generations=2", "seeds=1", "gan.width=4", f"tracking.uri=sqlite:///{store}"
+    with one_by_one():
+        run_mad(configure(directory, *settings, arms=ARMS), figures=False)
     return directory
 
 

@@ -19,6 +19,7 @@ class PosingSettings(Settings):
     shift: tuple[float, float] = Field((2.0, 0.7), description="pixels by which one is moved, at most, across and down")
     scale: tuple[float, float] = Field((0.8, 1.0), description="its size, of what it was: least and most")
     slant: float = Field(0.3, ge=0, le=1, description="pixels across for each down, at most, either way")
+    warp: float = Field(0.0, ge=0, description="pixels by which parts of it are moved against one another, typically")
 
 
 def posed(
@@ -26,7 +27,7 @@ def posed(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Every digit of a split in so many random poses and tints: images (n, 16, 16, 3) uint8, labels (n,), captions."""
     import torch
-    from torch.nn.functional import affine_grid, grid_sample
+    from torch.nn.functional import affine_grid, grid_sample, interpolate
 
     strokes, labels = (np.concatenate([each] * rounds) for each in load_split(split))
     count, (across, down) = len(labels), posing.shift
@@ -36,6 +37,10 @@ def posed(
     pose[:, 0, 1] = slant / size
     pose[:, :, 2] = rng.uniform(-1, 1, (count, 2)) * np.array([across, down]) * 2 / strokes.shape[-1]
     grid = affine_grid(torch.from_numpy(pose), [count, 1, *strokes.shape[1:]], align_corners=False)
+    if posing.warp:
+        bends = rng.standard_normal((count, 2, 4, 4), np.float32) * posing.warp * 2 / strokes.shape[-1]
+        smooth = interpolate(torch.from_numpy(bends), strokes.shape[1:], mode="bicubic", align_corners=True)
+        grid = grid + smooth.permute(0, 2, 3, 1)
     posed = grid_sample(torch.from_numpy(strokes)[:, None], grid, align_corners=False)[:, 0]
     strokes = (posed * 1.5 - 0.25).clamp(0, 1).numpy()  # as sharp as before: sampling has smoothed edges
     inks, grounds = (rng.choice(words, count).tolist() for words in (posing.inks, posing.grounds))
