@@ -17,8 +17,9 @@ def one_by_one() -> Iterator[None]:
 
     def perform(run: TaskRun, work: Any, tasks: Sequence[Task], gpus: int, resources: Mapping[str, Any]) -> None:
         for each in in_order(tasks):
-            files = work(each.kind, each.parameters, [run.store.load(before.key) for before in each.inputs], "cpu")
-            run.store.commit(each, files, {"finished_at_ms": int(time.time() * 1000), "cpu_seconds": 0.1})
+            if each.key not in run.store:  # real data are
+                files = work(each.kind, each.parameters, [run.store.load(one.key) for one in each.inputs], "cpu")
+                run.store.commit(each, files, {"finished_at_ms": int(time.time() * 1000), "cpu_seconds": 0.1})
             run.record(each)
 
     with pytest.MonkeyPatch.context() as patch:
