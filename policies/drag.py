@@ -25,14 +25,16 @@ _SPACING = 0.5  # pixels between the places of a region: images are so small tha
 class DragSettings(Settings):
     """How points are dragged. Radii are in pixels of the image that is dragged; the paper's are of 512."""
 
-    steps: int = Field(100, ge=1, description="updates of the style, at most")
+    steps: int = Field(200, ge=1, description="updates of the style, at most")
     learning_rate: float = Field(0.02, gt=0, description="Adam's, of the style")
     step: float = Field(0.5, gt=0, description="pixels by which features are to move in one update")
     supervised: float = Field(1.5, gt=0, description="radius around a point of the features that are moved, r1")
     tracked: float = Field(3.0, gt=0, description="half the side of the window in which a point is looked for, r2")
-    stop: float = Field(0.75, gt=0, description="a point that is so near to its target has arrived")
-    hold: float = Field(0.3, ge=0, description="weight of what is to stay as it was, λ; the paper: 20")
-    tracking: bool = Field(True, description="false: a point is believed to be where it was to go; a control")
+    stop: float = Field(0.35, gt=0, description="a point that is so near to its target has arrived")
+    hold: float = Field(1.0, ge=0, description="weight of what is to stay as it was, λ; the paper: 20")
+    tracking: bool = Field(
+        True, description="false: a point is believed to be where it was at first, for all steps; a control"
+    )
 
 
 class Moment(NamedTuple):
@@ -133,8 +135,6 @@ def drag(
             known = at(first, points)
         elif settings.tracking:
             points = track(features.detach(), points, known, settings.tracked)
-        else:
-            points = points + towards(points, targets, settings.step, settings.stop)
         way = towards(points, targets, settings.step, settings.stop)
         arrived = ~way.ne(0).flatten(1).any(dim=1)
         yield Moment(moving.detach().clone(), images.detach(), points, arrived)

@@ -2,9 +2,9 @@
 
 DragGAN (2305.10973) on a GAN of posed digits that the study trains. Whether a point has arrived is measured on pixels,
 by the tip of the ink, not by the features that were dragged. Controls: ``untracked``, a point is believed to be where
-it was to go; ``unmasked``, nothing is held; ``walk``, as far in w in a random direction; ``still``, no drag at all. The
-judge, an evaluator, takes no part. Then drags are used: of real digits drawn again, how far until captioner and
-evaluator see different digits?
+it was at first; ``unmasked``, nothing is held; ``walk``, as far in w in a random direction; ``still``, no drag. The judge,
+an evaluator, takes no part. Then drags are used: of real digits drawn again, how far until captioner and evaluator see
+different digits?
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +34,15 @@ class Drag(Study):
     study: str = "drag"
     name: str = "drag"
     arms: tuple[str, ...] = ("dragged", "unmasked", "untracked", "walk", "still")
-    family: str = Field("gan", description="the GAN: a family of 'ouroboros config mad' that draws from styles")
+    family: str = Field("gigagan", description="the GAN: a family of 'ouroboros config mad' that draws from styles")
     settings: dict[str, Any] = Field({}, description="of the family, in place of its defaults")
     posing: PosingSettings = PosingSettings()
     bias: float = Field(0.7, gt=0, le=1, description="truncation of the images that are dragged")
     drags: int = Field(60, ge=2, description="images that are dragged, and as many real ones")
-    lengths: tuple[float, float] = Field((2.0, 4.0), description="pixels by which a point is dragged, from and to")
-    spread: float = Field(1.6, gt=0, description="pixels around a landmark that its ink may spread over, to be a tip")
+    lengths: tuple[float, float] = Field((2.0, 3.0), description="pixels by which a point is dragged, from and to")
+    spread: float = Field(1.2, gt=0, description="pixels around a landmark that its ink may spread over, to be a tip")
     near: float = Field(1.5, gt=0, description="a landmark so many pixels from its target is there")
-    pixels: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1, description="by which real ones are dragged, rising")
+    pixels: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="by which real ones are dragged, rising")
     dragging: DragSettings = DragSettings()
     evaluator: str = Field("models/digits/evaluator", description="the judge")
     captioner: str = Field("models/digits/captioner", description="whose digit is compared with the judge's")
@@ -54,7 +54,7 @@ class Drag(Study):
         """The family can be dragged, and there are judges of digits."""
         kind = GENERATORS.find(self.family)
         if not issubclass(kind, Adversarial):
-            raise ValueError(f"family: {self.family!r} has no styles to drag by; gan has")
+            raise ValueError(f"family: {self.family!r} has no styles to drag by; gan and gigagan have")
         try:
             kind.schema(**self.settings)
         except ValidationError as error:

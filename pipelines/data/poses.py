@@ -13,13 +13,13 @@ from policies.rl.settings import Settings
 class PosingSettings(Settings):
     """How digits are placed and tinted, each by chance."""
 
-    inks: tuple[str, ...] = Field(("yellow", "orange", "green"), min_length=1, description="of digits.INKS")
+    inks: tuple[str, ...] = Field(("yellow", "orange"), min_length=1, description="of digits.INKS")
     grounds: tuple[str, ...] = Field(("black",), min_length=1, description="of digits.GROUNDS")
-    rounds: int = Field(8, ge=1, description="poses and tints of each of the 1,000 digits")
+    rounds: int = Field(12, ge=1, description="poses and tints of each of the 1,000 digits")
     shift: tuple[float, float] = Field((2.0, 0.7), description="pixels by which one is moved, at most, across and down")
     scale: tuple[float, float] = Field((0.8, 1.0), description="its size, of what it was: least and most")
     slant: float = Field(0.3, ge=0, le=1, description="pixels across for each down, at most, either way")
-    warp: float = Field(0.0, ge=0, description="pixels by which parts of it are moved against one another, typically")
+    warp: float = Field(0.7, ge=0, description="pixels by which parts of it are moved against one another, typically")
 
 
 def posed(

@@ -11,11 +11,13 @@ from pipelines.measures.evaluator import to_network_input
 
 
 def renderer(generator: Adversarial, styles: Styles) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What draws with other w and the conditions of ``styles``: images, and the finest of their features."""
+    """What draws with other w and the conditions of ``styles``: images, and the finest of their features that are
+    coarser than they: those of the pixels' own resolution know little more than their colours."""
 
     def render(w: Tensor) -> tuple[Tensor, Tensor]:
         images, maps = generator.render(Styles(w, styles.conditions))
-        return images, maps[-1]
+        coarser = [each for each in maps if each.shape[-1] < images.shape[-1]]
+        return images, (coarser or maps)[-1]
 
     return render
 
@@ -23,12 +25,14 @@ def renderer(generator: Adversarial, styles: Styles) -> Callable[[Tensor], tuple
 def invert(
     generator: Adversarial, images: np.ndarray, candidates: Styles, steps: int = 300, learning_rate: float = 0.05
 ) -> tuple[Styles, np.ndarray]:
-    """The styles (n, …) that draw ``images`` (n, height, width, channels) uint8 best, each by Adam from the best of the
-    ``candidates``; and what is left, the mean |error| (n,) of pixels in [0, 1]."""
+    """The styles (n, …) that draw ``images`` (n, height, width, channels) uint8 best, each by Adam from the best of its
+    ``candidates`` (several · n, …), which are those of the images in turn, so that each may be of its own caption; and
+    what is left, the mean |error| (n,) of pixels in [0, 1]."""
     wanted = to_network_input(images).to(generator.device)
     with torch.no_grad():
         drawn = generator.render(candidates)[0]
-        nearest = torch.cdist(wanted.flatten(1), drawn.flatten(1)).argmin(dim=1)
+        apart = (drawn.unflatten(0, (-1, len(wanted))) - wanted).flatten(2).norm(dim=2)  # (several, n)
+        nearest = apart.argmin(dim=0) * len(wanted) + torch.arange(len(wanted), device=apart.device)
     conditions = {name: each[nearest] for name, each in candidates.conditions.items()}
     w = candidates.w[nearest].detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([w], lr=learning_rate)
