@@ -19,7 +19,7 @@ from pipelines.generators import FAMILY, GENERATORS, load_generator
 from pipelines.generators.adversarial import Adversarial, Styles
 from pipelines.generators.editing import invert, renderer
 from pipelines.measures.evaluator import load_evaluator
-from pipelines.measures.landmarks import ink_of, tips
+from pipelines.measures.landmarks import stay_tips, tips
 from pipelines.scoring import captioned
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.atomic import Files, packed
@@ -29,7 +29,7 @@ from policies.common.seeding import derive_seed
 from policies.drag import DragSettings, Moment, drag
 from policies.loops.samples import Samples
 
-_TRIES = 16  # styles, of which the best is where the search for that of a real digit begins
+_TRIES = 16  # ways of a drag, and styles to begin the search for a real digit's with, of which one is taken
 _WAYS = np.stack([(np.cos(turn), np.sin(turn)) for turn in np.arange(8) * np.pi / 4])  # in which ink may lie farthest
 
 
@@ -60,29 +60,16 @@ class Drags(NamedTuple):
         cls, generator: Adversarial, styles: Styles, count: int, lengths: Sequence[float], spread: float, rng: Any
     ) -> "Drags":
         """The first ``count`` of the images of ``styles`` whose ink has a tip in a direction of chance, to be dragged
-        by a length between the ``lengths``, whichever way stays in the image and leaves it the farthest ink, or it
-        could not be found there: no less far than all that is more than 3 pixels from it now."""
+        by a length between the ``lengths``, whichever way stays in the image and leaves it the farthest ink there."""
         images = generator.draw(styles)
         ways = _WAYS[rng.integers(len(_WAYS), size=len(images))]
         handles, found = tips(images, ways)
-        size, ink = np.array(images.shape[2:0:-1]), ink_of(images) >= 0.5
-        chosen: list[int] = []
-        targets: list[np.ndarray] = []
-        for row in np.flatnonzero(found <= spread):
-            if len(chosen) == count:
-                break
-            around = rng.uniform(0, 2 * np.pi, 1000)
-            toward = np.stack([np.cos(around), np.sin(around)], axis=1)
-            places = handles[row] + rng.uniform(*lengths, (1000, 1)) * toward
-            rest = np.argwhere(ink[row])[:, ::-1]
-            rest = rest[np.linalg.norm(rest - handles[row], axis=1) > 3]
-            fits = ((places >= 1) & (places <= size - 2)).all(axis=1)
-            fits &= places @ ways[row] >= (rest @ ways[row]).max(initial=-np.inf)
-            if fits.any():
-                chosen.append(row)
-                targets.append(places[fits.argmax()])
-        taken = _taken(styles, np.array(chosen, int))
-        return cls(taken, handles[chosen], np.array(targets).reshape(-1, 2), ways[chosen], images[chosen])
+        turns = rng.uniform(0, 2 * np.pi, (len(images), _TRIES, 1))
+        around = rng.uniform(*lengths, turns.shape) * np.concatenate([np.cos(turns), np.sin(turns)], axis=2)
+        fits = stay_tips(images, ways, handles, places := handles[:, None] + around)
+        chosen = np.flatnonzero((found <= spread) & fits.any(axis=1))[:count]
+        targets = places[chosen, fits.argmax(axis=1)[chosen]]
+        return cls(styles.taken(chosen), handles[chosen], targets, ways[chosen], images[chosen])
 
     def part_of_the_way(self, share: float) -> "Drags":
         """The same, to a place between."""
@@ -104,10 +91,6 @@ class Drags(NamedTuple):
         return last
 
 
-def _taken(styles: Styles, rows: np.ndarray) -> Styles:
-    return Styles(styles.w[rows], {name: each[rows] for name, each in styles.conditions.items()})
-
-
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: what became of an arm's drags of images that the first of ``inputs`` draws, and of real digits that it has
     drawn again; ``walk`` goes as far in w as the drags of the second of them, any way.
@@ -120,21 +103,20 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     judge = load_evaluator(resolve_model(parameters["evaluator"]), device)
     captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
     rng, count = np.random.default_rng(derive_seed(seed, "drags")), parameters["drags"]
-    styles = generator.styles(16 * count, derive_seed(seed, "styles"), parameters["bias"])
+    styles = generator.styles(64 * count, derive_seed(seed, "styles"), parameters["bias"])
     sets = {"drawn": Drags.of(generator, styles, count, parameters["lengths"], parameters["spread"], rng)}
     found: dict[str, Any] = {"drags": len(sets["drawn"].handles)}
     if arm in ("dragged", "walk", "still"):  # of the others nothing is asked about real digits
         real, labels, captions = posed(PosingSettings(**parameters["posing"]), "test", 1, rng)
-        chosen = rng.permutation(len(real))[: 4 * count]
+        chosen = rng.permutation(len(real))[: 2 * count]
         told: Any = {"prompts": [captions[each] for each in chosen] * _TRIES} if generator.captioned else {}
         begins = generator.styles(_TRIES * len(chosen), derive_seed(seed, "candidates"), parameters["bias"], **told)
         again, left = invert(generator, real[chosen], begins, steps=100)
         seen = judge.slots(generator.draw(again))["digit"]
         known = np.array([DIGITS.index(each) for each in seen]) == labels[chosen]
-        hard = Drags.of(generator, again, count, (pixels[-1], pixels[-1]), parameters["spread"], rng)
+        hard = Drags.of(generator, again, count, (pixels[-1], pixels[-1]), np.inf, rng)
         sets |= {str(each): hard.part_of_the_way(each / pixels[-1]) for each in pixels}
         found |= {"reconstruction/error": float(left.mean()), "seen/reconstruction": float(known.mean())}
-        found["drags/real"] = len(hard.handles)
     lengths, pictures, disagree = {}, Files(), []
     walked = json.loads(inputs[1]["lengths.json"]) if arm == "walk" else {}
     how = DragSettings(**(settings | ({"tracking": False} if arm == "untracked" else {})))

@@ -183,8 +183,8 @@ def test_a_reconstruction_draws_what_it_was_given() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1, 20, 16, 16, 3), dtype=np.uint8)
     generator = GanGenerator.fit(GanSettings(width=4, latent=6, steps=2, batch_size=4), Samples(images), [0])
     known = generator.styles(3, 5)
-    found, left = invert(generator, generator.draw(known), generator.styles(64, 6), steps=400)
-    _, untrained = invert(generator, generator.draw(known), generator.styles(64, 6), steps=0)
+    found, left = invert(generator, generator.draw(known), generator.styles(63, 6), steps=400)
+    _, untrained = invert(generator, generator.draw(known), generator.styles(63, 6), steps=0)
     assert (left < untrained).all()
     assert left.max() < 0.02
     drawn, features = renderer(generator, known)(known.w)

@@ -2,9 +2,9 @@
 
 DragGAN (2305.10973) on a GAN of posed digits that the study trains. Whether a point has arrived is measured on pixels,
 by the tip of the ink, not by the features that were dragged. Controls: ``untracked``, a point is believed to be where
-it was at first; ``unmasked``, nothing is held; ``walk``, as far in w in a random direction; ``still``, no drag. The judge,
-an evaluator, takes no part. Then drags are used: of real digits drawn again, how far until captioner and evaluator see
-different digits?
+it was at first; ``unmasked``, nothing is held; ``walk``, as far in w in a random direction; ``still``, no drag. The
+judge, an evaluator, takes no part. Then drags are used: of real digits drawn again, how far until captioner and
+evaluator see different digits?
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Drag(Study):
     bias: float = Field(0.7, gt=0, le=1, description="truncation of the images that are dragged")
     drags: int = Field(60, ge=2, description="images that are dragged, and as many real ones")
     lengths: tuple[float, float] = Field((2.0, 3.0), description="pixels by which a point is dragged, from and to")
-    spread: float = Field(1.2, gt=0, description="pixels around a landmark that its ink may spread over, to be a tip")
+    spread: float = Field(1.0, gt=0, description="pixels around a landmark that its ink may spread over, to be a tip")
     near: float = Field(1.5, gt=0, description="a landmark so many pixels from its target is there")
     pixels: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="by which real ones are dragged, rising")
     dragging: DragSettings = DragSettings()

@@ -28,3 +28,17 @@ def tips(images: np.ndarray, ways: np.ndarray, sharpness: float = 1.5) -> tuple[
     found = weight @ places
     spread = ((places - found[:, None]) ** 2).sum(axis=2)
     return found, np.sqrt((weight * spread).sum(axis=1))
+
+
+def stay_tips(images: np.ndarray, ways: np.ndarray, handles: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Whether each of ``places`` (n, any, 2) is one where the landmark of ``handles`` (n, 2) would be found if nothing
+    but it moved: a pixel or more within the image, and in the direction of ``ways`` (n, 2) as far as all ink that is
+    more than 3 pixels from the handle. (n, any) bool."""
+    ink = ink_of(images) >= 0.5
+    rows, columns = np.indices(ink.shape[1:])
+    pixels = np.stack([columns, rows], axis=-1).reshape(-1, 2)
+    rest = ink.reshape(len(ink), -1) & (np.linalg.norm(pixels - handles[:, None], axis=2) > 3)
+    farthest = np.where(rest, ways @ pixels.T, -np.inf).max(axis=1)
+    inside = ((places >= 1) & (places <= np.array(ink.shape[:0:-1]) - 2)).all(axis=2)
+    found: np.ndarray = inside & (np.einsum("npk,nk->np", places, ways) >= farthest[:, None])
+    return found
