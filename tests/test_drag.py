@@ -20,6 +20,7 @@ from pipelines.dragging import learn, measure
 from pipelines.generators import FAMILY
 from pipelines.generators.editing import invert, renderer
 from pipelines.generators.gan import GanGenerator, GanSettings
+from pipelines.generators.gigagan import GigaGan
 from pipelines.measures.landmarks import tips
 from pipelines.storage.atomic import unpacked
 from pipelines.studies import products
@@ -291,7 +292,7 @@ def test_what_is_no_run_of_a_gan_is_one_line(tmp_path: Path) -> None:
 def test_the_study_in_short(tmp_path: Path) -> None:
     """Its tasks, by themselves: equal repeats, metrics of every arm, a product that can be dragged."""
     changes = {"settings": {"steps": 3, "width": 4}, "drags": 4, "pixels": (1, 2), "spread": 9.0}
-    study = Drag(**changes, dragging={"steps": 3})
+    study = Drag(**changes, dragging={"steps": 3}, posing={"rounds": 1})
     study.preflight()
     made, found = study.tasks("dragged", 0)
     model = learn(made.parameters, [], "cpu")
@@ -316,7 +317,7 @@ def test_the_study_in_short(tmp_path: Path) -> None:
         (place / name).write_bytes(content)
     lines = command(place, "--from", "8,2", "--to", "8,4", "--steps", 1, "--output", tmp_path)
     assert "not arrived" in lines[1]
-    assert unpacked(products(model)[""], GanGenerator.load).settings.width == 4
+    assert unpacked(products(model)[""], GigaGan.load).settings.width == 4
 
 
 def test_the_study_claims_what_its_controls_can_deny() -> None:

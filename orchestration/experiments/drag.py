@@ -37,7 +37,7 @@ class Drag(Study):
     family: str = Field("gigagan", description="the GAN: a family of 'ouroboros config mad' that draws from styles")
     settings: dict[str, Any] = Field({}, description="of the family, in place of its defaults")
     posing: PosingSettings = PosingSettings()
-    bias: float = Field(0.7, gt=0, le=1, description="truncation of the images that are dragged")
+    bias: float = Field(0.5, gt=0, le=1, description="truncation of the images that are dragged")
     drags: int = Field(60, ge=2, description="images that are dragged, and as many real ones")
     lengths: tuple[float, float] = Field((2.0, 3.0), description="pixels by which a point is dragged, from and to")
     spread: float = Field(1.0, gt=0, description="pixels around a landmark that its ink may spread over, to be a tip")
