@@ -23,7 +23,7 @@ def drag(
     arm: Annotated[str | None, typer.Option(help="of the run; none: the first one that can be dragged")] = None,
     run_seed: Annotated[int | None, typer.Option(help="seed of the arm; none: its first")] = None,
     generation: Annotated[int | None, typer.Option(help="of the run; none: the last that is stored")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="updates, at most")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="updates, at most")] = 200,
     output: Annotated[Path, typer.Option(help="directory for a strip (PNG) and an animation (GIF)")] = Path("dragged"),
     root: Root = Path("runs"),
     trust: Trust = False,
