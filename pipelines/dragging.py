@@ -117,7 +117,7 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
         hard = Drags.of(generator, again, count, (pixels[-1], pixels[-1]), np.inf, rng)
         sets |= {str(each): hard.part_of_the_way(each / pixels[-1]) for each in pixels}
         found |= {"reconstruction/error": float(left.mean()), "seen/reconstruction": float(known.mean())}
-    lengths, pictures, disagree = {}, Files(), []
+    lengths, pictures = {}, Files()
     walked = json.loads(inputs[1]["lengths.json"]) if arm == "walk" else {}
     how = DragSettings(**(settings | ({"tracking": False} if arm == "untracked" else {})))
     for name, drags in sets.items():
@@ -146,6 +146,6 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
             pictures["images/drags.png"] = picture.getvalue()
         else:
             said = [parse(text)["digit"] for text in captioned(captioner, images)]
-            disagree.append(float(np.mean(np.array(said) != seen)))
-            found[f"disagree/at_{name}"] = disagree[-1]
-    return metrics(found | {"disagree": disagree}) | pictures | {"lengths.json": json.dumps(lengths).encode()}
+            found[f"disagree/at_{name}"] = float(np.mean(np.array(said) != seen))
+            found.setdefault("disagree", []).append(found[f"disagree/at_{name}"])
+    return metrics(found) | pictures | {"lengths.json": json.dumps(lengths).encode()}

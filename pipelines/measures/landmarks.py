@@ -17,17 +17,19 @@ def ink_of(images: np.ndarray) -> np.ndarray:
 def tips(images: np.ndarray, ways: np.ndarray, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
     """The landmark of each image: where its ink lies farthest in a direction of ``ways`` (n, 2), as a mean of places
     (n, 2), (x, y) in pixels, that counts less by e the 1/``sharpness`` of a pixel further back; and how far these
-    places spread around it, (n,) in pixels: little at a tip, much at a bar or at two tips."""
+    places spread around it, (n,) in pixels: little at a tip, much at a bar or at two tips,
+    and without end where there is no ink."""
     ink = ink_of(images)
     rows, columns = np.indices(ink.shape[1:])
     places, ink = np.stack([columns, rows], axis=-1).reshape(-1, 2), ink.reshape(len(ink), -1)
     along = ways @ places.T
     farthest = np.where(ink >= 0.5, along, -np.inf).max(axis=1, keepdims=True)
     weight = np.where(ink >= 0.25, ink, 0) * np.exp(np.minimum(sharpness * (along - farthest), 2))
-    weight /= weight.sum(axis=1, keepdims=True)
+    whole = weight.sum(axis=1, keepdims=True)
+    weight /= np.where(whole > 0, whole, 1)
     found = weight @ places
     spread = ((places - found[:, None]) ** 2).sum(axis=2)
-    return found, np.sqrt((weight * spread).sum(axis=1))
+    return found, np.where(whole[:, 0] > 0, np.sqrt((weight * spread).sum(axis=1)), np.inf)
 
 
 def stay_tips(images: np.ndarray, ways: np.ndarray, handles: np.ndarray, places: np.ndarray) -> np.ndarray:
