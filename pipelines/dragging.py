@@ -68,8 +68,10 @@ class Drags(NamedTuple):
         around = rng.uniform(*lengths, turns.shape) * np.concatenate([np.cos(turns), np.sin(turns)], axis=2)
         fits = stay_tips(images, ways, handles, places := handles[:, None] + around)
         chosen = np.flatnonzero((found <= spread) & fits.any(axis=1))[:count]
-        targets = places[chosen, fits.argmax(axis=1)[chosen]]
-        return cls(styles.taken(chosen), handles[chosen], targets, ways[chosen], images[chosen])
+        if not len(chosen):
+            raise ValueError("no image has a tip of ink to drag: the generator has collapsed, or spread is too small")
+        begin = handles[chosen], places[chosen, fits.argmax(axis=1)[chosen]]
+        return cls(styles.taken(chosen), *begin, ways[chosen], images[chosen])
 
     def part_of_the_way(self, share: float) -> "Drags":
         """The same, to a place between."""
