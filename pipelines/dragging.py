@@ -89,8 +89,7 @@ class Drags(NamedTuple):
         handles, targets = (torch.from_numpy(each[:, None]).float() for each in (self.handles, self.targets))
         fixed = torch.from_numpy(self.fixed).to(generator.device) if masked else None
         given = self.styles.w, handles.to(generator.device), targets.to(generator.device), fixed
-        *_, last = drag(renderer(generator, self.styles), *given, settings)
-        return last
+        return [*drag(renderer(generator, self.styles), *given, settings)][-1]
 
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
