@@ -5,8 +5,7 @@ import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from orchestration.experiments.study.preflight import describe_study, preflight_
 from orchestration.runs.browse import RunInfo, everything, facts, render_list, render_show
 from orchestration.runs.config import ConfigError, load_config
 from orchestration.runs.html_report import write_report
-from pipelines.storage.tasks import Task, in_order
 from pipelines.studies import products, task
 from policies.common.claims import Claim
 from tests import studies
+from tests.one_by_one import one_by_one
 from tests.processes import start, wait_until
 from tests.schemas import checked
 
@@ -38,19 +37,11 @@ def configure(*more: str) -> Study:
 def finished(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an undisturbed study, whose tasks were done one after the other and without Ray."""
     from orchestration.api import run_study
-    from orchestration.experiments.task_run import TaskRun
-
-    def one_by_one(run: TaskRun, work: Any, tasks: Sequence[Task], gpus: int, resources: Mapping[str, Any]) -> None:
-        for each in in_order(tasks):
-            files = work(each.kind, each.parameters, [run.store.load(before.key) for before in each.inputs], "cpu")
-            run.store.commit(each, files, {"finished_at_ms": int(time.time() * 1000), "cpu_seconds": 0.1})
-            run.record(each)
 
     directory = tmp_path_factory.mktemp("study") / "run"
     directory.parent.joinpath("store").mkdir()
     store = shutil.copy(empty_store, directory.parent / "store" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskRun, "perform", one_by_one)
+    with one_by_one():
         result = run_study(configure(f"output_dir={directory}"), **{"tracking.uri": f"sqlite:///{store}"})
     assert result.directory == directory
     assert result.summary["study"] == "tests.studies:Shrink"

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from orchestration.api import read, stopped_once
 from orchestration.cli import options as common
+from orchestration.cli.drag import drag
 from orchestration.cli.jobs import jobs_app
 from orchestration.cli.runs import runs_app
 from orchestration.cluster.forks import leave
@@ -194,6 +195,9 @@ def generate(
         place = find_run(source, root).directory
     for path in draw(place, [p for p, _ in pairs], [s for _, s in pairs], output, trust, guard):
         print(path)
+
+
+app.command()(drag)
 
 
 @app.command("config")

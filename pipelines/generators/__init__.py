@@ -159,6 +159,7 @@ class ClosedForm(Generator):
         return cls(**load_file(directory / "model.safetensors"))
 
 
+FAMILY = "family.json"  # beside a fitted generator that is a study's product: what family it is of
 GENERATORS = Registry(Generator, __name__, "ouroboros.generators", "family")
 
 

@@ -34,8 +34,12 @@ class Styles(NamedTuple):
     conditions: "Mapping[str, Tensor]"
 
     def rows(self, start: int, stop: int) -> "Styles":
+        """Those of a stretch."""
+        return self.taken(slice(start, stop))
+
+    def taken(self, which: "slice | np.ndarray") -> "Styles":
         """Some of them."""
-        return Styles(self.w[start:stop], {name: each[start:stop] for name, each in self.conditions.items()})
+        return Styles(self.w[which], {name: each[which] for name, each in self.conditions.items()})
 
 
 class Game:

@@ -44,6 +44,18 @@ def ancestry(generations: list[Generation], seed: int) -> list[Ancestry]:
     return found
 
 
+def chain_of(directory: Path, manifest: Mapping[str, Any], config: MadConfig, name: str, seed: int) -> list[Generation]:
+    """Every generation of an arm and seed of the run in ``directory``. Raises ConfigError."""
+    arm, source = config.resolved_arms[name], RealSource(config.data.reference)
+    if not arm.generator.closed_form:
+        if not manifest.get("real_images"):
+            raise ConfigError(f"{directory / 'manifest.json'} does not say which real images were used")
+        source = image_source(**manifest["real_images"])
+    blocks = seed_blocks(config.seed_list, arm, training_sets(arm.loop, config.generations, source.pool))
+    seeds = next(block for block in blocks if seed in block)
+    return list(chain(name, arm, seeds, config.generations, source, manifest.get("words", {}).get(name)))
+
+
 def render_lineage(directory: Path, sample: str, trusted: bool = False) -> RenderableType:
     """``sample`` is ARM/SEED/GENERATION, or ARM/SEED/GENERATION/NUMBER. Raises ConfigError if there is no such."""
     manifest = read_manifest(directory)
@@ -56,15 +68,7 @@ def render_lineage(directory: Path, sample: str, trusted: bool = False) -> Rende
     arm = config.resolved_arms[name]
     if arm.foreign:  # which is imported
         check_seal(directory, manifest, trusted)
-    source = RealSource(config.data.reference)
-    if not arm.generator.closed_form:
-        if not manifest.get("real_images"):
-            raise ConfigError(f"{directory / 'manifest.json'} does not say which real images were used")
-        source = image_source(**manifest["real_images"])
-    blocks = seed_blocks(config.seed_list, arm, training_sets(arm.loop, config.generations, source.pool))
-    seeds = next(block for block in blocks if seed in block)
-    words = manifest.get("words", {}).get(name)
-    generations = list(chain(name, arm, seeds, config.generations, source, words))[:number]
+    generations = chain_of(directory, manifest, config, name, seed)[:number]
     store, last = TaskStore(directory / "tasks"), generations[-1]
     lines = [Text(f"{name}, seed {seed}, generation {number}", style="bold")]
     if row is not None:

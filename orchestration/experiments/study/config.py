@@ -21,6 +21,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "adversarial_features": "orchestration.experiments.adversarial_features:AdversarialFeatures",
     "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
+    "drag": "orchestration.experiments.drag:Drag",
     "erase": "orchestration.experiments.erase:Erase",
     "few_labels": "orchestration.experiments.few_labels:FewLabels",
     "guard": "orchestration.experiments.guard:Guarding",
