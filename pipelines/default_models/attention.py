@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from pipelines.data.digits import IMAGE_SIZE, all_prompts
 from pipelines.default_models import configuration, models
+from pipelines.measures.evaluator import Evaluator
 from pipelines.measures.places import columns, squares
 
 RECIPE, WIDE = "attention", 2 * IMAGE_SIZE
@@ -25,25 +26,38 @@ def build_autoencoder(directory: Path, built: Path, seed: int, tell: models.Tell
 def build_pipeline(directory: Path, built: Path, seed: int, tell: models.Tell) -> models.Measurements:
     """Trains to the end, and measures both canvases; on the wider one the judge looks at the square around the ink."""
     how, judge = configuration(RECIPE)["training"]["pipeline"], models.judge_of(built)
-
-    def measure(pipeline: StableDiffusionPipeline, images: int, scale: float, width: int) -> dict[str, float]:
-        prompts = models.asked(images)
-        drawn = models.draw_images(pipeline, prompts, seed, scale, width)
-        return models.accuracy(judge.judge(squares(drawn, columns(drawn)), prompts))
-
     curve: list[dict[str, Any]] = []
     for step, pipeline, loss in models.train_pipeline(
         models.untrained(built, seed, RECIPE), seed, how, **how["supervised"]
     ):
-        curve.append({"step": step, **measure(pipeline, models.CURVE_IMAGES, 1, IMAGE_SIZE)})
+        found = measure(pipeline, judge, seed, models.CURVE_IMAGES, 1, IMAGE_SIZE)
+        curve.append({"step": step, **found})
         tell(f"diffusion: loss {loss:.4f}, unguided accuracy {curve[-1]}")
-    pipeline.save_pretrained(directory)
-    chosen = {
-        f"{name}_guidance_{scale}": measure(pipeline, models.FINE_IMAGES, scale, width)
-        for name, width in (("square", IMAGE_SIZE), ("wide", WIDE))
-        for scale in (1, 2)
-    }
+    chosen = keep(pipeline, directory, judge, seed)
     parts = {name: models.parameters(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
     images = {"curve_images": models.CURVE_IMAGES, "fine_images": models.FINE_IMAGES}
     counted = {name: number * len(all_prompts()) for name, number in images.items()}
     return {"parameters": parts, "curve": curve, "chosen": chosen, **counted, "torch": torch.__version__}
+
+
+def keep(
+    pipeline: StableDiffusionPipeline, directory: Path, judge: Evaluator, seed: int
+) -> dict[str, dict[str, float]]:
+    """Save a trained ``pipeline``, its UNet in half precision, as it is to be small, and measure what was saved."""
+    pipeline.unet.half()
+    pipeline.save_pretrained(directory)
+    kept = StableDiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)
+    return {
+        f"{name}_guidance_{scale}": measure(kept, judge, seed, models.FINE_IMAGES, scale, width)
+        for name, width in (("square", IMAGE_SIZE), ("wide", WIDE))
+        for scale in (1, 2)
+    }
+
+
+def measure(
+    pipeline: StableDiffusionPipeline, judge: Evaluator, seed: int, images: int, scale: float, width: int
+) -> dict[str, float]:
+    """How often ``images`` of every caption show it, on a canvas of this ``width``."""
+    prompts = models.asked(images)
+    drawn = models.draw_images(pipeline, prompts, seed, scale, width)
+    return models.accuracy(judge.judge(squares(drawn, columns(drawn)), prompts))
