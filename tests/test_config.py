@@ -1,5 +1,6 @@
 """Configuration: what is read, what is refused, and that a refusal is one line, exit code 2, and no Ray."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,8 +14,10 @@ from orchestration.cluster.ray_cluster import Machine
 from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.experiments.ddpo.preflight import describe_ddpo, preflight_ddpo
 from orchestration.runs.config import ConfigError, load_config
+from pipelines.generators import GENERATORS
+from pipelines.generators.text_to_image import TextToImageSettings
 from pipelines.storage.locations import CHECKOUT
-from policies.rl.settings import TrainingSettings, known_keys
+from policies.rl.settings import TrainingSettings, known_keys, tupled
 
 DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
 
@@ -366,3 +369,17 @@ def test_an_error_cannot_speak_to_the_terminal(
 ) -> None:
     assert command(["ddpo", "--config", str(tmp_path / "\x1b[2Jno.yaml")], monkeypatch) == 2
     assert r"\x1b[2Jno.yaml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", GENERATORS.built_in)
+def test_settings_read_what_tasks_and_files_hold_of_them(name: str) -> None:
+    """Both have lists where settings have tuples."""
+    schema = GENERATORS.built_in[name].schema
+    assert schema(**json.loads(schema().model_dump_json())) == schema()
+
+
+def test_tuples_are_read_from_lists_however_deep() -> None:
+    cached = TextToImageSettings(sampling_steps=(20, 2, 0))
+    assert TextToImageSettings(**json.loads(cached.model_dump_json())) == cached
+    assert cached.cache == TextToImageSettings.model_validate_json(cached.model_dump_json()).cache == (2, 0)
+    assert tupled({"a": [1, [2, {"b": [3]}]]}) == {"a": (1, (2, {"b": (3,)}))}
