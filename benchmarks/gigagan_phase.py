@@ -68,10 +68,12 @@ CLAIMS = [
     Claim("1. without fresh data FID grows twofold at least", "fid/left", PLAIN, "at least", 2, scale="logarithm"),
     Claim("1. precision falls", "precision/left", PLAIN, "at most", 1, scale="logarithm"),
     Claim("1. recall falls", "recall/left", PLAIN, "at most", 1, scale="logarithm"),
-    Claim("1. of recall less is left than of precision", "recall/behind", PLAIN, "at least", 0),
+    Claim("1. of recall less is left than of precision", "recall/behind", PLAIN, "at least", 0, scale="plain"),
     Claim("2. a bias keeps precision, within 20 %", "precision/left", BIASED, "at least", 1 / 1.2, scale="logarithm"),
     Claim("2. and loses half of recall at least", "recall/left", BIASED, "at most", 0.5, scale="logarithm"),
-    Claim("2. with a bias more is lost of recall than of precision", "recall/behind", BIASED, "at least", 0),
+    Claim(
+        "2. with a bias more is lost of recall than of precision", "recall/behind", BIASED, "at least", 0, scale="plain"
+    ),
     Claim("half fresh: FID ends below that without fresh data", "fid/last", FRESH, "at most", 1, PLAIN, "ratio"),
     Claim(
         "half fresh: the words keep their meaning", "prompt_accuracy/left", FRESH, "at least", 0.9, scale="logarithm"

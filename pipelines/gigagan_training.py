@@ -13,6 +13,7 @@ from policies.gigagan import ahead, alikeness, confusable, slope
 
 _BATCH = 32  # images of an update
 _PENALTY, _PENALTY_EVERY = 0.2, 4  # γ of R1 and R2, for pixels in [-1, 1]; updates of the critic from one to the next
+SEEKING = 0.005  # weight of mode seeking: with more, images of a caption differ more, and heed it later
 _TRIES = 4  # other captions, of which the nearest one is held against an image
 _FIDELITY, _GRAIN = 10.0, 0.05  # of an enlargement: weight of what it was given, noise in that
 
@@ -60,10 +61,9 @@ def play(
             loss = loss + _PENALTY / 2 * _PENALTY_EVERY * slope([each[0] for each in scores], seen, size)
         game.step(judging, loss)
         loss = drawing_loss(stage, fakes, own, other, [each.detach() for each in right], drawn)
-        if settings.seeking:
-            elsewhere = torch.randn(size, settings.latent, generator=random).to(device)
-            others = stage.synthesis(*stage.styles(own, elsewhere, every), given)[0][-1]
-            loss = loss + settings.seeking * alikeness(fakes[0], others, z, elsewhere)
+        elsewhere = torch.randn(size, settings.latent, generator=random).to(device)
+        others = stage.synthesis(*stage.styles(own, elsewhere, every), given)[0][-1]
+        loss = loss + SEEKING * alikeness(fakes[0], others, z, elsewhere)
         if enlarges:
             loss = loss + _FIDELITY * (fakes[1] - reals[1]).square().mean()
         game.step(drawing, loss)

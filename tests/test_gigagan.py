@@ -153,14 +153,15 @@ def test_pairs_that_do_not_match_reach_both_players(data: Samples, model: GigaGa
         assert not torch.equal(parameters(without, part), parameters(GigaGan.fit(TINY, data, [0]), part))
 
 
-def test_images_of_a_caption_are_kept_apart(data: Samples) -> None:
+def test_images_of_a_caption_are_kept_apart(data: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     images, others = torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 0.48)
     latents, elsewhere = torch.zeros(2, 3), torch.tensor([[1.0, 1, 1], [0, 0, 3]])
     assert alikeness(images, others, latents, elsewhere).item() == pytest.approx(1 / 0.5)
     assert alikeness(images, images, latents, elsewhere).item() == pytest.approx(1 / 0.02)
 
     def spread(seeking: float) -> float:
-        settings = TINY.model_copy(update={"seeking": seeking, "steps": 60})
+        monkeypatch.setattr("pipelines.gigagan_training.SEEKING", seeking)
+        settings = TINY.model_copy(update={"steps": 60})
         drawn = GigaGan.fit(settings, data, [0]).drawn([str(data.captions[0][0])] * 40, 1, 1.0)
         return float(drawn.std(axis=0).mean())
 

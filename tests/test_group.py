@@ -414,7 +414,7 @@ def build_together(group: Group, directory: str) -> None:
     output.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, shared(Sharing(group)):
         make_hasty(patch)
-        pretrain.build({"output": str(output), "seed": 3}, [], "cpu")
+        pretrain.build({"output": str(output), "seed": 3, "recipe": "digits"}, [], "cpu")
 
 
 def test_workers_build_the_default_models_as_one_does(pool: list[Pool], tmp_path: Path) -> None:

@@ -45,9 +45,6 @@ class GigaGanSettings(CaptionedSettings):
         (0.3, 0.0),
         description="weight of pairs that do not match, in the critic's loss and in the generator's; or one for both",
     )
-    seeking: float = Field(
-        0.005, ge=0, description="weight of mode seeking: images of a caption differ more, and heed it later; 0: none"
-    )
 
     @property
     def matched(self) -> tuple[float, float]:
