@@ -109,10 +109,10 @@ def draw(path: Path, config: MadConfig, arms: Plane) -> None:
         panel.imshow(plane, origin="lower", cmap="viridis_r" if metric == "fid" else "viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(plane):
             panel.text(column, row, f"{value:.2f}", ha="center", va="center", color="white", fontweight="bold")
-        panel.set(title=f"{metric}, generation {config.generations}", xlabel="fresh share")
+        panel.set(title=metric, xlabel="fresh share")
         panel.set_xticks(range(len(shares)), [f"{share:g}" for share in shares])
         panel.set_yticks(range(len(biases)), [f"{bias:g}" for bias in biases])
-    panels[0].set_ylabel("sampling bias λ")
+    panels[0].set_ylabel(f"generation {config.generations}: sampling bias λ")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
