@@ -14,10 +14,10 @@ import torch
 from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, parse
 from pipelines.data.poses import PosingSettings, posed
+from pipelines.editing import invert, renderer
 from pipelines.figures.dragging import marked, strip
 from pipelines.generators import FAMILY, GENERATORS, load_generator
 from pipelines.generators.adversarial import Adversarial, Styles
-from pipelines.generators.editing import invert, renderer
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.measures.landmarks import stay_tips, tips
 from pipelines.scoring import captioned

@@ -17,8 +17,8 @@ from orchestration.cli.main import app
 from orchestration.experiments.drag import Drag
 from orchestration.runs.config import ConfigError
 from pipelines.dragging import learn, measure
+from pipelines.editing import invert, renderer
 from pipelines.generators import FAMILY
-from pipelines.generators.editing import invert, renderer
 from pipelines.generators.gan import GanGenerator, GanSettings
 from pipelines.generators.gigagan import GigaGan
 from pipelines.measures.landmarks import tips

@@ -72,8 +72,8 @@ def drag(
     count = 1 if wanted is None else _CANDIDATES
     import torch
 
+    from pipelines.editing import as_bytes, invert, renderer
     from pipelines.figures.dragging import animation, marked, strip
-    from pipelines.generators.editing import as_bytes, invert, renderer
     from policies.drag import drag as dragging
 
     drawn: Any = generator.styles  # those that learn from captions take prompts, too
