@@ -1,5 +1,5 @@
 """What a GigaGAN is held against: itself without pairs that do not match, one kernel in place of a bank, a diffusion
-model by DDIM, and an enlargement that nothing has learned. Tasks of the study ``gigagan``."""
+model by DDIM, and an enlargement that nothing has learned. Tasks of the study ``text_gan``."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines.distilling import draw, load_data, sampler
+from pipelines.editing import as_bytes
 from pipelines.figures.plots import image_grid
 from pipelines.generators.gigagan import GigaGan, GigaGanSettings
 from pipelines.gigagan_networks import halved
@@ -115,7 +116,7 @@ def _bilinear(model: GigaGan, prompts: Sequence[str], seed: int) -> np.ndarray:
     with torch.inference_mode():
         small = model.networks[0].synthesis(styles.w, styles.conditions["local"])[0][-1]
         large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
-    return to_bytes(large)
+    return as_bytes(large)
 
 
 def _small(images: np.ndarray, size: int) -> np.ndarray:
@@ -123,10 +124,4 @@ def _small(images: np.ndarray, size: int) -> np.ndarray:
     shown = to_network_input(images)
     while shown.shape[-1] > size:
         shown = halved(shown)
-    return to_bytes(shown)
-
-
-def to_bytes(images: torch.Tensor) -> np.ndarray:
-    """Images (n, channels, height, width) in [-1, 1] as uint8 (n, height, width, channels)."""
-    found: np.ndarray = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(force=True)
-    return found
+    return as_bytes(shown)
