@@ -22,9 +22,9 @@ from orchestration.runs.manifest import git_commit
 from pipelines.captioner import Captioner
 from pipelines.data.prompts import read_prompts
 from pipelines.default_models.clip import build_clip
-from pipelines.inverting import Auditor, Space, latents_of
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.storage.locations import CHECKOUT
+from pipelines.studies.invert import Auditor, Space, latents_of
 from policies.inverting import InvertingSettings
 
 REWARDS = ("sentence_cosine", "strict", "clip_score", "jpeg_compressibility", "jpeg_incompressibility")

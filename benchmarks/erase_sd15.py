@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from orchestration.runs.manifest import git_commit
-from pipelines.erasing import Eraser, Prompts
+from pipelines.studies.erase import Eraser, Prompts
 from policies.erasing import ErasingSettings
 
 UNET: dict[str, Any] = {

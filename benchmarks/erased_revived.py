@@ -22,8 +22,8 @@ from orchestration.experiments.ddpo.config import DdpoConfig
 from orchestration.runs.config import load_config
 from orchestration.runs.manifest import git_commit
 from pipelines.data.prompts import read_prompts
-from pipelines.erasing import Prompts
 from pipelines.storage.locations import fingerprint
+from pipelines.studies.erase import Prompts
 from policies.common.seeding import PromptSchedule, derive_seed
 from policies.rl.advantages import PromptStatistics
 

@@ -15,8 +15,8 @@ from orchestration.runs.manifest import git_commit
 from pipelines.data.digits import CHOICES, all_prompts, parse
 from pipelines.data.prompts import renamed
 from pipelines.denoisers import load_family
-from pipelines.distilling import draw
 from pipelines.measures.evaluator import load_evaluator
+from pipelines.studies.distil import draw
 
 _MODEL, _JUDGE = "models/digits/pipeline", "models/digits/evaluator"
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from orchestration.experiments.adversarial_features import AdversarialFeatures
 from orchestration.experiments.study.config import find_study
-from pipelines.adversarial_features import _crossings, audit, digits, examine, learn_source, make
 from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, INKS, parse
 from pipelines.measures.robustness import classifier, digit_named, learn, network_of
 from pipelines.settings import CaptionerSettings
+from pipelines.studies.adversarial_features import _crossings, audit, digits, examine, learn_source, make
 from policies.adversarial import AttackSettings, LearningSettings, accuracy_under, attack, margin, noised, pgd
 
 SMALL = AdversarialFeatures(

@@ -17,7 +17,7 @@ from orchestration.runs.config import ConfigError, load_config
 from pipelines.generators import GENERATORS
 from pipelines.generators.text_to_image import TextToImageSettings
 from pipelines.storage.locations import CHECKOUT
-from policies.rl.settings import TrainingSettings, known_keys, tupled
+from policies.rl.settings import Settings, TrainingSettings, known_keys, tupled
 
 DIGITS = CHECKOUT / "configs/ddpo/digits.yaml"
 
@@ -383,3 +383,10 @@ def test_tuples_are_read_from_lists_however_deep() -> None:
     assert TextToImageSettings(**json.loads(cached.model_dump_json())) == cached
     assert cached.cache == TextToImageSettings.model_validate_json(cached.model_dump_json()).cache == (2, 0)
     assert tupled({"a": [1, [2, {"b": [3]}]]}) == {"a": (1, (2, {"b": (3,)}))}
+
+
+def test_a_setting_of_lists_is_refused_where_it_is_written() -> None:
+    """As settings read lists as tuples, which it would take for a wrong type."""
+    with pytest.raises(TypeError, match=r"Lists.values .*tuple\[T"):
+        type("Lists", (Settings,), {"__annotations__": {"values": list[int] | None}, "values": None})
+    type("Others", (Settings,), {"__annotations__": {"listed": tuple[int, ...]}, "listed": ()})

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from orchestration.experiments.consistency import Consistency
-from pipelines.consistency import as_judged, distil, learn_teacher, measure, train_alone
 from pipelines.data.digits import DIGITS, tint
 from pipelines.data.real_data import DataSettings, load_real_data
-from pipelines.distilling import learn_features
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.storage.atomic import Files
+from pipelines.studies.consistency import as_judged, distil, learn_teacher, measure, train_alone
+from pipelines.studies.distil import learn_features
 from policies.edm import (
     SIGMA_DATA,
     SIGMA_MAX,
@@ -200,10 +200,10 @@ def test_training_lowers_the_loss_of_each() -> None:
     """The teacher denoises, and f that is trained alone; f that is distilled goes where the teacher's ODE ends."""
     from diffusers import ConsistencyModelPipeline
 
-    from pipelines.consistency import of_network
     from pipelines.measures.evaluator import to_network_input
     from pipelines.storage.atomic import unpacked
     from pipelines.studies import products
+    from pipelines.studies.consistency import of_network
 
     data = load_real_data(DataSettings(source="digits", limit=60))
     assert data.labels is not None

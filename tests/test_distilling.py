@@ -10,8 +10,8 @@ import torch
 
 from orchestration.experiments.distil import LEARNED, Distil
 from pipelines.data.real_data import DataSettings
-from pipelines.distilling import Distiller, distil, draw, draw_latents, learn_features, measure, sampler
 from pipelines.storage.model_files import ModelFilesError
+from pipelines.studies.distil import Distiller, distil, draw, draw_latents, learn_features, measure, sampler
 from policies.consistency import ConsistencySettings, consistency, grid, pseudo_huber
 from policies.diffusion.ddim import PredictionType
 from tests.models import PROMPTS, build_tiny_sd3

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from orchestration.cli.main import app
 from orchestration.experiments.drag import Drag
 from orchestration.runs.config import ConfigError
-from pipelines.dragging import learn, measure
 from pipelines.editing import invert, renderer
 from pipelines.generators import FAMILY
 from pipelines.generators.gan import GanGenerator, GanSettings
@@ -24,6 +23,7 @@ from pipelines.generators.gigagan import GigaGan
 from pipelines.measures.landmarks import tips
 from pipelines.storage.atomic import unpacked
 from pipelines.studies import products
+from pipelines.studies.drag import learn, measure
 from policies.drag import DragSettings, Moment, around, at, drag, motion_loss, resized, towards, track
 from policies.loops.samples import Samples
 from tests.one_by_one import one_by_one

@@ -11,10 +11,10 @@ from torch import nn
 
 from orchestration.experiments.erase import Erase
 from pipelines.data.prompts import renamed
-from pipelines.erasing import Eraser, Prompts, erase, measure
 from pipelines.rl.policy import DiffusionPolicy
 from pipelines.settings import ModelSettings
 from pipelines.storage.model_files import ModelFilesError
+from pipelines.studies.erase import Eraser, Prompts, erase, measure
 from policies.erasing import ErasingSettings, esd_target, trained_modules, uce_weight
 from policies.rl.settings import SamplingSettings
 from tests.models import PROMPTS, build_tiny_sd3, build_tiny_xl

@@ -17,8 +17,6 @@ from safetensors.numpy import load_file
 
 from actors.failures import MARKS_OF_A_PEER
 from pipelines.default_models import pretrain
-from pipelines.distilling import Distiller
-from pipelines.erasing import Eraser, Prompts
 from pipelines.generators.text_to_image import TextToImageGenerator, TextToImageSettings
 from pipelines.rl.learning import DiffusionLearner, LearnerState
 from pipelines.rl.policy import DiffusionPolicy
@@ -26,6 +24,8 @@ from pipelines.rl.trajectory import Trajectory
 from pipelines.rl.weights import checksum
 from pipelines.settings import ModelSettings
 from pipelines.sharing import Sharing, shared
+from pipelines.studies.distil import Distiller
+from pipelines.studies.erase import Eraser, Prompts
 from pipelines.training import train
 from policies.consistency import ConsistencySettings
 from policies.erasing import ErasingSettings

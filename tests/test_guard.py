@@ -20,9 +20,9 @@ from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, load_split, tint
 from pipelines.data.prompts import words_in
 from pipelines.guard import FRONT, NO_GUARD, STAGES, Guard, GuardSettings, OutputSettings, Rule, read_guard
-from pipelines.guarding import draw, measure, requests, screen
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import CHECKOUT
+from pipelines.studies.guard import draw, measure, requests, screen
 from tests.models import build_tiny_pipeline
 
 READY = "configs/guards/no_threes.yaml"

@@ -15,11 +15,11 @@ from orchestration.runs.config import ConfigError
 from pipelines.captioner import Captioner
 from pipelines.data.digits import all_prompts, real_images
 from pipelines.default_models.clip import learn_clip
-from pipelines.inverting import Auditor, Space, audit_reward, latents_of
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.processing import preprocessed
 from pipelines.rewards import load_reward, parse_options
 from pipelines.settings import CaptionerSettings
+from pipelines.studies.invert import Auditor, Space, audit_reward, latents_of
 from policies.inverting import InvertingSettings, bounded, evolve, seen_anew, total_variation, verdict
 from tests.models import PROMPTS, build_tiny_blip2, build_tiny_clip, build_tiny_vqa
 from tests.test_config import command

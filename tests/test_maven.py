@@ -18,13 +18,13 @@ from orchestration.experiments.mad.loop import run_mad, unroll
 from orchestration.experiments.mad.preflight import describe_mad, preflight_mad
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.data.real_data import DataSettings, RealData, load_real_data, split_reference
-from pipelines.few_labels import learn_features, learn_few, learn_maven
 from pipelines.generators.maven import Maven, MavenSettings, chosen_labels
 from pipelines.mad.graph import image_source
 from pipelines.mad.tasks import read_real_data
 from pipelines.measures.distances import moments_nearness
 from pipelines.refinements.neon import Neon
 from pipelines.storage.tasks import TaskStore, in_order
+from pipelines.studies.few_labels import learn_features, learn_few, learn_maven
 from policies.loops.samples import Samples
 from policies.maven import PlainSettings, class_loss, discriminator_loss, divergence, log_fake, log_real, matching_loss
 

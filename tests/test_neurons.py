@@ -16,9 +16,9 @@ from orchestration.runs.moved import find_pipeline, moved
 from pipelines.data.prompts import unused
 from pipelines.data.real_data import DataSettings
 from pipelines.denoisers import inspect
-from pipelines.neurons import FILE, Implanter, find, implant, measure
 from pipelines.storage.atomic import Files
 from pipelines.storage.model_files import ModelFilesError
+from pipelines.studies.neurons import FILE, Implanter, find, implant, measure
 from policies.erasing import trained_modules
 from policies.neurons import NeuronSettings, follow, largest, shut, union
 from tests.models import PROMPTS, build_tiny_sd3

@@ -79,7 +79,7 @@ class AdversarialFeatures(Study):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The set of an arm, and what fresh networks learn from it; beside true digits, the audit."""
-        from pipelines.adversarial_features import audit, examine, learn_source
+        from pipelines.studies.adversarial_features import audit, examine, learn_source
 
         kept = {"tints", "test_tints", "robust", "attack", "inversion", "learning"}
         given = self.model_dump(mode="json", include=kept)

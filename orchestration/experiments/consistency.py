@@ -88,8 +88,8 @@ class Consistency(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The arm's network, and what it draws in few calls."""
-        from pipelines.consistency import distil, learn_teacher, measure, train_alone
-        from pipelines.distilling import learn_features
+        from pipelines.studies.consistency import distil, learn_teacher, measure, train_alone
+        from pipelines.studies.distil import learn_features
 
         named = {name: getattr(self.data, name) for name in ("source", "extractor")}
         data = self.data.model_dump() | {name: at and portable(at) for name, at in named.items()}

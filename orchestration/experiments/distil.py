@@ -80,7 +80,7 @@ class Distil(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The distilled pipeline, if the arm has one, and what is drawn in few calls."""
-        from pipelines.distilling import distil, draw_latents, learn_features, measure
+        from pipelines.studies.distil import distil, draw_latents, learn_features, measure
 
         named = {name: getattr(self.data, name) for name in ("source", "extractor")}
         data = self.data.model_dump() | {name: at and portable(at) for name, at in named.items()}

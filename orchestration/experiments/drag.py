@@ -76,7 +76,7 @@ class Drag(Study):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The generator, which all arms share, and an arm's drags."""
-        from pipelines.dragging import learn, measure
+        from pipelines.studies.drag import learn, measure
 
         common = {"family": self.family, "posing": self.posing.model_dump(), "seed": seed}
         made = task(learn, common | {"settings": self.settings}, label=f"generator, seed {seed}")

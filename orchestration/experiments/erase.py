@@ -93,7 +93,7 @@ class Erase(Study):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """For each concept the erased pipeline, and what is left of the concept in it."""
-        from pipelines.erasing import erase, measure
+        from pipelines.studies.erase import erase, measure
 
         texts, found = read_prompts(self.prompts)[0], list[Task]()
         judging = self.judging.model_dump()

@@ -60,7 +60,7 @@ class FewLabels(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """What is learned from each number of labels."""
-        from pipelines.few_labels import learn_features, learn_few, learn_maven
+        from pipelines.studies.few_labels import learn_features, learn_few, learn_maven
 
         data = self.data.model_dump() | {"source": portable(self.data.source)}
         common: dict[str, Any] = {"data": data, "read": self._digests, "seed": seed}

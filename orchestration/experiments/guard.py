@@ -78,7 +78,7 @@ class Guarding(Study):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """What comes out; requests, screening and drawing are the same in all arms."""
-        from pipelines.guarding import draw, measure, screen
+        from pipelines.studies.guard import draw, measure, screen
 
         stages = {"none": (), "random": FRONT}.get(arm, tuple(each for each in STAGES if arm != f"no-{each}"))
         words = {slot: [each for each in known if each != self.forbidden] for slot, known in CHOICES.items()}

@@ -75,7 +75,7 @@ class Invert(Study):
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """A search of each reward."""
         from pipelines.default_models.clip import learn_clip
-        from pipelines.inverting import audit_reward
+        from pipelines.studies.invert import audit_reward
 
         texts, order = read_prompts(self.prompts)[0], default_rng(derive_seed(seed, "asked"))
         common = {

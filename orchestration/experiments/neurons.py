@@ -97,7 +97,7 @@ class Neurons(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The pipelines with what is shut in them, and what these draw."""
-        from pipelines.neurons import find, implant, measure
+        from pipelines.studies.neurons import find, implant, measure
 
         data = self.data.model_dump() | {"source": portable(self.data.source)}
         common = {"path": portable(self.path), "data": data, "seed": seed, "read": self._digests}

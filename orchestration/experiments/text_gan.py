@@ -76,8 +76,8 @@ class TextGan(ImageStudy):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The generator, if the arm has one, what it draws, and what that costs."""
-        from pipelines.distilling import learn_features
-        from pipelines.text_gan import judge, learn, race
+        from pipelines.studies.distil import learn_features
+        from pipelines.studies.text_gan import judge, learn, race
 
         settings = GigaGan.settled(self.gigagan, 0)
         size = (self.data.image_size or 0) * (2 if arm == "upsampled" else 1)

@@ -71,7 +71,7 @@ class DdimConfig(Settings):
     beta_start: float = Field(0.0001, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    trained_betas: list[float] | None = None
+    trained_betas: tuple[float, ...] | None = None
     clip_sample: bool = True
     clip_sample_range: float = Field(1.0, gt=0, allow_inf_nan=False)
     set_alpha_to_one: bool = True

@@ -16,6 +16,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Raises TypeError for a field of lists, which settings read as tuples: frozen ones hold no others."""
+        super().__init_subclass__(**arguments)
+        for name, kind in cls.__dict__.get("__annotations__", {}).items():
+            if re.search(r"\blist\b", kind if isinstance(kind, str) else str(kind), re.IGNORECASE):
+                raise TypeError(f"{cls.__name__}.{name} is annotated {kind}: settings hold tuples, tuple[T, ...]")
+
     @model_validator(mode="before")
     @classmethod
     def _lists_are_tuples(cls, content: Any) -> Any:

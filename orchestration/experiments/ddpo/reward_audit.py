@@ -39,8 +39,8 @@ def audit(
         make(output)
     from pipelines.captioner import Captioner
     from pipelines.figures.plots import before_after
-    from pipelines.inverting import Auditor, Space, latents_of
     from pipelines.measures.evaluator import load_evaluator
+    from pipelines.studies.invert import Auditor, Space, latents_of
 
     device = next(role.device for role in plan.roles if role.name == "sampler")
     judge = load_evaluator(resolve_model(judged), device)

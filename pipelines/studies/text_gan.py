@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.distilling import draw, load_data, sampler
 from pipelines.editing import as_bytes
 from pipelines.figures.plots import image_grid
 from pipelines.generators.gigagan import GigaGan, GigaGanSettings
@@ -22,6 +21,7 @@ from pipelines.measures.features import load_extractor
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import metrics, products
+from pipelines.studies.distil import draw, load_data, sampler
 from policies.loops.samples import Samples
 
 _SHOWN, _EACH = 8, 12  # prompts of a picture, and images of each

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipelines.data.real_data import DataSettings, load_real_data, split_reference
-from pipelines.distilling import learn_features
 from pipelines.figures.plots import image_grid
 from pipelines.generators.maven import Maven, MavenSettings, chosen_labels, judge
 from pipelines.measures.distances import frechet_distance, moments_nearness, precision_recall_density_coverage
@@ -23,6 +22,7 @@ from pipelines.measures.evaluator import to_network_input
 from pipelines.measures.features import load_extractor
 from pipelines.storage.atomic import Files, unpacked
 from pipelines.studies import metrics
+from pipelines.studies.distil import learn_features
 from pipelines.training import train
 from policies.common.seeding import derive_seed
 from policies.loops.samples import Samples

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from pipelines.data.prompts import naming, renamed
 from pipelines.data.real_data import DataSettings, load_real_data
 from pipelines.denoisers import load_family
-from pipelines.distilling import draw
 from pipelines.figures.plots import image_grid
 from pipelines.measures.evaluator import load_evaluator, to_network_input
 from pipelines.storage.atomic import Files, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import check_pipeline
 from pipelines.studies import PRODUCT, metrics, product, products
+from pipelines.studies.distil import draw
 from policies.common.seeding import derive_seed
 from policies.erasing import trained_modules
 from policies.neurons import NeuronSettings, Weights, follow, largest, shut, union

@@ -1,4 +1,5 @@
-"""What a study's tasks are: plain functions from parameters and files to files, named by their import path.
+"""What a study's tasks are: plain functions from parameters and files to files, named by their import path. Those of
+each study are in the module of its name.
 
 A task function takes ``(parameters, inputs, device)`` and returns files by relative path. Of the tasks that a study
 returns for an arm and a seed, these files are taken to people:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pipelines.data.digits import DIGITS, IMAGE_SIZE, enlarged, tint
 from pipelines.data.real_data import RealData
-from pipelines.distilling import in_batches, judged, load_data, to_bytes
 from pipelines.generators.diffusion import build
 from pipelines.measures.evaluator import load_evaluator, to_network_input
 from pipelines.measures.features import load_extractor
 from pipelines.storage.atomic import Files, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import product, products
+from pipelines.studies.distil import in_batches, judged, load_data, to_bytes
 from pipelines.training import Loss, train
 from policies.common.seeding import derive_seed
 from policies.consistency import pseudo_huber
@@ -112,8 +112,8 @@ def train_alone(parameters: Mapping[str, Any], inputs: list[Files], device: str)
 
 def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: what the pipeline that is the product of the second of ``inputs`` draws in so many network calls, as
-    :func:`pipelines.distilling.measure` finds it. ``sampler``: ``consistency``, the pipeline's own, or the ODE of its
-    network as a denoiser, by ``euler`` or ``heun``. Labels asked for are those of the reference images."""
+    :func:`pipelines.studies.distil.measure` finds it. ``sampler``: ``consistency``, the pipeline's own, or the ODE of
+    its network as a denoiser, by ``euler`` or ``heun``. Labels asked for are those of the reference images."""
     (data, _, reference), pipeline = load_data(parameters), _loaded(inputs[1], device)
     labels, shape = _labels(data)[reference].tolist(), data.images.shape
     judge = load_evaluator(resolve_model(parameters["evaluator"]), device) if parameters["evaluator"] else None
