@@ -151,6 +151,34 @@ def build_tiny_sd3(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def build_tiny_film(directory: Path, frames: int = 3, seed: int = 0) -> Path:
+    """Save an ``AnimateDiffPipeline`` of 16 px whose motion modules have places for so many ``frames``. Returns
+    ``directory``."""
+    import torch
+    from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
+
+    still = StableDiffusionPipeline.from_pretrained(build_tiny_pipeline(directory / "still", seed=seed))
+    torch.manual_seed(seed + 1)
+    adapter = MotionAdapter(
+        block_out_channels=(16,),
+        motion_layers_per_block=1,
+        motion_mid_block_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=8,
+        use_motion_mid_block=False,
+        motion_max_seq_length=frames,
+    )
+    AnimateDiffPipeline(
+        vae=still.vae,
+        text_encoder=still.text_encoder,
+        tokenizer=still.tokenizer,
+        unet=still.unet,
+        motion_adapter=adapter,
+        scheduler=still.scheduler,
+    ).save_pretrained(directory)
+    return directory
+
+
 def build_tiny_pixels(directory: Path, seed: int = 0) -> Path:
     """Save a ``DDPMPipeline`` of 8 px, without a prompt. Returns ``directory``."""
     import torch

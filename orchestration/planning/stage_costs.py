@@ -90,12 +90,12 @@ def measure(config: DdpoConfig, plan: Plan) -> StageCosts:
     }
     captions = None
     if "captioner" in roles:
-        captioner = Captioner(config.captioner, roles["captioner"].device)
+        captioner = Captioner(config.captioner, roles["captioner"].device, frames=plan.frames)
         captions = captioner.caption(images)
         costs["caption"] = _Clock(roles["captioner"]).fit(lambda n: captioner.caption(images[:n]), size)
     costs["rewards"] = {}
     for (name, options), role in zip(config.reward.functions.items(), reward_roles(config.reward), strict=True):
-        reward = load_reward(name, options, roles[role].device)
+        reward = load_reward(name, options, roles[role].device, plan.frames)
 
         def judge(n: int, reward: Any = reward) -> object:
             return score(reward, images[:n], prompts[:n], captions and captions[:n])

@@ -37,6 +37,7 @@ _KINDS = {
         "stable_diffusion_xl:StableDiffusionXL", parts=_TWO_TEXTS, embedding="text_time"
     ),
     "StableDiffusion3Pipeline": _Kind("stable_diffusion_3:StableDiffusion3", "transformer", _TWO_TEXTS),
+    "AnimateDiffPipeline": _Kind("animate_diff:AnimateDiff"),
     "DDIMPipeline": _Kind("pixels:Pixels", parts=()),
     "DDPMPipeline": _Kind("pixels:Pixels", parts=()),
 }
@@ -44,6 +45,8 @@ _KINDS = {
 _UNKNOWN = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "quantization_config")
 
 _OF_TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+_RECTANGULAR = "pixels:Pixels", "stable_diffusion:StableDiffusion", "animate_diff:AnimateDiff"
+_FRAMES = 16  # that AnimateDiff's stock pipeline draws
 _LARGEST = 4096  # channels, or numbers on a side, of what is denoised
 
 
@@ -51,7 +54,8 @@ _LARGEST = 4096  # channels, or numbers on a side, of what is denoised
 class ModelFiles:
     """A model's directory, read but not loaded: nothing here asks it again, so it may be gone. ``parts``: library and
     class of each; ``absent``: those it does without; ``image_size``: height and width of what it draws, in pixels;
-    ``shapes``: of the tensors of those parts that hold any; ``network``: the configuration of what is trained."""
+    ``shapes``: of the tensors of those parts that hold any; ``network``: the configuration of what is trained;
+    ``frames``: of a film, which stand below each other in its image and in what is denoised."""
 
     directory: Path
     kind: _Kind
@@ -62,6 +66,7 @@ class ModelFiles:
     image_size: tuple[int, int]
     shapes: Mapping[str, Shapes]
     network: Mapping[str, Any]
+    frames: int = 1
 
     @property
     def knows_prompts(self) -> bool:
@@ -92,7 +97,9 @@ def inspect(directory: Path) -> ModelFiles:
     configs = {part: model_files.read_config(directory / part / "config.json") for part in models}
     scheduler = _scheduler(directory / "scheduler" / "scheduler_config.json", index)
     with reading(directory / kind.network / "config.json"):
+        frames = _frames(configs[kind.network], kind)
         shape = _latent_shape(configs[kind.network], configs.get("vae"), kind)
+        shape = shape[0], frames * shape[1], shape[2]
     for part in parts:
         held = {file.name for file in (directory / part).glob("*")} if part.startswith("tokenizer") else set()
         if part.startswith("tokenizer") and not any(held >= files for files in _OF_TOKENIZERS):
@@ -102,7 +109,7 @@ def inspect(directory: Path) -> ModelFiles:
     size = shape[1] << doublings, shape[2] << doublings
     shapes = {part: model_files.weight_shapes(directory / part) for part in models}
     network = {**configs[kind.network], "_class_name": parts[kind.network][1]}
-    return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes, network)
+    return ModelFiles(directory, kind, parts, absent, scheduler, shape, size, shapes, network, frames)
 
 
 def is_distilled(path: str, sampling: "SamplingSettings") -> bool:
@@ -151,6 +158,16 @@ def check_lora(files: ModelFiles, targets: Sequence[str]) -> None:
             )
 
 
+def _frames(network: Mapping[str, Any], kind: _Kind) -> int:
+    """How many frames a network draws. Raises ValueError."""
+    if kind.place != "animate_diff:AnimateDiff":
+        return 1
+    places = network.get("motion_max_seq_length")
+    if type(places) is not int or places < 2:
+        raise ValueError(f"motion_max_seq_length {places!r} leaves no frames to draw: it is no UNetMotionModel")
+    return min(_FRAMES, places)
+
+
 def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kind: _Kind) -> tuple[int, int, int]:
     """(channels, height, width) of a network's input. Raises ValueError if it is none that can be sampled here."""
     for field in _UNKNOWN:
@@ -167,7 +184,7 @@ def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kin
     sides = [size, size] if not isinstance(size, list) else size
     if not all(type(each) is int and 0 < each <= _LARGEST for each in (channels, *sides)) or len(sides) != 2:
         raise ValueError(f"in_channels {channels!r} and sample_size {size!r} do not give the size of what it denoises")
-    if sides[0] != sides[1] and kind.place not in ("pixels:Pixels", "stable_diffusion:StableDiffusion"):
+    if sides[0] != sides[1] and kind.place not in _RECTANGULAR:
         raise ValueError(f"sample_size {size!r}: this family draws squares")
     for what, other in {
         "out_channels": network.get("out_channels") or channels,
@@ -209,6 +226,8 @@ def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":
 
         resolved = DiffusionPipeline.download(path, use_safetensors=True, safety_checker=None, feature_extractor=None)
     files = inspect(Path(resolved))
+    if files.frames > 1 and find(path) is None:
+        raise ModelFilesError(f"model.path {path!r} draws films: save it to a directory here, which is read beforehand")
     with reading(files.directory), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what diffusers will call differently one day
         return resolve_name(f"pipelines.denoisers.{files.kind.place}").load(files, dtype, device)
