@@ -40,8 +40,10 @@ class OneProcess:
             config.model, config.sampling, config.training, derive_seed(config.seed, "initialisation")
         )
         self.sampler = DiffusionPolicy(config.model, config.sampling)
-        self.captioner = Captioner(config.captioner)
-        self.rewards = {name: load_reward(name, options) for name, options in config.reward.functions.items()}
+        self.frames = self.sampler.family.files.frames
+        self.captioner = Captioner(config.captioner, frames=self.frames) if config.captioner.path else None
+        rewards = config.reward.functions.items()
+        self.rewards = {name: load_reward(name, options, frames=self.frames) for name, options in rewards}
         self.evaluator = load_evaluator(resolve_model(str(config.evaluation.evaluator)))
         self.prompts, self.unseen = read_prompts(config.prompt_files["path"])
         self.spent: dict[str, float] = {"sample": 0.0, "reward": 0.0, "learn": 0.0}
@@ -62,10 +64,12 @@ class OneProcess:
         """The held-out measure of a run."""
         prompts, seeds = fixed_work([*self.prompts, *self.unseen], count)
         images, _ = self.draw(prompts, seeds, 0)
-        captions = self.captioner.caption(images)
+        captions = self.captioner.caption(images) if self.captioner else None
         scores = {name: score(each, images, prompts, captions) for name, each in self.rewards.items()}
-        verdict = self.evaluator.judge(images, prompts), self.evaluator.slots(images)
-        return Evaluation(prompts, [images], [captions], scores, [verdict], self.config.reward, self.unseen)
+        seen = self.evaluator.slots(images) if self.frames == 1 else {}
+        verdict = self.evaluator.judge(images, prompts, self.frames), seen
+        said = [] if captions is None else [captions]
+        return Evaluation(prompts, [images], said, scores, [verdict], self.config.reward, self.unseen)
 
     def train(self, step: int, prompts: PromptSchedule, history: PromptStatistics) -> dict[str, float]:
         """One step."""
@@ -75,7 +79,8 @@ class OneProcess:
         clock = [time.process_time()]
         images, trajectories = self.draw(asked, seeds, self.learner.weights_version, True)
         clock.append(time.process_time())
-        captions, weights = self.captioner.caption(images), config.reward.weights
+        captions = self.captioner.caption(images) if self.captioner else None
+        weights = config.reward.weights
         scores = weighted_sum({n: score(self.rewards[n], images, asked, captions) for n in weights}, weights)
         advantage = advantages(scores, asked, config.advantage, history)
         clock.append(time.process_time())

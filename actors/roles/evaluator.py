@@ -3,7 +3,6 @@
 import numpy as np
 
 from actors.worker import Worker
-from pipelines.films import frames_of
 
 
 class EvaluatorActor(Worker):
@@ -19,8 +18,5 @@ class EvaluatorActor(Worker):
     def judge(self, images: np.ndarray, prompts: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
         """Which slots of its prompt each image fulfils (bool arrays), a film if all of its frames do; and what was seen
         in each slot (words), nothing of films."""
-        if self.frames == 1:
-            return self.evaluator.judge(images, prompts), self.evaluator.slots(images)
-        asked = [prompt for prompt in prompts for _ in range(self.frames)]
-        met = self.evaluator.judge(frames_of(images, self.frames), asked)
-        return {slot: np.asarray(each.reshape(-1, self.frames).all(axis=1)) for slot, each in met.items()}, {}
+        met = self.evaluator.judge(images, prompts, self.frames)
+        return met, self.evaluator.slots(images) if self.frames == 1 else {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.digits import SLOTS, parse
+from pipelines.films import frames_of
 from pipelines.measures.places import columns, squares
 from pipelines.storage.model_files import reading
 
@@ -80,11 +81,15 @@ class Evaluator:
                 words[slot].extend(names[index] for index in logits[slot].argmax(dim=1).tolist())
         return words
 
-    def judge(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    def judge(self, images: np.ndarray, prompts: Sequence[str], frames: int = 1) -> dict[str, np.ndarray]:
         """Does each image show what its prompt says? Boolean arrays (n,) for digit, ink, ground and full (all three).
 
-        A slot the prompt leaves open is met by any image.
+        A slot the prompt leaves open is met by any image. A film of so many ``frames``, which stand below each other,
+        shows what all of them show.
         """
+        if frames > 1:
+            each = self.judge(frames_of(images, frames), [prompt for prompt in prompts for _ in range(frames)])
+            return {slot: np.asarray(met.reshape(-1, frames).all(axis=1)) for slot, met in each.items()}
         wanted = [parse(prompt) for prompt in prompts]
         seen = self.slots(images)
         pairs = {slot: zip(wanted, seen[slot], strict=True) for slot in SLOTS}
