@@ -104,15 +104,19 @@ class Seer:
         self.layers = {name: Looking(settings.resolution) for name in names[-settings.layers :]}
         self.network.set_attn_processor({name: self.layers.get(name, AttnProcessor2_0()) for name in processors})
 
-    def maps(self, images: Tensor, tokens: Tensor, random: torch.Generator) -> Tensor:
-        """Where ``tokens`` (tokens, width) look in ``images`` (n, 3, height, width) in [−1, 1], encoded and with noise:
-        (n, tokens, height, width), finer than the layers' places."""
-        with torch.no_grad():
-            clean = self.vae.encode(images).latent_dist.mean * self.vae.config.scaling_factor
-            times = torch.full((len(clean),), self.settings.timestep, device=clean.device)
-            noisy = self.noises.add_noise(clean, torch.randn(clean.shape, generator=random).to(clean), times)
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Of ``images`` (n, 3, height, width) in [−1, 1], without noise."""
+        clean: Tensor = self.vae.encode(images).latent_dist.mean * self.vae.config.scaling_factor
+        return clean
+
+    def maps(self, latents: Tensor, noise: Tensor, tokens: Tensor) -> Tensor:
+        """Where ``tokens`` (tokens, width) look in images whose ``latents`` (n, …) have this noise added, (n, tokens,
+        height, width): finer than the layers' own places."""
+        times = torch.full((len(latents),), self.settings.timestep, device=latents.device)
         for layer in self.layers.values():
-            layer.shape = clean.shape[3] / clean.shape[2]
+            layer.shape = latents.shape[3] / latents.shape[2]
+        noisy = self.noises.add_noise(latents, noise.expand_as(latents).to(latents), times)
         self.network(noisy, times, tokens.expand(len(noisy), -1, -1), return_dict=False)
         return torch.stack([each.seen for each in self.layers.values()]).mean(dim=0)
 
@@ -126,8 +130,9 @@ class Seer:
         for _ in range(settings.steps):
             shown = self._shown(images[rng.integers(len(images), size=settings.batch)])
             how = turns(len(shown), settings, (shown.shape[2], shown.shape[3]), rng).to(self.device)
-            maps = self.maps(torch.cat([shown, warped(shown, how)]), tokens, random)
-            local, moved = losses(*maps.chunk(2), how, settings)
+            latents = self.latents(torch.cat([shown, warped(shown, how)]))
+            maps = self.maps(latents, torch.randn(latents.shape, generator=random), tokens)
+            local, moved = losses(maps[: len(shown)], maps[len(shown) :], how, settings)
             (tokens.grad,) = torch.autograd.grad(local + settings.equivariance * moved, tokens)
             optimizer.step()
         learned = tokens.detach()
@@ -148,14 +153,19 @@ class Seer:
 
     @torch.no_grad()
     def _seen(self, images: np.ndarray, tokens: Tensor, seed: int) -> Tensor:
-        """Maps of images: means over turned and moved copies of each, turned back, of what is in them."""
-        views, rng = self.settings.views, np.random.default_rng(derive_seed(seed, "views"))
-        random, whole = torch.Generator().manual_seed(derive_seed(seed, "noise of views")), []
-        for part in self._shown(images).split(max(1, _AT_ONCE // views)):
-            copies = part.repeat_interleave(views, dim=0)
-            how = turns(len(copies), self.settings, (copies.shape[2], copies.shape[3]), rng).to(self.device)
-            back, inside = unwarped(self.maps(warped(copies, how), tokens, random), how)
-            total, counts = ((each).unflatten(0, (-1, views)).sum(dim=1) for each in (back * inside, inside))
+        """Maps of images: means over turned and moved copies of each, turned back, of what is in them. All images are
+        turned alike and have the same noise, so that an image's maps are the same whatever is beside it."""
+        size, rng = (images.shape[1], images.shape[2]), np.random.default_rng(derive_seed(seed, "views"))
+        views, whole = turns(self.settings.views, self.settings, size, rng).to(self.device), []
+        for part in self._shown(images).split(_AT_ONCE):
+            random = torch.Generator().manual_seed(derive_seed(seed, "noise of views"))
+            total, counts = torch.zeros(1), torch.zeros(1)
+            for view in views:
+                how = view.expand(len(part), -1, -1)
+                latents = self.latents(warped(part, how))
+                noise = torch.randn((1, *latents.shape[1:]), generator=random)
+                back, inside = unwarped(self.maps(latents, noise, tokens), how)
+                total, counts = total.to(back) + back * inside, counts.to(back) + inside
             whole.append(total / counts.clamp(min=1))
         return torch.cat(whole)
 

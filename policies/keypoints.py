@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 class KeypointSettings(Settings):
     """How tokens are learned, and keypoints found by them. Numbers of the paper are of SD 1.5 at 512 × 512."""
 
-    tokens: int = Field(64, ge=2, description="learned, which compete for every place; the paper: 500")
+    tokens: int = Field(100, ge=2, description="learned, which compete for every place; the paper: 500")
     keypoints: int = Field(6, ge=2, description="of an image, and tokens that a loss is taken of; the paper: 10")
-    candidates: int = Field(15, ge=2, description="tokens whose maps are nearest to a peak, to choose from; 25")
-    steps: int = Field(400, ge=0, description="Adam's; the paper: 500")
+    candidates: int = Field(10, ge=2, description="tokens whose maps are nearest to a peak, to choose from; 25")
+    steps: int = Field(200, ge=0, description="Adam's; the paper: 500")
     batch: int = Field(8, ge=1, description="images of a step; the paper: 4")
-    learning_rate: float = Field(0.05, gt=0, description="the paper: 5e-3")
-    equivariance: float = Field(10.0, ge=0, description="weight of that loss beside the other's 1; the paper: 10")
+    learning_rate: float = Field(0.2, gt=0, description="the paper: 5e-3")
+    equivariance: float = Field(100.0, ge=0, description="weight of that loss beside the other's 1; the paper: 10")
     peak: float = Field(1.0, gt=0, description="width σ of a peak, in cells of a map; the paper: 2 of 128")
-    resolution: int = Field(4, ge=1, description="cells of a map for each of an attention layer's, along one side")
+    resolution: int = Field(2, ge=1, description="cells of a map for each of an attention layer's, along one side")
     layers: int = Field(1, ge=1, description="of cross-attention that are looked at, the last ones on the way up")
-    timestep: int = Field(50, ge=0, description="of the noise in images; the paper: that of a sampler's last step")
+    timestep: int = Field(10, ge=0, description="of the noise in images; the paper: that of a sampler's last step")
     rotation: float = Field(15.0, ge=0, le=180, description="degrees by which an image is turned, at most, either way")
     zoom: tuple[float, float] = Field((0.8, 1.0), description="its size then, of what it was: least and most")
-    shift: float = Field(0.25, ge=0, lt=1, description="of a side by which it is moved, at most, across and down")
+    shift: float = Field(0.15, ge=0, lt=1, description="of a side by which it is moved, at most, across and down")
     images: int = Field(100, ge=1, description="by whose maps it is chosen which tokens find keypoints")
-    views: int = Field(10, ge=1, description="turned and moved copies over which an image's maps are averaged")
+    views: int = Field(5, ge=1, description="turned and moved copies over which an image's maps are averaged")
     spread: bool = Field(True, description="choose candidates far apart; false: those nearest to a peak; a control")
 
 
@@ -106,8 +106,9 @@ def bumps(places: Tensor, size: tuple[int, int], width: float) -> Tensor:
 
 
 def divergence(maps: Tensor, width: float) -> Tensor:
-    """How far each map is from one peak, (n, tokens): KL(Gaussian at its highest place ‖ softmax of the map). A softmax
-    of values in [0, 1] never is a peak, but a map that is low everywhere cannot pass for one by its shape alone."""
+    """How far each map is from one peak, (n, tokens): KL(Gaussian at its highest place ‖ softmax of the map). As
+    values are in [0, 1], a softmax is nearly flat: what counts is how high a map is at its peak and how low elsewhere,
+    so that one which is faint everywhere cannot pass for a peak by its shape."""
     wanted = bumps(peaks(maps), (maps.shape[2], maps.shape[3]), width).flatten(2)
     wanted = wanted / wanted.sum(dim=2, keepdim=True)
     found: Tensor = (wanted * (wanted.clamp(min=1e-30).log() - maps.flatten(2).log_softmax(dim=2))).sum(dim=2)

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from orchestration.experiments.keypoints import FindKeypoints
 from pipelines.keypoints import FILE, Keypoints, Looking, Seer
+from pipelines.rewards import load_reward, parse_options, score
 from pipelines.storage.model_files import ModelFilesError
 from pipelines.studies import products
 from pipelines.studies.keypoints import landmarks, learn, measure
@@ -65,14 +67,18 @@ def test_turned_back_is_as_before_where_there_is_anything() -> None:
     assert unwarped(maps, still.repeat(4, 1, 1))[1].eq(1).all()
 
 
-def test_a_peak_is_nearer_to_a_gaussian_than_any_other_map() -> None:
-    peak, broad = (bumps(torch.tensor([[[9.0, 8.0]]]), SIZE, width) for width in (1.0, 6.0))
+def test_a_clear_peak_is_nearer_to_a_gaussian_than_a_faint_or_a_second_one() -> None:
+    """Against KL(Gaussian ‖ softmax) by the definition, in float64."""
+    peak = bumps(torch.tensor([[[9.0, 8.0]]]), SIZE, 1.0)
     two = torch.maximum(peak, bumps(torch.tensor([[[30.0, 15.0]]]), SIZE, 1.0))
-    maps = torch.cat([broad, peak, 0.01 * peak, two, torch.full_like(peak, 0.5)], dim=1)
+    maps = torch.cat([0.01 * peak, peak, two, torch.full_like(peak, 0.5)], dim=1)
     found = divergence(maps, 1.0)[0]
     assert found.argmin() == 1
-    assert found[2] > found[1]  # a peak that is low
-    assert found[3] > found[1]
+    assert found.argmax() == 3
+    wanted = peak.double().flatten() / peak.double().sum()
+    seen = two.double().flatten().exp() / two.double().exp().sum()
+    by_hand = sum(float(p * (p / q).log()) for p, q in zip(wanted, seen, strict=True) if p > 0)
+    assert float(found[2]) == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_candidates_are_far_apart_and_each_once() -> None:
@@ -148,7 +154,8 @@ def test_what_is_no_file_of_tokens_is_one_line(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"tokens": torch.zeros(2, 3)}, other := tmp_path / "other.safetensors")
-    for file, says in ((other, "holds no tokens"), (tmp_path / "none.safetensors", "none.safetensors")):
+    (broken := tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    for file, says in ((other, "holds no tokens"), (broken, "broken.safetensors")):
         with pytest.raises(ModelFilesError, match=says) as caught:
             Keypoints(file)
         assert "\n" not in str(caught.value)
@@ -203,3 +210,37 @@ def test_landmarks_are_eight_ends_of_the_ink() -> None:
     image[0, 4:12, 6:9] = 255
     places = landmarks(image)[0]
     assert np.abs(places[[1, 3, 5, 7]] - [[8, 4], [8, 11], [6, 11], [6, 4]]).max() < 0.8
+
+
+def test_the_reward_ranks_places_and_refuses_what_it_cannot_score(tmp_path: Path) -> None:
+    """A pose is where keypoints are in a picture: that picture scores 0, a moved one less, and it is the prompt that
+    says which is which."""
+    seer = Seer("models/digits-attention/pipeline", SETTINGS.model_copy(update={"steps": 0, "tokens": 12}))
+    images = np.zeros((2, 16, 32, 3), np.uint8)
+    images[0, 3:13, 4:9] = images[1, 3:13, 20:25] = (245, 215, 25)
+    (file := tmp_path / FILE).write_bytes(seer.fit(images, 0).file())
+    places = dict(zip(("left", "right"), Keypoints(file)(images).round(3).tolist(), strict=True))
+    (poses := tmp_path / "poses.yaml").write_text(yaml.safe_dump(places))
+    options = parse_options("keypoint_pose", {"tokens": str(file), "poses": str(poses)})
+    options.check(["left", "right"])
+    function = load_reward("keypoint_pose", options)
+    right, wrong = (score(function, images, asked, None) for asked in (["left", "right"], ["right", "left"]))
+    assert np.abs(right).max() < 0.01
+    assert (wrong < right - 1).all()
+    assert np.allclose(score(function, images[1:], ["right"], None), right[1:])  # whatever is beside it
+    expected = -np.linalg.norm(np.subtract(places["left"], places["right"]), axis=1)
+    assert wrong[0] == pytest.approx(expected.mean(), abs=0.01)
+    poses.write_text(yaml.safe_dump({"left": [None, places["left"][1]], "right": [[1, 2]], "none": [None, None]}))
+    options = parse_options("keypoint_pose", {"tokens": str(file), "poses": str(poses)})
+    half = score(load_reward("keypoint_pose", options), images[1:], ["left"], None)
+    assert half[0] == pytest.approx(expected[1], abs=0.01)
+    for asked, says in (
+        (["up"], "no pose for the prompt 'up'"),
+        (["none"], "has no place"),
+        (["left", "right"], "as many"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            options.check(asked)
+    poses.write_text("left: here")
+    with pytest.raises(ValueError, match="is not a mapping of prompts to lists of places"):
+        parse_options("keypoint_pose", {"tokens": str(file), "poses": str(poses)}).check(["left"])

@@ -8,11 +8,11 @@ an image is turned and moved, and landmarks are where ink ends, found on pixels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from pydantic import Field
 
 from orchestration.experiments.study.config import Study
-from pipelines.data.digits import GROUNDS, INKS
 from pipelines.data.poses import PosingSettings
 from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
 from pipelines.storage.model_files import check_pipeline
@@ -20,8 +20,19 @@ from pipelines.storage.tasks import Task
 from pipelines.studies import task
 from policies.common.claims import Claim
 from policies.keypoints import KeypointSettings
+from policies.rl.settings import Settings
 
-_CHANGES = {"random": {"steps": 0}, "unspread": {"spread": False}}  # of the learning, by arm
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "random": {"steps": 0},
+    "unspread": {"spread": False},
+}  # of the learning, by arm
+
+
+class Tints(Settings):
+    """Colours that nothing is learned from, in which keypoints are looked for, too."""
+
+    inks: tuple[str, ...] = Field(("red",), min_length=1, description="of digits.INKS")
+    grounds: tuple[str, ...] = Field(("black",), min_length=1, description="of digits.GROUNDS")
 
 
 class FindKeypoints(Study):
@@ -33,12 +44,11 @@ class FindKeypoints(Study):
     path: str = Field("models/digits-attention/pipeline", description="a directory of Stable Diffusion 1.x or 2.x")
     digits: tuple[int, ...] = Field(tuple(range(10)), min_length=1, description="of which digits images are")
     width: int = Field(32, ge=16, le=512, multiple_of=8, description="of an image, in pixels; it is 16 high")
-    posing: PosingSettings = PosingSettings(
-        inks=tuple(INKS), grounds=tuple(GROUNDS), rounds=4, shift=(10.0, 1.5), scale=(0.7, 0.9), slant=0.2, warp=0.3
-    )
+    posing: PosingSettings = PosingSettings(rounds=4, shift=(9.0, 1.5), scale=(0.6, 0.8), slant=0.2, warp=0.3)
+    other: Tints = Tints(inks=("red", "green", "blue", "purple"))
     learning: KeypointSettings = KeypointSettings()
-    labelled: int = Field(200, ge=2, description="images whose landmarks a regression is learned from")
-    judged: int = Field(200, ge=2, description="images of digits that nothing was learned from")
+    labelled: int = Field(120, ge=2, description="images whose landmarks a regression is learned from")
+    judged: int = Field(120, ge=2, description="images of digits that nothing was learned from")
     near: float = Field(
         1.2, gt=0, description="claimed: a keypoint is so many pixels from where its image has taken it"
     )
@@ -50,6 +60,7 @@ class FindKeypoints(Study):
         if wrong := [each for each in self.digits if each not in range(10)]:
             raise ValueError(f"digits: {wrong[0]} is no digit; give numbers from 0 to 9")
         self.posing.check("posing")
+        self.posing.model_copy(update=self.other.model_dump()).check("other")
         check_model(self.path, "model_index.json", "path")
         check_pipeline(resolve_model(self.path), "StableDiffusionPipeline")
         how = self.learning
@@ -68,8 +79,8 @@ class FindKeypoints(Study):
         from pipelines.studies.keypoints import learn, measure
 
         common = self.model_dump(mode="json", include={"digits", "width", "posing"}) | {"seed": seed}
-        how = common | {"learning": (self.learning.model_copy(update=_CHANGES.get(arm))).model_dump(mode="json")}
-        judged = how | {"labelled": self.labelled, "judged": self.judged}
+        how = common | {"learning": self.learning.model_copy(update=_CHANGES.get(arm)).model_dump(mode="json")}
+        judged = how | self.model_dump(mode="json", include={"labelled", "judged", "other"})
         if arm == "centre":
             return [task(measure, judged, label=f"{arm}, seed {seed}")]
         model = {"path": portable(self.path), "read": self._digests, "random": arm == "random_unet"}
@@ -96,5 +107,7 @@ class FindKeypoints(Study):
         yield Claim("control: points in the middle are in one place", "spread", "centre", "at most", apart)
         sentence = "control: without furthest-point selection they are nearer to one another"
         yield Claim(sentence, "spread", "unspread", "at most", 0.0, "learned", "difference")
+        sentence = "asked: in colours that nothing was learned from, does a trained network help?"
+        yield Claim(sentence, "equivariance/other", "learned", "at most", 0.0, "random_unet", "difference")
         sentence = "asked: do they know more than where the middle of the ink is?"
         yield Claim(sentence, "of_placed_shape", "learned", "at most", 1.0)

@@ -52,39 +52,43 @@ def measure(job: Job, inputs: list[Files], device: str) -> Files:
     of points that all are in the middle of any image.
 
     ``equivariance``: distance in pixels between a keypoint of a turned image and where the image's keypoint has gone,
-    of all that are in the turned image, and ``equivariance/median``; ``spread``: between keypoints of an image, mean
-    over pairs; ``error``: of landmarks that are regressed from keypoints; ``mean_shape``: of landmarks that are where
-    they are on average; ``placed_shape``: of these, moved along with the centre of the ink; ``of_mean_shape`` and
-    ``of_placed_shape``: the error as a share of those.
+    of all that are in the turned image; ``/median``: of these; ``/other``: in other colours. ``spread``: of keypoints
+    of an image from one another, mean over pairs; ``error``: of landmarks that are regressed from keypoints;
+    ``mean_shape``: of landmarks that are where they are on average; ``placed_shape``: of these, moved along with the
+    centre of the ink; ``of_mean_shape``, ``of_placed_shape``: the error as a share of those.
     """
     seed, settings = job["seed"], KeypointSettings(**job["learning"])
-    rng = np.random.default_rng(derive_seed(seed, "judged"))
-    labelled = digits(job, "train", 1 + job["labelled"] // (100 * len(job["digits"])), "labelled")[: job["labelled"]]
+    labelled = digits(job, "train", 1 + job["labelled"] // (90 * len(job["digits"])), "labelled")[: job["labelled"]]
     judged = digits(job, "test", 1 + job["judged"] // (25 * len(job["digits"])), "judged")[: job["judged"]]
     size = (judged.shape[1], judged.shape[2])
-    how = turns(len(judged), settings, size, rng)
-    turned = as_bytes(warped(to_network_input(judged), how))
-    if inputs:
-        find = unpacked(products(inputs[0])[""], lambda at: Keypoints(at / FILE, device))
-        known, found, after = (find(each, number) for number, each in enumerate((labelled, judged, turned)))
-    else:
-        middle = (np.array(size[::-1]) - 1) / 2
-        known, found, after = (
-            np.tile(middle, (len(each), settings.keypoints, 1)) for each in (labelled, judged, turned)
-        )
-    expected = carried(torch.from_numpy(found), how.double(), size).numpy()
-    inside = ((expected >= 0) & (expected <= np.array(size[::-1]) - 1)).all(axis=2)
-    off = np.linalg.norm(after - expected, axis=2)[inside]
+    middle, sides = (np.array(size[::-1]) - 1) / 2, np.array(size[::-1])
+
+    def find(images: np.ndarray, view: int) -> np.ndarray:
+        return keypoints(images, view) if keypoints else np.tile(middle, (len(images), settings.keypoints, 1))
+
+    def astray(images: np.ndarray, found: np.ndarray, stream: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How far keypoints of turned images are from where they should be; these images, and their keypoints."""
+        how = turns(len(images), settings, size, np.random.default_rng(derive_seed(seed, stream)))
+        turned = as_bytes(warped(to_network_input(images), how))
+        expected, after = carried(torch.from_numpy(found), how.double(), size).numpy(), find(turned, 2)
+        inside = ((expected >= 0) & (expected <= sides - 1)).all(axis=2)
+        return np.linalg.norm(after - expected, axis=2)[inside], turned, after
+
+    keypoints = unpacked(products(inputs[0])[""], lambda at: Keypoints(at / FILE, device)) if inputs else None
+    known, found = find(labelled, 0), find(judged, 1)
+    off, turned, after = astray(judged, found, "turned")
+    other = digits({**job, "posing": job["posing"] | job["other"]}, "test", 1, "other")[: job["judged"]]
+    elsewhere, *_ = astray(other, find(other, 1), "turned other")
     truth, learned = landmarks(judged), landmarks(labelled)
     guesses = {
         "error": regressed(found, regression(known, learned, size), size),
         "mean_shape": learned.mean(axis=0),
         "placed_shape": (learned - centres(labelled)[:, None]).mean(axis=0) + centres(judged)[:, None],
     }
-    errors = {name: float(np.linalg.norm(each - truth, axis=2).mean()) for name, each in guesses.items()}
-    values = {"equivariance": float(off.mean()), "equivariance/median": float(np.median(off))}
-    values |= {"spread": mean_distance(found), "inside": float(inside.mean())} | errors
-    values |= {f"of_{name}": errors["error"] / errors[name] for name in ("mean_shape", "placed_shape")}
+    values = {name: float(np.linalg.norm(each - truth, axis=2).mean()) for name, each in guesses.items()}
+    values |= {f"of_{name}": values["error"] / values[name] for name in ("mean_shape", "placed_shape")}
+    values |= {"equivariance": float(off.mean()), "equivariance/median": float(np.median(off))}
+    values |= {"equivariance/other": float(elsewhere.mean()), "spread": mean_distance(found)}
     rows = [[*map(pointed, images[:6], points)] for images, points in ((judged, found), (turned, after))]
     strip(rows).save(picture := BytesIO(), "PNG")
     return metrics(values) | {"images/keypoints.png": picture.getvalue()}
