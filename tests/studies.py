@@ -2,6 +2,7 @@
 
 import io
 import time
+import wave
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,5 +62,11 @@ def measure(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     time.sleep(parameters["seconds"])
     numbers = np.frombuffer(inputs[0]["product/numbers"])
     Image.fromarray((255 * numbers.reshape(10, 10)).astype(np.uint8)).save(png := io.BytesIO(), "PNG")
+    frames = [Image.fromarray(np.full((10, 10), level, np.uint8)) for level in (0, 255)]
+    frames[0].save(gif := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:])
+    with wave.open(wav := io.BytesIO(), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes((1000 * numbers).astype("<i2").tobytes())
     files = {"images/numbers.png": png.getvalue(), "figures/numbers.png": png.getvalue()}
+    files |= {"figures/levels.gif": gif.getvalue(), "sounds/numbers.wav": wav.getvalue()}
     return metrics({"size": float(numbers.mean()), "sorted": np.sort(numbers)[::20].tolist()}) | files

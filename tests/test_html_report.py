@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,12 +139,29 @@ def test_nobodys_text_is_obeyed(browser: Browser, interrupted: Path, experiment:
 def test_an_experiment_shows_what_its_summary_holds(browser: Browser, experiment: Path) -> None:
     widths = shown(browser, write_report(experiment))
     assert widths == [2400, 80]  # the wide one reduced; the damaged one, and MLflow's own, left out
+
     cells = browser.run("return [...document.querySelectorAll('[data-metric] data')].map(each => each.value)")
     assert cells == ["0.5", str(2.0 / 3)] * 2
     browser.wait_for_text("60 real, 0 synthetic", "30 real, 30 synthetic", "yes", "highest 2.25 s")
     browser.wait_for_text("Self-consuming loop (MAD)", f"from the same latent seeds at every generation: {HOSTILE}")
     sizes = browser.run("return [...document.images].map(i => i.width / i.closest('section').clientWidth)")
     assert min(sizes) > 0.9  # sample grids fill their space
+
+
+def test_what_moves_and_what_sounds_is_on_the_page(browser: Browser, experiment: Path) -> None:
+    frames = [Image.fromarray(np.full((40, 60, 3), level, np.uint8)) for level in (0, 255)]
+    moving = experiment / "figures" / "way.gif"
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    (experiment / "figures" / "half.gif").write_bytes(moving.read_bytes()[:20])
+    (experiment / "sounds").mkdir()
+    with wave.open(str(tone := experiment / "sounds" / "tone.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(np.zeros(12_000, "<i2").tobytes())
+    (experiment / "sounds" / "half.wav").write_bytes(tone.read_bytes()[:20])
+    assert 60 in shown(browser, write_report(experiment))
+    assert "half" not in browser.run("return document.body.innerText")
+    browser.wait(lambda: browser.run("return document.querySelector('audio').readyState") >= 1, "the sound")
+    assert browser.run("return document.querySelector('audio').duration") == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("width", [400, 1200])

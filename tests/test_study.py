@@ -157,7 +157,12 @@ def test_products_and_figures_are_in_the_runs_directory(finished: Path) -> None:
     }
     np.testing.assert_array_equal(numbers["shrunk"], 0.5 * np.array(numbers["untouched"]))
     names = {path.name for path in (finished / "figures").iterdir()}
-    assert names == {"arms.png", "glance.png"} | {f"numbers_{arm}-seed{s}.png" for arm in numbers for s in range(3)}
+    each = [f"{arm}-seed{seed}" for arm in numbers for seed in range(3)]
+    drawn = {f"numbers_{name}.png" for name in each} | {f"levels_{name}.gif" for name in each}
+    assert names == {"arms.png", "glance.png"} | drawn
+    assert {path.name for path in (finished / "sounds").iterdir()} == {f"numbers_{name}.wav" for name in each}
+    page = (finished / "report.html").read_text()
+    assert page.count('src="data:image/gif;base64,') == page.count('src="data:audio/wav;base64,') == 6
 
 
 @pytest.mark.parametrize(

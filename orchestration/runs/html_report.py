@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import textwrap
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipelines.storage.names import file_name
 from pipelines.storage.yaml_text import parse_yaml
 
 _LARGEST = 2400  # pixels; a picture that is wider or higher is reduced
+_LONGEST = 60  # seconds of a sound
 _MOST_BARS = 400  # of a timeline; of a longer run, every second or third step and so on
 _LETTERS = 66  # of a line on MLflow's page of a run
 _GLANCE = "glance"  # what the names of pictures for MLflow's page of a run begin with
@@ -53,6 +55,7 @@ def write_report(directory: Path, status: str | None = None) -> Path:
             tables={title: cells for title, cells in tables(run.summary).items() if title != GENERATIONS},
             measured=_measured(run),
             pictures=dict(_pictures(directory / "figures")),
+            sounds=dict(_sounds(directory / "sounds")),
             timeline=timeline,
             highest=max((sum(spent.values()) for _, spent in timeline), default=0),
             settings={group: flatten(run.manifest.get(group) or {}) for group in ("config", "resolved", "packages")},
@@ -64,11 +67,12 @@ def write_report(directory: Path, status: str | None = None) -> Path:
 
 
 def conclude(run: Run, path: Path, found: str, *artifacts: Path, **values: Any) -> Path:
-    """Hand MLflow the figures, the summary at ``path``, the report and other ``artifacts`` of a run that is done, note
-    what it ``found``, in a line if not yet noted, and say it all by the template of its loop. Returns ``path``."""
+    """Hand MLflow figures and sounds, the summary at ``path``, the report and other ``artifacts`` of a run that is
+    done, note what it ``found``, in a line if not yet noted, and say it all by the template of its loop. Returns
+    ``path``."""
     figures = run.directory / "figures"
-    for each in (figures, *artifacts, path, write_report(run.directory, "FINISHED")):
-        if each.exists():  # a sweep's trials draw no figures
+    for each in (figures, run.directory / "sounds", *artifacts, path, write_report(run.directory, "FINISHED")):
+        if each.exists():  # a sweep's trials draw no figures, and few studies can be heard
             run.tracker.artifact(each)
     if found:
         write_note(run, found)
@@ -94,18 +98,31 @@ def _measured(run: RunInfo) -> list[dict[str, Any]]:
 
 
 def _pictures(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The figures by name. A damaged one is left out."""
+    """The figures by name, what moves by its file's. A damaged one is left out."""
     from PIL import Image
 
     broken = OSError, DamagedFiles, ValueError, SyntaxError, Image.DecompressionBombError
-    for path in sorted(path for path in directory.glob("*.png") if not path.name.startswith(_GLANCE)):
-        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(path))) as image:
+    found = [path for path in directory.glob("*") if path.suffix in (".png", ".gif")]
+    for path in sorted(path for path in found if not path.name.startswith(_GLANCE)):
+        kind, moves = path.suffix[1:], path.suffix == ".gif"
+        with contextlib.suppress(*broken), Image.open(io.BytesIO(content := read_bytes(path)), formats=[kind]) as image:
             image.load()
-            if max(image.size) > _LARGEST:
+            if max(image.size) > _LARGEST and not moves:
                 image.thumbnail((_LARGEST, _LARGEST))
                 image.save(reduced := io.BytesIO(), "PNG", optimize=True)
                 content = reduced.getvalue()
-            yield path.stem, {"size": image.size, "png": base64.b64encode(content).decode()}
+            shown = {"size": image.size, "type": f"image/{kind}", "data": base64.b64encode(content).decode()}
+            yield path.name if moves else path.stem, shown
+
+
+def _sounds(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The WAV files by name. One that is damaged, or too long for a page, is left out."""
+    for path in sorted(directory.glob("*.wav")):
+        with contextlib.suppress(OSError, EOFError, DamagedFiles, wave.Error):
+            with wave.open(io.BytesIO(content := read_bytes(path))) as sound:
+                seconds = sound.getnframes() / sound.getframerate()
+            if seconds <= _LONGEST:
+                yield path.stem, {"seconds": seconds, "data": base64.b64encode(content).decode()}
 
 
 def _timeline(run: RunInfo) -> list[tuple[int, dict[str, float]]]:

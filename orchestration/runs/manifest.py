@@ -30,7 +30,8 @@ _KEPT: tuple[str, ...] = ("id", "former_ids", "created", "directory", "mlflow_ru
 _KEPT = (*_KEPT, "wall_seconds", "changes", "copied_from", "ends", "note")
 # What a run leaves that has committed nothing; all of it is made again by the same command.
 _BEGINNINGS = {".lock", "manifest.json", "error.txt", "mlflow.db", "artifacts", "outbox", "evaluations", "checkpoints"}
-_BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "report.html", "summary.json"}
+_BEGINNINGS |= {"tasks", "records", "trials", "metrics.jsonl", "spans.jsonl", "figures", "sounds", "report.html"}
+_BEGINNINGS |= {"summary.json"}
 LOG = "log.txt"  # the plain lines of all its sessions
 _BEGINNINGS |= {LOG}
 _COMMITS = {"checkpoints": "*step-*", "tasks": "*", "trials": "*"}

@@ -6,7 +6,8 @@ returns for an arm and a seed, these files are taken to people:
 
 - ``metrics.json``: an object of numbers by name, or of lists of numbers, a step each (:func:`metrics`);
 - ``images/NAME.png``: for MLflow's image panel; ``images/NAME/STEP.png`` a step on its slider;
-- ``figures/NAME.png``: for the run's ``figures`` and its report;
+- ``figures/NAME.png``, or ``.gif`` of what moves: for the run's ``figures`` and its report;
+- ``sounds/NAME.wav``: for the run's ``sounds`` and its report, in which they can be heard;
 - ``product/…``: a directory, such as a diffusers pipeline, put at ``RUN/products/ARM-seedN``; if there are no files but
   in sub-directories, each of these is a product, put at ``RUN/products/ARM-seedN/NAME``.
 """
@@ -20,7 +21,7 @@ from pipelines.storage.atomic import Files, packed
 from pipelines.storage.tasks import Task
 from policies.common.user_code import import_function
 
-METRICS, IMAGES, FIGURES, PRODUCT = "metrics.json", "images/", "figures/", "product/"
+METRICS, IMAGES, FIGURES, SOUNDS, PRODUCT = "metrics.json", "images/", "figures/", "sounds/", "product/"
 TaskFunction = Callable[[Mapping[str, Any], list[Files], str], Files]
 
 

@@ -1,6 +1,7 @@
 """Settings of the DDPO algorithm. Importable without torch."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ class Settings(BaseModel):
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Raises TypeError for a field of lists, which settings read as tuples: frozen ones hold no others."""
         super().__init_subclass__(**arguments)
-        for name, kind in cls.__dict__.get("__annotations__", {}).items():
+        for name, kind in inspect.get_annotations(cls).items():
             if re.search(r"\blist\b", kind if isinstance(kind, str) else str(kind), re.IGNORECASE):
                 raise TypeError(f"{cls.__name__}.{name} is annotated {kind}: settings hold tuples, tuple[T, ...]")
 

@@ -1,4 +1,4 @@
-"""A study's run: the metrics, images, figures and products that come in, and where they go."""
+"""A study's run: the metrics, images, figures, sounds and products that come in, and where they go."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from orchestration.runs.display import Row
 from pipelines.storage.atomic import DamagedFiles, Files, commit_directory, read_directory, replace_durably
 from pipelines.storage.names import file_name
 from pipelines.storage.tasks import Task
-from pipelines.studies import FIGURES, IMAGES, METRICS, products
+from pipelines.studies import FIGURES, IMAGES, METRICS, SOUNDS, products
 from policies.common.intervals import Scale, scale_of
 
 _MOST_ROWS = 6  # of metrics on the display
@@ -84,17 +84,17 @@ class StudyRun(TaskRun):
         return found
 
     def _put_files(self, arm: str, seed: int, task: Task, files: Files) -> None:
-        """Images to MLflow, figures and a product into the run's directory."""
+        """Images to MLflow; figures, sounds and a product into the run's directory."""
         place = file_name(f"{arm}-seed{seed}")
         if tracker := self.tracker_of(arm, seed):
-            for name, content in _below(files, IMAGES):
+            for name, _, content in _below(files, IMAGES, ".png"):
                 image, _, step = name.rpartition("/")
                 is_numbered = bool(image) and step.isdecimal()
                 tracker.image(image if is_numbered else name, _pixels(content), int(step) if is_numbered else 0)
-        for name, content in _below(files, FIGURES):
-            path = self.directory / "figures" / f"{file_name(f'{name}_{place}')}.png"
-            path.parent.mkdir(exist_ok=True)
-            replace_durably(path, content)
+        for name, suffix, content in [*_below(files, FIGURES, ".png", ".gif"), *_below(files, SOUNDS, ".wav")]:
+            shelf = self.directory / (SOUNDS if suffix == ".wav" else FIGURES)
+            shelf.mkdir(exist_ok=True)
+            replace_durably(shelf / f"{file_name(f'{name}_{place}')}{suffix}", content)
         for name, product in products(files).items():
             target = self.directory / "products" / place / (file_name(name) if name else "")
             there = str(target.relative_to(self.directory))
@@ -119,11 +119,12 @@ class StudyRun(TaskRun):
                     self.note_means(arm, step, {name: values}, self._latest[arm], {})
 
 
-def _below(files: Files, place: str) -> Iterator[tuple[str, bytes]]:
-    """The PNG files under a place, by their paths from there without the suffix."""
+def _below(files: Files, place: str, *suffixes: str) -> Iterator[tuple[str, str, bytes]]:
+    """The files of these kinds under a place: path from there, suffix, content."""
     for path, content in files.items():
-        if path.startswith(place) and path.endswith(".png"):
-            yield path.removeprefix(place).removesuffix(".png"), content
+        stem, dot, suffix = path.removeprefix(place).rpartition(".")
+        if path.startswith(place) and dot + suffix in suffixes:
+            yield stem, dot + suffix, content
 
 
 def _courses(task: Task, files: Mapping[str, bytes]) -> dict[str, list[float]]:
