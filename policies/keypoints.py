@@ -27,11 +27,11 @@ class KeypointSettings(Settings):
 
     tokens: int = Field(100, ge=2, description="learned, which compete for every place; the paper: 500")
     keypoints: int = Field(6, ge=2, description="of an image, and tokens that a loss is taken of; the paper: 10")
-    candidates: int = Field(10, ge=2, description="tokens whose maps are nearest to a peak, to choose from; 25")
+    candidates: int = Field(8, ge=2, description="tokens whose maps are nearest to a peak, to choose from; 25")
     steps: int = Field(200, ge=0, description="Adam's; the paper: 500")
     batch: int = Field(8, ge=1, description="images of a step; the paper: 4")
     learning_rate: float = Field(0.2, gt=0, description="the paper: 5e-3")
-    equivariance: float = Field(100.0, ge=0, description="weight of that loss beside the other's 1; the paper: 10")
+    equivariance: float = Field(30.0, ge=0, description="weight of that loss beside the other's 1; the paper: 10")
     peak: float = Field(1.0, gt=0, description="width σ of a peak, in cells of a map; the paper: 2 of 128")
     resolution: int = Field(2, ge=1, description="cells of a map for each of an attention layer's, along one side")
     layers: int = Field(1, ge=1, description="of cross-attention that are looked at, the last ones on the way up")
