@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from orchestration.experiments.study.config import Study
-from pipelines.data.digits import DIGITS, GROUNDS, INKS
+from pipelines.data.digits import DIGITS
 from pipelines.data.poses import PosingSettings
 from pipelines.generators import GENERATORS
 from pipelines.generators.adversarial import Adversarial
@@ -59,9 +59,7 @@ class Drag(Study):
             kind.schema(**self.settings)
         except ValidationError as error:
             raise ValueError(f"settings: {explain(kind.schema, error)}") from error
-        for key, known in (("inks", INKS), ("grounds", GROUNDS)):
-            if wrong := [word for word in getattr(self.posing, key) if word not in known]:
-                raise ValueError(f"posing.{key}: {wrong[0]!r} is none of {', '.join(known)}")
+        self.posing.check("posing")
         if list(self.pixels) != sorted(set(self.pixels)) or self.pixels[0] < 1:
             raise ValueError(f"pixels: give numbers from 1 on, each larger than the last, not {list(self.pixels)}")
         for key, path in self.reads().items():

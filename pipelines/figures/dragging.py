@@ -9,12 +9,17 @@ from PIL import Image, ImageDraw
 _PIXELS, _POINT, _TARGET, _RIM = 192, "#e02020", "#2f6bff", "white"  # an enlarged image's height, at least
 
 
+def enlarged(image: np.ndarray) -> tuple[Image.Image, int]:
+    """``image`` (height, width, 1 or 3) uint8 with every pixel a square, and the side of one."""
+    height, width = image.shape[:2]
+    zoom = max(1, -(-_PIXELS // height))
+    return Image.fromarray(np.broadcast_to(image, (height, width, 3)).repeat(zoom, 0).repeat(zoom, 1)), zoom
+
+
 def marked(image: np.ndarray, points: np.ndarray, targets: np.ndarray) -> Image.Image:
     """``image`` (height, width, 1 or 3) uint8 with its ``points`` and their ``targets``, (points, 2) both, as (x, y) in
     pixels with whole numbers at their centres."""
-    height, width = image.shape[:2]
-    zoom = max(1, -(-_PIXELS // height))
-    picture = Image.fromarray(np.broadcast_to(image, (height, width, 3)).repeat(zoom, 0).repeat(zoom, 1))
+    picture, zoom = enlarged(image)
     pen, radius = ImageDraw.Draw(picture), max(3, zoom / 3)
     for point, target in zip((points + 0.5) * zoom, (targets + 0.5) * zoom, strict=True):
         pen.line([*point, *target], fill=_RIM, width=max(1, round(radius / 2)))

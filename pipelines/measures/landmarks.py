@@ -14,6 +14,16 @@ def ink_of(images: np.ndarray) -> np.ndarray:
     return ink
 
 
+def centres(images: np.ndarray) -> np.ndarray:
+    """The centre of gravity (n, 2) of the ink, (x, y) in pixels; the middle of an image without any."""
+    ink = ink_of(images)
+    rows, columns = np.indices(ink.shape[1:])
+    places, weight = np.stack([columns, rows], axis=-1).reshape(-1, 2), ink.reshape(len(ink), -1)
+    whole = weight.sum(axis=1, keepdims=True)
+    found: np.ndarray = np.where(whole > 0, weight @ places / np.maximum(whole, 1e-9), places.mean(axis=0))
+    return found
+
+
 def tips(images: np.ndarray, ways: np.ndarray, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
     """The landmark of each image: where its ink lies farthest in a direction of ``ways`` (n, 2), as a mean of places
     (n, 2), (x, y) in pixels, that counts less by e the 1/``sharpness`` of a pixel further back; and how far these

@@ -26,6 +26,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "few_labels": "orchestration.experiments.few_labels:FewLabels",
     "guard": "orchestration.experiments.guard:Guarding",
     "invert": "orchestration.experiments.invert:Invert",
+    "keypoints": "orchestration.experiments.keypoints:FindKeypoints",
     "neurons": "orchestration.experiments.neurons:Neurons",
     "text_gan": "orchestration.experiments.text_gan:TextGan",
 }
