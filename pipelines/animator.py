@@ -2,7 +2,7 @@
 
 The encoder is a copy of the UNet that is shown the reference without noise; what its self-attentions look at is kept,
 and those of the UNet look there, too. So what the digit looks like can come from the reference alone, and where it is
-from the ControlNet alone, as the text is empty. Both are diffusers' classes, as is what :meth:`Animator.save` writes.
+from the ControlNet alone, as the text is empty. All are diffusers' classes, as is what :meth:`Animator.save` writes.
 """
 
 from copy import deepcopy
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pipelines.animation import denoise, predict, text_states
 from policies.animate import fused, repeated, windows
 
-_BLOB = 2.5  # pixels, the standard deviation of a pose's blob
 _CHANNELS = (16, 32)  # of the layers that look at a pose; the last halves it, as the autoencoder does
 
 
@@ -45,9 +44,10 @@ class _Looking(_Keeping):
 
 
 class Animator(nn.Module):
-    """``denoiser``, a frozen UNet of images, or of videos once it has motion modules; ``encoder`` and ``control``."""
+    """``denoiser``, a UNet of images, or of videos once it has motion modules; ``encoder`` and ``control``: all begin
+    as the pipeline's UNet. ``frozen``: the denoiser is not to be trained, as it is not in the paper."""
 
-    def __init__(self, pipeline: Any, seed: int = 0) -> None:
+    def __init__(self, pipeline: Any, seed: int = 0, frozen: bool = False) -> None:
         super().__init__()
         self.encoder = deepcopy(pipeline.unet).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
@@ -57,7 +57,7 @@ class Animator(nn.Module):
         self.register_buffer("untold", text_states(pipeline, [""]), persistent=False)
         self.kept: dict[str, Tensor] = {}
         self._attend(self.encoder, _Keeping)
-        self.denoise_with(pipeline.unet.requires_grad_(False))
+        self.denoise_with(deepcopy(pipeline.unet).requires_grad_(not frozen))
 
     def denoise_with(self, denoiser: Any) -> None:
         """Another UNet in the middle, of the same blocks."""
@@ -123,19 +123,19 @@ class Animator(nn.Module):
         return denoise(scheduler, repeated(first, frames), steps, predicted)
 
     def save(self, directory: Path) -> None:
-        """Directories ``encoder``, ``controlnet`` and ``unet``, that diffusers' own classes read."""
-        for name, part in (("encoder", self.encoder), ("controlnet", self.control), ("unet", self.denoiser)):
+        """Directories ``encoder``, ``controlnet`` and ``denoiser``, that diffusers' own classes read."""
+        for name, part in (("encoder", self.encoder), ("controlnet", self.control), ("denoiser", self.denoiser)):
             part.register_to_config(_name_or_path="")
             part.save_pretrained(directory / name)
 
 
-def blobs(columns: np.ndarray, size: tuple[int, int] = (16, 32)) -> Tensor:
-    """Poses (n, frames, 3, height, width) in [0, 1]: a blob in the column of each frame (n, frames), half way down. It
-    tells the place, and neither what is there nor its colour."""
+def boxes(columns: np.ndarray, size: tuple[int, int] = (16, 32)) -> Tensor:
+    """Poses (n, frames, 3, height, width) in [0, 1]: a square as high as the canvas around the column of each frame
+    (n, frames), and how far across and down it a pixel is, as DensePose tells where on a body. It tells the place, and
+    neither what is there nor its colour."""
     height, width = size
-    down, across = (
-        np.exp(-(((np.arange(each) + 0.5) - at) ** 2) / (2 * _BLOB**2))
-        for each, at in ((height, height / 2), (width, columns[..., None]))
-    )
-    found = torch.from_numpy(down[:, None] * across[..., None, :]).float()
-    return found[:, :, None].expand(-1, -1, 3, -1, -1)
+    across = (np.arange(width) + 0.5 - columns[..., None]) / height + 0.5
+    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (*columns.shape, *size))
+    inside = np.broadcast_to(((across >= 0) & (across <= 1))[..., None, :], down.shape)
+    found = np.stack([inside, inside * across[..., None, :], inside * down], axis=2)
+    return torch.from_numpy(found).float()

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, UNetMotionModel
 from PIL import Image
 
 from orchestration.experiments.animate import Animate
-from pipelines.animator import Animator, blobs
+from pipelines.animator import Animator, boxes
 from pipelines.data.digits import load_split
 from pipelines.data.motion import moving, paths
 from pipelines.settings import FittingSettings
@@ -55,14 +55,18 @@ def test_noise_comes_again_after_each_window() -> None:
     assert torch.equal(repeated(noise, 10)[:, 8:], noise[:, :2])
 
 
-def test_a_pose_is_a_blob_at_the_commanded_place_and_nothing_else() -> None:
-    found = blobs(np.array([[10.0, 21.5]]))
+def test_a_pose_tells_the_commanded_place_and_nothing_else() -> None:
+    found = boxes(np.array([[10.0, 21.5]]))
     assert found.shape == (1, 2, 3, 16, 32)
-    weight = found[0, :, 0].sum(dim=1)
-    centres = (weight * (torch.arange(32) + 0.5)).sum(dim=1) / weight.sum(dim=1)
-    assert torch.allclose(centres, torch.tensor([10.0, 21.5]), atol=0.05)
+    inside, across, down = found[0].unbind(dim=1)
+    assert torch.equal(inside[0].sum(dim=1), torch.full((16,), 16.0))  # as wide as it is high
+    centres = (inside[:, 0] * (torch.arange(32) + 0.5)).sum(dim=1) / inside[:, 0].sum(dim=1)
+    assert (centres - torch.tensor([10.0, 21.5])).abs().max() <= 0.5
+    assert torch.allclose(across[0, :, 2:18], ((torch.arange(16) + 0.5) / 16).expand(16, -1))
+    assert torch.allclose(down[1, :, 20], (torch.arange(16) + 0.5) / 16)
+    assert (found.amin(), found.amax()) == (0, 1)
     same = moving(np.full((2, 1), 16.0), "test", 0, np.array([0, 5]))  # of two digits in one column
-    told = blobs(np.rint(same.columns))
+    told = boxes(np.rint(same.columns))
     assert torch.equal(told[0], told[1])
 
 
@@ -77,7 +81,7 @@ def test_the_reference_reaches_each_frame_of_its_own_video_alone(pipeline: Any) 
     """An untrained animator without reference says what the UNet says; a reference changes its own frames."""
     animator, random = Animator(pipeline), torch.Generator().manual_seed(0)
     noisy, times = torch.randn(2, 3, 4, 8, 16, generator=random), torch.tensor([100, 900])
-    poses, first = blobs(np.full((2, 3), 12.0)), torch.randn(2, 4, 8, 8, generator=random)
+    poses, first = boxes(np.full((2, 3), 12.0)), torch.randn(2, 4, 8, 8, generator=random)
     other = torch.cat([first[:1], first[1:] + 1])
     flat, told = noisy.flatten(0, 1), animator.untold.expand(6, -1, -1)
     with torch.no_grad():
@@ -147,10 +151,10 @@ def test_the_study_in_short(results: Mapping[str, Files]) -> None:
 def test_products_are_read_by_the_stock_classes(results: Mapping[str, Files]) -> None:
     found = products(results["encoder, seed 0"]) | products(results["motion, seed 0"])
     control = unpacked(found["controlnet"], ControlNetModel.from_pretrained)
-    motion = unpacked(found["unet"], UNetMotionModel.from_pretrained)
+    motion = unpacked(found["motion"], UNetMotionModel.from_pretrained)
     assert control.config.conditioning_embedding_out_channels == [16, 32]
     told = torch.zeros(2, 16, 64)
-    poses = blobs(np.full((1, 2), 9.0))[0]
+    poses = boxes(np.full((1, 2), 9.0))[0]
     with torch.no_grad():
         extra = control(torch.zeros(2, 4, 8, 16), 5, told, poses, return_dict=False)
         said = motion(

@@ -2,7 +2,7 @@
 
 MagicAnimate (2311.16498) on the pipeline whose attention sees 64 places: an appearance encoder shows the reference, a
 pose ControlNet the place, motion modules look along time, and overlapping windows make videos longer than they saw.
-The text is empty and a pose is a blob, so what is drawn can be known from the reference alone. Controls: ``per_frame``,
+The text is empty and a pose is a square: what is drawn can be known from the reference alone. Controls: ``per_frame``,
 no motion modules; ``unreferenced``, no reference; ``apart``, windows without overlap; ``shuffled``, motion modules that
 learnt from frames of different videos. The judge, an evaluator, takes no part; references are digits of the test split.
 """
@@ -32,9 +32,10 @@ class Animate(Study):
     path: str = Field("models/digits-attention/pipeline", description="a Stable Diffusion of digits on 16 × 32 pixels")
     evaluator: str = Field("models/digits/evaluator", description="the judge")
     videos: int = Field(2000, ge=2, description="of moving digits, to learn from")
+    frozen: bool = Field(False, description="in training on frames the denoiser stays as it is, as in the paper")
     appearance: FittingSettings = Field(
         FittingSettings(steps=500, batch_size=32, learning_rate=1e-3),
-        description="of encoder and ControlNet, on frames",
+        description="of encoder, ControlNet and denoiser, on frames",
     )
     modules: MotionSettings = MotionSettings()
     motion: FittingSettings = Field(FittingSettings(steps=200), description="of motion modules, on windows of frames")
@@ -79,7 +80,11 @@ class Animate(Study):
 
         common = {"seed": seed, "read": self._digests, "path": portable(self.path)}
         data = common | self.model_dump(mode="json", include={"videos", "length", "fastest"})
-        looks = task(learn_appearance, data | {"fitting": self.appearance.model_dump()}, label=f"encoder, seed {seed}")
+        looks = task(
+            learn_appearance,
+            data | {"fitting": self.appearance.model_dump(), "frozen": self.frozen},
+            label=f"encoder, seed {seed}",
+        )
         modules = {"modules": self.modules.model_dump(), "fitting": self.motion.model_dump()}
         shuffled = arm == "shuffled"
         named = "motion of shuffled frames" if shuffled else "motion"

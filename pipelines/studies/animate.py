@@ -21,7 +21,7 @@ from pipelines.animation import (
     motion_network,
     whole_videos,
 )
-from pipelines.animator import Animator, blobs
+from pipelines.animator import Animator, boxes
 from pipelines.data.digits import load_split
 from pipelines.data.motion import Videos, moving, paths
 from pipelines.denoisers import load_family
@@ -39,26 +39,25 @@ _SHOWN, _FRAME_MS, _ZOOM = 6, 125, 4
 
 
 def learn_appearance(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
-    """Task: encoder and ControlNet, on single frames, as products that diffusers' own classes read."""
+    """Task: encoder, ControlNet and denoiser, on single frames, as products that diffusers' own classes read."""
     pipeline, settings = _pipeline(parameters, device), FittingSettings(**parameters["fitting"])
-    animator = Animator(pipeline, derive_seed(parameters["seed"], "animator")).to(device)
+    animator = Animator(pipeline, derive_seed(parameters["seed"], "animator"), parameters["frozen"]).to(device)
     count, frames, batch = parameters["videos"], parameters["length"], settings.batch_size
 
     def single(random: torch.Generator) -> tuple[Tensor, Tensor]:
         return _any(random, count, batch, 1), _any(random, frames, batch, 1)
 
     _fit(animator, pipeline, parameters, settings, single, "appearance")
-    files = packed(animator.save)
-    return {f"{PRODUCT}{name}": content for name, content in files.items() if not name.startswith("unet/")}
+    return {f"{PRODUCT}{name}": content for name, content in packed(animator.save).items()}
 
 
 def learn_order(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
-    """Task: motion modules, on windows of frames, with the encoder and ControlNet of the first of ``inputs`` frozen.
+    """Task: motion modules, on windows of frames, with all that the first of ``inputs`` has learnt frozen.
     The product is a ``UNetMotionModel``. ``shuffled``: each frame is another video's, so time tells nothing."""
     pipeline, settings = _pipeline(parameters, device), FittingSettings(**parameters["fitting"])
     animator = _animator(pipeline, inputs[:1], device).requires_grad_(False)
     seed = derive_seed(parameters["seed"], "modules")
-    network = motion_network(pipeline.unet, MotionSettings(**parameters["modules"]), seed).to(device)
+    network = motion_network(animator.denoiser, MotionSettings(**parameters["modules"]), seed).to(device)
     animator.denoise_with(network)
     count, frames, batch = parameters["videos"], parameters["length"], settings.batch_size
 
@@ -67,7 +66,7 @@ def learn_order(parameters: Mapping[str, Any], inputs: list[Files], device: str)
 
     chosen = mixed if parameters["shuffled"] else whole_videos(count, frames, batch)
     _fit(animator, pipeline, parameters, settings, chosen, "motion")
-    return {f"{PRODUCT}unet/{name}": content for name, content in packed(network.save_pretrained).items()}
+    return {f"{PRODUCT}motion/{name}": content for name, content in packed(network.save_pretrained).items()}
 
 
 def animate(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -88,7 +87,7 @@ def animate(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> 
     latents = encode_videos(pipeline, given[:, None])[0][:, 0].to(device) if parameters["referenced"] else None
     shape = encode_videos(pipeline, wanted.videos[:1, :1])[0].shape[2:]
     how = {name: parameters[name] for name in ("steps", "guidance_scale", "length", "overlap")}
-    poses = blobs(wanted.columns).to(device)
+    poses = boxes(wanted.columns).to(device)
     videos = decode_videos(pipeline, animator.draw(pipeline.scheduler, latents, poses, shape, seed, **how))
     place = videos, wanted.columns
     change, near = flicker(*place), handwriting(wanted, given, *place)
@@ -132,14 +131,15 @@ def _pipeline(parameters: Mapping[str, Any], device: str) -> StableDiffusionPipe
 
 
 def _animator(pipeline: Any, inputs: list[Files], device: str) -> Animator:
-    """With encoder and ControlNet of the first of ``inputs`` and, if there is another, its motion modules."""
+    """Of what the first of ``inputs`` has learnt and, if there is another, with its motion modules."""
+    kinds = {"encoder": UNet2DConditionModel, "controlnet": ControlNetModel, "denoiser": UNet2DConditionModel}
+    kinds |= {"motion": UNetMotionModel}
     parts = {name: files for each in inputs for name, files in products(each).items()}
-    animator = Animator(pipeline)
-    kinds = {"encoder": UNet2DConditionModel, "controlnet": ControlNetModel, "unet": UNetMotionModel}
     found = {name: unpacked(files, kinds[name].from_pretrained) for name, files in parts.items()}
+    animator = Animator(pipeline)
     animator.encoder.load_state_dict(found["encoder"].state_dict())
     animator.control.load_state_dict(found["controlnet"].state_dict())
-    animator.denoise_with(found.get("unet", pipeline.unet))
+    animator.denoise_with(found.get("motion", found["denoiser"]))
     return animator.to(device).eval()
 
 
@@ -152,7 +152,7 @@ def _fit(
 ) -> None:
     seed = derive_seed(parameters["seed"], "videos")
     videos = moving(paths(parameters["videos"], parameters["length"], seed, parameters["fastest"]), "train", seed)
-    shown, poses = encode_videos(pipeline, references(videos)[:, None])[0][:, 0], blobs(videos.columns)
+    shown, poses = encode_videos(pipeline, references(videos)[:, None])[0][:, 0], boxes(videos.columns)
 
     def predicted(
         network: nn.Module, noisy: Tensor, times: Tensor, which: Tensor, when: Tensor, hidden: Tensor
