@@ -184,10 +184,10 @@ def test_arms_share_what_they_learn_from() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"frames": 14}, "make them a multiple of 4"),
-        ({"overlap": 8}, "the overlap at least 0 and less than the length"),
-        ({"frames": 12}, "with 0 in common"),
-        ({"length": 32, "frames": 32}, "modules.longest=24"),
+        ({"frames": 14}, "make them a multiple of 3"),
+        ({"overlap": 6}, "the overlap at least 0 and less than the length"),
+        ({"frames": 9}, "with 0 in common"),
+        ({"length": 30, "frames": 30}, "modules.longest=24"),
         ({"modules": {"heads": 5}}, "5 do not divide the 48 channels"),
         ({"evaluator": "models/digits/captioner"}, "no directory of an evaluator"),
         ({"path": "nowhere"}, "nowhere"),

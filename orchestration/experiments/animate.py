@@ -34,15 +34,15 @@ class Animate(Study):
     videos: int = Field(2000, ge=2, description="of moving digits, to learn from")
     frozen: bool = Field(False, description="in training on frames the denoiser stays as it is, as in the paper")
     appearance: FittingSettings = Field(
-        FittingSettings(steps=500, batch_size=32, learning_rate=1e-3),
+        FittingSettings(steps=700, batch_size=16, learning_rate=1.5e-3),
         description="of encoder, ControlNet and denoiser, on frames",
     )
     modules: MotionSettings = MotionSettings()
-    motion: FittingSettings = Field(FittingSettings(steps=200), description="of motion modules, on windows of frames")
-    length: int = Field(8, ge=2, le=64, description="frames of a window, of what is learnt from and of what is drawn")
-    overlap: int = Field(4, ge=0, description="frames that a window has in common with the next")
-    drawn: int = Field(24, ge=2, description="videos that are judged, of a reference each")
-    frames: int = Field(16, ge=2, description="of each of them")
+    motion: FittingSettings = Field(FittingSettings(steps=150), description="of motion modules, on windows of frames")
+    length: int = Field(6, ge=2, le=64, description="frames of a window, of what is learnt from and of what is drawn")
+    overlap: int = Field(3, ge=0, description="frames that a window has in common with the next")
+    drawn: int = Field(16, ge=2, description="videos that are judged, of a reference each")
+    frames: int = Field(12, ge=2, description="of each of them")
     fastest: float = Field(2.0, gt=0, le=8, description="pixels that a digit moves from frame to frame, at most")
     steps: int = Field(10, ge=1, le=1000, description="DDIM steps")
     guidance_scale: float = Field(1.0, ge=1, description="away from what is drawn without the reference; 1: none")
