@@ -112,7 +112,8 @@ def fit(
 
     def draw() -> tuple[Tensor, ...]:
         which, when = frames(random)
-        times = torch.randint(scheduler.config.num_train_timesteps, which.shape[:1], generator=random)
+        many = scheduler.config.num_train_timesteps - settings.earliest
+        times = settings.earliest + torch.randint(many, which.shape[:1], generator=random)
         hidden = torch.rand(times.shape, generator=random) < settings.caption_dropout
         clean = mean[which, when]
         spread, noise = torch.randn(2, *clean.shape, generator=random)

@@ -80,6 +80,10 @@ def pipeline() -> Any:
 def test_the_reference_reaches_each_frame_of_its_own_video_alone(pipeline: Any) -> None:
     """An untrained animator without reference says what the UNet says; a reference changes its own frames."""
     animator, random = Animator(pipeline), torch.Generator().manual_seed(0)
+    assert all(each.requires_grad for each in animator.parameters())
+    held = Animator(pipeline, frozen=True)
+    assert not any(each.requires_grad for each in held.denoiser.parameters())
+    assert all(each.requires_grad for each in held.control.parameters())
     noisy, times = torch.randn(2, 3, 4, 8, 16, generator=random), torch.tensor([100, 900])
     poses, first = boxes(np.full((2, 3), 12.0)), torch.randn(2, 4, 8, 8, generator=random)
     other = torch.cat([first[:1], first[1:] + 1])
