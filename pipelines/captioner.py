@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.films import BREAK, frames_of
 from pipelines.precision import in_half
 from pipelines.processing import preprocessed
 from pipelines.settings import CaptionerSettings
@@ -18,8 +19,8 @@ from policies.rl.health import DegenerateBatch
 class Captioner:
     """Any ``BlipForConditionalGeneration`` or ``Blip2ForConditionalGeneration`` with its processor and tokenizer."""
 
-    def __init__(self, settings: CaptionerSettings, device: str = "cpu", half: bool = False) -> None:
-        """``half``: whether it computes in half precision on a card."""
+    def __init__(self, settings: CaptionerSettings, device: str = "cpu", half: bool = False, frames: int = 1) -> None:
+        """``half``: whether it computes in half precision on a card; ``frames``: of a film, if it captions films."""
         quieten()
         import transformers
 
@@ -32,7 +33,7 @@ class Captioner:
             self.model = load_whole(transformers.AutoModelForImageTextToText, path, device)
             self.image_processor = transformers.BlipImageProcessorPil.from_pretrained(path)
             self.tokenizer = load_tokenizer(path)
-        self.kind, self.max_new_tokens = kind, settings.max_new_tokens
+        self.kind, self.max_new_tokens, self.frames = kind, settings.max_new_tokens, frames
         # The T5 of some BLIP-2 has numbers beyond float16's.
         self.precision = partial(in_half, device, half, "float16" if kind == "blip" else "bfloat16")
 
@@ -41,14 +42,20 @@ class Captioner:
         pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.model.vision_model.dtype)
 
-    @torch.inference_mode()
     def caption(self, images: np.ndarray) -> list[str]:
-        """Captions of ``images`` (batch, height, width, 3) uint8. Raises DegenerateBatch if a caption is empty."""
+        """Captions of ``images`` (batch, height, width, 3) uint8; of a film those of its frames, a line each. Raises
+        DegenerateBatch if a caption is empty."""
+        each = self._captions(frames_of(images, self.frames))
+        return [BREAK.join(each[at : at + self.frames]) for at in range(0, len(each), self.frames)]
+
+    @torch.inference_mode()
+    def _captions(self, images: np.ndarray) -> list[str]:
         pixels, limit = self.pixels(images), self.max_new_tokens
         with self.precision():
             tokens = self.model.generate(pixel_values=pixels, max_new_tokens=limit, do_sample=False, num_beams=1)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        captions = [text.strip().removeprefix("[DEC]").strip() for text in texts]  # BLIP's own start token stays
+        # BLIP's own start token stays, and a caption is a line.
+        captions = [" ".join(text.strip().removeprefix("[DEC]").split(BREAK)).strip() for text in texts]
         if not all(captions):
             raise DegenerateBatch(f"the captioner returned nothing for image {captions.index('')} of {len(captions)}")
         return captions

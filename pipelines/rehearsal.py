@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pipelines.captioner import Captioner
+from pipelines.films import apart
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rewards import load_reward
 from pipelines.rl.policy import DiffusionPolicy
@@ -26,8 +27,9 @@ def rehearse(
     prompts: Sequence[str],
 ) -> None:
     """Try out what lies here, with a blank image. Raises ModelFilesError where files or models do not fit together."""
-    height, width, channels = _image_shape(model, sampling, prompts) if find(model.path) else (512, 512, 3)
-    images = np.zeros((1, height, width, channels), np.uint8)
+    height, width, channels, frames = _film_shape(model, sampling, prompts) if find(model.path) else (512, 512, 3, 1)
+    film = np.zeros((1, height, width, channels), np.uint8)
+    images = apart(film, frames)[:, 0]
     if captioner.path and find(captioner.path):
         words = Captioner(captioner, "meta")
         with reading(captioner.path), torch.no_grad():
@@ -40,14 +42,14 @@ def rehearse(
                 for part in vars(function).values():
                     if isinstance(part, torch.nn.Module):  # zeros that take no memory
                         part._apply(lambda held: torch.zeros((), dtype=held.dtype).expand(held.shape))
-                function(images, prompts[:1], ["an image"])
+                function(apart(film, frames) if options.of_films else images, prompts[:1], ["an image"])
     if evaluator and (directory := find(evaluator)):
         with reading(directory):  # it is small
             load_evaluator(directory).judge(images, prompts[:1])
 
 
-def _image_shape(model: ModelSettings, sampling: SamplingSettings, prompts: Sequence[str]) -> tuple[int, ...]:
-    """(height, width, 3)"""
+def _film_shape(model: ModelSettings, sampling: SamplingSettings, prompts: Sequence[str]) -> tuple[int, ...]:
+    """(frames · height, width, 3, frames), of images with one frame."""
     policy = DiffusionPolicy(model, sampling, "meta")
     family, home, parts = policy.family, policy.family.files.directory, policy.family.pipeline.components
     for name in (name for name, part in parts.items() if name.startswith("tokenizer") and part is not None):
@@ -67,4 +69,4 @@ def _image_shape(model: ModelSettings, sampling: SamplingSettings, prompts: Sequ
                 raise ValueError(f"its network makes {tuple(output.shape[1:])} of {tuple(latents.shape[1:])}")
         with reading(home / "vae" / "config.json"):
             channels, *sides = family.decode(output.to(policy.dtype)).shape[1:]
-            return (*sides, channels)
+            return (*sides, channels, family.files.frames)

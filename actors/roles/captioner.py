@@ -9,11 +9,11 @@ from pipelines.settings import CaptionerSettings
 class CaptionerActor(Worker):
     """The actor: a BLIP captioning model."""
 
-    def __init__(self, settings: CaptionerSettings, half: bool, device: str, threads: int) -> None:
+    def __init__(self, settings: CaptionerSettings, half: bool, frames: int, device: str, threads: int) -> None:
         super().__init__(threads)
         from pipelines.captioner import Captioner
 
-        self.captioner = Captioner(settings, device, half)
+        self.captioner = Captioner(settings, device, half, frames)
 
     def caption(self, images: np.ndarray) -> list[str]:
         """Captions of images (batch, height, width, 3) uint8."""

@@ -3,18 +3,24 @@
 import numpy as np
 
 from actors.worker import Worker
+from pipelines.films import frames_of
 
 
 class EvaluatorActor(Worker):
     """The actor: an independent classifier of what the prompts ask for."""
 
-    def __init__(self, path: str, device: str, threads: int) -> None:
+    def __init__(self, path: str, frames: int, device: str, threads: int) -> None:
         super().__init__(threads)
         from pipelines.measures.evaluator import load_evaluator
         from pipelines.storage.locations import resolve_model
 
-        self.evaluator = load_evaluator(resolve_model(path), device)
+        self.evaluator, self.frames = load_evaluator(resolve_model(path), device), frames
 
     def judge(self, images: np.ndarray, prompts: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-        """Which slots of its prompt each image fulfils (bool arrays), and what was seen in each slot (words)."""
-        return self.evaluator.judge(images, prompts), self.evaluator.slots(images)
+        """Which slots of its prompt each image fulfils (bool arrays), a film if all of its frames do; and what was seen
+        in each slot (words), nothing of films."""
+        if self.frames == 1:
+            return self.evaluator.judge(images, prompts), self.evaluator.slots(images)
+        asked = [prompt for prompt in prompts for _ in range(self.frames)]
+        met = self.evaluator.judge(frames_of(images, self.frames), asked)
+        return {slot: np.asarray(each.reshape(-1, self.frames).all(axis=1)) for slot, each in met.items()}, {}

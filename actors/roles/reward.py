@@ -20,9 +20,9 @@ _PAUSES = 0.5, 2.0  # seconds before a function that failed is asked again; what
 class RewardActor(Worker):
     """The actor: a reward function and whatever model it holds."""
 
-    def __init__(self, name: str, options: Reward, half: bool, device: str, threads: int) -> None:
+    def __init__(self, name: str, options: Reward, half: bool, frames: int, device: str, threads: int) -> None:
         super().__init__(threads, uses_torch=options.needs_captions or options.on_gpu)  # another may do without
-        self.function = load_reward(name, options, device)
+        self.function = load_reward(name, options, device, frames)
         self.precision = partial(in_half, device, half and options.in_half)
 
     def score(self, images: np.ndarray, prompts: list[str], captions: list[str] | None) -> np.ndarray:
@@ -44,10 +44,12 @@ class RewardActor(Worker):
             return score(self.function, images, prompts, captions)
 
 
-def reward_pools(placed: Mapping[str, Placed], settings: RewardSettings, half: bool) -> dict[str, Pool]:
+def reward_pools(
+    placed: Mapping[str, Placed], settings: RewardSettings, half: bool, frames: int = 1
+) -> dict[str, Pool]:
     """The actors of every reward function, trained on or held out, with models by names that all nodes understand;
-    ``half``: whether these compute in half precision on a card."""
+    ``half``: whether these compute in half precision on a card; ``frames``: of a film, if films are scored."""
     pools = {}
     for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
-        pools[name] = Pool(placed[role], RewardActor, *options.everywhere(name), half)
+        pools[name] = Pool(placed[role], RewardActor, *options.everywhere(name), half, frames)
     return pools

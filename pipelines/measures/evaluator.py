@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.digits import SLOTS, parse
+from pipelines.measures.places import columns, squares
 from pipelines.storage.model_files import reading
 
 CONFIG_NAME = "config.json"
@@ -58,10 +59,13 @@ class Evaluator:
 
     @torch.inference_mode()
     def slots(self, images: np.ndarray) -> dict[str, list[str]]:
-        """For uint8 ``images`` (n, height, width, 3), the n most likely words of each slot.
+        """For uint8 ``images`` (n, height, width, 3), the n most likely words of each slot. Of those on a wider canvas
+        it looks at the square around the ink.
 
-        Raises ValueError if the images are not uint8, or not of the size the judge was trained on.
+        Raises ValueError if the images are not uint8, or neither of the size that the judge was trained on nor wider.
         """
+        if images.ndim == 4 and images.dtype == np.uint8 and images.shape[2] > images.shape[1] == self.image_size:
+            images = squares(images, columns(images))
         expected = (self.image_size, self.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
             raise ValueError(

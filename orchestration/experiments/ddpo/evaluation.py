@@ -17,8 +17,9 @@ class Evaluation:
     ``images`` (n, height, width, 3) uint8; ``scores`` (n,), the reward; ``by_function``: what each reward function
     says, trained on or held out (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
     and for "full" whether the image shows what its prompt asks for (n,) bool, or None without an evaluator;
-    ``agreement``: share of images in which captioner and evaluator name the same in every slot; ``kl_to_base``: of the
-    denoising of the first images, in nats an image; ``held_out``: the function that the run is judged by, if any.
+    ``agreement``: share of images in which captioner and evaluator name the same in every slot, None of films;
+    ``kl_to_base``: of the denoising of the first images, in nats an image; ``held_out``: the function that the run is
+    judged by, if any.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Evaluation:
         if verdicts:
             self.fulfilled = {key: np.concatenate([v[0][key] for v in verdicts]) for key in verdicts[0][0]}
             seen = {slot: [word for v in verdicts for word in v[1][slot]] for slot in verdicts[0][1]}
-            self.agreement = _agreement(self.captions, seen) if self.captions else None
+            self.agreement = _agreement(self.captions, seen) if self.captions and seen else None
 
     @property
     def accuracy(self) -> float | None:

@@ -19,6 +19,7 @@ from orchestration.runs.inputs import changed_inputs, fingerprints
 from orchestration.runs.manifest import ids
 from orchestration.runs.run import going_on
 from pipelines.data.prompts import unseen_words
+from pipelines.films import gif
 from pipelines.guard import NO_GUARD, Guard, read_guard, write_log
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
@@ -35,7 +36,7 @@ def generate(
     trusted: bool = False,
     guard: str | None = None,
 ) -> list[Path]:
-    """Draw one image for each (prompt, seed) and write them as PNG files into ``output``.
+    """Draw one image for each (prompt, seed) and write them as PNG files, or films as GIF, into ``output``.
 
     ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
     diffusers directory. Settings are the run's own, so a seed of the run gives the image the run showed. Raises
@@ -51,6 +52,8 @@ def generate(
         front = {each: watch.front(*each) for each in names}
         asked = {each: text for each, (text, _) in front.items() if text is not None}
         policy = _open(source, trusted)
+        if (frames := policy.family.files.frames) > 1:
+            names = {each: str(Path(name).with_suffix(".gif")) for each, name in names.items()}
         for line in unseen_words(list(dict.fromkeys(asked.values())), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     log, written = [entry for _, entries in front.values() for entry in entries], set()
@@ -64,7 +67,11 @@ def generate(
             )
             log += tries
             for number in np.flatnonzero(~withheld):
-                Image.fromarray(images[number]).save(output / names[drawn[number]])
+                path = output / names[drawn[number]]
+                if frames > 1:
+                    path.write_bytes(gif(images[number : number + 1], frames))
+                else:
+                    Image.fromarray(images[number]).save(path)
                 written.add(drawn[number])
         write_log(output / "guard.jsonl", log if guard else ())
         for line in dict.fromkeys(entry.line for entry in log if entry.decision != "allowed"):

@@ -54,7 +54,7 @@ def _train(run: DdpoRun, workers: WorkerGroup, plan: Plan, on_step: StepCallback
     config, training = run.config, run.config.training
     queue = RolloutQueue(run, workers, PromptSchedule(plan.prompts, training.prompts_per_step, config.seed))
     history = PromptStatistics(config.advantage.history_size)
-    report = Report(run)
+    report = Report(run, plan.frames)
 
     def evaluate(images: int) -> Evaluation:
         with run.stage("evaluate"):

@@ -13,7 +13,8 @@ from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
-from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect
+from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect, network_calls
+from pipelines.films import apart
 from pipelines.guard import NO_GUARD, Entry, Guard, read_guard
 from pipelines.pages import fill
 from pipelines.settings import CaptionerSettings
@@ -25,7 +26,7 @@ from policies.common.seeding import derive_seed
 @dataclass(frozen=True)
 class Plan:
     """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, what
-    is worth a warning, the guard, and the prompts that it has refused."""
+    is worth a warning, the guard, the prompts that it has refused, and of how many frames films are (1: images)."""
 
     prompts: list[str]
     unseen: list[str]
@@ -34,12 +35,13 @@ class Plan:
     notes: Sequence[str] = ()
     guard: Guard = NO_GUARD
     refused: Sequence[Entry] = ()
+    frames: int = 1
 
 
 def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
     """Check ``config`` against the files and a machine, by default the one it would run on. Raises ConfigError."""
     with about():
-        notes, refused, size = list[str](), list[Entry](), (512, 512)
+        notes, refused, size, frames = list[str](), list[Entry](), (512, 512), 1
         prompts, unseen = read_prompts(config.prompt_files["path"])
         guard = NO_GUARD
         if (path := config.prompt_files.get("guard")) is not None:
@@ -53,7 +55,7 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
         check_model(config.model.path, "model_index.json", "model.path")
         if directory := find(config.model.path):  # the hub is asked by the actors that load
             files = inspect(directory)
-            size = files.image_size
+            size, frames = files.image_size, files.frames
             check_guidance(files, config.sampling.guidance_scale)
             check_cache(files, config.sampling.cache)
             notes = unseen_words(drawn, files)
@@ -64,14 +66,14 @@ def preflight_ddpo(config: DdpoConfig, machine: Machine | None = None) -> Plan:
             _check_caption_length(config.captioner)
         elif config.reward.needs_captions:
             raise ValueError(f"reward.function {config.reward.title} compares captions, but captioner.path is null")
-        _check_rewards(config, drawn, size)
+        _check_rewards(config, drawn, size, frames)
         if config.evaluation.evaluator:
             _check_evaluator(config.evaluation.evaluator, drawn)
         _check_sizes(config, prompts)
         check_output(config.output_dir)
         roles, offers = place_roles(config, machine or find_machine(config.actors.device))
         notes += _guarded(guard, refused, config)
-    return Plan(prompts, unseen, roles, offers, notes, guard, refused)
+    return Plan(prompts, unseen, roles, offers, notes, guard, refused, frames)
 
 
 def _guarded(guard: Guard, refused: Sequence[Entry], config: DdpoConfig) -> list[str]:
@@ -113,11 +115,14 @@ def learnable_steps(config: DdpoConfig) -> int:
     return min(len(each) for each in learnable)
 
 
-def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int]) -> None:
-    images = np.random.default_rng(derive_seed(0, "tried")).integers(0, 256, (2, *size, 3), np.uint8)
+def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int], frames: int) -> None:
+    films = np.random.default_rng(derive_seed(0, "tried")).integers(0, 256, (2, *size, 3), np.uint8)
+    images = apart(films, frames)[:, 0]
     asked = [prompts[0], prompts[-1]]
     for name, given in config.reward.functions.items():
         options = given.resolved(name)
+        if options.of_films and frames == 1:
+            raise ValueError(f"reward.function {name} scores films, and model.path {config.model.path} draws images")
         for option, path in options.model_paths.items():
             marker = options.models[option]
             check_model(path, marker, f"reward.options.{name}.{option}")
@@ -126,7 +131,8 @@ def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, 
         options.check_call(name)
         with about(f"reward.function {name}"):
             options.check(prompts)
-        given.try_out(name, images, asked, asked if config.captioner.path else None)
+        tried = apart(films, frames) if options.of_films else images
+        given.try_out(name, tried, asked, asked if config.captioner.path else None)
 
 
 def _check_evaluator(path: str, prompts: list[str]) -> None:
@@ -185,4 +191,5 @@ def describe_ddpo(config: DdpoConfig, plan: Plan) -> str:
     learnable = learnable_steps(config)
     share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
     template = TEMPLATES / "ddpo_plan.txt"
-    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory)
+    twice = network_calls(config.model.path, config.sampling.guidance_scale) > 1
+    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory, twice=twice)

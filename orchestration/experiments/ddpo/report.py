@@ -21,6 +21,7 @@ from orchestration.runs.html_report import conclude
 from orchestration.runs.run import TEMPLATES
 from orchestration.runs.timeline import middle_of, read_spans
 from orchestration.tracking.tracker import FIRST_LOOK, flatten
+from pipelines.films import gif
 from pipelines.pages import fill
 from pipelines.storage import atomic
 from pipelines.storage.atomic import Content, DamagedFiles, Files
@@ -34,6 +35,7 @@ _RESULTS = {  # of the summary, each before and after
 }
 SERVED_STEPS = 2  # that a distilled model is drawn with after it was trained with more
 _GRID_IMAGES = 12  # the first of the held-out ones
+_FILMS = 6  # of a row of an animation: before in the first row, after in the second
 _MOST_BYTES = 2**30  # of the images of an evaluation
 _MOST_STEPS = 8  # in the picture of a run's progress
 _GLANCE_PROMPTS, _GLANCE_STEPS = 2, 5  # of it on MLflow's page of the run
@@ -42,8 +44,9 @@ _GLANCE_PROMPTS, _GLANCE_STEPS = 2, 5  # of it on MLflow's page of the run
 class Report:
     """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
 
-    def __init__(self, run: DdpoRun) -> None:
-        self.run = run
+    def __init__(self, run: DdpoRun, frames: int = 1) -> None:
+        """``frames``: of a film, if films are drawn."""
+        self.run, self.frames = run, frames
         self.directory = run.directory / "evaluations"
         self.stopped: str | None = None
         self._named: set[str] = set()  # damage
@@ -167,6 +170,7 @@ class Report:
         atomic.write_durably(self._path(step, "npz"), packed.getvalue())
         content = {
             **values,
+            **({"frames": self.frames} if self.frames > 1 else {}),
             "prompts": evaluation.prompts[:_GRID_IMAGES],
             "captions": (evaluation.captions or [])[:_GRID_IMAGES] or None,
             "measure": evaluation.measure[:compared].round(6).tolist(),
@@ -210,6 +214,11 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         captions = (each["captions"] and each["captions"][:shown] for each in (first, kept[last]))
         before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
 
+    def films() -> None:
+        if (frames := first.get("frames", 1)) > 1:
+            shown = np.concatenate([images[step][:_FILMS] for step in dict.fromkeys([picked[0], last])])
+            atomic.write_durably(figures / "films.gif", gif(shown, frames, min(_FILMS, len(images[last]))))
+
     def strips(path: Path, prompts: int, there: Sequence[int], glance: bool) -> None:
         shown = min(prompts, *(len(images[step]) for step in there))
         grid = np.stack([images[step][:shown] for step in there], axis=1)
@@ -234,12 +243,13 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         if window := middle_of(read_spans(directory)):
             timeline(figures / "timeline.png", window)
 
-    for name, picture in {"before_after": pairs, "progress": progress, "curves": courses, "timeline": lanes}.items():
+    drawn = {"before_after.png": pairs, "films.gif": films, "progress.png": progress, "curves.png": courses}
+    for name, picture in (drawn | {"timeline.png": lanes}).items():
         try:
             picture()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
-            say(f"warning: {figures / name}.png is not drawn: what it shows is damaged or gone in {directory} ({what})")
+            say(f"warning: {figures / name} is not drawn: what it shows is damaged or gone in {directory} ({what})")
     return figures
 
 

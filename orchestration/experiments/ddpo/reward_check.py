@@ -4,7 +4,7 @@ of what the base model draws."""
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,14 @@ def compared(scoring: Scoring, prompts: Sequence[str], images: np.ndarray, names
 
 
 def fitting_images(config: DdpoConfig, before: Evaluation) -> tuple[list[str], np.ndarray]:
-    """Prompts, and images that fit them. Real digits if there is an evaluator, else the base's own."""
+    """Prompts, and images that fit them. Real digits if there is an evaluator and they are of the size of what the base
+    draws, else the base's own."""
+    from pipelines.data.digits import IMAGE_SIZE, real_images
+
     prompts = list(dict.fromkeys(before.prompts))
-    if config.evaluation.evaluator is None:
+    if config.evaluation.evaluator is None or before.images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         first = [before.prompts.index(prompt) for prompt in prompts]
         return prompts, before.images[first]
-    from pipelines.data.digits import real_images
-
     return prompts, real_images(prompts, np.random.default_rng(derive_seed(0, "real images")))
 
 
@@ -111,7 +112,7 @@ def _by_actors(stack: ExitStack, config: DdpoConfig, plan: Plan, asked: list[str
     from orchestration.runs.display import Display
 
     roles = [role for role in plan.roles if role.name != "learner"]
-    plan = Plan(plan.prompts, plan.unseen, roles, plan.offers)
+    plan = replace(plan, roles=roles, notes=())
     workers = stack.enter_context(WorkerGroup(config, plan, stack.enter_context(Display("reward check", 0, 0))))
     return workers.measure(workers.samplers.rollout(asked, seeds), asked), workers.score_images
 
@@ -126,7 +127,8 @@ def _here(config: DdpoConfig, plan: Plan, asked: list[str], seeds: list[int]) ->
     size, judge = config.actors.images_per_call, config.evaluation.evaluator
     parts = [slice(start, start + size) for start in range(0, len(asked), size)]
     images = np.concatenate([policy.rollout(asked[part], seeds[part])[0] for part in parts])
-    functions = {name: load_reward(name, options, device) for name, options in config.reward.functions.items()}
+    rewards = config.reward.functions.items()
+    functions = {name: load_reward(name, options, device, plan.frames) for name, options in rewards}
 
     def scoring(pictures: np.ndarray, words: Sequence[str], names: Iterable[str]) -> Scores:
         return {name: score(functions[name], pictures, words, None) for name in names}

@@ -91,10 +91,11 @@ class WorkerGroup(ExitStack):
         if "learner" in placed:  # a check of rewards does without
             self.learner = Learner(placed["learner"], timeout, model, config.sampling, config.training, seed)
         self.samplers = Samplers(placed["sampler"], model, config.sampling, config.actors.images_per_call)
-        half = config.model.dtype != "float32"
-        self.rewards = reward_pools(placed, config.reward, half)
-        self.captioners = Pool(placed["captioner"], CaptionerActor, captioner, half) if "captioner" in placed else None
-        self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge) if judge else None
+        half, frames = config.model.dtype != "float32", self.plan.frames
+        self.rewards = reward_pools(placed, config.reward, half, frames)
+        words = (CaptionerActor, captioner, half, frames)
+        self.captioners = Pool(placed["captioner"], *words) if "captioner" in placed else None
+        self.evaluators = Pool(placed["evaluator"], EvaluatorActor, judge, frames) if judge else None
         others = self.captioners, *self.rewards.values(), self.evaluators, getattr(self, "learner", None)
         self.pools: list[Pool] = [self.samplers, *(pool for pool in others if pool is not None)]
         self.callback(self._monitor.end)
