@@ -9,20 +9,21 @@ import torch
 from diffusers import StableDiffusionPipeline, UNetMotionModel
 
 from pipelines.animation import (
-    FittingSettings,
-    MotionSettings,
     decode_videos,
     draw_videos,
     encode_videos,
+    fit,
     learn_motion,
     motion_network,
     predict,
     text_states,
+    whole_videos,
 )
 from pipelines.data.digits import load_split, parse, tint
 from pipelines.data.motion import CANVAS, moving, paths
 from pipelines.measures.evaluator import Evaluator, load_evaluator
 from pipelines.measures.motion import flicker, found_columns, identity, obedience, position, travelled, unshifted
+from pipelines.settings import FittingSettings, MotionSettings
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +176,27 @@ def test_latents_of_videos_are_those_of_their_frames(pipeline: Any) -> None:
     assert back.shape == data.videos.shape
     assert np.abs(back.astype(float) - data.videos).mean() < 10
     assert position(back, data.columns).mean() < 0.4
+
+
+def test_what_is_learnt_are_the_frames_and_times_that_are_asked_for(pipeline: Any) -> None:
+    """The loss is the mean square of what is left: of a network that says nothing, of the target alone."""
+    scheduler, seen = pipeline.scheduler, list[Any]()
+    latents = torch.arange(5.0)[:, None, None, None, None].expand(5, 3, 1, 1, 1).clone()  # a video is its number
+    network = torch.nn.Linear(1, 1)
+
+    def predicted(network: Any, noisy: Any, times: Any, which: Any, when: Any, hidden: Any) -> Any:
+        seen.append((noisy, times, which, when, hidden))
+        return noisy * network.weight
+
+    settings = FittingSettings(steps=40, batch_size=6, learning_rate=0.1, caption_dropout=0.5, earliest=900)
+    fit(network, scheduler, (latents, 0 * latents), whole_videos(5, 3, 6), predicted, settings, 0)
+    noisy, times, which, when, hidden = (torch.cat(each) for each in zip(*seen, strict=True))
+    assert times.min() >= 900
+    assert times.max() > 990
+    assert 0.35 < hidden.float().mean() < 0.65
+    assert (when == torch.arange(3)).all()
+    assert set(which[:, 0].tolist()) == set(range(5))
+    assert (which == which[:, :1]).all()
+    assert noisy.std() > 0.9
+    # v of nearly pure noise is −x: the best answer to independent noise is about 0.
+    assert network.weight.abs() < 0.5
