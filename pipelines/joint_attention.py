@@ -4,8 +4,10 @@ of text, and attention from each model to what the other is drawing.
 The added layers hang on stock UNets by hooks: the UNets are those that were loaded, and hold no weight of these.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from diffusers.models.embeddings import get_timestep_embedding
@@ -52,19 +54,22 @@ class Encoder(nn.Module):
 
 class Environment(nn.Module):
     """V of the paper: what a stream knows of itself while it is drawn. Of z_t (n, channels, height, width) or, of a
-    text, (n, numbers), at times t (n,), a token (n, 1, ``width``) of length 1."""
+    text, (n, numbers), at times t (n,), a token (n, 1, ``width``) of length 1. Unlike the paper's it takes no mean over
+    places: what place a tone has is its pitch."""
 
-    def __init__(self, channels: int, width: int, flat: bool = False, hidden: int = 64) -> None:
+    def __init__(self, shape: Sequence[int], width: int, hidden: int = 64) -> None:
+        """``shape``: of one z_t."""
         super().__init__()
-        self.flat = flat
+        self.flat = flat = len(shape) == 1
 
-        def mix(many: int) -> nn.Module:
-            return nn.Linear(many, hidden) if flat else nn.Conv2d(many, hidden, 3, padding=1)
+        def mix(many: int, stride: int = 1) -> nn.Module:
+            return nn.Linear(many, hidden) if flat else nn.Conv2d(many, hidden, 3, stride, padding=1)
 
-        self.times, self.enter = nn.Linear(_TIMES, 2 * hidden), mix(channels)
-        self.mixers = nn.ModuleList(mix(hidden) for _ in range(3))
+        self.times, self.enter = nn.Linear(_TIMES, 2 * hidden), mix(shape[0])
+        self.mixers = nn.ModuleList([mix(hidden, 2), mix(hidden), mix(hidden)])
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) if flat else nn.GroupNorm(_GROUPS, hidden) for _ in range(3))
-        self.leave = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, width))
+        places = math.prod(-(-size // 2) for size in shape[1:])
+        self.leave = nn.Sequential(nn.Linear(hidden * places, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, width))
 
     def forward(self, noisy: Tensor, times: Tensor) -> Tensor:
         given = self.times(get_timestep_embedding(times, _TIMES)).unflatten(1, (2, -1))
@@ -74,24 +79,18 @@ class Environment(nn.Module):
             found: Tensor = self.mixers[number](functional.silu(self.norms[number](hidden)))
             return found
 
-        hidden = self.enter(noisy)
-        hidden = hidden + mixed(1, mixed(0, hidden) * (1 + scale) + shift)
-        hidden = hidden + mixed(2, hidden)
-        return unit(self.leave(hidden if self.flat else hidden.mean(dim=(2, 3)))[:, None])
+        hidden = mixed(0, self.enter(noisy)) * (1 + scale) + shift
+        hidden = hidden + mixed(2, mixed(1, hidden))
+        return unit(self.leave(hidden.flatten(1))[:, None])
 
 
 class JointAttention(nn.Module):
-    """For each attention level of a UNet another one that follows it, whose keys and values are another stream's token.
-    It adds nothing before it is trained."""
+    """For each attention level of a UNet another one that follows it, whose keys and values are another stream's token
+    in place of a text. It begins as a copy of the level that adds nothing: what it is to say is known there already."""
 
-    def __init__(self, unet: nn.Module, width: int) -> None:
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        known = [each for each in unet.modules() if isinstance(each, Transformer2DModel)]
-        sizes = [
-            [each.config[n] for n in ("num_attention_heads", "attention_head_dim", "in_channels")] for each in known
-        ]
-        how: dict[str, Any] = {"norm_num_groups": _GROUPS, "cross_attention_dim": width}
-        self.levels = nn.ModuleList(Transformer2DModel(*each, **how) for each in sizes)
+        self.levels = nn.ModuleList(deepcopy(each).requires_grad_(True) for each in _levels(unet))
         for level in self.levels:
             for parameter in level.get_submodule("proj_out").parameters():
                 nn.init.zeros_(parameter)
@@ -103,8 +102,8 @@ class JointAttention(nn.Module):
         def after(level: nn.Module) -> Callable[..., Any]:
             return lambda _, given, output: (level(output[0], token, return_dict=False)[0], *output[1:])
 
-        known = [each for each in unet.modules() if isinstance(each, Transformer2DModel)]
-        hooks = [one.register_forward_hook(after(new)) for one, new in zip(known, self.levels, strict=True)]
+        pairs = zip(_levels(unet), self.levels, strict=True)
+        hooks = [known.register_forward_hook(after(new)) for known, new in pairs]
         try:
             yield
         finally:
@@ -112,16 +111,19 @@ class JointAttention(nn.Module):
                 hook.remove()
 
 
+def _levels(unet: nn.Module) -> list[nn.Module]:
+    return [each for each in unet.modules() if isinstance(each, Transformer2DModel)]
+
+
 class Joint(nn.Module):
     """Environments of two streams, and of a text that is noised as they are, and the streams' attention to them."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], text: int, width: int) -> None:
-        """Of two stock UNets by name; ``text``: numbers of a text."""
+    def __init__(self, networks: Mapping[str, nn.Module], shapes: Mapping[str, Sequence[int]], width: int) -> None:
+        """Of two stock UNets by name; ``shapes`` of what each draws, and of a text; ``width``: of a text state, and so
+        of a token."""
         super().__init__()
-        channels = {name: int(network.config["in_channels"]) for name, network in networks.items()}  # type: ignore[index]
-        seen = {name: Environment(each, width) for name, each in channels.items()}
-        self.environments = nn.ModuleDict(seen | {"text": Environment(text, width, flat=True)})
-        self.attention = nn.ModuleDict({name: JointAttention(each, width) for name, each in networks.items()})
+        self.environments = nn.ModuleDict({name: Environment(shape, width) for name, shape in shapes.items()})
+        self.attention = nn.ModuleDict({name: JointAttention(each) for name, each in networks.items()})
         self._networks = dict(networks)  # plain: what is frozen is none of its weights
 
     def seen(self, stream: str, noisy: Tensor, times: Tensor) -> Tensor:
@@ -133,6 +135,6 @@ class Joint(nn.Module):
         """What a stream's UNet answers under text ``states``, attending to ``token``."""
         network, attention = self._networks[stream], self.attention[stream]
         assert isinstance(attention, JointAttention)
-        with attention.on(network, token):
+        with attention.on(network, token * token.shape[-1] ** 0.5):  # of a text state's length
             found: Tensor = network(noisy, times, states, return_dict=False)[0]
         return found

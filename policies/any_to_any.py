@@ -13,7 +13,7 @@ class TrainingSettings(Settings):
     """How something of the study is trained."""
 
     steps: int = Field(ge=1, description="updates")
-    batch: int = Field(64, ge=2, description="examples of an update")
+    batch: int = Field(64, ge=2, description="examples of an update; of joint attention a multiple of 16")
     rate: float = Field(2e-3, gt=0, description="learning rate of AdamW at its peak")
 
 
@@ -31,13 +31,19 @@ def unit(vectors: Tensor) -> Tensor:
     return flat.view(vectors.shape)
 
 
-def contrast(ones: Tensor, others: Tensor, kinds: Tensor, temperature: float) -> Tensor:
+def contrast(ones: Tensor, others: Tensor, kinds: Tensor, temperature: float, group: int | None = None) -> Tensor:
     """The symmetric InfoNCE loss (2103.00020, figure 3; CoDi's equation 4) of pairs ``ones``, ``others`` (n, …), by
-    cosines. Pairs of the same ``kinds`` (n,) are no negatives of one another: they share the probability."""
-    logits = unit(ones).flatten(1) @ unit(others).flatten(1).T / temperature
-    alike = (kinds[:, None] == kinds).float()
-    target = alike / alike.sum(dim=1, keepdim=True)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    cosines. Pairs of the same ``kinds`` (n,) are no negatives of one another: they share the probability.
+
+    Pairs are told apart within groups of so many, one after the other. What is noised has to be of one time in a group:
+    else it is by their times, which the networks are told, that pairs are known, and by nothing else."""
+    many = group or len(ones)
+    one, other = (unit(each).flatten(1).unflatten(0, (-1, many)) for each in (ones, others))
+    logits = one @ other.transpose(1, 2) / temperature
+    alike = (kinds.view(-1, many, 1) == kinds.view(-1, 1, many)).float()
+    target = alike / alike.sum(dim=2, keepdim=True)
+    there, back = (-(target * each.log_softmax(dim=2)).sum(dim=2).mean() for each in (logits, logits.transpose(1, 2)))
+    return (there + back) / 2
 
 
 def agreement_by_chance(ones: Tensor, others: Tensor, kinds: int) -> float:

@@ -133,6 +133,14 @@ def test_contrast_is_the_cross_entropy_of_pairs_both_ways() -> None:
     assert found.item() == pytest.approx((there.mean() + back.mean()) / 2, rel=1e-4)
 
 
+def test_pairs_are_told_apart_within_their_group() -> None:
+    random = torch.Generator().manual_seed(0)
+    ones, others = (torch.randn((6, 4), generator=random) for _ in range(2))
+    kinds = torch.tensor([0, 1, 0, 2, 2, 1])
+    parts = [contrast(ones[part], others[part], kinds[part], 0.3) for part in (slice(0, 3), slice(3, 6))]
+    assert torch.allclose(contrast(ones, others, kinds, 0.3, group=3), torch.stack(parts).mean())
+
+
 def test_pairs_of_a_kind_are_no_negatives_of_one_another() -> None:
     """Where all are alike and of one kind, nothing can be told apart, and nothing pulls."""
     ones = torch.randn((4, 5), generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -172,9 +180,12 @@ def test_joint_attention_begins_with_nothing_and_comes_to_hear_the_other_stream(
     """A stream's answer is the frozen UNet's at first; after an update it depends on the token that it is given, and
     the UNet is what it was."""
     networks = {"image": network(4), "tone": network(3)}
-    joint, random = Joint(networks, 5, 16), torch.Generator().manual_seed(0)
+    joint, random = (
+        Joint(networks, {"image": (4, 8, 8), "tone": (3, 8, 8), "text": (5,)}, 6),
+        torch.Generator().manual_seed(0),
+    )
     noisy, states = torch.randn((2, 4, 8, 8), generator=random), torch.randn((2, 3, 6), generator=random)
-    times, tokens = torch.tensor([5, 900]), unit(torch.randn((2, 1, 16), generator=random))
+    times, tokens = torch.tensor([5, 900]), unit(torch.randn((2, 1, 6), generator=random))
     plain = networks["image"](noisy, times, states).sample
     assert torch.allclose(joint("image", noisy, times, states, tokens), plain, atol=1e-6)
     before = {name: each.clone() for name, each in networks["image"].state_dict().items()}
@@ -193,8 +204,9 @@ def test_joint_attention_begins_with_nothing_and_comes_to_hear_the_other_stream(
 
 def test_environments_and_encoders_have_the_shape_and_length_of_what_they_stand_for() -> None:
     times, random = torch.tensor([3, 700]), torch.Generator().manual_seed(0)
-    for given, flat in ((torch.randn((2, 4, 6, 5), generator=random), False), (torch.randn((2, 4)), True)):
-        seen = Environment(4, 16, flat=flat)
+    for shape in ((4, 6, 5), (4,)):
+        given = torch.randn((2, *shape), generator=random)
+        seen = Environment(shape, 16)
         assert seen(given, times).shape == (2, 1, 16)
         assert torch.allclose(seen(given, times).norm(dim=2), torch.ones(2, 1))
         assert not torch.allclose(seen(given, times), seen(given, times.flip(0)))
@@ -204,7 +216,7 @@ def test_environments_and_encoders_have_the_shape_and_length_of_what_they_stand_
     assert torch.allclose((found - states.mean(dim=0)).flatten(1).norm(dim=1), apart.expand(2))
 
 
-SHORT: dict[str, Any] = {name: {"steps": 2, "batch": 4} for name in ("tones", "encoders", "joint")}
+SHORT: dict[str, Any] = {name: {"steps": 2, "batch": 16} for name in ("tones", "encoders", "meeting", "joint")}
 SHORT |= {"steps": 2, "images": 64, "each": 2, "count": 8}
 
 
@@ -272,6 +284,7 @@ def test_arms_share_what_is_the_same_in_all() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"joint": {"steps": 2, "batch": 20}}, "joint.batch: 20 is no multiple of 16"),
         ({"path": "models/digits/pipeline"}, "does not draw 8 × 8 latents"),
         ({"path": "models/digits"}, "path: .* has no model_index.json"),
         ({"path": "nowhere"}, "path: there is no directory"),

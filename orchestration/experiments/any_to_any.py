@@ -36,6 +36,7 @@ class AnyToAny(Study):
     evaluator: str = Field("models/digits/evaluator", description="the judge of images")
     tones: TrainingSettings = Field(TrainingSettings(steps=900), description="of the tone model")
     encoders: TrainingSettings = Field(TrainingSettings(steps=400), description="of each encoder")
+    meeting: TrainingSettings = Field(TrainingSettings(steps=400), description="of environments, at first")
     joint: TrainingSettings = Field(TrainingSettings(steps=300, batch=32), description="of joint attention")
     temperature: float = Field(0.1, gt=0, description="of the contrast between what is shown and its caption")
     steps: int = Field(20, ge=1, description="DDIM's, with which all is drawn")
@@ -52,6 +53,10 @@ class AnyToAny(Study):
         kind = read_json(Path(resolve_model(self.path)) / "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"path: {self.path!r} is a {kind}; joint attention is for a StableDiffusionPipeline")
+        if wrong := [name for name in ("meeting", "joint") if getattr(self, name).batch % 16]:
+            raise ValueError(
+                f"{wrong[0]}.batch: {getattr(self, wrong[0]).batch} is no multiple of 16, the pairs of a time"
+            )
         unet = read_json(Path(resolve_model(self.path)) / "unet" / "config.json")
         if unet.get("sample_size") != 8:
             raise ValueError(f"path: {self.path!r} does not draw 8 × 8 latents of digits, as digits-attention does")
@@ -78,14 +83,15 @@ class AnyToAny(Study):
         heard = task(learn_tones, settings(self.tones), label=f"tone model, seed {seed}")
         inputs = [heard]
         if arm != "independent":
-            inputs.append(task(join, settings(self.joint) | {"arm": arm}, heard, label=f"joint, {arm}, seed {seed}"))
+            how = settings(self.joint) | {"meeting": self.meeting.model_dump(), "arm": arm}
+            inputs.append(task(join, how, heard, label=f"joint, {arm}, seed {seed}"))
         own = {"arm": "own" if arm == "own" else "other", "count": self.count}
         found = [task(draw_together, judged | own, *inputs, label=f"together, {arm}, seed {seed}")]
         if arm == "paired":
             found.append(heard)
         if arm in ("unpaired", "shuffled"):
-            how = {"temperature": self.temperature, "shuffled": arm == "shuffled"}
-            aligned = task(align, settings(self.encoders) | how, label=f"encoders, {arm}, seed {seed}")
+            told = {"temperature": self.temperature, "shuffled": arm == "shuffled"}
+            aligned = task(align, settings(self.encoders) | told, label=f"encoders, {arm}, seed {seed}")
             found.append(task(convert, judged | {"shown": self.shown}, heard, aligned, label=f"convert, {arm}, {seed}"))
         return found
 

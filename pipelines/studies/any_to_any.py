@@ -6,6 +6,7 @@ study trains. Everything is a function of the pipeline, the settings and the see
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from policies.any_to_any import TrainingSettings, agreement_by_chance, contrast,
 from policies.common.seeding import derive_seed
 from policies.rl.settings import SamplingSettings
 
-IMAGE, TONE = "image", "tone"
+IMAGE, TONE, TEXT = "image", "tone", "text"
 _TONES: dict[str, Any] = {  # the tone model: the image model's classes of block, smaller
     "sample_size": SHAPE[1:],
     "in_channels": SHAPE[0],
@@ -46,7 +47,8 @@ _TONES: dict[str, Any] = {  # the tone model: the image model's classes of block
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
-_NUMBERS, _WIDTH = 16, 64  # of a text as it is noised, and of an environment's token
+_NUMBERS = 16  # of a text as it is noised
+_GROUP = 16  # pairs of one time, which are told apart
 _TEMPERATURE, _CONTRAST = 0.1, 0.1  # of environments' contrast, and its weight
 _DROPPED = 0.15  # of the captions of tones are the empty one
 _SURE = 0.8  # the judge's share for a digit from which on an image shows one
@@ -70,17 +72,18 @@ class World:
         with torch.no_grad():
             texts = [self.family.encode(text, self.device)["encoder_hidden_states"] for text in [*all_prompts(), None]]
         self.states, self.empty = torch.stack(texts[:-1]), texts[-1]
-        self.shapes = {IMAGE: self.family.latent_shape, TONE: SHAPE}
+        self.shapes: dict[str, Sequence[int]] = {IMAGE: self.family.latent_shape, TONE: SHAPE, TEXT: (_NUMBERS,)}
 
     def noisy(self, clean: Tensor, times: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """z_t, and the v that a network is to answer."""
         noise = torch.randn(clean.shape, generator=random).to(clean)
         return self.scheduler.add_noise(clean, noise, times), self.scheduler.get_velocity(clean, noise, times)
 
-    def times(self, count: int, random: torch.Generator) -> Tensor:
-        """Uniform ones."""
-        most = self.scheduler.config.num_train_timesteps
-        return torch.randint(most, (count,), generator=random).to(self.device)
+    def times(self, count: int, random: torch.Generator, alike: int = 1) -> Tensor:
+        """Times (n,), uniform and evenly spread, each for so many examples in a row."""
+        most, places = self.scheduler.config.num_train_timesteps, torch.arange(count // alike)
+        shares = (places + torch.rand(len(places), generator=random)) / len(places)
+        return (most * shares).long().clamp(max=most - 1).repeat_interleave(alike).to(self.device)
 
     @torch.no_grad()
     def images(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,53 +201,69 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     """Task: environments and joint attention of an ``arm``, between the frozen models, under the empty prompt. The
     first of ``inputs`` is the tone model.
 
+    Environments are contrasted first, as that is cheap, and then all is trained. What a stream is to answer is what its
+    frozen model answers under the caption: the paper's v of the data is that, but for noise of no use.
+
     ``paired``: on images and tones of one caption. ``shuffled``: of any two. ``own``: as paired, but each stream
-    attends to its own environment. ``unpaired``: images attend to noised texts of their captions, and environments of
-    both are contrasted; then tones, with the texts' frozen: no image is seen beside a tone."""
-    arm, settings, seed = parameters["arm"], TrainingSettings(**parameters["settings"]), parameters["seed"]
+    attends to its own environment. ``unpaired``: images and noised texts of their captions, which they attend to; then
+    tones and texts, whose environments are frozen. No image is seen beside a tone."""
+    arm, seed = parameters["arm"], parameters["seed"]
+    meeting, settings = (TrainingSettings(**parameters[name]) for name in ("meeting", "settings"))
     world, random = World(parameters["path"], device, inputs[0]), torch.Generator()
     random.manual_seed(derive_seed(seed, "joint"))
     torch.manual_seed(derive_seed(seed, "joint weights"))
-    joint, pool = Joint(world.networks, _NUMBERS, _WIDTH).to(device).train(), Pool(world, parameters, random)
-    empty = world.empty.expand(settings.batch, -1, -1)
+    joint = Joint(world.networks, world.shapes, world.states.shape[-1]).to(device).train()
+    pool = Pool(world, parameters, random)
 
-    def draw() -> tuple[Tensor, ...]:
-        chosen = torch.randint(len(pool.latents), (settings.batch,), generator=random)
-        kinds = pool.captions[chosen] // len(GROUNDS)
-        heard = kinds[torch.randperm(len(kinds), generator=random)] if arm == "shuffled" else kinds
-        times = world.times(settings.batch, random)
-        texts = pool.texts[_captions_of(kinds, random)].to(device)
-        shown = [(pool.latents[chosen], random), (pool.tones_of(heard, random), random), (texts, random)]
-        noisy = [each for clean, some in shown for each in world.noisy(clean, times, some)]
-        return *noisy, times, torch.arange(len(kinds)) if arm == "shuffled" else kinds
+    def draw(count: int, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Times, kinds, and of each name captions and z_t."""
+        chosen = torch.randint(len(pool.latents), (count,), generator=random)
+        captions, times = pool.captions[chosen], world.times(count, random, _GROUP)
+        kinds = captions // len(GROUNDS)
+        heard = (
+            pool.kinds[torch.randint(len(pool.kinds), kinds.shape, generator=random)] if arm == "shuffled" else kinds
+        )
+        told = _captions_of(heard, random)
+        clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(heard, random), TEXT: pool.texts[told].to(device)}
+        shown = [(captions if name == IMAGE else told, world.noisy(clean[name], times, random)[0]) for name in names]
+        kinds = torch.arange(count) if arm == "shuffled" else kinds  # there none is known to be like another
+        return times, kinds.to(device), *(column for pair in shown for column in pair)
 
-    def loss(attending: Sequence[str], seen: Mapping[str, str]) -> Any:
-        """Of streams that attend to the environments that they are ``seen`` with, which are contrasted, too."""
+    for names, seen in _plan(arm):
 
-        def of(joint: nn.Module, *batch: Tensor) -> Tensor:
+        def contrasted(joint: nn.Module, times: Tensor, kinds: Tensor, *columns: Tensor, names: Any = names) -> Tensor:
             assert isinstance(joint, Joint)
-            *columns, times, kinds = batch
-            noisy, wanted = (dict(zip((IMAGE, TONE, "text"), columns[at::2], strict=True)) for at in (0, 1))
-            tokens = {name: joint.seen(name, noisy[name], times) for name in {*attending, *seen.values()}}
-            asked = empty[: len(times)]
-            errors = [
-                functional.mse_loss(joint(name, noisy[name], times, asked, tokens[seen[name]]), wanted[name])
-                for name in attending
-            ]
-            ones, others = tokens[attending[0]], tokens[seen[attending[0]] if len(attending) == 1 else attending[1]]
-            apart = contrast(ones, others, kinds.to(ones.device), _TEMPERATURE)
+            tokens = [joint.seen(name, noisy, times) for name, noisy in zip(names, columns[1::2], strict=True)]
+            return contrast(tokens[0], tokens[1], kinds, _TEMPERATURE, _GROUP)
+
+        def loss(
+            joint: nn.Module, times: Tensor, kinds: Tensor, *columns: Tensor, names: Any = names, seen: Any = seen
+        ) -> Tensor:
+            assert isinstance(joint, Joint)
+            captions, noisy = (dict(zip(names, columns[at::2], strict=True)) for at in (0, 1))
+            tokens = {name: joint.seen(name, noisy[name], times) for name in names}
+            errors = []
+            for name, other in seen.items():
+                with torch.no_grad():
+                    wanted = world.networks[name](noisy[name], times, world.states[captions[name]]).sample
+                empty = world.empty.expand(len(times), -1, -1)
+                answer = joint(name, noisy[name], times, empty, tokens[other])
+                errors.append(functional.mse_loss(answer, wanted))
+            apart = contrast(tokens[names[0]], tokens[names[1]], kinds, _TEMPERATURE, _GROUP)
             return torch.stack(errors).mean() + _CONTRAST * apart
 
-        return of
-
-    if arm == "unpaired":
-        plans: list[tuple[tuple[str, ...], dict[str, str]]] = [((each,), {each: "text"}) for each in (IMAGE, TONE)]
-    else:
-        plans = [((IMAGE, TONE), {each: each if arm == "own" else _other(each) for each in (IMAGE, TONE)})]
-    for number, (attending, seen) in enumerate(plans):
-        joint.environments["text"].requires_grad_(number == 0)
-        train(joint, draw, loss(attending, seen), settings.steps, settings.rate, divisible=False, **_DESCENT)
+        for how, learned in ((meeting, contrasted), (settings, loss)):
+            draws = partial(draw, how.batch, names)
+            train(joint, draws, learned, how.steps, how.rate, divisible=False, **_DESCENT)
+        joint.environments[TEXT].requires_grad_(False)  # for tones, which come next
     return {"joint.safetensors": save({name: each.contiguous() for name, each in joint.cpu().state_dict().items()})}
+
+
+def _plan(arm: str) -> list[tuple[tuple[str, str], dict[str, str]]]:
+    """In what order an arm learns: which two environments are contrasted, and which streams attend to which."""
+    if arm == "unpaired":
+        return [((IMAGE, TEXT), {IMAGE: TEXT}), ((TONE, TEXT), {TONE: TEXT})]
+    return [((IMAGE, TONE), {name: name if arm == "own" else _other(name) for name in (IMAGE, TONE)})]
 
 
 class Judged(NamedTuple):
@@ -324,7 +343,7 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
     world, seed, count = World(parameters["path"], device, inputs[0]), parameters["seed"], parameters["count"]
     judge, joint = load_evaluator(resolve_model(parameters["evaluator"]), device), None
     if len(inputs) > 1:
-        joint = Joint(world.networks, _NUMBERS, _WIDTH).to(device).eval()
+        joint = Joint(world.networks, world.shapes, world.states.shape[-1]).to(device).eval()
         joint.load_state_dict(load(inputs[1]["joint.safetensors"]))
 
     def drawn(states: Mapping[str, Tensor], stream: str) -> tuple[Judged, Judged]:
