@@ -31,9 +31,9 @@ from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_whole
 from pipelines.studies import metrics, products
 from pipelines.training import train
-from policies.any_to_any import TrainingSettings, agreement_by_chance, contrast, mixed
+from policies.any_to_any import TrainingSettings, agreement_by_chance, contrast, mixed, where_decided
 from policies.common.seeding import derive_seed
-from policies.rl.settings import SamplingSettings
+from policies.diffusion.ddim import DenoisingSchedule, ddim_deviation
 
 IMAGE, TONE, TEXT = "image", "tone", "text"
 _TONES: dict[str, Any] = {  # the tone model: the image model's classes of block, smaller
@@ -80,10 +80,22 @@ class World:
         return self.scheduler.add_noise(clean, noise, times), self.scheduler.get_velocity(clean, noise, times)
 
     def times(self, count: int, random: torch.Generator, alike: int = 1) -> Tensor:
-        """Times (n,), uniform and evenly spread, each for so many examples in a row."""
+        """Times (n,), evenly spread, each for so many examples in a row, which are then mostly where it matters."""
         most, places = self.scheduler.config.num_train_timesteps, torch.arange(count // alike)
         shares = (places + torch.rand(len(places), generator=random)) / len(places)
+        shares = shares if alike == 1 else where_decided(shares)
         return (most * shares).long().clamp(max=most - 1).repeat_interleave(alike).to(self.device)
+
+    def schedule(self, steps: int) -> DenoisingSchedule:
+        """DDIM with all its noise (η = 1), in so many steps, of which most are where it matters."""
+        table = self.scheduler.alphas_cumprod.double().cpu()
+        times = (
+            (where_decided(torch.arange(1, steps + 1) / steps) * len(table)).long().clamp(max=len(table) - 1).flip(0)
+        )
+        alpha = table[times]
+        after = torch.cat([alpha[1:], torch.ones(1, dtype=alpha.dtype)])
+        kind = self.scheduler.config.prediction_type
+        return DenoisingSchedule(times, alpha, after, ddim_deviation(alpha, after, 1.0), kind, stock=False)
 
     @torch.no_grad()
     def images(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,9 +109,9 @@ class World:
     def draw(
         self, states: Mapping[str, Tensor], steps: int, seed: int, joint: Joint | None = None, own: bool = False
     ) -> dict[str, Tensor]:
-        """What the models draw by DDIM with noise (η = 1), each under its text ``states`` (n, tokens, width). With
+        """What the models draw, each under its text ``states`` (n, tokens, width). With
         ``joint`` each attends to what is seen of the other at the same time, or of itself (``own``)."""
-        schedule, random = self.family.schedule(SamplingSettings(steps=steps)), torch.Generator().manual_seed(seed)
+        schedule, random = self.schedule(steps).to(self.device), torch.Generator().manual_seed(seed)
 
         def noise(name: str) -> Tensor:
             return torch.randn((len(states[name]), *self.shapes[name]), generator=random).to(self.device)
@@ -358,9 +370,9 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
         share = np.bincount(judged.digits, minlength=len(DIGITS)) / count
         entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(DIGITS))
         found |= {f"valid/{name}": judged.valid.mean(), f"varied/{name}": entropy}
-    captions = torch.arange(len(world.states))
-    asked, free = world.states, world.empty.expand(len(captions), -1, -1)
-    wanted = captions.numpy() // (len(INKS) * len(GROUNDS))
+    kinds = torch.arange(len(DIGITS) * len(INKS))
+    asked, free = world.states[kinds * len(GROUNDS) + kinds % len(GROUNDS)], world.empty.expand(len(kinds), -1, -1)
+    wanted = kinds.numpy() // len(INKS)
     for told in (IMAGE, TONE):
         pair = drawn({name: asked if name == told else free for name in (IMAGE, TONE)}, f"told {told}")
         found[f"told_{told}"] = np.mean(pair[0 if told == TONE else 1].digits == wanted)
