@@ -3,8 +3,9 @@
 CoDi (2305.11846) on digits: a tone's pitch is the digit, its timbre the ink. Conditions are aligned through text alone;
 joint attention lets an image and a tone that are drawn at once agree. Arms: ``paired``, which learned it from images
 and tones of one caption; ``unpaired``, the paper's strong claim, from pairs with texts alone. Controls: ``own``, each
-attends to its own environment, as the authors' release does; ``shuffled``, pairs of random captions; ``independent``,
-no joint attention. An evaluator judges images, arithmetic tones; neither takes part.
+attends to its own environment, as in the authors' release; ``shuffled``, as ``paired``, but each attends to what is
+drawn in another pair, and encoders learned from captions of others; ``independent``, no joint attention. An evaluator
+judges images, arithmetic tones; neither takes part.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,13 +81,15 @@ class AnyToAny(Study):
         def settings(block: TrainingSettings) -> dict[str, object]:
             return learned | {"settings": block.model_dump()}
 
-        heard = task(learn_tones, settings(self.tones), label=f"tone model, seed {seed}")
+        # One for all seeds, as the image model is.
+        heard = task(learn_tones, settings(self.tones) | {"seed": 0}, label="tone model")
         inputs = [heard]
         if arm != "independent":
-            how = settings(self.joint) | {"meeting": self.meeting.model_dump(), "arm": arm}
-            inputs.append(task(join, how, heard, label=f"joint, {arm}, seed {seed}"))
-        own = {"arm": "own" if arm == "own" else "other", "count": self.count}
-        found = [task(draw_together, judged | own, *inputs, label=f"together, {arm}, seed {seed}")]
+            learned_by = "paired" if arm == "shuffled" else arm
+            how = settings(self.joint) | {"meeting": self.meeting.model_dump(), "arm": learned_by}
+            inputs.append(task(join, how, heard, label=f"joint, {learned_by}, seed {seed}"))
+        to = {"to": {"own": "own", "shuffled": "strange"}.get(arm, "other"), "count": self.count}
+        found = [task(draw_together, judged | to, *inputs, label=f"together, {arm}, seed {seed}")]
         if arm == "paired":
             found.append(heard)
         if arm in ("unpaired", "shuffled"):
@@ -107,7 +110,7 @@ class AnyToAny(Study):
         for arm, control, how in (
             ("independent", "paired", "without joint attention"),
             ("own", "paired", "where each attends to itself"),
-            ("shuffled", "paired", "from pairs of random captions"),
+            ("shuffled", "paired", "where each attends to another pair"),
             ("independent", "unpaired", "without joint attention, of no pair in training"),
         ):
             sentence = f"control: they agree less {how}"

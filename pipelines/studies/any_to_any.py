@@ -47,7 +47,7 @@ _TONES: dict[str, Any] = {  # the tone model: the image model's classes of block
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
-_NUMBERS = 16  # of a text as it is noised
+_NUMBERS, _LOUD = 48, 2.0  # of a text as it is noised, and their deviation: it is to be lost in noise when images are
 _GROUP = 16  # pairs of one time, which are told apart
 _TEMPERATURE, _CONTRAST = 0.1, 0.1  # of environments' contrast, and its weight
 _DROPPED = 0.15  # of the captions of tones are the empty one
@@ -107,10 +107,10 @@ class World:
 
     @torch.no_grad()
     def draw(
-        self, states: Mapping[str, Tensor], steps: int, seed: int, joint: Joint | None = None, own: bool = False
+        self, states: Mapping[str, Tensor], steps: int, seed: int, joint: Joint | None = None, to: str = "other"
     ) -> dict[str, Tensor]:
-        """What the models draw, each under its text ``states`` (n, tokens, width). With
-        ``joint`` each attends to what is seen of the other at the same time, or of itself (``own``)."""
+        """What the models draw, each under its text ``states`` (n, tokens, width). With ``joint`` each attends ``to``
+        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange"."""
         schedule, random = self.schedule(steps).to(self.device), torch.Generator().manual_seed(seed)
 
         def noise(name: str) -> Tensor:
@@ -121,9 +121,11 @@ class World:
             now, outputs = time.to(self.device), dict[str, Tensor]()
             if joint:
                 tokens = {name: joint.seen(name, each, now.expand(len(each))) for name, each in drawn.items()}
+                if to == "strange":
+                    tokens = {name: each.roll(1, dims=0) for name, each in tokens.items()}
             for name, each in drawn.items():
                 if joint:
-                    outputs[name] = joint(name, each, now, states[name], tokens[name if own else _other(name)])
+                    outputs[name] = joint(name, each, now, states[name], tokens[name if to == "own" else _other(name)])
                 else:
                     outputs[name] = self.networks[name](each, now, states[name], return_dict=False)[0]
             for name, each in drawn.items():
@@ -147,7 +149,7 @@ class Pool:
         self.kinds = torch.from_numpy(known.digits * len(INKS) + known.inks)  # in order, as many of each
         apart = (world.states - world.states.mean(dim=0)).flatten(1)
         numbers = apart @ torch.linalg.svd(apart, full_matrices=False)[2][:_NUMBERS].T
-        self.texts = numbers / numbers.std()  # (180, numbers): principal components, of variance 1 all together
+        self.texts = _LOUD * numbers / numbers.std(dim=0)  # (180, numbers): principal components, alike
 
     def tones_of(self, kinds: Tensor, random: torch.Generator) -> Tensor:
         """One of each of ``kinds`` (n,)."""
@@ -216,8 +218,8 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     Environments are contrasted first, as that is cheap, and then all is trained. What a stream is to answer is what its
     frozen model answers under the caption: the paper's v of the data is that, but for noise of no use.
 
-    ``paired``: on images and tones of one caption. ``shuffled``: of any two. ``own``: as paired, but each stream
-    attends to its own environment. ``unpaired``: images and noised texts of their captions, which they attend to; then
+    ``paired``: on images and tones of one caption. ``own``: as paired, but each stream attends to its own environment.
+    ``unpaired``: images and noised texts of their captions, which they attend to; then
     tones and texts, whose environments are frozen. No image is seen beside a tone."""
     arm, seed = parameters["arm"], parameters["seed"]
     meeting, settings = (TrainingSettings(**parameters[name]) for name in ("meeting", "settings"))
@@ -236,9 +238,8 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
             pool.kinds[torch.randint(len(pool.kinds), kinds.shape, generator=random)] if arm == "shuffled" else kinds
         )
         told = _captions_of(heard, random)
-        clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(heard, random), TEXT: pool.texts[told].to(device)}
+        clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(kinds, random), TEXT: pool.texts[told].to(device)}
         shown = [(captions if name == IMAGE else told, world.noisy(clean[name], times, random)[0]) for name in names]
-        kinds = torch.arange(count) if arm == "shuffled" else kinds  # there none is known to be like another
         return times, kinds.to(device), *(column for pair in shown for column in pair)
 
     for names, seen in _plan(arm):
@@ -359,7 +360,7 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
         joint.load_state_dict(load(inputs[1]["joint.safetensors"]))
 
     def drawn(states: Mapping[str, Tensor], stream: str) -> tuple[Judged, Judged]:
-        made = world.draw(states, parameters["steps"], derive_seed(seed, stream), joint, own=parameters["arm"] == "own")
+        made = world.draw(states, parameters["steps"], derive_seed(seed, stream), joint, parameters["to"])
         return Judged.of_images(world, made[IMAGE], judge), Judged.of_tones(made[TONE])
 
     empty = world.empty.expand(count, -1, -1)
