@@ -48,7 +48,7 @@ _TONES: dict[str, Any] = {  # the tone model: the image model's classes of block
     "norm_num_groups": 8,
 }
 _NUMBERS, _LOUD = 48, 2.0  # of a text as it is noised, and their deviation: it is to be lost in noise when images are
-_GROUP = 16  # pairs of one time, which are told apart
+_GROUP, _NEAR = 16, 0.2  # pairs of one time, which are told apart; the share of times that are near the end
 _TEMPERATURE, _CONTRAST = 0.1, 0.1  # of environments' contrast, and its weight
 _DROPPED = 0.15  # of the captions of tones are the empty one
 _SURE = 0.8  # the judge's share for a digit from which on an image shows one
@@ -215,8 +215,10 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     """Task: environments and joint attention of an ``arm``, between the frozen models, under the empty prompt. The
     first of ``inputs`` is the tone model.
 
-    Environments are contrasted first, as that is cheap, and then all is trained. What a stream is to answer is what its
-    frozen model answers under the caption: the paper's v of the data is that, but for noise of no use.
+    Environments meet first, as that is cheap: one of a stream that is being drawn is contrasted with one of another that
+    is nearly what it will be, which the first has to foresee. Then all is trained, at the same time in both. What a
+    stream is to answer is what its frozen model answers under the caption: the paper's v of the data is that, but for
+    noise of no use.
 
     ``paired``: on images and tones of one caption. ``own``: as paired, but each stream attends to its own environment.
     ``unpaired``: images and noised texts of their captions, which they attend to; then
@@ -229,44 +231,45 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     joint = Joint(world.networks, world.shapes, world.states.shape[-1]).to(device).train()
     pool = Pool(world, parameters, random)
 
-    def draw(count: int, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Times, kinds, and of each name captions and z_t."""
+    def draw(count: int, names: tuple[str, str], together: bool) -> tuple[Tensor, ...]:
+        """Kinds, and of each name times, captions and z_t: at the same time in both, or with one of both near its end,
+        where it is known what it is."""
         chosen = torch.randint(len(pool.latents), (count,), generator=random)
-        captions, times = pool.captions[chosen], world.times(count, random, _GROUP)
-        kinds = captions // len(GROUNDS)
-        heard = (
-            pool.kinds[torch.randint(len(pool.kinds), kinds.shape, generator=random)] if arm == "shuffled" else kinds
-        )
-        told = _captions_of(heard, random)
-        clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(kinds, random), TEXT: pool.texts[told].to(device)}
-        shown = [(captions if name == IMAGE else told, world.noisy(clean[name], times, random)[0]) for name in names]
-        return times, kinds.to(device), *(column for pair in shown for column in pair)
+        late = world.times(count, random, _GROUP)
+        early = (late.max() * _NEAR * torch.rand(count // _GROUP, generator=random)).long().repeat_interleave(_GROUP)
+        first = (torch.randperm(count // _GROUP, generator=random) % 2 == 0).repeat_interleave(_GROUP)
+        kinds = pool.captions[chosen] // len(GROUNDS)
+        told = {IMAGE: pool.captions[chosen], TONE: (heard := _captions_of(kinds, random)), TEXT: heard}
+        clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(kinds, random), TEXT: pool.texts[heard].to(device)}
+        columns = [kinds.to(device)]
+        for name, mine in zip(names, (first, ~first), strict=True):
+            times = late if together else torch.where(mine.to(device), late, early.to(device))
+            columns += [times, told[name], world.noisy(clean[name], times, random)[0]]
+        return tuple(columns)
 
     for names, seen in _plan(arm):
 
-        def contrasted(joint: nn.Module, times: Tensor, kinds: Tensor, *columns: Tensor, names: Any = names) -> Tensor:
+        def met(joint: nn.Module, kinds: Tensor, *columns: Tensor, names: tuple[str, str] = names) -> Tensor:
             assert isinstance(joint, Joint)
-            tokens = [joint.seen(name, noisy, times) for name, noisy in zip(names, columns[1::2], strict=True)]
+            tokens = [joint.seen(name, columns[at + 2], columns[at]) for name, at in zip(names, (0, 3), strict=True)]
             return contrast(tokens[0], tokens[1], kinds, _TEMPERATURE, _GROUP)
 
-        def loss(
-            joint: nn.Module, times: Tensor, kinds: Tensor, *columns: Tensor, names: Any = names, seen: Any = seen
-        ) -> Tensor:
+        def loss(joint: nn.Module, kinds: Tensor, *columns: Tensor, names: Any = names, seen: Any = seen) -> Tensor:
             assert isinstance(joint, Joint)
-            captions, noisy = (dict(zip(names, columns[at::2], strict=True)) for at in (0, 1))
-            tokens = {name: joint.seen(name, noisy[name], times) for name in names}
+            times, captions, noisy = (dict(zip(names, columns[at::3], strict=True)) for at in range(3))
+            tokens = {name: joint.seen(name, noisy[name], times[name]) for name in names}
             errors = []
             for name, other in seen.items():
+                given, now = noisy[name], times[name]
                 with torch.no_grad():
-                    wanted = world.networks[name](noisy[name], times, world.states[captions[name]]).sample
-                empty = world.empty.expand(len(times), -1, -1)
-                answer = joint(name, noisy[name], times, empty, tokens[other])
+                    wanted = world.networks[name](given, now, world.states[captions[name]], return_dict=False)[0]
+                answer = joint(name, given, now, world.empty.expand(len(now), -1, -1), tokens[other])
                 errors.append(functional.mse_loss(answer, wanted))
             apart = contrast(tokens[names[0]], tokens[names[1]], kinds, _TEMPERATURE, _GROUP)
             return torch.stack(errors).mean() + _CONTRAST * apart
 
-        for how, learned in ((meeting, contrasted), (settings, loss)):
-            draws = partial(draw, how.batch, names)
+        for how, learned, together in ((meeting, met, False), (settings, loss, True)):
+            draws = partial(draw, how.batch, names, together)
             train(joint, draws, learned, how.steps, how.rate, divisible=False, **_DESCENT)
         joint.environments[TEXT].requires_grad_(False)  # for tones, which come next
     return {"joint.safetensors": save({name: each.contiguous() for name, each in joint.cpu().state_dict().items()})}
