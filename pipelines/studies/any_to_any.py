@@ -215,14 +215,14 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
     """Task: environments and joint attention of an ``arm``, between the frozen models, under the empty prompt. The
     first of ``inputs`` is the tone model.
 
-    Environments meet first, as that is cheap: one of a stream that is being drawn is contrasted with one of another that
-    is nearly what it will be, which the first has to foresee. Then all is trained, at the same time in both. What a
-    stream is to answer is what its frozen model answers under the caption: the paper's v of the data is that, but for
-    noise of no use.
+    Environments meet first, as that is cheap: one of a stream that is being drawn is contrasted with one of another
+    that is nearly what it will be, which the first has to foresee. Then all is trained, at the same time in both. What
+    a stream is to answer is what its frozen model answers under the caption: the paper's v of the data is that, but
+    for noise of no use.
 
     ``paired``: on images and tones of one caption. ``own``: as paired, but each stream attends to its own environment.
-    ``unpaired``: images and noised texts of their captions, which they attend to; then
-    tones and texts, whose environments are frozen. No image is seen beside a tone."""
+    ``unpaired``: images and noised texts of their captions, which they attend to; then tones and texts, whose
+    environments are frozen. No image is seen beside a tone."""
     arm, seed = parameters["arm"], parameters["seed"]
     meeting, settings = (TrainingSettings(**parameters[name]) for name in ("meeting", "settings"))
     world, random = World(parameters["path"], device, inputs[0]), torch.Generator()
@@ -239,7 +239,8 @@ def join(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fil
         early = (late.max() * _NEAR * torch.rand(count // _GROUP, generator=random)).long().repeat_interleave(_GROUP)
         first = (torch.randperm(count // _GROUP, generator=random) % 2 == 0).repeat_interleave(_GROUP)
         kinds = pool.captions[chosen] // len(GROUNDS)
-        told = {IMAGE: pool.captions[chosen], TONE: (heard := _captions_of(kinds, random)), TEXT: heard}
+        heard = _captions_of(kinds, random)
+        told = {IMAGE: pool.captions[chosen], TONE: heard, TEXT: heard}
         clean = {IMAGE: pool.latents[chosen], TONE: pool.tones_of(kinds, random), TEXT: pool.texts[heard].to(device)}
         columns = [kinds.to(device)]
         for name, mine in zip(names, (first, ~first), strict=True):
