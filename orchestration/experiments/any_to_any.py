@@ -35,21 +35,23 @@ class AnyToAny(Study):
     arms: tuple[str, ...] = ("paired", "unpaired", "own", "shuffled", "independent")
     path: str = Field("models/digits-attention/pipeline", description="the image model, a Stable Diffusion pipeline")
     evaluator: str = Field("models/digits/evaluator", description="the judge of images")
+    captioner: str = Field("models/digits/captioner", description="whose words for an image are held against a tone")
     tones: TrainingSettings = Field(TrainingSettings(steps=900), description="of the tone model")
-    encoders: TrainingSettings = Field(TrainingSettings(steps=400), description="of each encoder")
-    meeting: TrainingSettings = Field(TrainingSettings(steps=400), description="of environments, at first")
-    joint: TrainingSettings = Field(TrainingSettings(steps=300, batch=32), description="of joint attention")
+    encoders: TrainingSettings = Field(TrainingSettings(steps=350), description="of each encoder")
+    meeting: TrainingSettings = Field(TrainingSettings(steps=600), description="of environments, at first")
+    joint: TrainingSettings = Field(TrainingSettings(steps=300, batch=32, rate=4e-3), description="of joint attention")
+    guidance_scale: float = Field(3.0, ge=0, description="by which what joint attention changes is multiplied")
     temperature: float = Field(0.1, gt=0, description="of the contrast between what is shown and its caption")
-    steps: int = Field(20, ge=1, description="DDIM's, with which all is drawn")
+    steps: int = Field(16, ge=1, description="DDIM's, with which all is drawn")
     images: int = Field(2048, ge=64, description="digits that are learned from, in tints of chance")
     each: int = Field(50, ge=1, description="tones of each kind that are learned from")
     shown: int = Field(1, ge=1, description="digits of each caption that are shown to encoders, and as many tones")
-    count: int = Field(360, ge=8, description="pairs that are drawn together")
+    count: int = Field(240, ge=8, description="pairs that are drawn together")
     reached: float = Field(0.6, gt=0, lt=1, description="claimed: agreement of digits, and accuracy without words")
 
     def preflight(self) -> None:
         """The models are there, and of the digits."""
-        for key, marker in (("path", "model_index.json"), ("evaluator", "config.json")):
+        for key, marker in (("path", "model_index.json"), ("evaluator", "config.json"), ("captioner", "config.json")):
             check_model(getattr(self, key), marker, key)
         kind = read_json(Path(resolve_model(self.path)) / "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
@@ -67,7 +69,7 @@ class AnyToAny(Study):
 
     def reads(self) -> Mapping[str, str]:
         """The frozen models."""
-        return {"path": self.path, "evaluator": self.evaluator}
+        return {"path": self.path, "evaluator": self.evaluator, "captioner": self.captioner}
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """The tone model, which all arms share; what joins it with the image model; what they draw. Encoders are
@@ -89,6 +91,7 @@ class AnyToAny(Study):
             how = settings(self.joint) | {"meeting": self.meeting.model_dump(), "arm": learned_by}
             inputs.append(task(join, how, heard, label=f"joint, {learned_by}, seed {seed}"))
         to = {"to": {"own": "own", "shuffled": "strange"}.get(arm, "other"), "count": self.count}
+        to |= {"captioner": portable(self.captioner), "scale": self.guidance_scale}
         found = [task(draw_together, judged | to, *inputs, label=f"together, {arm}, seed {seed}")]
         if arm == "paired":
             found.append(heard)

@@ -10,7 +10,6 @@ A tone is 0.8 s of sound, 8,000 samples a second. What a network sees of it is a
 """
 
 import wave
-from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple
@@ -165,16 +164,10 @@ def shown(spectrograms: np.ndarray, scale: int = 1) -> np.ndarray:
     return np.rint(255 * np.clip(colours, 0, 1)).astype(np.uint8).repeat(2 * scale, axis=2)
 
 
-def words(heard: Heard) -> list[tuple[str, str]]:
-    """Digit and ink of each."""
-    inks = tuple(INKS)
-    return [(DIGITS[digit], inks[ink]) for digit, ink in zip(heard.digits, heard.inks, strict=True)]
-
-
-def indices(digits: Sequence[str], inks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of words."""
+def words(digits: np.ndarray, inks: np.ndarray) -> list[tuple[str, str]]:
+    """Of indices (n,) of digits and inks."""
     known = tuple(INKS)
-    return np.array([DIGITS.index(each) for each in digits]), np.array([known.index(each) for each in inks])
+    return [(DIGITS[digit], known[ink]) for digit, ink in zip(digits, inks, strict=True)]
 
 
 def _frequencies() -> np.ndarray:

@@ -18,14 +18,17 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.data.digits import DIGITS, GROUNDS, INKS, all_prompts, real_images
-from pipelines.data.tones import CLEAR, SHAPE, Heard, Tones, decode, folded, shown, sound, tones, unfolded, wav
+from pipelines.captioner import Captioner
+from pipelines.data.digits import DIGITS, GROUNDS, INKS, all_prompts, parse, real_images
+from pipelines.data.tones import CLEAR, SHAPE, Heard, Tones, decode, folded, shown, sound, tones, unfolded, wav, words
 from pipelines.default_models.batches import DigitBatches, prompt_indices
 from pipelines.denoisers import load_family
 from pipelines.editing import as_bytes
 from pipelines.figures.dragging import strip
 from pipelines.joint_attention import Encoder, Joint
 from pipelines.measures.evaluator import load_evaluator, to_network_input
+from pipelines.scoring import captioned
+from pipelines.settings import CaptionerSettings
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_whole
@@ -107,10 +110,17 @@ class World:
 
     @torch.no_grad()
     def draw(
-        self, states: Mapping[str, Tensor], steps: int, seed: int, joint: Joint | None = None, to: str = "other"
+        self,
+        states: Mapping[str, Tensor],
+        steps: int,
+        seed: int,
+        joint: Joint | None = None,
+        to: str = "other",
+        scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """What the models draw, each under its text ``states`` (n, tokens, width). With ``joint`` each attends ``to``
-        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange"."""
+        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange"; ``scale`` times what that changes is added, as
+        classifier-free guidance adds what a text changes (2207.12598)."""
         schedule, random = self.schedule(steps).to(self.device), torch.Generator().manual_seed(seed)
 
         def noise(name: str) -> Tensor:
@@ -124,10 +134,10 @@ class World:
                 if to == "strange":
                     tokens = {name: each.roll(1, dims=0) for name, each in tokens.items()}
             for name, each in drawn.items():
+                outputs[name] = self.networks[name](each, now, states[name], return_dict=False)[0]
                 if joint:
-                    outputs[name] = joint(name, each, now, states[name], tokens[name if to == "own" else _other(name)])
-                else:
-                    outputs[name] = self.networks[name](each, now, states[name], return_dict=False)[0]
+                    told = joint(name, each, now, states[name], tokens[name if to == "own" else _other(name)])
+                    outputs[name] = outputs[name] + scale * (told - outputs[name])
             for name, each in drawn.items():
                 drawn[name] = self.family.step(schedule, step, each, outputs[name], noise(name), 1.0)
         return drawn
@@ -284,7 +294,7 @@ def _plan(arm: str) -> list[tuple[tuple[str, str], dict[str, str]]]:
 
 
 class Judged(NamedTuple):
-    """What judges see in images, and hear in tones: indices of digits and inks (n,), and whether there is one at all,
+    """What judges see in images, and hear in tones: indices of digits and inks (n,), and whether there is one at all
     (n,); and what they were given, uint8 (n, 16, 16, 3), or spectrograms (n, 48, 8)."""
 
     digits: np.ndarray
@@ -355,6 +365,8 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
 
     ``agreement``: the digit is the same; ``agreement_ink``; ``by_chance``, were they paired at random; ``valid/…``: how
     many show a digit, or sound like a tone, at all; ``varied/…``: the entropy of digits, 1 where all are as frequent.
+    ``said``: the captioner's words for the image name the tone's digit; ``said_both``, digit and ink: what a rollout
+    of both would be rewarded for.
     ``told_image``: the image is drawn under captions, the tone under none: how often it says their digit;
     ``told_tone``: the same the other way. Pairs to see and to hear."""
     world, seed, count = World(parameters["path"], device, inputs[0]), parameters["seed"], parameters["count"]
@@ -364,13 +376,23 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
         joint.load_state_dict(load(inputs[1]["joint.safetensors"]))
 
     def drawn(states: Mapping[str, Tensor], stream: str) -> tuple[Judged, Judged]:
-        made = world.draw(states, parameters["steps"], derive_seed(seed, stream), joint, parameters["to"])
+        how = derive_seed(seed, stream), joint, parameters["to"], parameters["scale"]
+        made = world.draw(states, parameters["steps"], *how)
         return Judged.of_images(world, made[IMAGE], judge), Judged.of_tones(made[TONE])
 
     empty = world.empty.expand(count, -1, -1)
     seen, heard = drawn({IMAGE: empty, TONE: empty}, "together")
     found = {"agreement": np.mean(seen.digits == heard.digits), "agreement_ink": np.mean(seen.inks == heard.inks)}
     found["by_chance"] = agreement_by_chance(torch.from_numpy(seen.digits), torch.from_numpy(heard.digits), len(DIGITS))
+    captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
+    said = [parse(text) for text in captioned(captioner, seen.given)]
+    both = [
+        (each["digit"], each["ink"]) == pair for each, pair in zip(said, words(heard.digits, heard.inks), strict=True)
+    ]
+    found["said"] = np.mean(
+        [each["digit"] == digit for each, (digit, _) in zip(said, words(heard.digits, heard.inks), strict=True)]
+    )
+    found["said_both"] = np.mean(both)
     for name, judged in ((IMAGE, seen), (TONE, heard)):
         share = np.bincount(judged.digits, minlength=len(DIGITS)) / count
         entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(DIGITS))
