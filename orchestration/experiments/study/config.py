@@ -20,6 +20,7 @@ from policies.rl.settings import Name, explain
 STUDIES: dict[str, str] = {  # name → import path
     "adversarial_features": "orchestration.experiments.adversarial_features:AdversarialFeatures",
     "animate": "orchestration.experiments.animate:Animate",
+    "any_to_any": "orchestration.experiments.any_to_any:AnyToAny",
     "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
     "drag": "orchestration.experiments.drag:Drag",
