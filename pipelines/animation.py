@@ -11,36 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipelines.editing import as_bytes
 from pipelines.measures.evaluator import to_network_input
+from pipelines.settings import FittingSettings, MotionSettings
 from pipelines.training import train
-from policies.rl.settings import Settings
 
 _TOGETHER = 256  # frames that are encoded or decoded at once
 
 Frames = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # which videos and which of their frames, (batch, frames)
 Predicted = Callable[..., Tensor]  # see :func:`fit`
-
-
-class MotionSettings(Settings):
-    """How large motion modules are: two self-attentions over frames and a small network, after each block's layers."""
-
-    heads: int = Field(2, ge=1, description="of their attention; divides the channels of every level")
-    longest: int = Field(24, ge=2, le=512, description="frames that a window can have")
-    middle: bool = Field(False, description="one in the middle block, too")
-
-
-class FittingSettings(Settings):
-    """How a part of a video model is trained."""
-
-    steps: int = Field(300, ge=1, description="optimiser updates, annealed to rate 0")
-    batch_size: int = Field(4, ge=1, description="videos of an update")
-    learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of conditions hidden, for guidance")
 
 
 def motion_network(unet: UNet2DConditionModel, settings: MotionSettings, seed: int) -> UNetMotionModel:

@@ -76,3 +76,20 @@ class RewardSettings(Settings):
             remedy = "leave its options out, as reward.options={} does"
             raise ValueError(f"options: {unused[0]!r} is neither in function nor in held_out: {remedy}")
         return self
+
+
+class MotionSettings(Settings):
+    """How large motion modules are: two self-attentions over frames and a small network, after each block's layers."""
+
+    heads: int = Field(2, ge=1, description="of their attention; divides the channels of every level")
+    longest: int = Field(24, ge=2, le=512, description="frames that a window can have")
+    middle: bool = Field(False, description="one in the middle block, too")
+
+
+class FittingSettings(Settings):
+    """How a part of a video model is trained."""
+
+    steps: int = Field(300, ge=1, description="optimiser updates, annealed to rate 0")
+    batch_size: int = Field(4, ge=1, description="videos of an update")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of conditions hidden, for guidance")

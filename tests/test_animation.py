@@ -9,8 +9,6 @@ import torch
 from diffusers import StableDiffusionPipeline, UNetMotionModel
 
 from pipelines.animation import (
-    FittingSettings,
-    MotionSettings,
     decode_videos,
     draw_videos,
     encode_videos,
@@ -23,6 +21,7 @@ from pipelines.data.digits import load_split, parse, tint
 from pipelines.data.motion import CANVAS, moving, paths
 from pipelines.measures.evaluator import Evaluator, load_evaluator
 from pipelines.measures.motion import flicker, found_columns, identity, obedience, position, travelled, unshifted
+from pipelines.settings import FittingSettings, MotionSettings
 
 
 @pytest.fixture(scope="module")
