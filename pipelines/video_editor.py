@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
@@ -135,7 +135,6 @@ class Editor:
         real: dict[str, tuple[Tensor, Tensor, Tensor]],
         settings: AligningSettings,
         seed: int,
-        tell: Callable[[str], None] | None = None,
     ) -> dict[str, list[float]]:
         """Train ``student``, of :func:`student_of`, on ``inputs`` (n, frames, …) to be edited as the ``states`` (n,
         tokens, width) of their captions say. ``real``: of each teacher, "frames" and "films", what it drew: latents
@@ -148,7 +147,7 @@ class Editor:
             known = {kind: _in_parts(critics[kind].features, real[kind]) for kind in kinds if settings.critic_from < 1}
         optimizers = {kind: torch.optim.AdamW(critics[kind].parameters(), settings.critic_rate) for kind in kinds}
         course: dict[str, list[float]] = defaultdict(list)
-        made: dict[str, list[Tensor]] = {}
+        made, number = dict[str, list[Tensor]](), count()
         student_said, begin = partial(told_inputs, student, self.control), settings.critic_from * settings.steps
         shape = self._shape(inputs)
 
@@ -159,17 +158,18 @@ class Editor:
             return (which, visits(total, settings.calls, len(which), random).T, times.T, *noise)
 
         def loss(_: nn.Module, which: Tensor, visited: Tensor, times: Tensor, *noises: Tensor) -> Tensor:
-            told, shown, step = states[which], inputs[which], len(course["frames"])
+            told, shown, step = states[which], inputs[which], next(number)
             clean = edit(student_said, self.schedule, noises[0], visited.T, told, shown)
             made.clear()
             parts = []
             for kind, when, noise in zip(kinds, times.T, noises[1:], strict=True):
-                noisy = self.schedule.diffuse(clean.detach(), noise, when).to(clean)
-                with torch.no_grad():
-                    output = said[kind](noisy, when, told, shown)
-                distilled = score_distillation(self.schedule, clean, noisy, noise, output, when)
-                course[kind].append(distilled.item())
-                parts.append(settings.sds_weight * distilled)
+                if settings.sds_weight:
+                    noisy = self.schedule.diffuse(clean.detach(), noise, when).to(clean)
+                    with torch.no_grad():
+                        output = said[kind](noisy, when, told, shown)
+                    distilled = score_distillation(self.schedule, clean, noisy, noise, output, when)
+                    course[f"{kind}/distilled"].append(distilled.item())
+                    parts.append(settings.sds_weight * distilled)
                 if step >= begin:
                     rows = (clean, told, shown) if kind == "films" else _frame_by_frame(clean, told, shown)
                     features = critics[kind].features(*rows)
@@ -184,7 +184,7 @@ class Editor:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
         )
-        for step, _ in descend(student, draw, loss, settings.steps, optimizer, schedule, 1.0, divisible=False):
+        for _ in descend(student, draw, loss, settings.steps, optimizer, schedule, 1.0, divisible=False):
             for kind, features in made.items():
                 chosen = torch.randint(len(known[kind][0]), (len(features[0]),), generator=random)
                 lost = critic_loss(critics[kind]([each[chosen] for each in known[kind]]), critics[kind](features))
@@ -192,9 +192,6 @@ class Editor:
                 lost.backward()
                 optimizers[kind].step()
                 course[f"{kind}/hinge"].append(lost.item())
-            if tell and step % 10 == 0:
-                lately = (f"{name} {np.mean(found[-10:]):.4f}" for name, found in course.items())
-                tell(f"step {step}: {', '.join(lately)}")
         return dict(course)
 
     def _shape(self, inputs: Tensor) -> tuple[int, ...]:

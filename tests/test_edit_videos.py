@@ -182,19 +182,21 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     *_, aligned, judged = study.tasks("student", 0)
     found = done(judged, held)
     assert found == perform(judged.kind, judged.parameters, [held[each.key] for each in judged.inputs], "cpu")
-    names = {"edit", "flicker", "change", "motion", "position", "error"}
-    assert json.loads(found["metrics.json"]).keys() == names
+    names, numbers = ("edit", "flicker", "change", "motion", "position", "error"), json.loads(found["metrics.json"])
+    assert numbers.keys() == {*names, *(f"few/{name}" for name in names)}
+    assert all(numbers[f"few/{name}"] == numbers[name] for name in names)
     assert {"figures/student.png", "figures/student.gif"} <= found.keys()
     course = json.loads(held[aligned.key]["metrics.json"])
     assert {name: len(each) for name, each in course.items()} == {
-        "frames": 3,
-        "films": 3,
-        **{f"{kind}/{name}": 1 for kind in ("frames", "films") for name in ("critic", "hinge")},
+        f"{kind}/{name}": steps
+        for kind in ("frames", "films")
+        for name, steps in (("distilled", 3), ("critic", 1), ("hinge", 1))
     }
     still = json.loads(done(study.tasks("static", 0)[-1], held)["metrics.json"])
     assert still["change"] == 0
     stacked = json.loads(done(study.tasks("unaligned", 0)[-1], held)["metrics.json"])
-    assert stacked != json.loads(found["metrics.json"])
+    assert stacked != numbers
+    assert stacked["few/flicker"] != stacked["flicker"]
     teachers = [products(held[each.key]) for each in judged.inputs[:2]]
     films = unpacked(teachers[1]["films"], AnimateDiffPipeline.from_pretrained)
     assert films.unet.config.motion_max_seq_length == 2

@@ -34,6 +34,9 @@ class EditVideos(Study):
     study: str = "edit_videos"
     name: str = "edit_videos"
     arms: tuple[str, ...] = (*ALIGNED, "unaligned", "per_frame", "static")
+    taught: int = Field(
+        0, ge=0, description="seed of the teachers and of what they draw, who are the same for all seeds"
+    )
     path: str = Field("models/digits-attention/pipeline", description="a Stable Diffusion that draws on 16 × 32 pixels")
     frames: int = Field(6, ge=2, le=64, description="of a video")
     fastest: float = Field(2.0, gt=0, le=8, description="pixels that a digit moves from frame to frame, at most")
@@ -82,25 +85,25 @@ class EditVideos(Study):
         """Teachers, which all arms share, what they draw, students, and an arm's edits."""
         from pipelines.studies.edit_videos import align, draw_teachers, judge, learn_edits, learn_films
 
-        common = {"seed": seed, "read": self._digests, "path": portable(self.path), "fastest": self.fastest}
+        common = {"read": self._digests, "path": portable(self.path), "fastest": self.fastest, "seed": self.taught}
 
         def some(*names: str) -> dict[str, Any]:
             return common | self.model_dump(mode="json", include={"frames", *names})
 
         fitting = {name: getattr(self, name).model_dump() for name in ("editing", "filming")}
         frame = common | {"pairs": self.pairs, "fitting": fitting["editing"]}
-        edits = task(learn_edits, frame, label=f"edit teacher, seed {seed}")
+        edits = task(learn_edits, frame, label="edit teacher")
         film = some("videos", "modules") | {"fitting": fitting["filming"]}
-        films = task(learn_films, film, label=f"video teacher, seed {seed}")
+        films = task(learn_films, film, label="video teacher")
         parts = [edits, films]
         if arm in ALIGNED:
             drawn = some("real", "teacher_steps", "guidance_scale")
-            real = task(draw_teachers, drawn, edits, films, label=f"what teachers draw, seed {seed}", kept=False)
+            real = task(draw_teachers, drawn, edits, films, label="what teachers draw", kept=False)
             changes = {"no_sds": {"sds_weight": 0.0, "critic_from": 0.0}, "no_critics": {"critic_from": 1.0}}
             how = self.aligning.model_copy(update=changes.get(arm, {})).model_dump()
-            student = some("videos") | {"aligning": how}
+            student = some("videos") | {"seed": seed, "aligning": how}
             parts.append(task(align, student, edits, films, real, label=f"{arm}, seed {seed}"))
-        judged = some("drawn", "teacher_steps") | {"arm": arm, "calls": self.aligning.calls}
+        judged = some("drawn", "teacher_steps") | {"seed": seed, "arm": arm, "calls": self.aligning.calls}
         judged |= {"evaluator": portable(self.evaluator)}
         made = task(judge, judged, *parts, label=f"{arm}, seed {seed}, judged")
         return [*parts, made] if arm == "student" else [made]

@@ -97,7 +97,7 @@ def learn_edits(parameters: Mapping[str, Any], inputs: list[Files], device: str)
         told = states[which[:, 0].masked_fill(hidden, len(states) - 1)]
         return told_inputs(pipeline.unet, network, noisy, times, told, data.inputs[which[:, 0].cpu()].to(noisy.device))
 
-    fit(control, pipeline.scheduler, latents, frames, predicted, settings, seed, parameters.get("tell"))
+    fit(control, pipeline.scheduler, latents, frames, predicted, settings, seed)
     control.register_to_config(_name_or_path="")
     return {f"{PRODUCT}edits/{name}": content for name, content in packed(control.save_pretrained).items()}
 
@@ -110,7 +110,7 @@ def learn_films(parameters: Mapping[str, Any], inputs: list[Files], device: str)
     modules = MotionSettings(**parameters["modules"] | {"longest": frames})  # so a film has as many
     network = motion_network(pipeline.unet, modules, seed).to(device)
     data = moving(paths(parameters["videos"], frames, seed, parameters["fastest"]), "train", seed)
-    learn_motion(pipeline, network, data.videos, data.captions, settings, seed, parameters.get("tell"))
+    learn_motion(pipeline, network, data.videos, data.captions, settings, seed)
     return product(_as_films(pipeline.to("cpu"), network.to("cpu"), data.videos.shape[2:4]), "films")
 
 
@@ -162,7 +162,7 @@ def align(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
         "films": (drawn["films"], drawn["states"], unseen),
     }
     student = student_of(editor.motion, settings.rank, seed)
-    course = editor.align(student, states, data.inputs.to(device), pools, settings, seed, parameters.get("tell"))
+    course = editor.align(student, states, data.inputs.to(device), pools, settings, seed)
     lora = {name: each.cpu() for name, each in exported(student).items()}
     with plain(student):
         parts = editor.pipeline.to("cpu"), student.cpu(), data.inputs.shape[3:]
@@ -182,25 +182,26 @@ def judge(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     ``edit``: the share of frames that show the digit in the ink that was asked for, where the input's is; ``flicker``:
     of what does not move (:func:`pipelines.measures.motion.flicker`); ``change``: from frame to frame as they are;
     ``motion``: the length of the path as a share of the input's; ``position``: pixels from the input's place;
-    ``error``: mean |difference| to the edited input, of pixels in [0, 1].
+    ``error``: mean |difference| to the edited input, of pixels in [0, 1]. Those of teachers are of ``teacher_steps``,
+    and as ``few/…`` of as many calls as the student makes.
     """
-    editor, arm = _editor(parameters, inputs, device), parameters["arm"]
+    editor, arm, calls = _editor(parameters, inputs, device), parameters["arm"], parameters["calls"]
     data = _edits(parameters, "test", "judged", parameters["drawn"], parameters["frames"])
     states, shown = text_states(editor.pipeline, data.captions), data.inputs.to(device)
-    seed, steps = derive_seed(parameters["seed"], "drawing"), parameters["teacher_steps"]
-    if arm in ("per_frame", "static"):
-        latents = editor.draw(editor.frame_said, states, shown, steps, seed)
-        if arm == "static":
-            latents = latents[:, :1].expand_as(latents)
-    elif arm == "unaligned":
-        latents = editor.draw(editor.stacked_said, states, shown, steps, seed)
-    else:
+    evaluator = load_evaluator(resolve_model(parameters["evaluator"]), device)
+    seed = derive_seed(parameters["seed"], "drawn")
+    said = editor.stacked_said if arm == "unaligned" else editor.frame_said
+    times: tuple[int, ...] = (parameters["teacher_steps"], calls)
+    if len(inputs) > 2:
         student = load_editor(products(inputs[2])["editor"]).to(device)
-        said = partial(told_inputs, student.unet, student.controlnet)
-        latents = editor.draw(said, states, shown, parameters["calls"], seed)
-    videos = decode_videos(editor.pipeline, latents)
-    found = measured(videos, data, load_evaluator(resolve_model(parameters["evaluator"]), device))
-    return metrics(found) | drawings(videos, data, arm)
+        said, times = partial(told_inputs, student.unet, student.controlnet), (calls,)
+    seen = []
+    for steps in times:
+        latents = editor.draw(said, states, shown, steps, seed)
+        videos = decode_videos(editor.pipeline, latents[:, :1].expand_as(latents) if arm == "static" else latents)
+        seen.append((videos, measured(videos, data, evaluator)))
+    few = {f"few/{name}": value for name, value in seen[-1][1].items()}
+    return metrics(seen[0][1] | few) | drawings(seen[0][0], data, arm)
 
 
 def measured(videos: np.ndarray, data: Edits, judge: Any) -> dict[str, float]:
