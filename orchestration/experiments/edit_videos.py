@@ -17,7 +17,7 @@ from pydantic import Field
 
 from orchestration.experiments.study.config import Study
 from pipelines.data.digits import DIGITS
-from pipelines.settings import FittingSettings, MotionSettings
+from pipelines.settings import FittingSettings
 from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
 from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
@@ -45,7 +45,8 @@ class EditVideos(Study):
         FittingSettings(steps=300, batch_size=32, learning_rate=1e-3), description="of the edit teacher's ControlNet"
     )
     videos: int = Field(2000, ge=2, description="unedited, for the video teacher; as many others are the student's")
-    modules: MotionSettings = MotionSettings(middle=True)
+    heads: int = Field(2, ge=1, description="of its attention along time; divides the channels of every level")
+    middle: bool = Field(True, description="whether it has motion modules in the middle block, too")
     filming: FittingSettings = Field(
         FittingSettings(steps=250, batch_size=6), description="of the video teacher's motion modules"
     )
@@ -65,10 +66,8 @@ class EditVideos(Study):
         check_pipeline(self.path, "StableDiffusionPipeline")
         check_model(self.evaluator, "config.json", "evaluator")
         network = read_json(Path(resolve_model(self.path)) / "unet" / "config.json")
-        if wrong := [each for each in network["block_out_channels"] if each % self.modules.heads]:
-            raise ValueError(f"modules.heads: {self.modules.heads} do not divide the {wrong[0]} channels of a level")
-        if self.frames > self.modules.longest:
-            raise ValueError(f"frames: motion modules see at most modules.longest={self.modules.longest} frames")
+        if wrong := [each for each in network["block_out_channels"] if each % self.heads]:
+            raise ValueError(f"heads: {self.heads} do not divide the {wrong[0]} channels of a level")
         classes = read_json(Path(resolve_model(self.evaluator)) / "config.json").get("classes") or {}
         if classes.get("digit") != list(DIGITS):
             raise ValueError(f"evaluator: {self.evaluator!r} is no directory of an evaluator of digits")
@@ -93,7 +92,7 @@ class EditVideos(Study):
         fitting = {name: getattr(self, name).model_dump() for name in ("editing", "filming")}
         frame = common | {"pairs": self.pairs, "fitting": fitting["editing"]}
         edits = task(learn_edits, frame, label="edit teacher")
-        film = some("videos", "modules") | {"fitting": fitting["filming"]}
+        film = some("videos", "heads", "middle") | {"fitting": fitting["filming"]}
         films = task(learn_films, film, label="video teacher")
         parts = [edits, films]
         if arm in ALIGNED:

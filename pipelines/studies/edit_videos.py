@@ -107,7 +107,7 @@ def learn_films(parameters: Mapping[str, Any], inputs: list[Files], device: str)
     ``AnimateDiffPipeline``."""
     pipeline, settings = _pipeline(parameters, device), FittingSettings(**parameters["fitting"])
     seed, frames = derive_seed(parameters["seed"], "video teacher"), parameters["frames"]
-    modules = MotionSettings(**parameters["modules"] | {"longest": frames})  # so a film has as many
+    modules = MotionSettings(heads=parameters["heads"], longest=frames, middle=parameters["middle"])
     network = motion_network(pipeline.unet, modules, seed).to(device)
     data = moving(paths(parameters["videos"], frames, seed, parameters["fastest"]), "train", seed)
     learn_motion(pipeline, network, data.videos, data.captions, settings, seed)
