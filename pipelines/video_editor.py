@@ -121,7 +121,6 @@ class Editor:
         for part in (pipeline.unet, control, motion):
             part.requires_grad_(False).eval()
         self.frame_said: Said = partial(told_inputs, pipeline.unet, control)
-        self.stacked_said: Said = partial(told_inputs, motion, control)
 
     def film_said(self, noisy: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> Tensor:
         """The video teacher's, who sees no inputs."""
@@ -149,7 +148,7 @@ class Editor:
         course: dict[str, list[float]] = defaultdict(list)
         made, number = dict[str, list[Tensor]](), count()
         student_said, begin = partial(told_inputs, student, self.control), settings.critic_from * settings.steps
-        shape = self._shape(inputs)
+        shape = _shape(self.pipeline, inputs)
 
         def draw() -> tuple[Tensor, ...]:
             which = torch.randint(len(inputs), (settings.batch_size,), generator=random)
@@ -194,21 +193,23 @@ class Editor:
                 course[f"{kind}/hinge"].append(lost.item())
         return dict(course)
 
-    def _shape(self, inputs: Tensor) -> tuple[int, ...]:
-        shrink = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
-        channels = self.pipeline.vae.config.latent_channels
-        return inputs.shape[1], channels, *(each // shrink for each in inputs.shape[-2:])
 
-    def draw(self, said: Said, states: Tensor, inputs: Tensor, calls: int, seed: int) -> Tensor:
-        """The latents of ``inputs`` (n, frames, …), edited in so many calls, from noise that is each frame's own."""
-        noise = torch.randn(len(inputs), *self._shape(inputs), generator=torch.Generator().manual_seed(seed))
-        times = visits(len(self.schedule.timesteps), calls, len(inputs))
+def draw_edits(pipeline: Any, said: Said, states: Tensor, inputs: Tensor, calls: int, seed: int) -> Tensor:
+    """The latents of ``inputs`` (n, frames, …), edited in so many calls, from noise that is each frame's own."""
+    noise = torch.randn(len(inputs), *_shape(pipeline, inputs), generator=torch.Generator().manual_seed(seed))
+    schedule = schedule_of(pipeline.scheduler)
+    times = visits(len(schedule.timesteps), calls, len(inputs))
 
-        def some(noise: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> list[Tensor]:
-            return [edit(said, self.schedule, noise, times.T, states, inputs)]
+    def some(noise: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> list[Tensor]:
+        return [edit(said, schedule, noise, times.T, states, inputs)]
 
-        with torch.no_grad():
-            return _in_parts(some, (noise, times.T, states, inputs))[0]
+    with torch.no_grad():
+        return _in_parts(some, (noise, times.T, states, inputs))[0]
+
+
+def _shape(pipeline: Any, inputs: Tensor) -> tuple[int, ...]:
+    shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return inputs.shape[1], pipeline.vae.config.latent_channels, *(each // shrink for each in inputs.shape[-2:])
 
 
 def student_of(motion: UNetMotionModel, rank: int, seed: int) -> UNetMotionModel:

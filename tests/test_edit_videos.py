@@ -21,7 +21,16 @@ from pipelines.storage.atomic import Files, unpacked
 from pipelines.storage.tasks import Task
 from pipelines.studies import perform, products
 from pipelines.studies.edit_videos import Edits, load_editor
-from pipelines.video_editor import Critic, Editor, control_network, edit, schedule_of, student_of, told_inputs
+from pipelines.video_editor import (
+    Critic,
+    Editor,
+    control_network,
+    draw_edits,
+    edit,
+    schedule_of,
+    student_of,
+    told_inputs,
+)
 from policies.factorised import critic_loss, maker_loss, score_distillation, visits
 
 PATH = "models/digits-attention/pipeline"
@@ -115,8 +124,10 @@ def test_adapters_add_nothing_until_they_are_trained(pipeline: Any, editor: Edit
     assert not any(each.requires_grad for name, each in student.named_parameters() if "motion_modules" in name)
     with torch.no_grad():
         alone = predict(pipeline.unet, noisy, times, states)
-        for said in (editor.frame_said, editor.stacked_said, partial(told_inputs, student, editor.control)):
-            assert torch.allclose(said(noisy, times, states, data.inputs), alone, atol=1e-5)
+        for network in (pipeline.unet, editor.motion, student):
+            assert torch.allclose(
+                told_inputs(network, editor.control, noisy, times, states, data.inputs), alone, atol=1e-5
+            )
         known = editor.film_said(noisy, times, states, data.inputs * 0)
         assert torch.equal(editor.film_said(noisy, times, states, data.inputs), known)  # it sees no inputs
 
@@ -124,7 +135,7 @@ def test_adapters_add_nothing_until_they_are_trained(pipeline: Any, editor: Edit
 def test_editing_is_ddim_and_gradients_flow_through_the_last_call(pipeline: Any, editor: Editor, data: Edits) -> None:
     states, inputs = text_states(pipeline, data.captions[:2]), data.inputs[:2]
     noise = torch.randn(2, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    drawn = editor.draw(editor.stacked_said, states, inputs, 5, 7)
+    drawn = draw_edits(pipeline, partial(told_inputs, editor.motion, editor.control), states, inputs, 5, 7)
 
     def predicted(latents: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
         return predict(pipeline.unet, latents, when.expand(2), states)
@@ -197,8 +208,7 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     stacked = json.loads(done(study.tasks("unaligned", 0)[-1], held)["metrics.json"])
     assert stacked != numbers
     assert stacked["few/flicker"] != stacked["flicker"]
-    teachers = [products(held[each.key]) for each in judged.inputs[:2]]
-    films = unpacked(teachers[1]["films"], AnimateDiffPipeline.from_pretrained)
+    films = unpacked(products(held[aligned.inputs[1].key])["films"], AnimateDiffPipeline.from_pretrained)
     assert films.unet.config.motion_max_seq_length == 2
     assert tuple(films.unet.config.sample_size) == (8, 16)
     product = products(held[aligned.key])["editor"]
@@ -206,8 +216,7 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     stock.set_progress_bar_config(disable=True)
     data = Edits(moving(paths(1, 2, 0), "test", 0), 0)
     states = text_states(stock, data.captions)
-    editor = Editor(stock, stock.controlnet, stock.unet)
-    own = editor.draw(editor.stacked_said, states, data.inputs, 3, 4)
+    own = draw_edits(stock, partial(told_inputs, stock.unet, stock.controlnet), states, data.inputs, 3, 4)
     noise = torch.randn(1, 2, 4, 8, 16, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
     how = {"num_frames": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 32}
     shown = [Image.fromarray(frame) for frame in data.videos.videos[0]]
@@ -221,15 +230,19 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     assert torch.allclose(films.unet.get_submodule(name).get_base_layer().weight, weights[f"{name}.weight"], atol=1e-6)
 
 
-def test_arms_share_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_share_what_they_can() -> None:
     study = EditVideos()
     judged = {arm: study.tasks(arm, 0)[-1] for arm in study.arms}
     assert len({each.key for each in judged.values()}) == len(study.arms)
-    assert len({tuple(one.key for one in each.inputs[:2]) for each in judged.values()}) == 1
-    assert {arm: len(each.inputs) for arm, each in judged.items()} == {
-        **dict.fromkeys(("student", "no_sds", "no_critics"), 3),
-        **dict.fromkeys(("unaligned", "per_frame", "static"), 2),
+    edits, films, aligned, _ = study.tasks("student", 0)
+    for arm in ("student", "no_sds", "no_critics"):
+        assert [one.key for one in judged[arm].inputs[0].inputs] == [one.key for one in aligned.inputs]
+    assert {arm: [one.key for one in judged[arm].inputs] for arm in ("unaligned", "per_frame", "static")} == {
+        "unaligned": [edits.key, films.key],
+        "per_frame": [edits.key],
+        "static": [edits.key],
     }
+    assert {one.key for one in study.tasks("student", 1)[2].inputs} == {one.key for one in aligned.inputs}
     assert {each.arm for each in study.claimed()} == {*study.arms} - {"per_frame"}
 
 

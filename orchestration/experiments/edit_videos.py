@@ -94,18 +94,18 @@ class EditVideos(Study):
         edits = task(learn_edits, frame, label="edit teacher")
         film = some("videos", "heads", "middle") | {"fitting": fitting["filming"]}
         films = task(learn_films, film, label="video teacher")
-        parts = [edits, films]
+        parts = [edits] if arm in ("per_frame", "static") else [edits, films]
         if arm in ALIGNED:
             drawn = some("real", "teacher_steps", "guidance_scale")
             real = task(draw_teachers, drawn, edits, films, label="what teachers draw", kept=False)
             changes = {"no_sds": {"sds_weight": 0.0, "critic_from": 0.0}, "no_critics": {"critic_from": 1.0}}
             how = self.aligning.model_copy(update=changes.get(arm, {})).model_dump()
             student = some("videos") | {"seed": seed, "aligning": how}
-            parts.append(task(align, student, edits, films, real, label=f"{arm}, seed {seed}"))
+            parts = [task(align, student, edits, films, real, label=f"{arm}, seed {seed}")]
         judged = some("drawn", "teacher_steps") | {"seed": seed, "arm": arm, "calls": self.aligning.calls}
         judged |= {"evaluator": portable(self.evaluator)}
         made = task(judge, judged, *parts, label=f"{arm}, seed {seed}, judged")
-        return [*parts, made] if arm == "student" else [made]
+        return [edits, films, *parts, made] if arm == "student" else [made]
 
     @cached_property
     def _digests(self) -> dict[str, str | None]:

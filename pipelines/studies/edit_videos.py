@@ -43,11 +43,11 @@ from pipelines.settings import FittingSettings, MotionSettings
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import PRODUCT, metrics, product, products
-from pipelines.video_editor import Editor, control_network, student_of, told_inputs
+from pipelines.video_editor import Editor, control_network, draw_edits, student_of, told_inputs
 from policies.common.seeding import derive_seed
 from policies.factorised import AligningSettings
 
-_SHOWN, _FRAME_MS, _ZOOM = 5, 160, 4
+_SHOWN, _FRAME_MS, _ZOOM = 4, 160, 4
 
 
 class Edits:
@@ -127,8 +127,11 @@ def _editor(parameters: Mapping[str, Any], inputs: Sequence[Files], device: str)
     """Of the teachers, the first two of ``inputs``."""
     found = {name: files for each in inputs[:2] for name, files in products(each).items()}
     control = unpacked(found["edits"], ControlNetModel.from_pretrained)
-    films = unpacked(found["films"], AnimateDiffPipeline.from_pretrained)
-    return Editor(_pipeline(parameters, device), control.to(device), films.unet.to(device))
+    return Editor(_pipeline(parameters, device), control.to(device), _film_network(found["films"], device))
+
+
+def _film_network(files: Files, device: str) -> UNetMotionModel:
+    return unpacked(files, AnimateDiffPipeline.from_pretrained).unet.to(device)
 
 
 def draw_teachers(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -140,7 +143,7 @@ def draw_teachers(parameters: Mapping[str, Any], inputs: list[Files], device: st
     states = text_states(editor.pipeline, data.captions)
     when = torch.randint(frames, (count,), generator=torch.Generator().manual_seed(seed))
     shown = data.inputs[torch.arange(count), when][:, None].to(device)
-    drawn = editor.draw(editor.frame_said, states, shown, steps, seed)
+    drawn = draw_edits(editor.pipeline, editor.frame_said, states, shown, steps, seed)
     told = {"steps": steps, "guidance_scale": parameters["guidance_scale"], "size": data.videos.videos.shape[2:4]}
     films = draw_videos(editor.pipeline, editor.motion, data.captions, seed, frames, **told)
     real = {"frames": drawn, "inputs": shown, "films": encode_videos(editor.pipeline, films)[0]}
@@ -185,20 +188,23 @@ def judge(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     ``error``: mean |difference| to the edited input, of pixels in [0, 1]. Those of teachers are of ``teacher_steps``,
     and as ``few/…`` of as many calls as the student makes.
     """
-    editor, arm, calls = _editor(parameters, inputs, device), parameters["arm"], parameters["calls"]
+    pipeline, arm, calls = _pipeline(parameters, device), parameters["arm"], parameters["calls"]
+    parts, times = {name: files for each in inputs for name, files in products(each).items()}, [calls]
+    if "editor" in parts:
+        whole = load_editor(parts["editor"]).to(device)
+        network, control = whole.unet, whole.controlnet
+    else:
+        times.insert(0, parameters["teacher_steps"])
+        control = unpacked(parts["edits"], ControlNetModel.from_pretrained).to(device)
+        network = _film_network(parts["films"], device) if "films" in parts else pipeline.unet
     data = _edits(parameters, "test", "judged", parameters["drawn"], parameters["frames"])
-    states, shown = text_states(editor.pipeline, data.captions), data.inputs.to(device)
+    states, shown = text_states(pipeline, data.captions), data.inputs.to(device)
     evaluator = load_evaluator(resolve_model(parameters["evaluator"]), device)
-    seed = derive_seed(parameters["seed"], "drawn")
-    said = editor.stacked_said if arm == "unaligned" else editor.frame_said
-    times: tuple[int, ...] = (parameters["teacher_steps"], calls)
-    if len(inputs) > 2:
-        student = load_editor(products(inputs[2])["editor"]).to(device)
-        said, times = partial(told_inputs, student.unet, student.controlnet), (calls,)
+    said, seed = partial(told_inputs, network, control), derive_seed(parameters["seed"], "drawn")
     seen = []
     for steps in times:
-        latents = editor.draw(said, states, shown, steps, seed)
-        videos = decode_videos(editor.pipeline, latents[:, :1].expand_as(latents) if arm == "static" else latents)
+        latents = draw_edits(pipeline, said, states, shown, steps, seed)
+        videos = decode_videos(pipeline, latents[:, :1].expand_as(latents) if arm == "static" else latents)
         seen.append((videos, measured(videos, data, evaluator)))
     few = {f"few/{name}": value for name, value in seen[-1][1].items()}
     return metrics(seen[0][1] | few) | drawings(seen[0][0], data, arm)
