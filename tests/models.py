@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import BertTokenizerFast, CLIPTokenizer
+    from transformers import BertTokenizerFast, CLIPTokenizer, T5Tokenizer
 
 WORDS = (
     *("a", "an", "on", "background", "red", "green", "blue", "orange", "black", "white", "gray"),
@@ -116,8 +116,9 @@ def build_tiny_xl(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
-def build_tiny_sd3(directory: Path, seed: int = 0) -> Path:
-    """Save a ``StableDiffusion3Pipeline`` of 16 px without T5. Returns ``directory``."""
+def build_tiny_sd3(directory: Path, seed: int = 0, dynamic: bool = False) -> Path:
+    """Save a ``StableDiffusion3Pipeline`` of 16 px without T5; ``dynamic``: whose times depend on the size of images.
+    Returns ``directory``."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
@@ -139,7 +140,7 @@ def build_tiny_sd3(directory: Path, seed: int = 0) -> Path:
     )
     StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
         vae=_autoencoder(16, shift_factor=0.1),
         text_encoder=_text_encoder(CLIPTextModelWithProjection, tokenizer),
         tokenizer=tokenizer,
@@ -147,6 +148,38 @@ def build_tiny_sd3(directory: Path, seed: int = 0) -> Path:
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
+    ).save_pretrained(directory)
+    return directory
+
+
+def build_tiny_flux(directory: Path, guidance_embeds: bool = True, dynamic: bool = True, seed: int = 0) -> Path:
+    """Save a ``FluxPipeline`` of 16 px whose times depend on the size of images. Returns ``directory``."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    clip, words = _clip_tokenizer(), _t5_tokenizer()
+    shape = {"d_model": 2 * _TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * _TEXT_WIDTH,
+        pooled_projection_dim=_TEXT_WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, base_image_seq_len=4),
+        vae=_autoencoder(16, shift_factor=0.1),
+        text_encoder=_text_encoder(CLIPTextModel, clip),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(words), **shape)),
+        tokenizer_2=words,
+        transformer=transformer,
     ).save_pretrained(directory)
     return directory
 
@@ -377,6 +410,17 @@ def _text_encoder(kind: Any, tokenizer: "CLIPTokenizer") -> Any:
             initializer_factor=10.0,  # CLIP starts so close to zero that all prompts would look alike
         )
     )
+
+
+def _t5_tokenizer() -> "T5Tokenizer":
+    """A T5 tokenizer of ``WORDS`` and letters."""
+    from string import ascii_lowercase
+
+    from transformers import T5Tokenizer
+
+    pieces = [*(f"▁{word}" for word in WORDS), "▁", *ascii_lowercase]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((each, -1.0 - len(each)) for each in pieces)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=_TEXT_LENGTH)
 
 
 def _clip_tokenizer() -> "CLIPTokenizer":

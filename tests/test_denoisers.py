@@ -16,17 +16,30 @@ from pipelines.rl.policy import DiffusionPolicy
 from pipelines.rl.weights import lora_layers
 from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
-from tests.models import PROMPTS, build_tiny_film, build_tiny_pipeline, build_tiny_pixels, build_tiny_sd3, build_tiny_xl
+from tests.models import (
+    PROMPTS,
+    build_tiny_film,
+    build_tiny_flux,
+    build_tiny_pipeline,
+    build_tiny_pixels,
+    build_tiny_sd3,
+    build_tiny_xl,
+)
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd": build_tiny_pipeline,
     "sd-v": lambda directory: build_tiny_pipeline(directory, prediction_type="v_prediction"),
     "xl": build_tiny_xl,
     "sd3": build_tiny_sd3,
+    "sd3.5": lambda directory: build_tiny_sd3(directory, dynamic=True),
+    "flux": build_tiny_flux,
+    "schnell": lambda directory: build_tiny_flux(directory, guidance_embeds=False, dynamic=False),
     "pixels": build_tiny_pixels,
     "film": build_tiny_film,
 }
-GUIDANCE = {"sd": 5.0, "sd-v": 1.0, "xl": 5.0, "sd3": 3.0, "pixels": 1.0, "film": 5.0}
+GUIDANCE = {"sd": 5.0, "sd-v": 1.0, "xl": 5.0, "sd3": 3.0, "sd3.5": 3.0, "flux": 3.5, "schnell": 1.0, "pixels": 1.0}
+GUIDANCE["film"] = 5.0
+FLOWS = ("sd3", "sd3.5", "flux", "schnell")
 BATCH, SEEDS = [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[0]], [1, 2, 3, 2**62]
 TRAINING = TrainingSettings(images_per_step=4, images_per_prompt=1, updates_per_step=1, micro_batch=3)
 
@@ -43,7 +56,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> ModelSettings:
 
 @pytest.fixture(scope="module")
 def sampling(name: str) -> SamplingSettings:
-    return SamplingSettings(steps=6, eta=0.7 if name == "sd3" else 1.0, guidance_scale=GUIDANCE[name])
+    return SamplingSettings(steps=6, eta=0.7 if name in FLOWS else 1.0, guidance_scale=GUIDANCE[name])
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +124,7 @@ def whole(learner: DiffusionLearner) -> dict[str, torch.Tensor]:
 
 def test_a_stock_pipeline_draws_the_same_images(name: str, model: ModelSettings, sampling: SamplingSettings) -> None:
     """Of a flow with so little noise that the SDE is the ODE, which is what the stock pipeline follows."""
-    if name == "sd3":
+    if name in FLOWS:
         sampling = sampling.model_copy(update={"eta": 1e-6})
     ours, _ = DiffusionPolicy(model, sampling).rollout(BATCH, SEEDS)
     pipeline = load_family(model.path, torch.float32).pipeline
@@ -119,8 +132,8 @@ def test_a_stock_pipeline_draws_the_same_images(name: str, model: ModelSettings,
     options = {"num_inference_steps": 6, "output_type": "np", "generator": generators}
     if name == "pixels":
         theirs = pipeline(batch_size=4, eta=1.0, **options).images
-    elif name == "sd3":
-        theirs = pipeline(BATCH, guidance_scale=3.0, height=16, width=16, **options).images
+    elif name in FLOWS:
+        theirs = pipeline(BATCH, guidance_scale=GUIDANCE[name], height=16, width=16, **options).images
     elif name == "film":
         films = pipeline(BATCH, num_frames=3, guidance_scale=5.0, eta=1.0, **options).frames
         theirs = films.reshape(4, 3 * 16, 16, 3)  # frames below each other
@@ -186,8 +199,17 @@ def test_pixels_without_prompts_cannot_be_guided(tmp_path: Path) -> None:
         DiffusionPolicy(ModelSettings(path=str(path)), SamplingSettings(guidance_scale=2.0))
 
 
-def test_a_flow_whose_times_depend_on_the_size_is_refused(tmp_path: Path) -> None:
-    path = build_tiny_sd3(tmp_path) / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dynamic_shifting": True}))
-    with pytest.raises(ValueError, match="use_dynamic_shifting is not supported"):
-        load_family(str(tmp_path), torch.float32)
+def test_times_of_a_flow_depend_on_the_size_where_it_says_so(tmp_path: Path) -> None:
+    """t is shifted to e^μ / (e^μ + 1/t − 1), with μ linear in the number of tokens."""
+    family = load_family(str(build_tiny_flux(tmp_path)), torch.float32)
+    slope = (1.15 - 0.5) / (4096 - 4)
+    shift = np.exp(0.5 + slope * (16 - 4))
+    even = np.array([1, 0.75, 0.5, 0.25])
+    times = family.schedule(SamplingSettings(steps=4)).times  # type: ignore[attr-defined]
+    np.testing.assert_allclose(times, [*(shift / (shift + 1 / even - 1)), 0], rtol=1e-6)
+
+
+def test_what_was_distilled_without_guidance_cannot_be_guided(tmp_path: Path) -> None:
+    path = build_tiny_flux(tmp_path, guidance_embeds=False)
+    with pytest.raises(ValueError, match=r"was distilled without guidance .*: set sampling\.guidance_scale=1"):
+        DiffusionPolicy(ModelSettings(path=str(path)), SamplingSettings(guidance_scale=2.0))

@@ -67,17 +67,17 @@ def test_rounding_adds_no_step(steps: int) -> None:
     assert schedule.timesteps.min() >= 0
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_flow_has_as_many_steps_as_asked_for(shift: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shift", "terminal"), [(1.0, None), (3.0, None), (3.0, 0.02)])
+def test_a_flow_has_as_many_steps_as_asked_for(shift: float, terminal: float | None, tmp_path: Path) -> None:
     class Flow(StableDiffusion3):
         def __init__(self) -> None:
-            content = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+            content = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "shift_terminal": terminal}
             config = read_scheduler(content, FLOW)
             self.files: Any = type("Files", (), {"scheduler": config})
             self.pipeline = type("Pipeline", (), {"scheduler": self.scheduler(config)})
 
-    flow, stock = Flow(), diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    for steps in range(1, 201):
+    flow, stock = Flow(), diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
+    for steps in range(2 if terminal else 1, 201):
         schedule = flow.schedule(SamplingSettings(steps=steps, eta=0.7))
         stock.set_timesteps(steps)
         torch.testing.assert_close(schedule.times, stock.sigmas.double(), rtol=0, atol=0)
@@ -168,10 +168,11 @@ def test_fields_that_mean_something_else_are_refused(case: str) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"use_dynamic_shifting": True}, "use_dynamic_shifting is not supported"),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "has to be above base_image_seq_len"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is not supported"),
         ({"invert_sigmas": True}, "invert_sigmas"),
         ({"shift": 0}, "shift"),
-        ({"shift_terminal": 0.1}, "shift_terminal"),
+        ({"shift_terminal": 1.0}, "shift_terminal"),
         ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
     ],
 )

@@ -22,6 +22,7 @@ from orchestration.experiments.ddpo.memory_plan import BYTES, counted
 from orchestration.experiments.ddpo.preflight import Plan
 from orchestration.planning.cost_model import Cost, Costs
 from orchestration.runs.config import ConfigError, explain
+from pipelines.denoisers import network_calls
 from pipelines.limits import cpu_limit
 from policies.rl.settings import Settings
 
@@ -197,7 +198,7 @@ def assumed(config: DdpoConfig, tflops: float) -> StageCosts:
         remedy = "run plan where it and a GPU are with --save, then give --costs here"
         raise ConfigError(f"{config.model.path}: its floating-point operations are not known; {remedy}")
     network, size = model["unet"] + model["transformer"], BYTES[config.model.dtype]
-    forward = 1e9 * model["forward"] * (1 + (config.sampling.guidance_scale > 1)) / rate
+    forward = 1e9 * model["forward"] * network_calls(config.model.path, config.sampling.guidance_scale) / rate
     trained = BYTES["float32"] * (model["lora"] * rank or network)
     sent = trained if rank else network * size
     passes = (2 if rank else 3) + bool(config.training.kl_weight)

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Kind:
     """A family: its file and class, its network, the parts it cannot be without, and, of the network's configuration,
-    ``addition_embed_type``."""
+    ``addition_embed_type``; ``packed``: whether it reads two by two latents as one token, and its channels are theirs;
+    ``embeds_guidance``: whether guidance is told to the network, which then needs no second call without a prompt."""
 
     place: str
     network: str = "unet"
     parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
     embedding: str | None = None
+    packed: bool = False
+    embeds_guidance: bool = False
 
 
 _TWO_TEXTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -37,6 +40,7 @@ _KINDS = {
         "stable_diffusion_xl:StableDiffusionXL", parts=_TWO_TEXTS, embedding="text_time"
     ),
     "StableDiffusion3Pipeline": _Kind("stable_diffusion_3:StableDiffusion3", "transformer", _TWO_TEXTS),
+    "FluxPipeline": _Kind("flux:Flux", "transformer", _TWO_TEXTS, packed=True, embeds_guidance=True),
     "AnimateDiffPipeline": _Kind("animate_diff:AnimateDiff"),
     "DDIMPipeline": _Kind("pixels:Pixels", parts=()),
     "DDPMPipeline": _Kind("pixels:Pixels", parts=()),
@@ -126,7 +130,8 @@ def denoising_steps(path: str, sampling: "SamplingSettings") -> DenoisingSteps:
     where there are no such steps."""
     directory = find(path)
     if directory is None:
-        return (FlowConfig() if "stable-diffusion-3" in path else ASSUMED).steps(sampling)
+        is_flow = any(name in path.lower() for name in ("stable-diffusion-3", "flux"))
+        return (FlowConfig() if is_flow else ASSUMED).steps(sampling)
     index = read_json(directory / "model_index.json")
     file = directory / "scheduler" / "scheduler_config.json"
     with reading(file):
@@ -140,6 +145,14 @@ def _scheduler(file: Path, index: Mapping[str, Any]) -> DdimConfig | FlowConfig:
         entry = index.get("scheduler") or (None, None)
         read_scheduler({"_class_name": entry[1], **content}, index["_class_name"])
         return read_scheduler({**content, "_class_name": entry[1]}, index["_class_name"])
+
+
+def network_calls(path: str, guidance_scale: float) -> int:
+    """Of a model's network for one step: two where guidance compares with what it says without a prompt. One that is
+    still on the hub is known by its name alone."""
+    directory = find(path)
+    told = inspect(directory).kind.embeds_guidance if directory else "flux" in path.lower()
+    return 2 if guidance_scale > 1 and not told else 1
 
 
 def check_lora(files: ModelFiles, targets: Sequence[str]) -> None:
@@ -178,6 +191,8 @@ def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kin
     if network.get("addition_embed_type") != kind.embedding:
         raise ValueError(f"addition_embed_type is {network.get('addition_embed_type')!r}, not {kind.embedding!r}")
     channels, size = network.get("in_channels"), network.get("sample_size")
+    if kind.packed:
+        channels, size = _unpacked(channels, vae or {})
     old = re.match(r"0\.[0-8]\.", str(network.get("_diffusers_version")))
     if old and kind.place == "stable_diffusion:StableDiffusion" and type(size) is int and size < 64:
         size = 64  # what the stock pipeline takes such a file to mean
@@ -187,7 +202,7 @@ def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kin
     if sides[0] != sides[1] and kind.place not in _RECTANGULAR:
         raise ValueError(f"sample_size {size!r}: this family draws squares")
     for what, other in {
-        "out_channels": network.get("out_channels") or channels,
+        "out_channels": channels if kind.packed else network.get("out_channels") or channels,
         "the autoencoder's latent_channels": (vae or {}).get("latent_channels", channels),
     }.items():
         if other != channels:
@@ -195,11 +210,28 @@ def _latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any] | None, kin
     return channels, *sides
 
 
+def _unpacked(packed: Any, vae: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Channels and side of the latents of a network that reads them two by two and does not say how large they are: of
+    the images that its autoencoder was made for, or 128. Raises ValueError."""
+    if type(packed) is not int or packed % 4:
+        raise ValueError(f"in_channels {packed!r} are not those of two by two latents")
+    size = vae.get("sample_size")
+    side = size >> (len(vae.get("block_out_channels", ())) - 1) if type(size) is int else 128
+    if side % 2:
+        raise ValueError(f"latents of the autoencoder's sample_size {size!r} cannot be read two by two")
+    return packed // 4, side
+
+
 def check_guidance(files: ModelFiles, guidance_scale: float) -> None:
     """Raise ValueError if prompts are to guide what knows none."""
     if not files.knows_prompts and guidance_scale > 1:
         raise ValueError(
             f"model.path {str(files.directory)!r} knows no prompts that could guide it: set sampling.guidance_scale=1"
+        )
+    if files.kind.embeds_guidance and not files.network.get("guidance_embeds") and guidance_scale > 1:
+        raise ValueError(
+            f"model.path {str(files.directory)!r} was distilled without guidance (its transformer has guidance_embeds "
+            "false): set sampling.guidance_scale=1"
         )
 
 

@@ -44,9 +44,8 @@ _OF_SOLVERS = {
 }
 CLASSES = {"ddim": "DDIMScheduler", "consistency": "LCMScheduler", "tcd": "TCDScheduler"}  # by the method
 _METHODS = {name: method for method, name in CLASSES.items()}
-_OF_FLOWS = {
-    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "stochastic_sampling")
-}
+_OF_FLOWS = {"stochastic_sampling"}
+_FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline")
 _NEUTRAL = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
@@ -153,6 +152,25 @@ class FlowConfig(Settings):
 
     num_train_timesteps: int = Field(1000, ge=1, le=100_000)
     shift: float = Field(1.0, gt=0, allow_inf_nan=False)
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = Field(256, ge=1)
+    max_image_seq_len: int = Field(4096, ge=2)
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    shift_terminal: float | None = Field(None, ge=0, lt=1)
+
+    def shift_of(self, tokens: int) -> float:
+        """By how much a dynamic shift moves times of images of so many ``tokens`` towards noise: linear in them,
+        through the ``base`` and the ``max`` point."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + slope * (tokens - self.base_image_seq_len)
+
+    @model_validator(mode="after")
+    def _two_points(self) -> Self:
+        if self.use_dynamic_shifting and self.max_image_seq_len <= self.base_image_seq_len:
+            raise ValueError("max_image_seq_len has to be above base_image_seq_len")
+        return self
 
     def steps(self, sampling: SamplingSettings) -> DenoisingSteps:
         """The last one follows the flow itself and has no density. Raises ValueError for a method of other models."""
@@ -166,7 +184,7 @@ def read_scheduler(content: Mapping[str, Any], pipeline_class: str) -> DdimConfi
     naming the class or field that means something else."""
     name, unsaid = content.get("_class_name"), set(content.get("_use_default_values", ()))
     fields = {k: v for k, v in content.items() if not k.startswith("_") and k not in unsaid}
-    flow = pipeline_class == "StableDiffusion3Pipeline"
+    flow = pipeline_class in _FLOWS
     schema, free = (FlowConfig, _OF_FLOWS) if flow else (DdimConfig, _OF_SOLVERS)
     known = ("FlowMatchEulerDiscreteScheduler",) if flow else tuple(_SAME_BETAS)
     if name not in known:

@@ -1,39 +1,23 @@
-"""Stable Diffusion 3: a rectified flow by a transformer, sampled as an SDE (:mod:`policies.diffusion.flow`)."""
-
-from typing import Any
+"""Stable Diffusion 3 and 3.5."""
 
 import torch
 from torch import Tensor
 
-from pipelines.denoisers.family import Conditions, Family, checked
-from policies.diffusion.flow import FlowSchedule, PreservingSchedule
-from policies.rl.settings import SamplingSettings
+from pipelines.denoisers.family import Conditions
+from pipelines.denoisers.flow import FlowFamily
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(FlowFamily):
     """With or without the third text encoder, T5: where its files are not there, its tokens are zeros."""
 
     pipeline_class = "StableDiffusion3Pipeline"
-    network_name = "transformer"
-    scales = ("shift_factor",)
 
-    @staticmethod
-    def scheduler(config: Any) -> Any:
-        """The flow's own times."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        return FlowMatchEulerDiscreteScheduler(**config.model_dump())
-
-    def schedule(self, sampling: SamplingSettings) -> FlowSchedule:
-        """``sampling.eta`` is the noise level of the SDE, or of coefficient-preserving sampling."""
-        scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(sampling.grid)
-        kept = sampling.kept
-        times = scheduler.sigmas.to("cpu", torch.float64)[[*kept, -1]]
-        noisy = torch.tensor([step in sampling.noisy for step in range(len(kept))])
-        tables = scheduler.timesteps.cpu()[kept], times, sampling.noise * noisy.double()
-        schedule = PreservingSchedule(*tables) if sampling.method == "cps" else FlowSchedule(*tables)
-        return checked(schedule, self.files.scheduler.steps(sampling))
+    @property
+    def tokens(self) -> int:
+        """Patches of the latents."""
+        _, height, width = self.latent_shape
+        side = self.network.config.patch_size
+        return int((height // side) * (width // side))
 
     def encode(self, prompt: str | None, device: torch.device) -> Conditions:
         """Hidden states (tokens, width) of all encoders, and those of both CLIPs as a whole (width,)."""

@@ -107,6 +107,10 @@ class DiffusionPolicy:
         The unconditional half rides in the same call, in sampling and in training alike.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        if self.family.files.kind.embeds_guidance:
+            if self.family.files.network.get("guidance_embeds"):
+                conditions = conditions | {"guidance": latents.new_full((len(latents),), scale, dtype=torch.float32)}
+            return self.family.forward(latents.to(self.dtype), timesteps, conditions)
         if scale == 1:
             return self.family.forward(latents.to(self.dtype), timesteps, conditions)
         if self.shares_halves:

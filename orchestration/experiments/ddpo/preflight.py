@@ -13,7 +13,7 @@ from orchestration.experiments.ddpo.memory_plan import memory_plan
 from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
-from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect
+from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect, network_calls
 from pipelines.films import apart
 from pipelines.guard import NO_GUARD, Entry, Guard, read_guard
 from pipelines.pages import fill
@@ -191,4 +191,5 @@ def describe_ddpo(config: DdpoConfig, plan: Plan) -> str:
     learnable = learnable_steps(config)
     share, memory = config.training.timesteps_per_image(learnable), memory_plan(config, plan.roles, plan.offers)
     template = TEMPLATES / "ddpo_plan.txt"
-    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory)
+    twice = network_calls(config.model.path, config.sampling.guidance_scale) > 1
+    return fill(template, config=config, plan=plan, learnable=learnable, share=share, memory=memory, twice=twice)
