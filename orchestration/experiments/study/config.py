@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {  # name → import path
     "consistency": "orchestration.experiments.consistency:Consistency",
     "distil": "orchestration.experiments.distil:Distil",
     "drag": "orchestration.experiments.drag:Drag",
+    "edit_videos": "orchestration.experiments.edit_videos:EditVideos",
     "erase": "orchestration.experiments.erase:Erase",
     "few_labels": "orchestration.experiments.few_labels:FewLabels",
     "guard": "orchestration.experiments.guard:Guarding",
