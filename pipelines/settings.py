@@ -93,9 +93,6 @@ class FittingSettings(Settings):
     batch_size: int = Field(4, ge=1, description="videos of an update")
     learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of conditions hidden, for guidance")
-<<<<<<< HEAD
     earliest: int = Field(
         0, ge=0, le=900, description="timestep from which it learns: sampling in few steps begins late"
     )
-=======
->>>>>>> new-he
