@@ -1,6 +1,7 @@
 """Keypoints: affine maps and places, peaks, the choice of tokens, both losses, regression; attention; the study."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,14 @@ def test_what_cannot_be_studied_is_one_line(changes: dict[str, object], says: st
     with pytest.raises(ValueError, match=says) as caught:
         FindKeypoints(**changes).preflight()  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_cross_attention_is_refused(tmp_path: Path) -> None:
+    shutil.copytree("models/digits-attention/pipeline", path := tmp_path / "pipeline")
+    config = json.loads((path / "unet/config.json").read_text())
+    (path / "unet/config.json").write_text(json.dumps(config | {"up_block_types": ["UpBlock2D", "UpBlock2D"]}))
+    with pytest.raises(ValueError, match="no cross-attention on the way up"):
+        FindKeypoints(path=str(path)).preflight()
 
 
 def test_the_study_in_short(tmp_path: Path) -> None:
