@@ -237,6 +237,12 @@ def test_the_reward_ranks_places_and_refuses_what_it_cannot_score(tmp_path: Path
     assert np.abs(right).max() < 0.01
     assert (wrong < right - 1).all()
     assert np.allclose(score(function, images[1:], ["right"], None), right[1:])  # whatever is beside it
+    more = tmp_path / "more.safetensors"
+    more.write_bytes(Seer(seer.path, KeypointSettings(steps=0, views=1)).fit(images, 0).file())
+    begun = load_reward("keypoint_pose", options.model_copy(update={"tokens": str(more)}), "meta")  # a run tried out
+    with pytest.raises(ValueError, match="2 places a prompt, for 6 keypoints"):
+        begun(images, ["left", "right"], None)
+    assert load_reward("keypoint_pose", options, "meta")(images, ["left", "right"], None).shape == (2,)
     expected = -np.linalg.norm(np.subtract(places["left"], places["right"]), axis=1)
     assert wrong[0] == pytest.approx(expected.mean(), abs=0.01)
     poses.write_text(yaml.safe_dump({"left": [None, places["left"][1]], "right": [[1, 2]], "none": [None, None]}))
