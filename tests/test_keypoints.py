@@ -1,6 +1,7 @@
 """Keypoints: affine maps and places, peaks, the choice of tokens, both losses, regression; attention; the study."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,14 @@ def test_what_cannot_be_studied_is_one_line(changes: dict[str, object], says: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_without_cross_attention_is_refused(tmp_path: Path) -> None:
+    shutil.copytree("models/digits-attention/pipeline", path := tmp_path / "pipeline")
+    config = json.loads((path / "unet/config.json").read_text())
+    (path / "unet/config.json").write_text(json.dumps(config | {"up_block_types": ["UpBlock2D", "UpBlock2D"]}))
+    with pytest.raises(ValueError, match="no cross-attention on the way up"):
+        FindKeypoints(path=str(path)).preflight()
+
+
 def test_the_study_in_short(tmp_path: Path) -> None:
     """Its tasks, by themselves: equal repeats, metrics of every arm, tokens that find the same keypoints again."""
     study = FindKeypoints(learning=SETTINGS, labelled=12, judged=8, posing={"rounds": 1}, width=24)  # type: ignore[arg-type]
@@ -228,6 +237,12 @@ def test_the_reward_ranks_places_and_refuses_what_it_cannot_score(tmp_path: Path
     assert np.abs(right).max() < 0.01
     assert (wrong < right - 1).all()
     assert np.allclose(score(function, images[1:], ["right"], None), right[1:])  # whatever is beside it
+    more = tmp_path / "more.safetensors"
+    more.write_bytes(Seer(seer.path, KeypointSettings(steps=0, views=1)).fit(images, 0).file())
+    begun = load_reward("keypoint_pose", options.model_copy(update={"tokens": str(more)}), "meta")  # a run tried out
+    with pytest.raises(ValueError, match="2 places a prompt, for 6 keypoints"):
+        begun(images, ["left", "right"], None)
+    assert load_reward("keypoint_pose", options, "meta")(images, ["left", "right"], None).shape == (2,)
     expected = -np.linalg.norm(np.subtract(places["left"], places["right"]), axis=1)
     assert wrong[0] == pytest.approx(expected.mean(), abs=0.01)
     poses.write_text(yaml.safe_dump({"left": [None, places["left"][1]], "right": [[1, 2]], "none": [None, None]}))

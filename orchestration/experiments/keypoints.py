@@ -8,6 +8,7 @@ an image is turned and moved, and landmarks are where ink ends, found on pixels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from pydantic import Field
 from orchestration.experiments.study.config import Study
 from pipelines.data.poses import PosingSettings
 from pipelines.storage.locations import check_model, fingerprint, portable, resolve_model
-from pipelines.storage.model_files import check_pipeline
+from pipelines.storage.model_files import check_pipeline, read_json
 from pipelines.storage.tasks import Task
 from pipelines.studies import task
 from policies.common.claims import Claim
@@ -63,6 +64,9 @@ class FindKeypoints(Study):
         self.posing.model_copy(update=self.other.model_dump()).check("other")
         check_model(self.path, "model_index.json", "path")
         check_pipeline(resolve_model(self.path), "StableDiffusionPipeline")
+        network = read_json(Path(resolve_model(self.path)) / "unet" / "config.json")
+        if not any("CrossAttn" in str(each) for each in network.get("up_block_types", ())):
+            raise ValueError(f"path: the network of {self.path!r} has no cross-attention on the way up to look at")
         how = self.learning
         if not how.keypoints <= how.candidates <= how.tokens:
             raise ValueError(

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from pipelines.rewards import Reward, RewardFunction
-from pipelines.storage.locations import find
+from pipelines.storage.locations import find, resolve_model
+from pipelines.storage.model_files import check_pipeline
 from pipelines.storage.yaml_text import read_yaml
 
 _Place = tuple[float, float]
@@ -51,11 +52,14 @@ class PoseOptions(Reward):
             raise ValueError(f"{self.poses} is not a mapping of prompts to lists of places [x, y]: {why}") from error
 
     def load(self, name: str, device: str) -> RewardFunction:
-        """What finds the keypoints."""
-        from pipelines.keypoints import Keypoints
+        """What finds the keypoints; on the device "meta", where a run is tried out, what finds them all in one place,
+        if the tokens and their pipeline are there."""
+        from pipelines.keypoints import Found, Keypoints
 
-        keypoints = Keypoints(self.tokens, device)
-        count = len(keypoints.found.chosen)
+        found = Found.read(resolve_model(self.tokens))
+        count = len(found.chosen)
+        check_pipeline(resolve_model(found.path), "StableDiffusionPipeline")
+        keypoints = Keypoints(self.tokens, device) if device != "meta" else None
 
         def score(images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> np.ndarray:
             wanted = np.stack([self.pose(prompt) for prompt in prompts])
@@ -63,7 +67,8 @@ class PoseOptions(Reward):
                 raise ValueError(
                     f"{self.poses}: {wanted.shape[1]} places a prompt, for {count} keypoints of the tokens"
                 )
-            off: np.ndarray = np.linalg.norm(keypoints(images) - wanted, axis=2)
+            places = keypoints(images) if keypoints else np.zeros((len(images), count, 2))
+            off: np.ndarray = np.linalg.norm(places - wanted, axis=2)
             return -np.nanmean(off, axis=1)
 
         return score
