@@ -37,15 +37,18 @@ class Animate(Study):
         FittingSettings(steps=700, batch_size=16, learning_rate=1.5e-3),
         description="of encoder, ControlNet and denoiser, on frames",
     )
-    modules: MotionSettings = MotionSettings()
-    motion: FittingSettings = Field(FittingSettings(steps=150), description="of motion modules, on windows of frames")
+    modules: MotionSettings = MotionSettings(middle=True)
+    motion: FittingSettings = Field(
+        FittingSettings(steps=300, learning_rate=3e-3, earliest=99),
+        description="of motion modules, on windows of frames",
+    )
     length: int = Field(6, ge=2, le=64, description="frames of a window, of what is learnt from and of what is drawn")
     overlap: int = Field(3, ge=0, description="frames that a window has in common with the next")
-    drawn: int = Field(16, ge=2, description="videos that are judged, of a reference each")
+    drawn: int = Field(12, ge=2, description="videos that are judged, of a reference each")
     frames: int = Field(12, ge=2, description="of each of them")
-    fastest: float = Field(2.0, gt=0, le=8, description="pixels that a digit moves from frame to frame, at most")
+    fastest: float = Field(0.6, gt=0, le=8, description="pixels that a digit moves from frame to frame, at most")
     steps: int = Field(10, ge=1, le=1000, description="DDIM steps")
-    guidance_scale: float = Field(1.0, ge=1, description="away from what is drawn without the reference; 1: none")
+    guidance_scale: float = Field(2.0, ge=1, description="away from what is drawn without the reference; 1: none")
     identity: float = Field(0.9, gt=0, lt=1, description="claimed: so many frames show the reference's digit and ink")
     near: float = Field(1.5, gt=0, description="claimed: pixels from the commanded place, on average, at most")
     steady: float = Field(0.5, gt=0, lt=1, description="claimed: at most this share of the flicker of frames alone")

@@ -35,7 +35,7 @@ from pipelines.storage.locations import resolve_model
 from pipelines.studies import PRODUCT, metrics, products
 from policies.common.seeding import derive_seed
 
-_SHOWN, _FRAME_MS, _ZOOM = 6, 125, 4
+_SHOWN, _FRAME_MS, _ZOOM, _COLOURS = 4, 125, 4, 48  # few, as a GIF is to be small
 
 
 def learn_appearance(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
@@ -182,4 +182,5 @@ def _pictures(given: np.ndarray, wanted: Videos, videos: np.ndarray) -> Files:
         strip([[large(each[row]) for each in (known, wanted.videos[:, at], videos[:, at])] for row in range(len(rows))])
         for at in range(videos.shape[1])
     ]
-    return {"figures/videos.png": picture.getvalue(), "figures/videos.gif": animation(moved, _FRAME_MS, _FRAME_MS)}
+    small = [each.quantize(_COLOURS, dither=Image.Dither.NONE) for each in moved]
+    return {"figures/videos.png": picture.getvalue(), "figures/videos.gif": animation(small, _FRAME_MS, _FRAME_MS)}
