@@ -39,7 +39,7 @@ class AnyToAny(Study):
     tones: TrainingSettings = Field(TrainingSettings(steps=900), description="of the tone model")
     encoders: TrainingSettings = Field(TrainingSettings(steps=350), description="of each encoder")
     meeting: TrainingSettings = Field(TrainingSettings(steps=600), description="of environments, at first")
-    joint: TrainingSettings = Field(TrainingSettings(steps=300, batch=32, rate=4e-3), description="of joint attention")
+    joint: TrainingSettings = Field(TrainingSettings(steps=300, batch=32, rate=3e-3), description="of joint attention")
     guidance_scale: float = Field(3.0, ge=0, description="by which what joint attention changes is multiplied")
     temperature: float = Field(0.1, gt=0, description="of the contrast between what is shown and its caption")
     steps: int = Field(16, ge=1, description="DDIM's, with which all is drawn")

@@ -119,8 +119,8 @@ class World:
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """What the models draw, each under its text ``states`` (n, tokens, width). With ``joint`` each attends ``to``
-        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange"; ``scale`` times what that changes is added, as
-        classifier-free guidance adds what a text changes (2207.12598)."""
+        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange". What that
+        changes is added ``scale`` times, as classifier-free guidance (2207.12598) adds what a text changes."""
         schedule, random = self.schedule(steps).to(self.device), torch.Generator().manual_seed(seed)
 
         def noise(name: str) -> Tensor:
@@ -132,7 +132,7 @@ class World:
             if joint:
                 tokens = {name: joint.seen(name, each, now.expand(len(each))) for name, each in drawn.items()}
                 if to == "strange":
-                    tokens = {name: each.roll(1, dims=0) for name, each in tokens.items()}
+                    tokens = {name: each.roll(len(each) // 2, dims=0) for name, each in tokens.items()}
             for name, each in drawn.items():
                 outputs[name] = self.networks[name](each, now, states[name], return_dict=False)[0]
                 if joint:
