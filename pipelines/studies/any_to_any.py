@@ -363,12 +363,12 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
     """Task: images and tones drawn at once under the empty prompt, each attending to the other, and what they say.
     ``inputs``: the tone model and, but of arm ``independent``, what :func:`join` made.
 
-    ``agreement``: the digit is the same; ``agreement_ink``; ``by_chance``, were they paired at random; ``valid/…``: how
-    many show a digit, or sound like a tone, at all; ``varied/…``: the entropy of digits, 1 where all are as frequent.
-    ``said``: the captioner's words for the image name the tone's digit; ``said_both``, digit and ink: what a rollout
-    of both would be rewarded for.
-    ``told_image``: the image is drawn under captions, the tone under none: how often it says their digit;
-    ``told_tone``: the same the other way. Pairs to see and to hear."""
+    ``agreement``: the digit is the same; ``agreement_of_valid``, where both are valid; ``agreement_ink``;
+    ``by_chance``, were they paired at random; ``valid/…``: how many show a digit, or sound like a tone, at all;
+    ``varied/…``: the entropy of digits, 1 where all are as frequent. ``said``: the captioner's words for the image name
+    the tone's digit; ``said_both``, digit and ink: what a rollout of both would be rewarded for. ``told_image``: the
+    image is drawn under captions, the tone under none: how often it says their digit; ``told_tone``: the same the other
+    way. Pairs to see and to hear."""
     world, seed, count = World(parameters["path"], device, inputs[0]), parameters["seed"], parameters["count"]
     judge, joint = load_evaluator(resolve_model(parameters["evaluator"]), device), None
     if len(inputs) > 1:
@@ -384,6 +384,8 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
     seen, heard = drawn({IMAGE: empty, TONE: empty}, "together")
     found = {"agreement": np.mean(seen.digits == heard.digits), "agreement_ink": np.mean(seen.inks == heard.inks)}
     found["by_chance"] = agreement_by_chance(torch.from_numpy(seen.digits), torch.from_numpy(heard.digits), len(DIGITS))
+    valid = seen.valid & heard.valid
+    found["agreement_of_valid"] = (valid & (seen.digits == heard.digits)).sum() / max(1, valid.sum())
     captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
     said = [parse(text) for text in captioned(captioner, seen.given)]
     both = [
