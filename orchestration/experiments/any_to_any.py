@@ -120,7 +120,7 @@ class AnyToAny(Study):
             yield Claim(sentence, "agreement", arm, "at most", -0.2, control, "difference")
         for arm in ("own", "shuffled", "independent"):
             yield Claim(f"control: {arm} agree as by chance", "agreement", arm, "at most", 0.2)
-        yield Claim("the ink is the same, too, pairs in training", "agreement_ink", "paired", "at least", bound)
+        yield Claim("asked: the ink is the same, too, pairs in training", "agreement_ink", "paired", "at least", bound)
         for name, what in (("image", "images show a digit"), ("tone", "tones sound like one")):
             sentence = f"{what} as often as without joint attention"
             yield Claim(sentence, f"valid/{name}", "paired", "at least", -0.05, "independent", "difference")
