@@ -119,8 +119,8 @@ class World:
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """What the models draw, each under its text ``states`` (n, tokens, width). With ``joint`` each attends ``to``
-        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange"; ``scale`` times what that changes is added, as
-        classifier-free guidance adds what a text changes (2207.12598)."""
+        what is seen of the other at the same time; of itself, "own"; of the other in another pair, "strange". What that
+        changes is added ``scale`` times, as classifier-free guidance (2207.12598) adds what a text changes."""
         schedule, random = self.schedule(steps).to(self.device), torch.Generator().manual_seed(seed)
 
         def noise(name: str) -> Tensor:
@@ -132,7 +132,7 @@ class World:
             if joint:
                 tokens = {name: joint.seen(name, each, now.expand(len(each))) for name, each in drawn.items()}
                 if to == "strange":
-                    tokens = {name: each.roll(1, dims=0) for name, each in tokens.items()}
+                    tokens = {name: each.roll(len(each) // 2, dims=0) for name, each in tokens.items()}
             for name, each in drawn.items():
                 outputs[name] = self.networks[name](each, now, states[name], return_dict=False)[0]
                 if joint:
@@ -363,12 +363,12 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
     """Task: images and tones drawn at once under the empty prompt, each attending to the other, and what they say.
     ``inputs``: the tone model and, but of arm ``independent``, what :func:`join` made.
 
-    ``agreement``: the digit is the same; ``agreement_ink``; ``by_chance``, were they paired at random; ``valid/…``: how
-    many show a digit, or sound like a tone, at all; ``varied/…``: the entropy of digits, 1 where all are as frequent.
-    ``said``: the captioner's words for the image name the tone's digit; ``said_both``, digit and ink: what a rollout
-    of both would be rewarded for.
-    ``told_image``: the image is drawn under captions, the tone under none: how often it says their digit;
-    ``told_tone``: the same the other way. Pairs to see and to hear."""
+    ``agreement``: the digit is the same; ``agreement_of_valid``, where both are valid; ``agreement_ink``;
+    ``by_chance``, were they paired at random; ``valid/…``: how many show a digit, or sound like a tone, at all;
+    ``varied/…``: the entropy of digits, 1 where all are as frequent. ``said``: the captioner's words for the image name
+    the tone's digit; ``said_both``, digit and ink: what a rollout of both would be rewarded for. ``told_image``: the
+    image is drawn under captions, the tone under none: how often it says their digit; ``told_tone``: the same the other
+    way. Pairs to see and to hear."""
     world, seed, count = World(parameters["path"], device, inputs[0]), parameters["seed"], parameters["count"]
     judge, joint = load_evaluator(resolve_model(parameters["evaluator"]), device), None
     if len(inputs) > 1:
@@ -384,6 +384,8 @@ def draw_together(parameters: Mapping[str, Any], inputs: list[Files], device: st
     seen, heard = drawn({IMAGE: empty, TONE: empty}, "together")
     found = {"agreement": np.mean(seen.digits == heard.digits), "agreement_ink": np.mean(seen.inks == heard.inks)}
     found["by_chance"] = agreement_by_chance(torch.from_numpy(seen.digits), torch.from_numpy(heard.digits), len(DIGITS))
+    valid = seen.valid & heard.valid
+    found["agreement_of_valid"] = (valid & (seen.digits == heard.digits)).sum() / max(1, valid.sum())
     captioner = Captioner(CaptionerSettings(path=parameters["captioner"]), device)
     said = [parse(text) for text in captioned(captioner, seen.given)]
     both = [
