@@ -243,7 +243,7 @@ def test_arms_share_what_they_can() -> None:
         "static": [edits.key],
     }
     assert {one.key for one in study.tasks("student", 1)[2].inputs} == {one.key for one in aligned.inputs}
-    assert {each.arm for each in study.claimed()} == {*study.arms} - {"per_frame"}
+    assert {each.arm for each in study.claimed()} == {*study.arms}
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,20 @@ class EditVideos(Study):
     fastest: float = Field(2.0, gt=0, le=8, description="pixels that a digit moves from frame to frame, at most")
     pairs: int = Field(4000, ge=2, description="frames in one ink and the same in another, for the edit teacher")
     editing: FittingSettings = Field(
-        FittingSettings(steps=300, batch_size=32, learning_rate=1e-3), description="of the edit teacher's ControlNet"
+        FittingSettings(steps=400, batch_size=32, learning_rate=1e-3), description="of the edit teacher's ControlNet"
     )
     videos: int = Field(2000, ge=2, description="unedited, for the video teacher; as many others are the student's")
     heads: int = Field(2, ge=1, description="of its attention along time; divides the channels of every level")
     middle: bool = Field(True, description="whether it has motion modules in the middle block, too")
     filming: FittingSettings = Field(
-        FittingSettings(steps=250, batch_size=6), description="of the video teacher's motion modules"
+        FittingSettings(steps=500, batch_size=6, learning_rate=3e-3),
+        description="of the video teacher's motion modules",
     )
     teacher_steps: int = Field(10, ge=1, le=1000, description="DDIM steps of the teachers, and of both, unaligned")
     guidance_scale: float = Field(2.0, ge=1, description="of the video teacher's films that a critic takes for real")
-    real: int = Field(96, ge=2, description="frames, and films, that the teachers draw for the critics")
+    real: int = Field(32, ge=2, description="frames, and films, that the teachers draw for the critics")
     aligning: AligningSettings = AligningSettings()
-    drawn: int = Field(48, ge=2, description="videos that are edited to be judged")
+    drawn: int = Field(40, ge=2, description="videos that are edited to be judged")
     evaluator: str = Field("models/digits/evaluator", description="the judge")
     edited: float = Field(0.85, gt=0, lt=1, description="claimed: so many frames show the digit in the ink asked for")
     steady: float = Field(0.6, gt=0, lt=1, description="claimed: at most this share of the flicker of frames alone")
@@ -119,8 +120,10 @@ class EditVideos(Study):
         yield Claim(sentence, "flicker", "student", "at most", self.steady, "per_frame", "ratio")
         yield Claim("the digit moves as far as it did", "motion", "student", "at least", self.moving)
         yield Claim("the digit is where it was", "position", "student", "at most", self.near)
-        sentence = "control: both adapters without alignment flicker more"
-        yield Claim(sentence, "flicker", "unaligned", "at least", 1.2, "student", "ratio")
+        sentence = "control: frames edited one by one in as few calls flicker more"
+        yield Claim(sentence, "few/flicker", "per_frame", "at least", 1.1, "student", "ratio")
+        sentence = "control: both adapters without alignment, in as few calls, flicker more"
+        yield Claim(sentence, "few/flicker", "unaligned", "at least", 1.1, "student", "ratio")
         sentence = "control: without score distillation fewer frames are edited"
         yield Claim(sentence, "edit", "no_sds", "at most", -0.05, "student", "difference")
         sentence = "control: a still changes less from frame to frame"
