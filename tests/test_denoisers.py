@@ -188,8 +188,8 @@ def test_divergence_is_that_of_two_normals(policy: DiffusionPolicy) -> None:
 
 
 def test_what_is_no_known_family_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
-    with pytest.raises(ValueError, match=r"is a PixArtAlphaPipeline; known are StableDiffusionPipeline, .*DDPMPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    with pytest.raises(ValueError, match=r"is a SanaPipeline; known are StableDiffusionPipeline, .*DDPMPipeline"):
         load_family(str(tmp_path), torch.float32)
 
 
