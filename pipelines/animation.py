@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ from pipelines.measures.evaluator import to_network_input
 from pipelines.settings import FittingSettings, MotionSettings
 from pipelines.training import train
 
+_CHANNELS = (16, 32)  # of the layers that look at a ControlNet's picture; the last halves it, as the autoencoder does
 _TOGETHER = 256  # frames that are encoded or decoded at once
 
 Frames = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # which videos and which of their frames, (batch, frames)
@@ -61,6 +62,26 @@ def predict(network: nn.Module, latents: Tensor, timesteps: Tensor, states: Tens
         return network(latents.transpose(1, 2), timesteps, told, **given, return_dict=False)[0].transpose(1, 2)
     flat = network(latents.flatten(0, 1), timesteps.repeat_interleave(frames), told, **given, return_dict=False)[0]
     return flat.unflatten(0, latents.shape[:2])
+
+
+def control_network(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
+    """A ControlNet that begins as the UNet's way down and adds nothing yet; it looks at pictures twice as wide and high
+    as latents."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_CHANNELS)
+
+
+def controlled(
+    network: nn.Module, control: nn.Module, noisy: Tensor, times: Tensor, states: Tensor, pictures: Tensor
+) -> Tensor:
+    """What :func:`predict` says with a ControlNet beside ``network`` that sees ``pictures`` (n, frames, 3, 2 · height,
+    2 · width), one a frame, in [0, 1]."""
+    frames = pictures.shape[1]
+    told, when = states.repeat_interleave(frames, dim=0), times.repeat_interleave(frames)
+    down, middle = control(noisy.flatten(0, 1), when, told, pictures.flatten(0, 1), return_dict=False)
+    extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    return predict(network, noisy, times, states, **extra)
 
 
 @torch.no_grad()

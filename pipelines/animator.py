@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from pipelines.animation import denoise, predict, text_states
+from pipelines.animation import control_network, controlled, denoise, text_states
 from policies.animate import fused, repeated, windows
-
-_CHANNELS = (16, 32)  # of the layers that look at a pose; the last halves it, as the autoencoder does
 
 
 class _Keeping:
@@ -50,9 +47,7 @@ class Animator(nn.Module):
     def __init__(self, pipeline: Any, seed: int = 0, frozen: bool = False) -> None:
         super().__init__()
         self.encoder = deepcopy(pipeline.unet).requires_grad_(True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.control = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=_CHANNELS)
+        self.control = control_network(pipeline.unet, seed)
         self.untold: Tensor
         self.register_buffer("untold", text_states(pipeline, [""]), persistent=False)
         self.kept: dict[str, Tensor] = {}
@@ -83,9 +78,7 @@ class Animator(nn.Module):
         self.kept.clear()
         if reference is not None:
             self.encoder(reference, when[:: len(flat) // len(reference)], told[: len(reference)])
-        down, middle = self.control(flat, when, told, poses.flatten(0, 1), return_dict=False)
-        extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        found = predict(self.denoiser, noisy, times, told[:count], **extra)
+        found = controlled(self.denoiser, self.control, noisy, times, told[:count], poses)
         self.kept.clear()
         return found
 

@@ -14,11 +14,11 @@ from itertools import count
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel, UNetMotionModel
+from diffusers import ControlNetModel, UNetMotionModel
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from pipelines.animation import predict
+from pipelines.animation import controlled, predict
 from pipelines.rl.lora import attach
 from pipelines.training import descend
 from policies.diffusion.ddim import DenoisingSchedule
@@ -30,31 +30,11 @@ from policies.factorised import (
     visits,
 )
 
-_CHANNELS = (16, 32)  # of the layers that look at an input; the last halves it, as the autoencoder does
 _LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out")  # that get LoRA
 _NEARLY_CLEAN = 50  # the time that critics tell the networks whose features they see
 _WIDTH = 32  # of a critic
 _TOGETHER = 16  # videos, or frames, at once
 Said = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of noisy latents, times, states and inputs
-
-
-def control_network(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
-    """A ControlNet that begins as the UNet's way down, and adds nothing yet."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_CHANNELS)
-
-
-def told_inputs(
-    network: nn.Module, control: nn.Module, noisy: Tensor, times: Tensor, states: Tensor, inputs: Tensor
-) -> Tensor:
-    """What ``network``, of images or of videos, says of ``noisy`` at times (n,), told ``states`` (n, tokens, width)
-    and, through the ControlNet, ``inputs``."""
-    frames = inputs.shape[1]
-    told, when = states.repeat_interleave(frames, dim=0), times.repeat_interleave(frames)
-    down, middle = control(noisy.flatten(0, 1), when, told, inputs.flatten(0, 1), return_dict=False)
-    extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-    return predict(network, noisy, times, states, **extra)
 
 
 def schedule_of(scheduler: Any) -> DenoisingSchedule:
@@ -120,7 +100,7 @@ class Editor:
         self.schedule = schedule_of(pipeline.scheduler)
         for part in (pipeline.unet, control, motion):
             part.requires_grad_(False).eval()
-        self.frame_said: Said = partial(told_inputs, pipeline.unet, control)
+        self.frame_said: Said = partial(controlled, pipeline.unet, control)
 
     def film_said(self, noisy: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> Tensor:
         """The video teacher's, who sees no inputs."""
@@ -147,7 +127,7 @@ class Editor:
         optimizers = {kind: torch.optim.AdamW(critics[kind].parameters(), settings.critic_rate) for kind in kinds}
         course: dict[str, list[float]] = defaultdict(list)
         made, number = dict[str, list[Tensor]](), count()
-        student_said, begin = partial(told_inputs, student, self.control), settings.critic_from * settings.steps
+        student_said, begin = partial(controlled, student, self.control), settings.critic_from * settings.steps
         shape = _shape(self.pipeline, inputs)
 
         def draw() -> tuple[Tensor, ...]:

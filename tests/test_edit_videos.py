@@ -13,7 +13,7 @@ from PIL import Image
 from torch.autograd.functional import jacobian
 
 from orchestration.experiments.edit_videos import EditVideos
-from pipelines.animation import denoise, motion_network, predict, text_states
+from pipelines.animation import control_network, controlled, denoise, motion_network, predict, text_states
 from pipelines.data.digits import parse
 from pipelines.data.motion import moving, paths
 from pipelines.settings import MotionSettings
@@ -24,12 +24,10 @@ from pipelines.studies.edit_videos import Edits, load_editor
 from pipelines.video_editor import (
     Critic,
     Editor,
-    control_network,
     draw_edits,
     edit,
     schedule_of,
     student_of,
-    told_inputs,
 )
 from policies.factorised import critic_loss, maker_loss, score_distillation, visits
 
@@ -126,7 +124,7 @@ def test_adapters_add_nothing_until_they_are_trained(pipeline: Any, editor: Edit
         alone = predict(pipeline.unet, noisy, times, states)
         for network in (pipeline.unet, editor.motion, student):
             assert torch.allclose(
-                told_inputs(network, editor.control, noisy, times, states, data.inputs), alone, atol=1e-5
+                controlled(network, editor.control, noisy, times, states, data.inputs), alone, atol=1e-5
             )
         known = editor.film_said(noisy, times, states, data.inputs * 0)
         assert torch.equal(editor.film_said(noisy, times, states, data.inputs), known)  # it sees no inputs
@@ -135,7 +133,7 @@ def test_adapters_add_nothing_until_they_are_trained(pipeline: Any, editor: Edit
 def test_editing_is_ddim_and_gradients_flow_through_the_last_call(pipeline: Any, editor: Editor, data: Edits) -> None:
     states, inputs = text_states(pipeline, data.captions[:2]), data.inputs[:2]
     noise = torch.randn(2, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    drawn = draw_edits(pipeline, partial(told_inputs, editor.motion, editor.control), states, inputs, 5, 7)
+    drawn = draw_edits(pipeline, partial(controlled, editor.motion, editor.control), states, inputs, 5, 7)
 
     def predicted(latents: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
         return predict(pipeline.unet, latents, when.expand(2), states)
@@ -216,7 +214,7 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     stock.set_progress_bar_config(disable=True)
     data = Edits(moving(paths(1, 2, 0), "test", 0), 0)
     states = text_states(stock, data.captions)
-    own = draw_edits(stock, partial(told_inputs, stock.unet, stock.controlnet), states, data.inputs, 3, 4)
+    own = draw_edits(stock, partial(controlled, stock.unet, stock.controlnet), states, data.inputs, 3, 4)
     noise = torch.randn(1, 2, 4, 8, 16, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
     how = {"num_frames": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 32}
     shown = [Image.fromarray(frame) for frame in data.videos.videos[0]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from actors.roles.evaluator import EvaluatorActor
@@ -17,6 +18,7 @@ from orchestration.experiments.ddpo.reward_audit import audit
 from orchestration.runs.config import ConfigError, load_config
 from pipelines.captioner import Captioner
 from pipelines.data.digits import DIGITS, load_split, tint
+from pipelines.denoisers import load_family
 from pipelines.films import apart, frames_of, gif, of_each_frame
 from pipelines.rewards import load_reward, parse_options
 from pipelines.rewards.films import motion
@@ -24,6 +26,7 @@ from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import CHECKOUT
 from policies.inverting import InvertingSettings
 from tests.models import PROMPTS, build_tiny_film, build_tiny_pipeline
+from tests.test_config import command
 
 JUDGE, CAPTIONER = (str(CHECKOUT / "models/digits" / each) for each in ("evaluator", "captioner"))
 
@@ -153,6 +156,36 @@ def test_an_audit_of_films_is_refused(film_run: list[str], tmp_path: Path) -> No
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"evaluator": JUDGE})})
     with pytest.raises(ConfigError, match=r"draws films, and an audit looks at images"):
         audit(config, [], 2, InvertingSettings(), None, tmp_path / "audit", print)
+
+
+def test_a_guard_that_looks_at_images_is_refused_of_films(tmp_path: Path) -> None:
+    model = build_tiny_film(tmp_path / "film")
+    (tmp_path / "guard.yaml").write_text(f"output: {{words: [three], captioner: {CAPTIONER}}}\n")
+    with pytest.raises(ConfigError, match="output stage looks at images, and this model draws films"):
+        generate(model, [PROMPTS[0]], [1], tmp_path / "drawn", guard=str(tmp_path / "guard.yaml"))
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_what_scores_films_is_not_served(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["reward", "serve", "travel", "--port", "1"], monkeypatch) == 2
+    assert "travel scores films, and a server is sent images" in capsys.readouterr().err
+
+
+def test_frames_are_decoded_as_many_at_once_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A film counts for its frames; a frame for itself."""
+    loaded = load_family(str(build_tiny_film(tmp_path)), torch.float32)
+    monkeypatch.setattr("pipelines.denoisers.family._PIXELS", 5 * 16 * 16)
+    sizes: list[int] = []
+    decode = loaded.pipeline.vae.decode
+
+    def counted(part: torch.Tensor, **given: Any) -> Any:
+        sizes.append(len(part))
+        return decode(part, **given)
+
+    monkeypatch.setattr(loaded.pipeline.vae, "decode", counted)
+    assert loaded.decode(torch.zeros(4, 4, 3 * 8, 8)).shape == (4, 3, 3 * 16, 16)
+    assert sizes == [5, 5, 2]
+    assert loaded.decoded_at_once(4) == 1
 
 
 def test_a_network_without_places_for_frames_is_refused(film_run: list[str], tmp_path: Path) -> None:

@@ -369,7 +369,10 @@ def serve_reward(
             raise ConfigError(
                 f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
             )
-        reward.resolved(name).check_call(name)
+        resolved = reward.resolved(name)
+        if resolved.of_films:
+            raise ConfigError(f"{name} scores films, and a server is sent images: name it in the run itself")
+        resolved.check_call(name)
         function = load_reward(name, reward, device)
     whom = " those who have the token" if token else ""
     print(f"http://{host}:{port}/score answers{whom} with {name}, described by http://{host}:{port}/docs", flush=True)

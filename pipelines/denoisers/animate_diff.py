@@ -31,7 +31,3 @@ class AnimateDiff(StableDiffusion):
         each = latents.unflatten(2, (self.files.frames, -1)).transpose(1, 2)
         pixels = super().decode(each.flatten(0, 1)).unflatten(0, each.shape[:2])
         return pixels.transpose(1, 2).flatten(2, 3)
-
-    def decoded_at_once(self, images: int) -> int:
-        """Frames, of which an image has several."""
-        return super().decoded_at_once(images) * self.files.frames

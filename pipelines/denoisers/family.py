@@ -115,10 +115,12 @@ class Family(ABC):
             latents = latents / config.scaling_factor
         if "shift_factor" in self.scales and getattr(config, "shift_factor", None):
             latents = latents + config.shift_factor
-        parts = latents.split(self.decoded_at_once(len(latents)))
+        parts = latents.split(self.decoded_at_once(len(latents), latents.shape[2]))
         return torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
 
-    def decoded_at_once(self, images: int) -> int:
-        """How many of so many ``images`` the autoencoder decodes in a call."""
+    def decoded_at_once(self, images: int, rows: int | None = None) -> int:
+        """How many of so many ``images`` the autoencoder decodes in a call; or of parts of images, of so many ``rows``
+        of latents."""
         height, width = self.files.image_size
-        return min(images, max(1, _PIXELS // (height * width)))
+        part = height * (rows or self.latent_shape[1]) // self.latent_shape[1]
+        return min(images, max(1, _PIXELS // (part * width)))

@@ -23,6 +23,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipelines.animation import (
+    control_network,
+    controlled,
     decode_videos,
     draw_videos,
     encode_videos,
@@ -43,7 +45,7 @@ from pipelines.settings import FittingSettings, MotionSettings
 from pipelines.storage.atomic import Files, packed, unpacked
 from pipelines.storage.locations import resolve_model
 from pipelines.studies import PRODUCT, metrics, product, products
-from pipelines.video_editor import Editor, control_network, draw_edits, student_of, told_inputs
+from pipelines.video_editor import Editor, draw_edits, student_of
 from policies.common.seeding import derive_seed
 from policies.factorised import AligningSettings
 
@@ -95,7 +97,7 @@ def learn_edits(parameters: Mapping[str, Any], inputs: list[Files], device: str)
         network: nn.Module, noisy: Tensor, times: Tensor, which: Tensor, when: Tensor, hidden: Tensor
     ) -> Tensor:
         told = states[which[:, 0].masked_fill(hidden, len(states) - 1)]
-        return told_inputs(pipeline.unet, network, noisy, times, told, data.inputs[which[:, 0].cpu()].to(noisy.device))
+        return controlled(pipeline.unet, network, noisy, times, told, data.inputs[which[:, 0].cpu()].to(noisy.device))
 
     fit(control, pipeline.scheduler, latents, frames, predicted, settings, seed)
     control.register_to_config(_name_or_path="")
@@ -200,7 +202,7 @@ def judge(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     data = _edits(parameters, "test", "judged", parameters["drawn"], parameters["frames"])
     states, shown = text_states(pipeline, data.captions), data.inputs.to(device)
     evaluator = load_evaluator(resolve_model(parameters["evaluator"]), device)
-    said, seed = partial(told_inputs, network, control), derive_seed(parameters["seed"], "drawn")
+    said, seed = partial(controlled, network, control), derive_seed(parameters["seed"], "drawn")
     seen = []
     for steps in times:
         latents = draw_edits(pipeline, said, states, shown, steps, seed)

@@ -54,6 +54,8 @@ def generate(
         policy = _open(source, trusted)
         if (frames := policy.family.files.frames) > 1:
             names = {each: str(Path(name).with_suffix(".gif")) for each, name in names.items()}
+            if watch.settings.output:
+                raise ValueError("--guard: its output stage looks at images, and this model draws films: leave it out")
         for line in unseen_words(list(dict.fromkeys(asked.values())), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     log, written = [entry for _, entries in front.values() for entry in entries], set()
