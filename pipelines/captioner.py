@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.films import BREAK, frames_of
 from pipelines.precision import in_half
 from pipelines.processing import preprocessed
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import resolve_model
 from pipelines.storage.model_files import load_tokenizer, load_whole, quieten, reading
+from pipelines.videos import BREAK, frames_of
 from policies.rl.health import DegenerateBatch
 
 
@@ -20,7 +20,7 @@ class Captioner:
     """Any ``BlipForConditionalGeneration`` or ``Blip2ForConditionalGeneration`` with its processor and tokenizer."""
 
     def __init__(self, settings: CaptionerSettings, device: str = "cpu", half: bool = False, frames: int = 1) -> None:
-        """``half``: whether it computes in half precision on a card; ``frames``: of a film, if it captions films."""
+        """``half``: whether it computes in half precision on a card; ``frames``: of a video, if it captions videos."""
         quieten()
         import transformers
 
@@ -43,7 +43,7 @@ class Captioner:
         return pixels.to(self.device, self.model.vision_model.dtype)
 
     def caption(self, images: np.ndarray) -> list[str]:
-        """Captions of ``images`` (batch, height, width, 3) uint8; of a film those of its frames, a line each. Raises
+        """Captions of ``images`` (batch, height, width, 3) uint8; of a video those of its frames, a line each. Raises
         DegenerateBatch if a caption is empty."""
         each = self._captions(frames_of(images, self.frames))
         return [BREAK.join(each[at : at + self.frames]) for at in range(0, len(each), self.frames)]

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from pipelines.captioner import Captioner
-from pipelines.films import apart
 from pipelines.measures.evaluator import load_evaluator
 from pipelines.rewards import load_reward
 from pipelines.rl.policy import DiffusionPolicy
@@ -15,6 +14,7 @@ from pipelines.rl.weights import prepare
 from pipelines.settings import CaptionerSettings, ModelSettings, RewardSettings
 from pipelines.storage.locations import find
 from pipelines.storage.model_files import reading
+from pipelines.videos import apart
 from policies.rl.settings import SamplingSettings
 
 
@@ -27,9 +27,9 @@ def rehearse(
     prompts: Sequence[str],
 ) -> None:
     """Try out what lies here, with a blank image. Raises ModelFilesError where files or models do not fit together."""
-    height, width, channels, frames = _film_shape(model, sampling, prompts) if find(model.path) else (512, 512, 3, 1)
-    film = np.zeros((1, height, width, channels), np.uint8)
-    images = apart(film, frames)[:, 0]
+    height, width, channels, frames = _video_shape(model, sampling, prompts) if find(model.path) else (512, 512, 3, 1)
+    video = np.zeros((1, height, width, channels), np.uint8)
+    images = apart(video, frames)[:, 0]
     if captioner.path and find(captioner.path):
         words = Captioner(captioner, "meta")
         with reading(captioner.path), torch.no_grad():
@@ -42,13 +42,13 @@ def rehearse(
                 for part in vars(function).values():
                     if isinstance(part, torch.nn.Module):  # zeros that take no memory
                         part._apply(lambda held: torch.zeros((), dtype=held.dtype).expand(held.shape))
-                function(apart(film, frames) if options.of_films else images, prompts[:1], ["an image"])
+                function(apart(video, frames) if options.of_videos else images, prompts[:1], ["an image"])
     if evaluator and (directory := find(evaluator)):
         with reading(directory):  # it is small
             load_evaluator(directory).judge(images, prompts[:1])
 
 
-def _film_shape(model: ModelSettings, sampling: SamplingSettings, prompts: Sequence[str]) -> tuple[int, ...]:
+def _video_shape(model: ModelSettings, sampling: SamplingSettings, prompts: Sequence[str]) -> tuple[int, ...]:
     """(frames · height, width, 3, frames), of images with one frame."""
     policy = DiffusionPolicy(model, sampling, "meta")
     family, home, parts = policy.family, policy.family.files.directory, policy.family.pipeline.components

@@ -102,7 +102,7 @@ class Editor:
             part.requires_grad_(False).eval()
         self.frame_said: Said = partial(controlled, pipeline.unet, control)
 
-    def film_said(self, noisy: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> Tensor:
+    def video_said(self, noisy: Tensor, times: Tensor, states: Tensor, inputs: Tensor) -> Tensor:
         """The video teacher's, who sees no inputs."""
         return predict(self.motion, noisy, times, states)
 
@@ -116,11 +116,11 @@ class Editor:
         seed: int,
     ) -> dict[str, list[float]]:
         """Train ``student``, of :func:`student_of`, on ``inputs`` (n, frames, …) to be edited as the ``states`` (n,
-        tokens, width) of their captions say. ``real``: of each teacher, "frames" and "films", what it drew: latents
+        tokens, width) of their captions say. ``real``: of each teacher, "frames" and "videos", what it drew: latents
         (m, frames, …), states and inputs. Returns the losses of each step."""
-        random, total, kinds = torch.Generator().manual_seed(seed), len(self.schedule.timesteps), ("frames", "films")
-        said: dict[str, Said] = {"frames": self.frame_said, "films": self.film_said}
-        networks = {"frames": self.pipeline.unet, "films": self.motion}
+        random, total, kinds = torch.Generator().manual_seed(seed), len(self.schedule.timesteps), ("frames", "videos")
+        said: dict[str, Said] = {"frames": self.frame_said, "videos": self.video_said}
+        networks = {"frames": self.pipeline.unet, "videos": self.motion}
         critics = {kind: Critic(networks[kind], said[kind], seed) for kind in kinds}
         with torch.no_grad():
             known = {kind: _in_parts(critics[kind].features, real[kind]) for kind in kinds if settings.critic_from < 1}
@@ -150,7 +150,7 @@ class Editor:
                     course[f"{kind}/distilled"].append(distilled.item())
                     parts.append(settings.sds_weight * distilled)
                 if step >= begin:
-                    rows = (clean, told, shown) if kind == "films" else _frame_by_frame(clean, told, shown)
+                    rows = (clean, told, shown) if kind == "videos" else _frame_by_frame(clean, told, shown)
                     features = critics[kind].features(*rows)
                     made[kind] = [each.detach() for each in features]
                     scores = critics[kind](features)

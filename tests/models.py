@@ -184,7 +184,7 @@ def build_tiny_flux(directory: Path, guidance_embeds: bool = True, dynamic: bool
     return directory
 
 
-def build_tiny_film(directory: Path, frames: int = 3, seed: int = 0) -> Path:
+def build_tiny_video(directory: Path, frames: int = 3, seed: int = 0) -> Path:
     """Save an ``AnimateDiffPipeline`` of 16 px whose motion modules have places for so many ``frames``. Returns
     ``directory``."""
     import torch

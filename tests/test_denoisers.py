@@ -18,11 +18,11 @@ from pipelines.settings import ModelSettings
 from policies.rl.settings import SamplingSettings, TrainingSettings
 from tests.models import (
     PROMPTS,
-    build_tiny_film,
     build_tiny_flux,
     build_tiny_pipeline,
     build_tiny_pixels,
     build_tiny_sd3,
+    build_tiny_video,
     build_tiny_xl,
 )
 
@@ -35,10 +35,10 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "flux": build_tiny_flux,
     "schnell": lambda directory: build_tiny_flux(directory, guidance_embeds=False, dynamic=False),
     "pixels": build_tiny_pixels,
-    "film": build_tiny_film,
+    "video": build_tiny_video,
 }
 GUIDANCE = {"sd": 5.0, "sd-v": 1.0, "xl": 5.0, "sd3": 3.0, "sd3.5": 3.0, "flux": 3.5, "schnell": 1.0, "pixels": 1.0}
-GUIDANCE["film"] = 5.0
+GUIDANCE["video"] = 5.0
 FLOWS = ("sd3", "sd3.5", "flux", "schnell")
 BATCH, SEEDS = [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[0]], [1, 2, 3, 2**62]
 TRAINING = TrainingSettings(images_per_step=4, images_per_prompt=1, updates_per_step=1, micro_batch=3)
@@ -134,9 +134,9 @@ def test_a_stock_pipeline_draws_the_same_images(name: str, model: ModelSettings,
         theirs = pipeline(batch_size=4, eta=1.0, **options).images
     elif name in FLOWS:
         theirs = pipeline(BATCH, guidance_scale=GUIDANCE[name], height=16, width=16, **options).images
-    elif name == "film":
-        films = pipeline(BATCH, num_frames=3, guidance_scale=5.0, eta=1.0, **options).frames
-        theirs = films.reshape(4, 3 * 16, 16, 3)  # frames below each other
+    elif name == "video":
+        videos = pipeline(BATCH, num_frames=3, guidance_scale=5.0, eta=1.0, **options).frames
+        theirs = videos.reshape(4, 3 * 16, 16, 3)  # frames below each other
     else:
         theirs = pipeline(BATCH, guidance_scale=GUIDANCE[name], eta=1.0, **options).images
     difference = np.abs(np.round(theirs * 255) - ours.astype(float))

@@ -126,8 +126,8 @@ def test_adapters_add_nothing_until_they_are_trained(pipeline: Any, editor: Edit
             assert torch.allclose(
                 controlled(network, editor.control, noisy, times, states, data.inputs), alone, atol=1e-5
             )
-        known = editor.film_said(noisy, times, states, data.inputs * 0)
-        assert torch.equal(editor.film_said(noisy, times, states, data.inputs), known)  # it sees no inputs
+        known = editor.video_said(noisy, times, states, data.inputs * 0)
+        assert torch.equal(editor.video_said(noisy, times, states, data.inputs), known)  # it sees no inputs
 
 
 def test_editing_is_ddim_and_gradients_flow_through_the_last_call(pipeline: Any, editor: Editor, data: Edits) -> None:
@@ -153,10 +153,10 @@ def test_editing_is_ddim_and_gradients_flow_through_the_last_call(pipeline: Any,
     assert scale.grad != 0
 
 
-def test_a_critic_sees_frames_apart_and_films_in_time(editor: Editor, pipeline: Any, data: Edits) -> None:
+def test_a_critic_sees_frames_apart_and_videos_in_time(editor: Editor, pipeline: Any, data: Edits) -> None:
     states = text_states(pipeline, data.captions)
     clean = torch.randn(6, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    critic = Critic(editor.motion, editor.film_said, 0)
+    critic = Critic(editor.motion, editor.video_said, 0)
     with torch.no_grad():
         features = critic.features(clean, states, data.inputs)
         assert [tuple(each.shape) for each in features] == [(6, 64, 3, 4, 8), (6, 48, 3, 8, 16)]
@@ -198,7 +198,7 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     course = json.loads(held[aligned.key]["metrics.json"])
     assert {name: len(each) for name, each in course.items()} == {
         f"{kind}/{name}": steps
-        for kind in ("frames", "films")
+        for kind in ("frames", "videos")
         for name, steps in (("distilled", 3), ("critic", 1), ("hinge", 1))
     }
     still = json.loads(done(study.tasks("static", 0)[-1], held)["metrics.json"])
@@ -206,9 +206,9 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     stacked = json.loads(done(study.tasks("unaligned", 0)[-1], held)["metrics.json"])
     assert stacked != numbers
     assert stacked["few/flicker"] != stacked["flicker"]
-    films = unpacked(products(held[aligned.inputs[1].key])["films"], AnimateDiffPipeline.from_pretrained)
-    assert films.unet.config.motion_max_seq_length == 2
-    assert tuple(films.unet.config.sample_size) == (8, 16)
+    videos = unpacked(products(held[aligned.inputs[1].key])["videos"], AnimateDiffPipeline.from_pretrained)
+    assert videos.unet.config.motion_max_seq_length == 2
+    assert tuple(videos.unet.config.sample_size) == (8, 16)
     product = products(held[aligned.key])["editor"]
     stock = load_editor(product)
     stock.set_progress_bar_config(disable=True)
@@ -221,22 +221,22 @@ def test_the_study_in_short(tmp_path: Path) -> None:
     theirs = stock(data.captions[0], latents=noise, conditioning_frames=shown, output_type="latent", **how).frames
     assert torch.allclose(theirs.transpose(1, 2), own, atol=2e-2)  # DDIM takes 333 for 332, where 3 divides no 1,000
     lora = {name.removeprefix("lora/"): each for name, each in product.items() if name.startswith("lora/")}
-    unpacked(lora, films.load_lora_weights)
-    films.fuse_lora()
+    unpacked(lora, videos.load_lora_weights)
+    videos.fuse_lora()
     weights = dict(stock.unet.named_parameters())
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert torch.allclose(films.unet.get_submodule(name).get_base_layer().weight, weights[f"{name}.weight"], atol=1e-6)
+    assert torch.allclose(videos.unet.get_submodule(name).get_base_layer().weight, weights[f"{name}.weight"], atol=1e-6)
 
 
 def test_arms_share_what_they_can() -> None:
     study = EditVideos()
     judged = {arm: study.tasks(arm, 0)[-1] for arm in study.arms}
     assert len({each.key for each in judged.values()}) == len(study.arms)
-    edits, films, aligned, _ = study.tasks("student", 0)
+    edits, videos, aligned, _ = study.tasks("student", 0)
     for arm in ("student", "no_sds", "no_critics"):
         assert [one.key for one in judged[arm].inputs[0].inputs] == [one.key for one in aligned.inputs]
     assert {arm: [one.key for one in judged[arm].inputs] for arm in ("unaligned", "per_frame", "static")} == {
-        "unaligned": [edits.key, films.key],
+        "unaligned": [edits.key, videos.key],
         "per_frame": [edits.key],
         "static": [edits.key],
     }

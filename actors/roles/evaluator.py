@@ -16,7 +16,7 @@ class EvaluatorActor(Worker):
         self.evaluator, self.frames = load_evaluator(resolve_model(path), device), frames
 
     def judge(self, images: np.ndarray, prompts: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-        """Which slots of its prompt each image fulfils (bool arrays), a film if all of its frames do; and what was seen
-        in each slot (words), nothing of films."""
+        """Which slots of its prompt each image fulfils (bool arrays), a video if all of its frames do; and what was
+        seen in each slot (words), nothing of videos."""
         met = self.evaluator.judge(images, prompts, self.frames)
         return met, self.evaluator.slots(images) if self.frames == 1 else {}

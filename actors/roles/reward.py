@@ -48,7 +48,7 @@ def reward_pools(
     placed: Mapping[str, Placed], settings: RewardSettings, half: bool, frames: int = 1
 ) -> dict[str, Pool]:
     """The actors of every reward function, trained on or held out, with models by names that all nodes understand;
-    ``half``: whether these compute in half precision on a card; ``frames``: of a film, if films are scored."""
+    ``half``: whether these compute in half precision on a card; ``frames``: of a video, if videos are scored."""
     pools = {}
     for (name, options), role in zip(settings.functions.items(), reward_roles(settings), strict=True):
         pools[name] = Pool(placed[role], RewardActor, *options.everywhere(name), half, frames)

@@ -370,8 +370,8 @@ def serve_reward(
                 f"--host {host} lets others ask: give {TOKEN_VARIABLE} or --token-file; {HOW_TO_MAKE_ONE}"
             )
         resolved = reward.resolved(name)
-        if resolved.of_films:
-            raise ConfigError(f"{name} scores films, and a server is sent images: name it in the run itself")
+        if resolved.of_videos:
+            raise ConfigError(f"{name} scores videos, and a server is sent images: name it in the run itself")
         resolved.check_call(name)
         function = load_reward(name, reward, device)
     whom = " those who have the token" if token else ""

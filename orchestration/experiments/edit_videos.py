@@ -52,8 +52,8 @@ class EditVideos(Study):
         description="of the video teacher's motion modules",
     )
     teacher_steps: int = Field(10, ge=1, le=1000, description="DDIM steps of the teachers, and of both, unaligned")
-    guidance_scale: float = Field(2.0, ge=1, description="of the video teacher's films that a critic takes for real")
-    real: int = Field(32, ge=2, description="frames, and films, that the teachers draw for the critics")
+    guidance_scale: float = Field(2.0, ge=1, description="of the video teacher's videos that a critic takes for real")
+    real: int = Field(32, ge=2, description="frames, and videos, that the teachers draw for the critics")
     aligning: AligningSettings = AligningSettings()
     drawn: int = Field(40, ge=2, description="videos that are edited to be judged")
     evaluator: str = Field("models/digits/evaluator", description="the judge")
@@ -83,7 +83,7 @@ class EditVideos(Study):
 
     def tasks(self, arm: str, seed: int) -> Sequence[Task]:
         """Teachers, which all arms share, what they draw, students, and an arm's edits."""
-        from pipelines.studies.edit_videos import align, draw_teachers, judge, learn_edits, learn_films
+        from pipelines.studies.edit_videos import align, draw_teachers, judge, learn_edits, learn_videos
 
         common = {"read": self._digests, "path": portable(self.path), "fastest": self.fastest, "seed": self.taught}
 
@@ -93,20 +93,20 @@ class EditVideos(Study):
         fitting = {name: getattr(self, name).model_dump() for name in ("editing", "filming")}
         frame = common | {"pairs": self.pairs, "fitting": fitting["editing"]}
         edits = task(learn_edits, frame, label="edit teacher")
-        film = some("videos", "heads", "middle") | {"fitting": fitting["filming"]}
-        films = task(learn_films, film, label="video teacher")
-        parts = [edits] if arm in ("per_frame", "static") else [edits, films]
+        filmed = some("videos", "heads", "middle") | {"fitting": fitting["filming"]}
+        videos = task(learn_videos, filmed, label="video teacher")
+        parts = [edits] if arm in ("per_frame", "static") else [edits, videos]
         if arm in ALIGNED:
             drawn = some("real", "teacher_steps", "guidance_scale")
-            real = task(draw_teachers, drawn, edits, films, label="what teachers draw", kept=False)
+            real = task(draw_teachers, drawn, edits, videos, label="what teachers draw", kept=False)
             changes = {"no_sds": {"sds_weight": 0.0, "critic_from": 0.0}, "no_critics": {"critic_from": 1.0}}
             how = self.aligning.model_copy(update=changes.get(arm, {})).model_dump()
             student = some("videos") | {"seed": seed, "aligning": how}
-            parts = [task(align, student, edits, films, real, label=f"{arm}, seed {seed}")]
+            parts = [task(align, student, edits, videos, real, label=f"{arm}, seed {seed}")]
         judged = some("drawn", "teacher_steps") | {"seed": seed, "arm": arm, "calls": self.aligning.calls}
         judged |= {"evaluator": portable(self.evaluator)}
         made = task(judge, judged, *parts, label=f"{arm}, seed {seed}, judged")
-        return [edits, films, *parts, made] if arm == "student" else [made]
+        return [edits, videos, *parts, made] if arm == "student" else [made]
 
     @cached_property
     def _digests(self) -> dict[str, str | None]:

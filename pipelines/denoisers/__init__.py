@@ -59,7 +59,7 @@ class ModelFiles:
     """A model's directory, read but not loaded: nothing here asks it again, so it may be gone. ``parts``: library and
     class of each; ``absent``: those it does without; ``image_size``: height and width of what it draws, in pixels;
     ``shapes``: of the tensors of those parts that hold any; ``network``: the configuration of what is trained;
-    ``frames``: of a film, which stand below each other in its image and in what is denoised."""
+    ``frames``: of a video, which stand below each other in its image and in what is denoised."""
 
     directory: Path
     kind: _Kind
@@ -259,7 +259,9 @@ def load_family(path: str, dtype: Any, device: str | None = None) -> "Family":
         resolved = DiffusionPipeline.download(path, use_safetensors=True, safety_checker=None, feature_extractor=None)
     files = inspect(Path(resolved))
     if files.frames > 1 and find(path) is None:
-        raise ModelFilesError(f"model.path {path!r} draws films: save it to a directory here, which is read beforehand")
+        raise ModelFilesError(
+            f"model.path {path!r} draws videos: save it to a directory here, which is read beforehand"
+        )
     with reading(files.directory), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what diffusers will call differently one day
         return resolve_name(f"pipelines.denoisers.{files.kind.place}").load(files, dtype, device)

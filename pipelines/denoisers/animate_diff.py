@@ -1,7 +1,7 @@
-"""AnimateDiff: a UNet of Stable Diffusion with motion modules, which draws films.
+"""AnimateDiff: a UNet of Stable Diffusion with motion modules, which draws videos.
 
-A film is an image to the loop: its frames stand below each other, in latents as in pixels, so trajectories, densities
-and the order of random numbers are those of any image, and the stock pipeline draws the very same films.
+A video is an image to the loop: its frames stand below each other, in latents as in pixels, so trajectories, densities
+and the order of random numbers are those of any image, and the stock pipeline draws the very same videos.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ class AnimateDiff(StableDiffusion):
     options: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """ε, v or x_0 of all frames; every frame has the film's prompt."""
+        """ε, v or x_0 of all frames; every frame has the video's prompt."""
         frames = self.files.frames
         repeated = {name: each.repeat_interleave(frames, dim=0) for name, each in conditions.items()}
-        film = latents.unflatten(2, (frames, -1))
-        return self.network(film, timesteps, **repeated, return_dict=False)[0].flatten(2, 3)
+        video = latents.unflatten(2, (frames, -1))
+        return self.network(video, timesteps, **repeated, return_dict=False)[0].flatten(2, 3)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frame by frame."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.digits import SLOTS, parse
-from pipelines.films import frames_of
 from pipelines.measures.places import columns, squares
 from pipelines.storage.model_files import reading
+from pipelines.videos import frames_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -84,7 +84,7 @@ class Evaluator:
     def judge(self, images: np.ndarray, prompts: Sequence[str], frames: int = 1) -> dict[str, np.ndarray]:
         """Does each image show what its prompt says? Boolean arrays (n,) for digit, ink, ground and full (all three).
 
-        A slot the prompt leaves open is met by any image. A film of so many ``frames``, which stand below each other,
+        A slot the prompt leaves open is met by any image. A video of so many ``frames``, which stand below each other,
         shows what all of them show.
         """
         if frames > 1:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict, ValidationError
 
-from pipelines.films import apart, frames_of, of_each_frame
 from pipelines.storage.locations import portable
+from pipelines.videos import apart, frames_of, of_each_frame
 from policies.common import user_code
 from policies.common.user_code import IN_PROCESS, Named, Registry, described, file_of, noted, traced
 from policies.rl.health import DegenerateBatch, RewardError, check_finite
@@ -48,7 +48,7 @@ class Reward(Named, Settings):
 
     names: ClassVar[tuple[str, ...]] = ()
     needs_captions: ClassVar[bool] = False
-    of_films: ClassVar[bool] = False  # whether it is given whole films; others are asked about each of their frames
+    of_videos: ClassVar[bool] = False  # whether it is given whole videos; others are asked about each of their frames
     in_half: ClassVar[bool] = False  # whether its models may compute in half precision on a card, if the run's do
     models: ClassVar[dict[str, str]] = {}  # option that names a model → a file that its directory holds; "" → a file
 
@@ -86,7 +86,7 @@ class Reward(Named, Settings):
 
     def try_out(self, name: str, images: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> None:
         """Raise ValueError if one's own function, which is called, gives other than one finite number an image.
-        ``images``: (n, height, width, 3), or films (n, frames, height, width, 3) for a reward that is of films."""
+        ``images``: (n, height, width, 3), or videos (n, frames, height, width, 3) for a reward that is of videos."""
 
     def everywhere(self, name: str) -> "tuple[str, Reward]":
         """The name and the options as all nodes understand them."""
@@ -175,25 +175,25 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Reward:
 
 
 def load_reward(name: str, reward: Reward, device: str = "cpu", frames: int = 1) -> RewardFunction:
-    """The function of the reward ``name``, of images or of films of so many ``frames``. Raises ValueError if an import
+    """The function of the reward ``name``, of images or of videos of so many ``frames``. Raises ValueError if an import
     path leads nowhere."""
     resolved = reward.resolved(name)
     function = resolved.load(name, device)
-    return function if frames == 1 else _of_films(function, frames, resolved.of_films)
+    return function if frames == 1 else _of_videos(function, frames, resolved.of_videos)
 
 
-def _of_films(function: RewardFunction, frames: int, whole: bool) -> RewardFunction:
-    """``function`` of films that come as images with their frames below each other: given them ``whole``
+def _of_videos(function: RewardFunction, frames: int, whole: bool) -> RewardFunction:
+    """``function`` of videos that come as images with their frames below each other: given them ``whole``
     (n, frames, height, width, 3), or frame by frame, each with its caption, of which the mean counts."""
 
-    def of_films(films: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> Any:
+    def of_videos(videos: np.ndarray, prompts: Sequence[str], captions: Sequence[str] | None) -> Any:
         if whole:
-            return function(apart(films, frames), prompts, captions)
+            return function(apart(videos, frames), prompts, captions)
         said = None if captions is None else of_each_frame(captions)
-        scores = function(frames_of(films, frames), [each for each in prompts for _ in range(frames)], said)
-        return np.asarray(scores, dtype=np.float64).reshape(len(films), frames).mean(axis=1)
+        scores = function(frames_of(videos, frames), [each for each in prompts for _ in range(frames)], said)
+        return np.asarray(scores, dtype=np.float64).reshape(len(videos), frames).mean(axis=1)
 
-    return of_films
+    return of_videos
 
 
 def _parsed(kind: type[Reward], name: str, given: Mapping[str, Any]) -> Reward:

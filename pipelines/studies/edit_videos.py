@@ -104,7 +104,7 @@ def learn_edits(parameters: Mapping[str, Any], inputs: list[Files], device: str)
     return {f"{PRODUCT}edits/{name}": content for name, content in packed(control.save_pretrained).items()}
 
 
-def learn_films(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
+def learn_videos(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
     """Task: the video teacher, motion modules that learnt from captioned videos, none of them edited. The product is an
     ``AnimateDiffPipeline``."""
     pipeline, settings = _pipeline(parameters, device), FittingSettings(**parameters["fitting"])
@@ -113,10 +113,10 @@ def learn_films(parameters: Mapping[str, Any], inputs: list[Files], device: str)
     network = motion_network(pipeline.unet, modules, seed).to(device)
     data = moving(paths(parameters["videos"], frames, seed, parameters["fastest"]), "train", seed)
     learn_motion(pipeline, network, data.videos, data.captions, settings, seed)
-    return product(_as_films(pipeline.to("cpu"), network.to("cpu"), data.videos.shape[2:4]), "films")
+    return product(_animate_diff(pipeline.to("cpu"), network.to("cpu"), data.videos.shape[2:4]), "videos")
 
 
-def _as_films(pipeline: Any, network: UNetMotionModel, canvas: tuple[int, ...], **more: Any) -> Any:
+def _animate_diff(pipeline: Any, network: UNetMotionModel, canvas: tuple[int, ...], **more: Any) -> Any:
     """``pipeline`` with ``network`` in place of its UNet, and its canvas; with a ControlNet, one that edits videos."""
     shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     network.register_to_config(sample_size=[each // shrink for each in canvas])
@@ -129,15 +129,15 @@ def _editor(parameters: Mapping[str, Any], inputs: Sequence[Files], device: str)
     """Of the teachers, the first two of ``inputs``."""
     found = {name: files for each in inputs[:2] for name, files in products(each).items()}
     control = unpacked(found["edits"], ControlNetModel.from_pretrained)
-    return Editor(_pipeline(parameters, device), control.to(device), _film_network(found["films"], device))
+    return Editor(_pipeline(parameters, device), control.to(device), _motion_of(found["videos"], device))
 
 
-def _film_network(files: Files, device: str) -> UNetMotionModel:
+def _motion_of(files: Files, device: str) -> UNetMotionModel:
     return unpacked(files, AnimateDiffPipeline.from_pretrained).unet.to(device)
 
 
 def draw_teachers(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Files:
-    """Task: what critics are to take for real: frames as the edit teacher edits them, and films that the video teacher
+    """Task: what critics are to take for real: frames as the edit teacher edits them, and videos that the video teacher
     draws for the captions of the edited."""
     editor, count, frames = _editor(parameters, inputs, device), parameters["real"], parameters["frames"]
     steps, seed = parameters["teacher_steps"], derive_seed(parameters["seed"], "real")
@@ -147,8 +147,8 @@ def draw_teachers(parameters: Mapping[str, Any], inputs: list[Files], device: st
     shown = data.inputs[torch.arange(count), when][:, None].to(device)
     drawn = draw_edits(editor.pipeline, editor.frame_said, states, shown, steps, seed)
     told = {"steps": steps, "guidance_scale": parameters["guidance_scale"], "size": data.videos.videos.shape[2:4]}
-    films = draw_videos(editor.pipeline, editor.motion, data.captions, seed, frames, **told)
-    real = {"frames": drawn, "inputs": shown, "films": encode_videos(editor.pipeline, films)[0]}
+    videos = draw_videos(editor.pipeline, editor.motion, data.captions, seed, frames, **told)
+    real = {"frames": drawn, "inputs": shown, "videos": encode_videos(editor.pipeline, videos)[0]}
     found = {name: each.cpu().contiguous() for name, each in (real | {"states": states}).items()}
     return {"real.safetensors": save(found)}
 
@@ -161,17 +161,17 @@ def align(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     data = _edits(parameters, "train", "aligned", parameters["videos"], parameters["frames"])
     states, real = text_states(editor.pipeline, data.captions), load(inputs[2]["real.safetensors"])
     drawn = {name: each.to(device) for name, each in real.items()}
-    unseen = torch.zeros(len(drawn["films"]), *data.inputs.shape[1:], device=device)
+    unseen = torch.zeros(len(drawn["videos"]), *data.inputs.shape[1:], device=device)
     pools = {
         "frames": (drawn["frames"], drawn["states"], drawn["inputs"]),
-        "films": (drawn["films"], drawn["states"], unseen),
+        "videos": (drawn["videos"], drawn["states"], unseen),
     }
     student = student_of(editor.motion, settings.rank, seed)
     course = editor.align(student, states, data.inputs.to(device), pools, settings, seed)
     lora = {name: each.cpu() for name, each in exported(student).items()}
     with plain(student):
         parts = editor.pipeline.to("cpu"), student.cpu(), data.inputs.shape[3:]
-        files = product(_as_films(*parts, controlnet=editor.control.cpu()), "editor")
+        files = product(_animate_diff(*parts, controlnet=editor.control.cpu()), "editor")
     alone = packed(partial(AnimateDiffPipeline.save_lora_weights, unet_lora_layers=lora))
     return metrics(course) | files | {f"{PRODUCT}editor/lora/{name}": content for name, content in alone.items()}
 
@@ -198,7 +198,7 @@ def judge(parameters: Mapping[str, Any], inputs: list[Files], device: str) -> Fi
     else:
         times.insert(0, parameters["teacher_steps"])
         control = unpacked(parts["edits"], ControlNetModel.from_pretrained).to(device)
-        network = _film_network(parts["films"], device) if "films" in parts else pipeline.unet
+        network = _motion_of(parts["videos"], device) if "videos" in parts else pipeline.unet
     data = _edits(parameters, "test", "judged", parameters["drawn"], parameters["frames"])
     states, shown = text_states(pipeline, data.captions), data.inputs.to(device)
     evaluator = load_evaluator(resolve_model(parameters["evaluator"]), device)
@@ -238,5 +238,5 @@ def drawings(videos: np.ndarray, data: Edits, name: str) -> Files:
         strip([[large(each[at]) for each in pairs[::2]], [large(each[at]) for each in pairs[1::2]]])
         for at in range(videos.shape[1])
     ]
-    moments += moments[-2:0:-1]  # and back, as a film that begins anew would leap
+    moments += moments[-2:0:-1]  # and back, as a video that begins anew would leap
     return {f"figures/{name}.png": picture.getvalue(), f"figures/{name}.gif": animation(moments, _FRAME_MS, _FRAME_MS)}

@@ -17,7 +17,7 @@ class Evaluation:
     ``images`` (n, height, width, 3) uint8; ``scores`` (n,), the reward; ``by_function``: what each reward function
     says, trained on or held out (n,); ``captions`` (n,) or None; ``fulfilled``: for each slot
     and for "full" whether the image shows what its prompt asks for (n,) bool, or None without an evaluator;
-    ``agreement``: share of images in which captioner and evaluator name the same in every slot, None of films;
+    ``agreement``: share of images in which captioner and evaluator name the same in every slot, None of videos;
     ``kl_to_base``: of the denoising of the first images, in nats an image; ``held_out``: the function that the run is
     judged by, if any.
     """

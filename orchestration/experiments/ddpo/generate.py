@@ -19,10 +19,10 @@ from orchestration.runs.inputs import changed_inputs, fingerprints
 from orchestration.runs.manifest import ids
 from orchestration.runs.run import going_on
 from pipelines.data.prompts import unseen_words
-from pipelines.films import gif
 from pipelines.guard import NO_GUARD, Guard, read_guard, write_log
 from pipelines.settings import ModelSettings
 from pipelines.storage.checkpoint import CheckpointStore
+from pipelines.videos import gif
 from policies.rl.settings import SamplingSettings
 
 _TOGETHER = 2**15  # numbers of latents that are drawn at once: many small images, or two of Stable Diffusion's
@@ -36,7 +36,7 @@ def generate(
     trusted: bool = False,
     guard: str | None = None,
 ) -> list[Path]:
-    """Draw one image for each (prompt, seed) and write them as PNG files, or films as GIF, into ``output``.
+    """Draw one image for each (prompt, seed) and write them as PNG files, or videos as GIF, into ``output``.
 
     ``source``: a run (its final pipeline or, if unfinished, its last commit), a commit below ``RUN/checkpoints``, or a
     diffusers directory. Settings are the run's own, so a seed of the run gives the image the run showed. Raises
@@ -55,7 +55,7 @@ def generate(
         if (frames := policy.family.files.frames) > 1:
             names = {each: str(Path(name).with_suffix(".gif")) for each, name in names.items()}
             if watch.settings.output:
-                raise ValueError("--guard: its output stage looks at images, and this model draws films: leave it out")
+                raise ValueError("--guard: its output stage looks at images, and this model draws videos: leave it out")
         for line in unseen_words(list(dict.fromkeys(asked.values())), policy.family.files):
             print(f"warning: {line}", file=sys.stderr)
     log, written = [entry for _, entries in front.values() for entry in entries], set()

@@ -14,19 +14,19 @@ from orchestration.runs.config import ConfigError, about
 from orchestration.runs.run import TEMPLATES, check_output
 from pipelines.data.prompts import read_prompts, unseen_words
 from pipelines.denoisers import check_cache, check_guidance, check_lora, denoising_steps, inspect, network_calls
-from pipelines.films import apart
 from pipelines.guard import NO_GUARD, Entry, Guard, read_guard
 from pipelines.pages import fill
 from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import check_model, find
 from pipelines.storage.model_files import encoder_parts, read_json, weight_shapes
+from pipelines.videos import apart
 from policies.common.seeding import derive_seed
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run that can be started: prompts, those of evaluations alone, actors, the nodes that they are to fit on, what
-    is worth a warning, the guard, the prompts that it has refused, and of how many frames films are (1: images)."""
+    is worth a warning, the guard, the prompts that it has refused, and of how many frames videos are (1: images)."""
 
     prompts: list[str]
     unseen: list[str]
@@ -116,13 +116,13 @@ def learnable_steps(config: DdpoConfig) -> int:
 
 
 def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, int], frames: int) -> None:
-    films = np.random.default_rng(derive_seed(0, "tried")).integers(0, 256, (2, *size, 3), np.uint8)
-    images = apart(films, frames)[:, 0]
+    videos = np.random.default_rng(derive_seed(0, "tried")).integers(0, 256, (2, *size, 3), np.uint8)
+    images = apart(videos, frames)[:, 0]
     asked = [prompts[0], prompts[-1]]
     for name, given in config.reward.functions.items():
         options = given.resolved(name)
-        if options.of_films and frames == 1:
-            raise ValueError(f"reward.function {name} scores films, and model.path {config.model.path} draws images")
+        if options.of_videos and frames == 1:
+            raise ValueError(f"reward.function {name} scores videos, and model.path {config.model.path} draws images")
         for option, path in options.model_paths.items():
             marker = options.models[option]
             check_model(path, marker, f"reward.options.{name}.{option}")
@@ -131,7 +131,7 @@ def _check_rewards(config: DdpoConfig, prompts: Sequence[str], size: tuple[int, 
         options.check_call(name)
         with about(f"reward.function {name}"):
             options.check(prompts)
-        tried = apart(films, frames) if options.of_films else images
+        tried = apart(videos, frames) if options.of_videos else images
         given.try_out(name, tried, asked, asked if config.captioner.path else None)
 
 

@@ -21,10 +21,10 @@ from orchestration.runs.html_report import conclude
 from orchestration.runs.run import TEMPLATES
 from orchestration.runs.timeline import middle_of, read_spans
 from orchestration.tracking.tracker import FIRST_LOOK, flatten
-from pipelines.films import gif
 from pipelines.pages import fill
 from pipelines.storage import atomic
 from pipelines.storage.atomic import Content, DamagedFiles, Files
+from pipelines.videos import gif
 from policies.rl.over_optimisation import EvaluationPoint, best_point, over_optimised, point_to_keep
 
 _RESULTS = {  # of the summary, each before and after
@@ -35,7 +35,7 @@ _RESULTS = {  # of the summary, each before and after
 }
 SERVED_STEPS = 2  # that a distilled model is drawn with after it was trained with more
 _GRID_IMAGES = 12  # the first of the held-out ones
-_FILMS = 6  # of a row of an animation: before in the first row, after in the second
+_VIDEOS = 6  # of a row of an animation: before in the first row, after in the second
 _MOST_BYTES = 2**30  # of the images of an evaluation
 _MOST_STEPS = 8  # in the picture of a run's progress
 _GLANCE_PROMPTS, _GLANCE_STEPS = 2, 5  # of it on MLflow's page of the run
@@ -45,7 +45,7 @@ class Report:
     """The evaluations of a run, kept in its directory so that a resumed run still knows where it came from."""
 
     def __init__(self, run: DdpoRun, frames: int = 1) -> None:
-        """``frames``: of a film, if films are drawn."""
+        """``frames``: of a video, if videos are drawn."""
         self.run, self.frames = run, frames
         self.directory = run.directory / "evaluations"
         self.stopped: str | None = None
@@ -214,10 +214,10 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         captions = (each["captions"] and each["captions"][:shown] for each in (first, kept[last]))
         before_after(figures / "before_after.png", before[:shown], after[:shown], first["prompts"][:shown], *captions)
 
-    def films() -> None:
+    def videos() -> None:
         if (frames := first.get("frames", 1)) > 1:
-            shown = np.concatenate([images[step][:_FILMS] for step in dict.fromkeys([picked[0], last])])
-            atomic.write_durably(figures / "films.gif", gif(shown, frames, min(_FILMS, len(images[last]))))
+            shown = np.concatenate([images[step][:_VIDEOS] for step in dict.fromkeys([picked[0], last])])
+            atomic.write_durably(figures / "videos.gif", gif(shown, frames, min(_VIDEOS, len(images[last]))))
 
     def strips(path: Path, prompts: int, there: Sequence[int], glance: bool) -> None:
         shown = min(prompts, *(len(images[step]) for step in there))
@@ -243,7 +243,7 @@ def draw(directory: Path, say: Callable[[str], None] = print) -> Path:
         if window := middle_of(read_spans(directory)):
             timeline(figures / "timeline.png", window)
 
-    drawn = {"before_after.png": pairs, "films.gif": films, "progress.png": progress, "curves.png": courses}
+    drawn = {"before_after.png": pairs, "videos.gif": videos, "progress.png": progress, "curves.png": courses}
     for name, picture in (drawn | {"timeline.png": lanes}).items():
         try:
             picture()

@@ -36,7 +36,7 @@ def audit(
     if judged is None:
         raise ConfigError("evaluation.evaluator is null: an audit needs a judge that is not the reward; name one")
     if plan.frames > 1:
-        raise ConfigError(f"model.path {config.model.path} draws films, and an audit looks at images: name another")
+        raise ConfigError(f"model.path {config.model.path} draws videos, and an audit looks at images: name another")
     with about("--output"):
         make(output)
     from pipelines.captioner import Captioner

@@ -1,10 +1,10 @@
-"""Reinforcement learning of films: does a reward of each frame teach what is in them, and a reward of the whole film
+"""Reinforcement learning of videos: does a reward of each frame teach what is in them, and a reward of the whole video
 what changes from frame to frame?
 
-``python -m benchmarks.film_rollouts FILMS [DIRECTORY] [--seeds 3]`` trains FILMS, an ``AnimateDiffPipeline`` of digits
-such as the product ``films`` of the study edit_videos, with three rewards, or goes on where it was interrupted:
-``frames``, what a captioner says of each frame's square around the ink; ``film``, steadiness and travel of the film;
-``both``. An evaluator, which takes no part, says in how many held-out films every frame shows what was asked for.
+``python -m benchmarks.video_rollouts VIDEOS [DIRECTORY] [--seeds 3]`` trains VIDEOS, an ``AnimateDiffPipeline`` of
+digits such as the product ``videos`` of the study edit_videos, with three rewards, or goes on where it was interrupted:
+``frames``, what a captioner says of each frame's square around the ink; ``video``, steadiness and travel of the video;
+``both``. An evaluator, which takes no part, says in how many held-out videos every frame shows what was asked for.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from pipelines.settings import CaptionerSettings
 from pipelines.storage.locations import CHECKOUT
 from policies.common.intervals import summary_of
 
-FACTS = "benchmarks.film_rollouts:Facts"
-OF_FILMS = {"steadiness": 5.0, "travel": 0.25}
-ARMS: dict[str, dict[str, float]] = {"frames": {FACTS: 1.0}, "film": OF_FILMS, "both": {FACTS: 1.0, **OF_FILMS}}
+FACTS = "benchmarks.video_rollouts:Facts"
+OF_VIDEOS = {"steadiness": 5.0, "travel": 0.25}
+ARMS: dict[str, dict[str, float]] = {"frames": {FACTS: 1.0}, "video": OF_VIDEOS, "both": {FACTS: 1.0, **OF_VIDEOS}}
 RUN = [
     "captioner.path=null",
     "sampling.steps=[10, 2]",
@@ -51,10 +51,10 @@ class Facts:
         return np.asarray(self.facts(seen, prompts, self.captioner.caption(seen)))
 
 
-def configured(films: Path, arm: str, seed: int) -> DdpoConfig:
+def configured(videos: Path, arm: str, seed: int) -> DdpoConfig:
     """A run of an arm; what it is not trained on is measured."""
     reward = {"function": ARMS[arm], "held_out": [name for name in ARMS["both"] if name not in ARMS[arm]]}
-    own = [f"model.path={films}", f"reward={json.dumps(reward)}", f"seed={seed}"]
+    own = [f"model.path={videos}", f"reward={json.dumps(reward)}", f"seed={seed}"]
     return load_config(DdpoConfig, CHECKOUT / "configs/ddpo/digits.yaml", [*RUN, *own])
 
 
@@ -69,15 +69,15 @@ def curve(record: Path, config: DdpoConfig) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("films", type=Path)
-    parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/film_rollouts"))
+    parser.add_argument("videos", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/video_rollouts"))
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.directory.mkdir(parents=True, exist_ok=True)
     print(f"commit {git_commit()}, {arguments.seeds} seeds: mean [95 % interval] before → after")
     runs = {
-        (arm, seed): curve(arguments.directory / f"{arm}-{seed}.json", configured(arguments.films, arm, seed))
+        (arm, seed): curve(arguments.directory / f"{arm}-{seed}.json", configured(arguments.videos, arm, seed))
         for seed in range(arguments.seeds)
         for arm in ARMS
     }

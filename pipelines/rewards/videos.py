@@ -1,4 +1,4 @@
-"""What only a film has: how steady it is, and how much of it moves."""
+"""What only a video has: how steady it is, and how much of it moves."""
 
 from collections.abc import Iterator
 
@@ -8,34 +8,36 @@ from pydantic import Field
 from pipelines.rewards import Reward, RewardFunction
 
 
-class FilmOptions(Reward):
+class VideoOptions(Reward):
     """``steadiness``: 1 minus what changes from frame to frame, in units of the full range, after the motion of the
-    whole image is undone, so that a film is not paid for standing still; but a film that stands still is steady, too,
+    whole image is undone, so that a video is not paid for standing still; but a video that stands still is steady, too,
     so ask for ``travel`` beside it: how far the image moves from frame to frame, as a share of ``pace``, at most 1."""
 
     names = ("steadiness", "travel")
-    of_films = True
+    of_videos = True
     reach: int = Field(3, ge=1, le=16, description="pixels up to which motion from frame to frame is looked for")
     pace: float = Field(1.0, gt=0, description="pixels a frame: faster is no better")
 
     def load(self, name: str, device: str) -> RewardFunction:
-        """Of films (n, frames, height, width, 3) uint8."""
+        """Of videos (n, frames, height, width, 3) uint8."""
         if name == "steadiness":
-            return lambda films, prompts, captions: 1 - motion(films, self.reach)[0].mean(axis=1)
-        return lambda films, prompts, captions: np.minimum(
-            np.hypot(*motion(films, self.reach)[1:]).mean(axis=1) / self.pace, 1
+            return lambda videos, prompts, captions: 1 - motion(videos, self.reach)[0].mean(axis=1)
+        return lambda videos, prompts, captions: np.minimum(
+            np.hypot(*motion(videos, self.reach)[1:]).mean(axis=1) / self.pace, 1
         )
 
 
-def motion(films: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each frame and the next of ``films`` (n, frames, height, width, 3) uint8, three times (n, frames − 1): the
+def motion(videos: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each frame and the next of ``videos`` (n, frames, height, width, 3) uint8, three times (n, frames − 1): the
     mean |difference| over the pixels that both show, in [0, 1], after the shift by whole pixels that makes it smallest;
     and that shift, down and to the right, the shortest of equal ones. Raises ValueError of frames that are too small.
     """
-    values = films.astype(np.float32) / 255
+    values = videos.astype(np.float32) / 255
     before, after = values[:, :-1], values[:, 1:]
-    if min(films.shape[2:4]) <= 2 * reach:
-        raise ValueError(f"reach: frames of {films.shape[2]}×{films.shape[3]} pixels are too small to move by {reach}")
+    if min(videos.shape[2:4]) <= 2 * reach:
+        raise ValueError(
+            f"reach: frames of {videos.shape[2]}×{videos.shape[3]} pixels are too small to move by {reach}"
+        )
     best: np.ndarray = np.full(before.shape[:2], np.inf, np.float32)
     down: np.ndarray = np.zeros(best.shape)
     right: np.ndarray = np.zeros(best.shape)
